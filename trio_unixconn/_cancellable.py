@@ -1,0 +1,279 @@
+"""Cancellable: one switch, thrown from any thread, that ends operations in trio.
+
+The rule of this file: the flag is the truth and changes under the lock; scopes, descriptor
+and callbacks follow it. A trio scope is only ever cancelled in its own trio thread.
+
+Source: https://docs.gtk.org/gio/class.Cancellable.html
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Any, Final
+
+import attrs
+import trio
+
+from .errors import NotSupportedError, OperationCancelled
+
+_current: Final[contextvars.ContextVar[tuple[Cancellable, ...]]] = contextvars.ContextVar(
+    "trio_unixconn.Cancellable", default=()
+)
+
+
+def _this_run() -> trio.lowlevel.TrioToken | None:
+    try:
+        return trio.lowlevel.current_trio_token()
+    except RuntimeError:
+        return None
+
+
+@attrs.frozen
+class _Connected:
+    callback: Callable[..., object]
+    data: tuple[Any, ...]
+
+
+class Cancellable:
+    """A switch that ends operations, as ``Gio.Cancellable``.
+
+    Pass one to any operation of this library, or run any trio code under :meth:`scope`. One
+    Cancellable may serve many operations, tasks and trio runs at once. Every method may be
+    called from any thread, except that scopes belong to trio tasks.
+
+    What the kernel has already done is not undone: an operation that has its result when the
+    Cancellable fires returns that result.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant: a signal handler or a finalizer in the same thread may call cancel()
+        # while a method of this object holds the lock.
+        self._changed = threading.Condition(threading.RLock())
+        self._cancelled = False
+        self._scopes: set[CancellableScope] = set()
+        self._callbacks: dict[int, _Connected] = {}
+        self._last_id = 0
+        # Threads that run callbacks at this moment; disconnect() waits for the others.
+        self._running: list[int] = []
+        self._pipe: tuple[int, int] | None = None
+        self._pipe_users = 0
+
+    def cancel(self) -> None:
+        """Fire: end every operation under this Cancellable. Firing twice changes nothing.
+
+        Connected callbacks run in the calling thread before this returns. When one raises,
+        the others still run, and then the last exception is raised with the earlier ones as
+        its context.
+        """
+        with self._changed:
+            if self._cancelled:
+                return
+            self._cancelled = True
+            if self._pipe is not None:
+                os.write(self._pipe[1], b"\0")
+            scopes = list(self._scopes)
+            callbacks = list(self._callbacks.values())
+            self._running.append(threading.get_ident())
+        try:
+            for scope in scopes:
+                scope.fire()
+            with ExitStack() as stack:
+                for connected in reversed(callbacks):
+                    stack.callback(connected.callback, self, *connected.data)
+        finally:
+            with self._changed:
+                self._running.remove(threading.get_ident())
+                self._changed.notify_all()
+
+    def is_cancelled(self) -> bool:
+        """Whether this has fired."""
+        return self._cancelled
+
+    def raise_if_cancelled(self) -> None:
+        """Raise if this has fired (Gio: ``set_error_if_cancelled``).
+
+        Raises:
+          OperationCancelled: it has.
+        """
+        if self._cancelled:
+            raise OperationCancelled("the Cancellable of this operation has fired")
+
+    def reset(self) -> None:
+        """Make this usable again after it fired.
+
+        Operations that it ended stay ended; one that is still unwinding raises
+        OperationCancelled all the same.
+        """
+        with self._changed:
+            if self._cancelled:
+                self._cancelled = False
+                if self._pipe is not None:
+                    os.read(self._pipe[0], 1)
+
+    def connect(self, callback: Callable[..., object], *data: Any) -> int:
+        """Have ``callback(cancellable, *data)`` called each time this fires.
+
+        It runs in the thread that calls :meth:`cancel`, and at once, in this thread, if this
+        has fired already.
+
+        Returns:
+          An id for :meth:`disconnect`; 0 if the callback was run at once.
+        """
+        with self._changed:
+            if not self._cancelled:
+                self._last_id += 1
+                self._callbacks[self._last_id] = _Connected(callback, data)
+                return self._last_id
+        callback(self, *data)
+        return 0
+
+    def disconnect(self, handler_id: int) -> None:
+        """Undo :meth:`connect`; 0 is allowed and does nothing.
+
+        If another thread is running callbacks at this moment, this blocks until they are
+        done, so that after it the callback does not run any more. (From within a callback
+        it does not block; Gio deadlocks there.)
+
+        Raises:
+          ValueError: no such id is connected.
+        """
+        if handler_id == 0:
+            return
+        with self._changed:
+            if self._callbacks.pop(handler_id, None) is None:
+                raise ValueError(f"no callback is connected to this Cancellable as {handler_id}")
+            here = threading.get_ident()
+            self._changed.wait_for(lambda: all(thread == here for thread in self._running))
+
+    def push_current(self) -> None:
+        """Make this the current Cancellable of the running task (a context variable)."""
+        _current.set((*_current.get(), self))
+
+    def pop_current(self) -> None:
+        """Undo :meth:`push_current`.
+
+        Raises:
+          RuntimeError: this is not the current Cancellable.
+        """
+        stack = _current.get()
+        if not stack or stack[-1] is not self:
+            raise RuntimeError("pop_current() of a Cancellable that is not the current one")
+        _current.set(stack[:-1])
+
+    @staticmethod
+    def get_current() -> Cancellable | None:
+        """Return the Cancellable pushed last in this task, or None."""
+        stack = _current.get()
+        return stack[-1] if stack else None
+
+    def get_fd(self) -> int:
+        """Return a descriptor that polls readable while this is fired.
+
+        It belongs to the Cancellable: do not read from it or close it, but call
+        :meth:`release_fd` once for each call of this.
+
+        Raises:
+          NotSupportedError: on Windows, where a pipe cannot be polled.
+          OSError: no descriptor is free.
+        """
+        if sys.platform == "win32":  # pragma: no cover
+            raise NotSupportedError("pipes cannot be polled on Windows; use connect()")
+        with self._changed:
+            if self._pipe is None:
+                self._pipe = os.pipe()
+                if self._cancelled:
+                    os.write(self._pipe[1], b"\0")
+            self._pipe_users += 1
+            return self._pipe[0]
+
+    def release_fd(self) -> None:
+        """Give back what :meth:`get_fd` returned; with the last one it is closed.
+
+        Raises:
+          RuntimeError: more releases than gets.
+        """
+        with self._changed:
+            if self._pipe is None:
+                raise RuntimeError("release_fd() without get_fd()")
+            self._pipe_users -= 1
+            if not self._pipe_users:
+                self._close_pipe()
+
+    def scope(self) -> CancellableScope:
+        """Return a context manager that runs trio code under this Cancellable.
+
+        ``with cancellable.scope() as scope`` gives a ``trio.CancelScope``. The block raises
+        :class:`~trio_unixconn.errors.OperationCancelled` at its start if this has fired, and
+        in place of the cancellation if it fires while the block runs. An outer cancellation
+        of trio's stays what it is, and so does ``scope.cancel()``.
+        """
+        return CancellableScope(self)
+
+    def attach(self, scope: CancellableScope) -> None:
+        """Have ``scope`` cancelled when this fires; scopes call this as they are entered.
+
+        Raises:
+          OperationCancelled: this has fired already.
+        """
+        with self._changed:
+            self.raise_if_cancelled()
+            self._scopes.add(scope)
+
+    def detach(self, scope: CancellableScope) -> None:
+        """Undo :meth:`attach`."""
+        with self._changed:
+            self._scopes.discard(scope)
+
+    def _close_pipe(self) -> None:
+        if self._pipe is not None:
+            pipe, self._pipe = self._pipe, None
+            os.close(pipe[0])
+            os.close(pipe[1])
+
+    def __del__(self) -> None:
+        self._close_pipe()
+
+
+class CancellableScope:
+    """What :meth:`Cancellable.scope` returns: a context manager, to be entered once."""
+
+    __slots__ = ("_cancellable", "_fired", "_run", "_scope")
+
+    def __init__(self, cancellable: Cancellable) -> None:
+        self._cancellable = cancellable
+        self._scope = trio.CancelScope()
+        self._run = trio.lowlevel.current_trio_token()
+        self._fired = False
+
+    def __enter__(self) -> trio.CancelScope:
+        self._cancellable.attach(self)
+        return self._scope.__enter__()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        self._cancellable.detach(self)
+        handled = self._scope.__exit__(exc_type, exc, traceback)
+        if self._fired and self._scope.cancelled_caught:
+            raise OperationCancelled("the Cancellable of this operation fired") from None
+        return handled
+
+    def fire(self) -> None:
+        """Cancel the scope; :meth:`Cancellable.cancel` calls this, in any thread."""
+        self._fired = True
+        if self._run is _this_run():
+            self._scope.cancel()
+            return
+        # The run may end between the moment that cancel() saw this scope and now; then there
+        # is nothing left to cancel.
+        with suppress(trio.RunFinishedError):
+            self._run.run_sync_soon(self._scope.cancel)

@@ -1,0 +1,199 @@
+"""Every exception of the library.
+
+The rule of this file: a name says whose fault it is, each class also inherits the
+builtin or trio class that callers already catch, and each carries the number that Gio
+gives to the same situation, so that ported code can go on switching on it.
+
+Wrong arguments are plain ``TypeError`` and ``ValueError``, raised before anything
+happens; a descriptor that is closed already is ``OSError`` with ``EBADF``.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from typing import ClassVar
+
+import trio
+
+__all__ = [
+    "ConnectionBrokenError",
+    "ConnectionBusyError",
+    "ConnectionClosedError",
+    "DescriptorsRefusedError",
+    "DescriptorsTruncatedError",
+    "EndOfStreamError",
+    "IOErrorEnum",
+    "NotSupportedError",
+    "OperationCancelled",
+    "UnexpectedControlMessageError",
+    "UnexpectedDescriptorsError",
+    "UnixConnectionError",
+]
+
+
+class IOErrorEnum(enum.IntEnum):
+    """The error codes of Gio, with Gio's numbers.
+
+    Source: https://docs.gtk.org/gio/error.IOErrorEnum.html
+    """
+
+    FAILED = 0
+    NOT_FOUND = 1
+    EXISTS = 2
+    IS_DIRECTORY = 3
+    NOT_DIRECTORY = 4
+    NOT_EMPTY = 5
+    NOT_REGULAR_FILE = 6
+    NOT_SYMBOLIC_LINK = 7
+    NOT_MOUNTABLE_FILE = 8
+    FILENAME_TOO_LONG = 9
+    INVALID_FILENAME = 10
+    TOO_MANY_LINKS = 11
+    NO_SPACE = 12
+    INVALID_ARGUMENT = 13
+    PERMISSION_DENIED = 14
+    NOT_SUPPORTED = 15
+    NOT_MOUNTED = 16
+    ALREADY_MOUNTED = 17
+    CLOSED = 18
+    CANCELLED = 19
+    PENDING = 20
+    READ_ONLY = 21
+    CANT_CREATE_BACKUP = 22
+    WRONG_ETAG = 23
+    TIMED_OUT = 24
+    WOULD_RECURSE = 25
+    BUSY = 26
+    WOULD_BLOCK = 27
+    HOST_NOT_FOUND = 28
+    WOULD_MERGE = 29
+    FAILED_HANDLED = 30
+    TOO_MANY_OPEN_FILES = 31
+    NOT_INITIALIZED = 32
+    ADDRESS_IN_USE = 33
+    PARTIAL_INPUT = 34
+    INVALID_DATA = 35
+    DBUS_ERROR = 36
+    HOST_UNREACHABLE = 37
+    NETWORK_UNREACHABLE = 38
+    CONNECTION_REFUSED = 39
+    PROXY_FAILED = 40
+    PROXY_AUTH_FAILED = 41
+    PROXY_NEED_AUTH = 42
+    PROXY_NOT_ALLOWED = 43
+    BROKEN_PIPE = 44
+    CONNECTION_CLOSED = 44
+    NOT_CONNECTED = 45
+    MESSAGE_TOO_LARGE = 46
+    NO_SUCH_DEVICE = 47
+    DESTINATION_UNSET = 48
+
+
+class UnixConnectionError(Exception):
+    """Base of every error that this library defines.
+
+    Attributes:
+      code: what Gio calls this situation.
+    """
+
+    code: ClassVar[IOErrorEnum] = IOErrorEnum.FAILED
+
+
+class OperationCancelled(UnixConnectionError):
+    """A :class:`~trio_unixconn.Cancellable` fired.
+
+    Trio's own cancellation is never turned into this: it stays ``trio.Cancelled``.
+    """
+
+    code = IOErrorEnum.CANCELLED
+
+
+class ConnectionClosedError(UnixConnectionError, trio.ClosedResourceError):
+    """This side closed the connection, or sent its end of file, before the operation."""
+
+    code = IOErrorEnum.CLOSED
+
+
+class ConnectionBrokenError(UnixConnectionError, trio.BrokenResourceError):
+    """The peer is gone; ``__cause__`` is the ``OSError`` that said so."""
+
+    code = IOErrorEnum.BROKEN_PIPE
+
+
+class ConnectionBusyError(UnixConnectionError, trio.BusyResourceError):
+    """Another task uses the same direction of the connection at this moment."""
+
+    code = IOErrorEnum.PENDING
+
+
+class EndOfStreamError(UnixConnectionError, trio.EndOfChannel):
+    """The stream ended where a descriptor or credentials were due.
+
+    Gio calls this ``FAILED`` for credentials and reports no error at all for a descriptor.
+    """
+
+
+class UnexpectedControlMessageError(UnixConnectionError, ValueError):
+    """The peer sent another kind or number of control messages than was due.
+
+    Descriptors that came are closed. The connection is still in step: what was read is in
+    ``data``, and the next operation begins behind it.
+
+    Attributes:
+      data: the bytes that came with the message, at most what was asked for.
+    """
+
+    def __init__(self, message: str, data: bytes) -> None:
+        super().__init__(message, data)
+        self.data = data
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UnexpectedDescriptorsError(UnexpectedControlMessageError):
+    """Descriptors arrived in a plain read; they are closed, the bytes are in ``data``."""
+
+
+class DescriptorsTruncatedError(UnixConnectionError, OSError):
+    """The kernel dropped descriptors on their way in (``MSG_CTRUNC``).
+
+    Mostly the process has no free descriptor left (``RLIMIT_NOFILE``). The descriptors that
+    did arrive are closed, because a message with some of its descriptors has another
+    meaning than the whole message. The connection is still in step.
+
+    Attributes:
+      data: the bytes that came with the message.
+      arrived: how many descriptors did arrive.
+    """
+
+    code = IOErrorEnum.TOO_MANY_OPEN_FILES
+
+    def __init__(self, data: bytes, arrived: int) -> None:
+        super().__init__(errno.EMFILE, os.strerror(errno.EMFILE))
+        self.data = data
+        self.arrived = arrived
+
+    def __reduce__(self) -> tuple[type[DescriptorsTruncatedError], tuple[bytes, int]]:
+        return type(self), (self.data, self.arrived)
+
+    def __str__(self) -> str:
+        return (
+            f"descriptors were lost on arrival: {self.arrived} arrived and were closed, the others "
+            "found no free slot in this process; close descriptors or raise RLIMIT_NOFILE "
+            "(ulimit -n), then ask the peer to send again"
+        )
+
+
+class DescriptorsRefusedError(UnixConnectionError, PermissionError):
+    """The peer takes no descriptors (it set ``SO_PASSRIGHTS`` to 0); plain data still flows."""
+
+    code = IOErrorEnum.PERMISSION_DENIED
+
+
+class NotSupportedError(UnixConnectionError, NotImplementedError):
+    """This platform has no such socket, option or message."""
+
+    code = IOErrorEnum.NOT_SUPPORTED
