@@ -136,7 +136,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
           ValueError: not open, not a socket, or not a connected Unix stream socket.
           NotSupportedError: as the constructor.
         """
-        if not isinstance(fd, int) or isinstance(fd, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if type(fd) is not int:
             raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
         number = _control.descriptor_number(fd)
         try:
