@@ -1,0 +1,1 @@
+"""The demonstration behind ``trio-unixconn demo``: one process hands things to two others."""

@@ -1,0 +1,98 @@
+"""A worker of the demonstration: ``python -m trio_unixconn._demo.worker PATH``.
+
+The rule of this file: it knows nothing but what arrives on its socket, and every descriptor
+that arrives is closed before the answer goes out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from .._callbacks import AsyncResult, CallbackConnection, open_callback_adapter
+from .._listener import open_unix_listener
+from . import wire
+
+if TYPE_CHECKING:
+    from .._connection import UnixConnection
+    from .._credentials import Credentials
+
+
+async def read_to_the_end(connection: UnixConnection) -> None:
+    """Answer what stands behind the descriptor that comes next."""
+    fd = await connection.receive_fd()
+    try:
+        seen = await trio.to_thread.run_sync(wire.digest, fd, wire.plain_read)
+    finally:
+        os.close(fd)
+    await wire.send_answer(connection, attrs.asdict(seen))
+
+
+async def serve_one_request(connection: UnixConnection) -> None:
+    """Take over a TCP connection, answer one line on it, and close it."""
+    fd = await connection.receive_fd()
+    identity = wire.identity_of(fd)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    request = b""
+    async with stream:
+        while not request.endswith(b"\n"):
+            request += await stream.receive_some()
+        sha256 = hashlib.sha256(request).hexdigest()
+        await stream.send_all(sha256.encode())
+    await wire.send_answer(connection, attrs.asdict(wire.Seen(identity, len(request), sha256)))
+
+
+async def exchange_by_await(connection: UnixConnection) -> None:
+    """Receive the other side's credentials and send our own, awaiting each."""
+    theirs = await connection.receive_credentials()
+    await connection.send_credentials()
+    await wire.send_answer(connection, wire.ids(theirs))
+
+
+async def exchange_by_callback(connection: UnixConnection) -> None:
+    """Do the same in Gio's way: each step is begun by the callback of the one before."""
+    theirs: list[Credentials] = []
+
+    def on_received(gio: CallbackConnection, result: AsyncResult) -> None:
+        theirs.append(gio.receive_credentials_finish(result))
+        gio.send_credentials_async(None, on_sent)
+
+    def on_sent(gio: CallbackConnection, result: AsyncResult) -> None:
+        gio.send_credentials_finish(result)
+
+    async with open_callback_adapter() as adapter:
+        adapter.wrap(connection).receive_credentials_async(None, on_received)
+    await wire.send_answer(connection, wire.ids(theirs[0]))
+
+
+async def count(connection: UnixConnection) -> None:
+    """Answer how many descriptors this process has open."""
+    await wire.send_answer(connection, wire.count_descriptors())
+
+
+OPERATIONS = {
+    wire.FILE: read_to_the_end,
+    wire.TCP: serve_one_request,
+    wire.CREDENTIALS_BY_AWAIT: exchange_by_await,
+    wire.CREDENTIALS_BY_CALLBACK: exchange_by_callback,
+    wire.DESCRIPTORS: count,
+}
+
+
+async def main(path: str) -> None:
+    """Listen at ``path``, say so, and serve one connection until it ends."""
+    async with await open_unix_listener(path) as listener:
+        print("ready", flush=True)  # noqa: T201 - the starter waits for it
+        async with await listener.accept() as connection:
+            while request := await wire.receive_exactly_one(connection):
+                await OPERATIONS[request](connection)
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1])
