@@ -65,7 +65,7 @@ def demo(
     from ._demo import driver  # noqa: PLC0415 - --help needs none of it
 
     try:
-        files = driver.files_in(paths or sorted(Path(__file__).parent.rglob("*.py")))
+        files, problems = driver.files_in(paths or sorted(Path(__file__).parent.rglob("*.py")))
     except OSError as exc:
         _fail(f"{exc.filename}: {exc.strerror}", status=2)
     with Progress(
@@ -82,6 +82,7 @@ def demo(
             bar.update(task, completed=done, total=due)
 
         report = _run(files, on_progress)
+    report.skipped += problems
     if as_json:
         differences = report.differences()
         print(  # noqa: T201 - for machines

@@ -8,6 +8,7 @@ Sources: unix(7), https://docs.gtk.org/gio-unix/class.SocketAddress.html
 
 from __future__ import annotations
 
+import errno
 import os
 
 import attrs
@@ -82,3 +83,13 @@ class UnixSocketAddress:
         if self.get_is_abstract():
             return "@" + self.get_path()
         return self.get_path() or "unnamed"
+
+
+def named(exc: OSError, address: UnixSocketAddress) -> OSError:
+    """Return the error of a bind or connect with the name that it was about."""
+    # Python itself refuses a name that does not fit into sockaddr_un, without a number.
+    if exc.errno is None:
+        return OSError(
+            errno.ENAMETOOLONG, "too long for a socket's address (107 bytes on Linux)", str(address)
+        )
+    return OSError(exc.errno, exc.strerror, str(address))

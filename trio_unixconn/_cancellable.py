@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final
 
@@ -21,6 +21,10 @@ import attrs
 import trio
 
 from .errors import NotSupportedError, OperationCancelled
+
+if sys.version_info < (3, 11):
+    # A dependency of trio's there.
+    from exceptiongroup import ExceptionGroup
 
 _current: Final[contextvars.ContextVar[tuple[Cancellable, ...]]] = contextvars.ContextVar(
     "trio_unixconn.Cancellable", default=()
@@ -38,6 +42,19 @@ def _this_run() -> trio.lowlevel.TrioToken | None:
 class _Connected:
     callback: Callable[..., object]
     data: tuple[Any, ...]
+
+
+def _call_all(cancellable: Cancellable, callbacks: list[_Connected]) -> None:
+    errors: list[Exception] = []
+    for connected in callbacks:
+        try:
+            connected.callback(cancellable, *connected.data)
+        except Exception as exc:  # noqa: BLE001 - raised below
+            errors.append(exc)
+    if len(errors) > 1:
+        raise ExceptionGroup("callbacks of a Cancellable failed", errors)
+    if errors:
+        raise errors[0]
 
 
 class Cancellable:
@@ -67,9 +84,8 @@ class Cancellable:
     def cancel(self) -> None:
         """Fire: end every operation under this Cancellable. Firing twice changes nothing.
 
-        Connected callbacks run in the calling thread before this returns. When one raises,
-        the others still run, and then the last exception is raised with the earlier ones as
-        its context.
+        Connected callbacks run in the calling thread before this returns. When some raise,
+        the others still run; then the exception, or an ExceptionGroup of several, is raised.
         """
         with self._changed:
             if self._cancelled:
@@ -83,9 +99,7 @@ class Cancellable:
         try:
             for scope in scopes:
                 scope.fire()
-            with ExitStack() as stack:
-                for connected in reversed(callbacks):
-                    stack.callback(connected.callback, self, *connected.data)
+            _call_all(self, callbacks)
         finally:
             with self._changed:
                 self._running.remove(threading.get_ident())

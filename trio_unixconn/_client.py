@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from . import _kernel
-from ._address import UnixSocketAddress
+from ._address import UnixSocketAddress, named
 from ._connection import UnixConnection
 
 _FIRST_PAUSE: Final = 0.001
@@ -58,7 +58,7 @@ async def open_unix_connection(
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except OSError as exc:
-                raise OSError(exc.errno, exc.strerror, str(name)) from exc
+                raise named(exc, name) from exc
         return UnixConnection.from_stdlib_socket(sock)
     except BaseException:
         sock.close()

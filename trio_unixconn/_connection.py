@@ -294,6 +294,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         """Wait until there is room to send; as ``trio.SocketStream``."""
         self._begin_sending()
         try:
+            await checkpoint_if_cancelled()
             self._check_open()
             await wait_writable(self._raw)
         except _FAILURES as exc:
@@ -625,9 +626,7 @@ def _stdlib_socket_of(socket: trio.socket.SocketType) -> stdlib_socket.socket:
     # trio's closes it.
     raw: object = getattr(socket, "_sock", None)
     if not isinstance(raw, stdlib_socket.socket):
-        raise TypeError(
-            f"a trio socket on a real descriptor is due, not {type(socket).__name__} ({socket!r})"
-        )
+        raise TypeError(f"a trio socket on a real descriptor is due, not {type(socket).__name__}")
     return raw
 
 

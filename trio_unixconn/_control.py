@@ -166,12 +166,12 @@ def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
             (fds if kind == _SCM_RIGHTS else pidfds).extend(good)
         elif level == _SOL_SOCKET and _CREDENTIALS and kind == _CREDENTIALS.kind:
             try:
-                pid, uid, gid = LAYOUTS[_CREDENTIALS.layout].unpack(payload)
+                came = Credentials(*LAYOUTS[_CREDENTIALS.layout].unpack(payload))
             except ValueError:
                 others.append((level, kind))
             else:
-                if pid:
-                    found.append(Credentials(pid, uid, gid))
+                if came.pid:
+                    found.append(came)
         elif (level, kind) != (_SOL_SOCKET, _kernel.SCM_SECURITY):
             # A security label comes because this side asked for it (SO_PASSSEC), like a
             # pidfd (SO_PASSPIDFD): nothing that the peer did.

@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from . import _kernel
-from ._address import UnixSocketAddress
+from ._address import UnixSocketAddress, named
 from ._connection import UnixConnection
 from .errors import ConnectionClosedError
 
@@ -142,7 +142,7 @@ async def open_unix_listener(
         try:
             sock.bind(name.native)
         except OSError as exc:
-            raise OSError(exc.errno, exc.strerror, str(name)) from exc
+            raise named(exc, name) from exc
         bound = True
         # Between bind and listen nobody can connect (ECONNREFUSED), so the path is never
         # more open than it should be, and the process's umask is left alone.

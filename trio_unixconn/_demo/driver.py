@@ -6,6 +6,7 @@ report was measured in this run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -135,23 +136,31 @@ class Report:
         return lines
 
 
-def files_in(paths: Iterable[Path]) -> list[Path]:
+def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     """Return the regular files among ``paths`` and in the folders among them.
 
+    Returns:
+      The files, and a line for each folder that could not be read.
+
     Raises:
-      OSError: a path that does not exist.
+      OSError: a path that does not exist, or is neither a file nor a folder.
     """
     found: list[Path] = []
+    problems: list[str] = []
+
+    def on_error(exc: OSError) -> None:
+        problems.append(f"{exc.filename}: {exc.strerror}")
+
     for path in paths:
         if path.is_dir():
-            inside = (
-                Path(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)
-            )
-            found += (each for each in inside if stat.S_ISREG(each.lstat().st_mode))
-        else:
-            path.stat()
+            for folder, _, names in os.walk(path, onerror=on_error):
+                inside = (Path(folder, name) for name in sorted(names))
+                found += (each for each in inside if stat.S_ISREG(each.lstat().st_mode))
+        elif stat.S_ISREG(path.stat().st_mode):
             found.append(path)
-    return found
+        else:
+            raise OSError(errno.EINVAL, "neither a regular file nor a folder", str(path))
+    return found, problems
 
 
 async def run(files: list[Path], on_progress: Callable[[int, int], None]) -> Report:

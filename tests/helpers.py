@@ -1,0 +1,138 @@
+"""What the tests share: peers in processes of their own, and full sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from trio_unixconn import UnixConnection, connection_pair
+
+PEERS = Path(__file__).parent / "peers"
+
+
+@attrs.define
+class Peer:
+    """A process at the other end of :attr:`conn`."""
+
+    conn: UnixConnection
+    process: trio.Process
+    _buffer: bytes = b""
+
+    async def ask(self, do: str, **arguments: Any) -> Any:
+        """Have the peer do something and return its answer."""
+        await self.begin(do, **arguments)
+        return await self.answer()
+
+    async def begin(self, do: str, **arguments: Any) -> None:
+        """Have the peer begin to do something."""
+        assert self.process.stdin is not None
+        await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
+
+    async def answer(self) -> Any:
+        """Return the next answer."""
+        assert self.process.stdout is not None
+        with trio.fail_after(30):
+            while b"\n" not in self._buffer:
+                more = await self.process.stdout.receive_some()
+                assert more, "the peer died"
+                self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+
+@asynccontextmanager
+async def stdlib_peer() -> AsyncGenerator[Peer, None]:
+    """Start a peer of the standard library at the other end of a socketpair."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, str(PEERS / "stdlib_peer.py"), str(theirs.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with process.stdin, process.stdout, UnixConnection.from_stdlib_socket(ours) as conn:
+        try:
+            yield Peer(conn, process)
+        finally:
+            with trio.CancelScope(shield=True), trio.fail_after(30):
+                await process.stdin.aclose()
+                await process.wait()
+
+
+async def pair() -> tuple[UnixConnection, UnixConnection]:
+    """Make a pair, as trio's stream tests want it made."""
+    return connection_pair()
+
+
+def clog(conn: UnixConnection) -> int:
+    """Fill the way out of ``conn``; return how many bytes that took."""
+    sent = 0
+    while True:
+        try:
+            sent += conn._raw.send(b"." * 4096)
+        except BlockingIOError:
+            return sent
+
+
+async def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
+    """Make a pair of which neither end can send."""
+    one, two = connection_pair()
+    clog(one)
+    clog(two)
+    return one, two
+
+
+async def unclog(conn: UnixConnection, count: int) -> None:
+    """Receive what :func:`clog` sent to ``conn``."""
+    while count:
+        count -= len(await conn.receive_some(min(count, 65536)))
+
+
+@contextmanager
+def free_descriptors(count: int) -> Generator[None, None, None]:
+    """Let this process have only ``count`` more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    top = max(int(name) for name in os.listdir("/proc/self/fd")) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+def look(fd: int) -> dict[str, Any]:
+    """Describe an open file as the peers do."""
+    status = os.fstat(fd)
+    return {
+        "link": os.readlink(f"/proc/self/fd/{fd}"),
+        "identity": [status.st_dev, status.st_ino],
+        "mode": status.st_mode,
+    }
+
+
+def kind_of(fd: int) -> str:
+    """Return what kind of file this is, by stat(2)."""
+    return stat.filemode(os.fstat(fd).st_mode)[0]

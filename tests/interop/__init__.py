@@ -1,0 +1,1 @@
+"""Tests against the real GLib: a process of its own with PyGObject is at the other end."""

@@ -1,0 +1,279 @@
+"""Cancellation of each operation at each await: nothing lost, nothing leaked, still in step."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+from helpers import clog, unclog
+from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import Cancellable, OperationCancelled, UnixConnection, connection_pair
+
+RECEIVES = ["receive_fd", "receive_credentials"]
+SENDS = ["send_fd", "send_credentials"]
+
+Operation = Callable[["Cancellable | None"], Awaitable[Any]]
+
+
+def operation(conn: UnixConnection, name: str) -> Operation:
+    method = getattr(conn, name)
+    if name == "send_fd":
+        return lambda cancellable: method(0, cancellable)  # type: ignore[no-any-return]
+    return method  # type: ignore[no-any-return]
+
+
+async def expect_cancelled(run: Operation, cancellable: Cancellable) -> None:
+    with pytest.raises(OperationCancelled):
+        await run(cancellable)
+
+
+async def by_scope(run: Operation) -> None:
+    """A trio scope, cancelled by another task."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, None)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
+async def by_deadline(run: Operation) -> None:
+    """A trio deadline."""
+    with trio.move_on_after(10) as scope:
+        await run(None)
+    assert scope.cancelled_caught
+
+
+async def before_by_scope(run: Operation) -> None:
+    """A trio scope that was cancelled before."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await run(None)
+    assert scope.cancelled_caught
+
+
+async def by_another_task(run: Operation) -> None:
+    """A Cancellable, fired by another task."""
+    cancellable = Cancellable()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_cancelled, run, cancellable)
+        await wait_all_tasks_blocked()
+        cancellable.cancel()
+
+
+async def by_thread(run: Operation) -> None:
+    """A Cancellable, fired by a thread."""
+    cancellable = Cancellable()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_cancelled, run, cancellable)
+        await wait_all_tasks_blocked()
+        thread = threading.Thread(target=cancellable.cancel)
+        thread.start()
+    thread.join()
+
+
+async def before(run: Operation) -> None:
+    """A Cancellable that fired before, in the same task."""
+    cancellable = Cancellable()
+    cancellable.cancel()
+    with assert_checkpoints():
+        await expect_cancelled(run, cancellable)
+
+
+async def both_at_once(run: Operation) -> None:
+    """A Cancellable and a trio scope in the same tick: the outer, trio's, is what is seen."""
+    cancellable = Cancellable()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, cancellable)
+        await wait_all_tasks_blocked()
+        cancellable.cancel()
+        nursery.cancel_scope.cancel()
+
+
+WAYS = [
+    by_scope,
+    by_deadline,
+    before_by_scope,
+    by_another_task,
+    by_thread,
+    before,
+    both_at_once,
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", RECEIVES)
+async def test_receive(
+    name: str, way: Callable[[Operation], Awaitable[None]], autojump_clock: MockClock
+) -> None:
+    """A receive that is cancelled while nothing comes has read nothing and changed nothing."""
+    one, two = connection_pair()
+    async with one, two:
+        await way(operation(two, name))
+        await one.send_all(b"x")
+        assert await two.receive_some(1) == b"x"
+        await one.send_fd(0)
+        fd = await two.receive_fd()
+        assert os.path.sameopenfile(fd, 0)
+        os.close(fd)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SENDS)
+async def test_send(
+    name: str, way: Callable[[Operation], Awaitable[None]], autojump_clock: MockClock
+) -> None:
+    """A send that is cancelled while there is no room has sent nothing."""
+    one, two = connection_pair()
+    async with one, two:
+        count = clog(one)
+        await way(operation(one, name))
+        await unclog(two, count)
+        await one.send_all(b"x")
+        assert await two.receive_some() == b"x"
+
+
+@pytest.mark.parametrize("way", [before_by_scope, before])
+@pytest.mark.parametrize("name", SENDS + RECEIVES)
+async def test_cancelled_before_anything_happens(
+    name: str, way: Callable[[Operation], Awaitable[None]]
+) -> None:
+    """What is cancelled before it begins does not touch the socket, though it could at once."""
+    one, two = connection_pair()
+    async with one, two:
+        await two.send_fd(0)
+        await way(operation(one, name))
+        os.close(await one.receive_fd())
+        await one.send_all(b"x")
+        assert await two.receive_some() == b"x"
+
+
+@pytest.mark.parametrize("cancel", ["scope", "cancellable"])
+async def test_what_arrived_is_returned_at_once(cancel: str) -> None:
+    """A cancellation behind the kernel's answer, in the same tick, does not lose the descriptor."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    got: list[int] = []
+
+    async def receive(scope: trio.CancelScope) -> None:
+        with scope:
+            got.append(await two.receive_fd(cancellable))
+
+    async with one, two:
+        await one.send_fd(0)
+        scope = trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive, scope)
+
+            def fire(_: object) -> None:
+                cancellable.cancel() if cancel == "cancellable" else scope.cancel()
+
+            # Runs when receive_fd has begun and stands at its only scheduling point.
+            trio.lowlevel.add_instrument(After(two, fire))
+        assert cancellable.is_cancelled() or scope.cancel_called
+        assert len(got) == 1
+        os.close(got[0])
+
+
+class After(trio.abc.Instrument):
+    """Does something as soon as a task that receives from a connection has stepped."""
+
+    def __init__(self, conn: UnixConnection, do: Callable[[object], None]) -> None:
+        self.conn = conn
+        self.do = do
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Trio calls this."""
+        if self.conn._receiving:
+            self.do(task)
+            trio.lowlevel.remove_instrument(self)
+
+
+@pytest.mark.parametrize("cancel", ["scope", "cancellable"])
+@pytest.mark.parametrize("name", RECEIVES)
+async def test_what_arrives_as_it_is_cancelled(name: str, cancel: str) -> None:
+    """Arrival and cancellation in one tick: either it is returned, or it is there for the next."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    got: list[Any] = []
+
+    async def receive() -> None:
+        try:
+            got.append(await operation(two, name)(cancellable))
+        except OperationCancelled:
+            got.append(None)
+
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            if name == "receive_fd":
+                await one.send_fd(0)
+            else:
+                await one.send_credentials()
+            if cancel == "scope":
+                nursery.cancel_scope.cancel()
+            else:
+                cancellable.cancel()
+        if got in ([], [None]):
+            got = [await operation(two, name)(None)]
+        assert len(got) == 1
+        if name == "receive_fd":
+            os.close(got[0])
+
+
+class BeforeTheTasks(trio.abc.Instrument):
+    """Does something once, when the kernel has reported events and before a task sees them."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        trio.lowlevel.add_instrument(self)
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Trio calls this."""
+        trio.lowlevel.remove_instrument(self)
+        self.do()
+
+
+async def test_woken_for_nothing_to_receive() -> None:
+    """A receive that is woken for bytes which another reader took goes on waiting."""
+    one, two = connection_pair()
+    got: list[int] = []
+
+    async def receive() -> None:
+        got.append(await two.receive_fd())
+
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            one._raw.send(b"x")
+            BeforeTheTasks(lambda: two._raw.recv(1))
+            await wait_all_tasks_blocked()
+            assert got == []
+            await one.send_fd(0)
+        os.close(got[0])
+
+
+@pytest.mark.parametrize("name", ["send_fd", "send_all"])
+async def test_woken_without_room_to_send(name: str) -> None:
+    """A send that is woken for room which another writer took goes on waiting."""
+    one, two = connection_pair()
+    count = clog(one)
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(getattr(one, name), 0 if name == "send_fd" else b"x")
+            await wait_all_tasks_blocked()
+            while count:
+                count -= len(two._raw.recv(min(65536, count)))
+            counts: list[int] = []
+            BeforeTheTasks(lambda: counts.append(clog(one)))
+            await wait_all_tasks_blocked()
+            await unclog(two, counts[0])
+        if name == "send_fd":
+            os.close(await two.receive_fd())
+        else:
+            assert await two.receive_some() == b"x"

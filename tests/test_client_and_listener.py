@@ -1,0 +1,280 @@
+"""open_unix_connection and UnixListener."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import free_descriptors
+from trio.testing import assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    ConnectionClosedError,
+    UnixConnection,
+    UnixListener,
+    UnixSocketAddress,
+    open_unix_connection,
+    open_unix_listener,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("form", [str, os.fsencode, Path, UnixSocketAddress.path])
+async def test_every_form_of_a_path(path: Path, form: Any) -> None:
+    """A path may be text, bytes, a Path or an address."""
+    async with await open_unix_listener(form(path)) as listener:
+        with assert_checkpoints():
+            client = await open_unix_connection(form(path))
+        with assert_checkpoints():
+            server = await listener.accept()
+        async with client, server:
+            await client.send_fd(0)
+            os.close(await server.receive_fd())
+            assert listener.get_local_address().get_path() == str(path)
+    assert not path.exists()
+
+
+async def test_abstract_name() -> None:
+    """A name in the abstract namespace works and leaves no file."""
+    name = f"\0trio-unixconn-{os.getpid()}"
+    async with (
+        await open_unix_listener(name) as listener,
+        await open_unix_connection(UnixSocketAddress.abstract(name[1:])) as client,
+        await listener.accept() as server,
+    ):
+        assert listener.get_local_address().get_is_abstract()
+        assert server.get_local_address() == client.get_remote_address()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+async def test_mode(path: Path, mode: int) -> None:
+    """The path has the mode asked for, whatever the umask."""
+    async with await open_unix_listener(path, mode=mode):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+async def test_served_by_trio(path: Path) -> None:
+    """trio.serve_listeners serves it, and nursery.start works."""
+
+    async def handler(conn: UnixConnection) -> None:
+        assert isinstance(conn, UnixConnection)
+        async for data in conn:
+            await conn.send_all(data.upper())
+
+    listener = await open_unix_listener(path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, handler, [listener])
+        for text in (b"one", b"two"):
+            async with await open_unix_connection(path) as client:
+                await client.send_all(text)
+                assert await client.receive_some() == text.upper()
+        nursery.cancel_scope.cancel()
+
+
+async def test_closing(path: Path) -> None:
+    """Closing wakes who accepts, removes the path, and may be done twice."""
+    listener = await open_unix_listener(path)
+
+    async def accept() -> None:
+        with pytest.raises(ConnectionClosedError):
+            await listener.accept()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        await wait_all_tasks_blocked()
+        with assert_checkpoints():
+            await listener.aclose()
+    assert not path.exists()
+    await listener.aclose()
+    with pytest.raises(ConnectionClosedError):
+        await listener.accept()
+    with pytest.raises(ConnectionClosedError):
+        listener.get_local_address()
+
+
+async def test_path_removed_by_another(path: Path) -> None:
+    """A path that somebody else has removed is no error at closing."""
+    listener = await open_unix_listener(path)
+    path.unlink()
+    await listener.aclose()
+
+
+async def test_path_that_exists(path: Path) -> None:
+    """A path at which something exists is EADDRINUSE with its name, and is left alone."""
+    path.write_text("x")
+    with pytest.raises(OSError, match="Address already in use") as caught:
+        await open_unix_listener(path)
+    assert caught.value.errno == errno.EADDRINUSE
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "x"
+
+
+async def test_listener_that_cannot_be_made(path: Path) -> None:
+    """What fails behind bind takes the path away again and leaks nothing."""
+    with pytest.raises(OverflowError):
+        await open_unix_listener(path, mode=2**70)
+    assert not path.exists()
+
+
+async def test_no_free_descriptor(path: Path) -> None:
+    """Without free descriptors accept says EMFILE, as trio.serve_listeners expects."""
+    async with (
+        await open_unix_listener(path) as listener,
+        await open_unix_connection(path),
+    ):
+        with free_descriptors(0), pytest.raises(OSError, match="Too many open files") as caught:
+            await listener.accept()
+        assert caught.value.errno == errno.EMFILE
+        async with await listener.accept():
+            pass
+
+
+async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept passes over a connection that is gone, and returns the next."""
+    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
+        real, failures = listener.socket.accept, [OSError(errno.ECONNABORTED, "gone")]
+
+        async def accept() -> Any:
+            if failures:
+                raise failures.pop()
+            return await real()
+
+        monkeypatch.setattr(listener.socket, "accept", accept)
+        async with await listener.accept():
+            assert not failures
+
+
+async def test_accepted_by_a_listener_that_fails(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that cannot become a connection is closed."""
+    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
+
+        async def accept() -> Any:
+            return trio.socket.socket(socket.AF_INET), None
+
+        monkeypatch.setattr(listener.socket, "accept", accept)
+        with pytest.raises(ValueError, match="AF_INET"):
+            await listener.accept()
+
+
+async def test_client_that_left_before_it_was_accepted(path: Path) -> None:
+    """A connection whose client has gone is accepted, with what the client sent."""
+    async with await open_unix_listener(path) as listener:
+        async with await open_unix_connection(path) as client:
+            await client.send_fd(0)
+        async with await listener.accept() as server:
+            os.close(await server.receive_fd())
+            assert await server.receive_some() == b""
+
+
+async def test_wrong_sockets_for_a_listener(path: Path) -> None:
+    """What does not listen on a Unix stream socket is refused, and named."""
+    with pytest.raises(TypeError, match="a trio socket is due, not str"):
+        UnixListener("x")  # type: ignore[arg-type]
+    sock = trio.socket.socket(socket.AF_UNIX)
+    with sock, pytest.raises(ValueError, match="does not listen"):
+        UnixListener(sock)
+    with pytest.raises(ValueError, match="is closed"):
+        UnixListener(sock)
+    inet = trio.socket.socket(socket.AF_INET)
+    with inet, pytest.raises(ValueError, match="not <trio"):
+        UnixListener(inet)
+
+
+async def test_nobody_there(path: Path) -> None:
+    """Errors of connect have the path."""
+    with pytest.raises(FileNotFoundError) as missing:
+        await open_unix_connection(path)
+    assert missing.value.filename == str(path)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    with pytest.raises(ConnectionRefusedError) as refused:
+        await open_unix_connection(path)
+    assert refused.value.filename == str(path)
+
+
+@pytest.mark.parametrize("bad", ["", "a\0b", 3, None])
+async def test_no_address(bad: Any) -> None:
+    """What names no socket is refused at once."""
+    with pytest.raises((ValueError, TypeError)):
+        await open_unix_connection(bad)
+    with pytest.raises((ValueError, TypeError)):
+        await open_unix_listener(bad)
+
+
+async def test_path_too_long(tmp_path: Path) -> None:
+    """A path that does not fit into a socket's address is an OSError, and nothing is made."""
+    path = tmp_path / ("x" * 120)
+    with pytest.raises(OSError, match="too long"):
+        await open_unix_listener(path)
+    with pytest.raises(OSError, match="too long"):
+        await open_unix_connection(path)
+    assert not path.exists()
+
+
+async def test_full_backlog(path: Path) -> None:
+    """While the backlog is full a connect waits; what it returns is connected."""
+    async with await open_unix_listener(path, backlog=0) as listener:
+        clients: list[UnixConnection] = []
+
+        async def connect() -> None:
+            clients.append(await open_unix_connection(path))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(connect)
+            servers = [await listener.accept() for _ in range(5)]
+        for conn in clients + servers:
+            await conn.send_all(b"x")
+        for conn in clients + servers:
+            async with conn:
+                assert await conn.receive_some() == b"x"
+
+
+async def test_cancelled_while_the_backlog_is_full(path: Path) -> None:
+    """A connect that waits for room in the backlog can be cancelled, and leaks nothing."""
+    async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
+        with trio.move_on_after(0.02) as scope:
+            await open_unix_connection(path)
+        assert scope.cancelled_caught
+
+
+def test_process_umask_is_left_alone(path: Path) -> None:
+    """Another thread that makes files meanwhile sees the process's umask and no other."""
+    before = os.umask(0o027)
+    seen: set[int] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            file = path.with_suffix(".probe")
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777))
+            seen.add(stat.S_IMODE(file.stat().st_mode))
+            file.unlink()
+
+    async def main() -> None:
+        for _ in range(50):
+            async with await open_unix_listener(path):
+                pass
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        trio.run(main)
+    finally:
+        stop.set()
+        thread.join()
+        os.umask(before)
+    assert seen == {0o750}

@@ -1,0 +1,203 @@
+"""send_credentials, receive_credentials and get_peer_credentials, between processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+import trio
+from helpers import Peer, stdlib_peer
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import (
+    Credentials,
+    DescriptorsTruncatedError,
+    UnexpectedControlMessageError,
+    UnixConnection,
+    connection_pair,
+    open_unix_connection,
+    open_unix_listener,
+)
+
+OURS = [os.getpid(), os.geteuid(), os.getegid()]
+
+
+def passcred(conn: UnixConnection) -> int:
+    return conn.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+
+
+async def peers_own(peer: Peer) -> Credentials:
+    return Credentials(await peer.ask("pid"), os.geteuid(), os.getegid())
+
+
+async def test_sent() -> None:
+    """The peer gets our pid, uid and gid with exactly one NUL byte."""
+    async with stdlib_peer() as peer:
+        await peer.ask("passcred")
+        assert await peer.conn.send_credentials() is True
+        got = await peer.ask("receive", size=100)
+        assert got["credentials"] == OURS
+        assert (got["data"], got["messages"], got["fds"]) == ("00", 1, [])
+
+
+async def test_received_late() -> None:
+    """Credentials that were sent before we ask are received; SO_PASSCRED is off again."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[], credentials=True)
+        assert await peer.conn.receive_credentials() == await peers_own(peer)
+        assert passcred(peer.conn) == 0
+
+
+async def test_received_while_waiting() -> None:
+    """SO_PASSCRED is on while we wait, and off again when the credentials have come."""
+    async with stdlib_peer() as peer:
+        got: list[Credentials] = []
+
+        async def receive() -> None:
+            got.append(await peer.conn.receive_credentials())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            assert passcred(peer.conn) == 1
+            await peer.ask("send", kinds=[], credentials=True)
+        assert got == [await peers_own(peer)]
+        assert passcred(peer.conn) == 0
+
+
+async def test_option_that_was_on_stays_on() -> None:
+    """SO_PASSCRED is left on if it was on."""
+    async with stdlib_peer() as peer:
+        peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        await peer.ask("send", kinds=[], credentials=True)
+        await peer.conn.receive_credentials()
+        assert passcred(peer.conn) == 1
+
+
+async def test_only_one_byte_is_read() -> None:
+    """What follows the byte with the credentials stays in the stream."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[], credentials=True, data=b"\0rest".hex())
+        assert await peer.conn.receive_credentials() == await peers_own(peer)
+        assert await peer.conn.receive_some() == b"rest"
+
+
+async def test_a_byte_without_credentials() -> None:
+    """If a byte came without credentials, the answer is what the socket knows of its peer."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[], data=b"xy".hex())
+        # The pair was made in this process, and that is what the socket knows.
+        assert await peer.conn.receive_credentials() == Credentials(*OURS)
+        assert await peer.conn.receive_some() == b"y"
+
+
+@pytest.mark.parametrize("credentials", [False, True])
+async def test_a_descriptor_where_credentials_were_due(*, credentials: bool) -> None:
+    """A descriptor is an error, closed; the option is restored and the next message comes."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file"]], credentials=credentials)
+        await peer.ask("send", kinds=[], credentials=True)
+        with pytest.raises(UnexpectedControlMessageError, match="1 descriptor") as caught:
+            await peer.conn.receive_credentials()
+        assert caught.value.data == b"\0"
+        assert passcred(peer.conn) == 0
+        assert await peer.conn.receive_credentials() == await peers_own(peer)
+
+
+async def test_descriptors_lost_where_credentials_were_due() -> None:
+    """Descriptors for which there was no slot are DescriptorsTruncatedError here too."""
+    from helpers import free_descriptors  # noqa: PLC0415
+
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file"] * 3])
+        with free_descriptors(2), pytest.raises(DescriptorsTruncatedError) as caught:
+            await peer.conn.receive_credentials()
+        assert caught.value.arrived == 2
+
+
+async def test_closed_while_waiting_restores_the_option() -> None:
+    """Closing a connection that waits for credentials switches SO_PASSCRED off: others share it."""
+    one, two = connection_pair()
+    shared = one.socket.dup()
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await one.receive_credentials()
+
+    async with two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            await one.aclose()
+        assert shared.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 0
+        shared.close()
+
+
+async def test_cancelled_while_waiting_restores_the_option() -> None:
+    """A cancellation switches SO_PASSCRED off again."""
+    one, two = connection_pair()
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.receive_credentials)
+            await wait_all_tasks_blocked()
+            assert passcred(one) == 1
+            nursery.cancel_scope.cancel()
+        assert passcred(one) == 0
+
+
+CLIENT = """
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.recv(1)
+"""
+
+
+async def test_peer_of_a_real_connection(tmp_path: os.PathLike[str]) -> None:
+    """get_peer_credentials names the process that connected, and to it the one that listens."""
+    path = os.path.join(tmp_path, "s")
+    async with (
+        await open_unix_listener(path) as listener,
+        await open_unix_connection(path) as client,
+        await listener.accept(),
+    ):
+        assert client.get_peer_credentials() == Credentials()
+        process = await trio.lowlevel.open_process([sys.executable, "-c", CLIENT, path])
+        async with await listener.accept() as conn:
+            assert conn.get_peer_credentials() == Credentials(
+                process.pid, os.geteuid(), os.getegid()
+            )
+            await conn.send_all(b"x")
+        await process.wait()
+
+
+USER = """
+import os, trio
+from trio_unixconn import *
+
+async def main():
+    one, two = connection_pair()
+    if os.fork() == 0:
+        os.setgroups([])
+        os.setgid(1234)
+        os.setuid(2345)
+        print(os.getpid(), flush=True)
+        await one.send_credentials()
+        os._exit(0)
+    print(await two.receive_credentials(), flush=True)
+    os.wait()
+    await one.aclose()
+    await two.aclose()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user() -> None:
+    """Credentials of a process that became another user are that user's."""
+    done = await trio.run_process([sys.executable, "-c", USER], capture_stdout=True)
+    pid, seen = done.stdout.decode().splitlines()
+    assert seen == f"Credentials(pid={pid}, uid=2345, gid=1234)"

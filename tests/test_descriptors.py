@@ -1,0 +1,427 @@
+"""send_fd and receive_fd, between processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import clog, free_descriptors, look, stdlib_peer, unclog
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import (
+    DescriptorsRefusedError,
+    DescriptorsTruncatedError,
+    EndOfStreamError,
+    UnexpectedControlMessageError,
+    UnexpectedDescriptorsError,
+    connection_pair,
+)
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from stdlib_peer import open_kind
+
+KINDS = ["file", "pipe", "tcp", "unix", "listening", "memfd", "pidfd", "epoll"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_kind_is_sent(kind: str) -> None:
+    """The peer gets the same open file, with exactly one NUL byte and one control message."""
+    opened = open_kind(kind)
+    async with stdlib_peer() as peer:
+        assert await peer.conn.send_fd(opened[0]) is True
+        ours = look(opened[0])
+        for fd in opened:
+            os.close(fd)
+        got = await peer.ask("receive")
+        assert got["fds"] == [ours]
+        assert (got["data"], got["messages"], got["credentials"]) == ("00", 1, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_kind_is_received(kind: str) -> None:
+    """We get the same open file, close-on-exec."""
+    async with stdlib_peer() as peer:
+        (theirs,) = await peer.ask("send", kinds=[[kind]])
+        fd = await peer.conn.receive_fd()
+        try:
+            assert not os.get_inheritable(fd)
+            ours = look(fd)
+            # The link of a pidfd names no process, and one of an epoll no instance.
+            assert (ours["link"], ours["identity"]) == (theirs["link"], theirs["identity"])
+        finally:
+            os.close(fd)
+
+
+async def test_the_file_behind_a_descriptor() -> None:
+    """The peer reads the file to its end through what it received, its own name unknown."""
+    with tempfile.TemporaryFile() as file:
+        file.write(b"content")
+        file.seek(0)
+        async with stdlib_peer() as peer:
+            await peer.conn.send_fd(file)
+            assert bytes.fromhex(await peer.ask("read_behind")) == b"content"
+
+
+async def test_whatever_has_fileno() -> None:
+    """Files, sockets, trio's sockets and trio's files can be given as they are."""
+    one, two = connection_pair()
+    async with one, two:
+        with open(os.devnull) as file, socket.socket() as sock:
+            for each in (file, sock, trio.socket.from_stdlib_socket(sock), trio.wrap_file(file)):
+                await one.send_fd(each)
+                fd = await two.receive_fd()
+                assert os.path.sameopenfile(fd, each.fileno())
+                os.close(fd)
+
+
+class Liar:
+    """Something whose fileno() returns what it was told to."""
+
+    def __init__(self, number: Any) -> None:
+        self.number = number
+
+    def fileno(self) -> Any:
+        return self.number
+
+
+def closed_file() -> Any:
+    file = open(os.devnull)  # noqa: SIM115
+    file.close()
+    return file
+
+
+def closed_socket() -> socket.socket:
+    sock = socket.socket()
+    sock.close()
+    return sock
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "text"),
+    [
+        (-1, ValueError, "no descriptor has the number -1"),
+        (2**31, ValueError, "no descriptor has the number 2147483648"),
+        (True, TypeError, "not True"),
+        (False, TypeError, "not False"),
+        (1.0, TypeError, "not float"),
+        ("1", TypeError, "not str"),
+        (b"1", TypeError, "not bytes"),
+        (None, TypeError, "not NoneType"),
+        (object(), TypeError, "not object"),
+        (Liar("3"), TypeError, "not '3' as fileno()"),
+        (Liar(True), TypeError, "not True as fileno()"),
+        (Liar(-1), ValueError, "it is closed"),
+        (closed_file(), ValueError, "closed file"),
+        (closed_socket(), ValueError, "it is closed"),
+    ],
+)
+async def test_no_descriptor(bad: Any, error: type[Exception], text: str) -> None:
+    """What is no descriptor is refused before anything is sent."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises(error, match=text.replace("(", r"\(").replace(")", r"\)")):
+            await one.send_fd(bad)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_closed_descriptor() -> None:
+    """A closed descriptor is EBADF, nothing is sent, and the connection goes on."""
+    one, two = connection_pair()
+    async with one, two:
+        fd = os.open(os.devnull, os.O_RDONLY)
+        os.close(fd)
+        with pytest.raises(OSError, match="the descriptor to send is closed") as caught:
+            await one.send_fd(fd)
+        assert caught.value.errno == errno.EBADF
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_bytes_around_descriptors() -> None:
+    """Bytes before, between and behind descriptors arrive in order, each read for itself."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[], data=b"before".hex())
+        await peer.ask("send", kinds=[["file"]])
+        await peer.ask("send", kinds=[], data=b"between".hex())
+        await peer.ask("send", kinds=[["pipe"]], data=b"xy".hex())
+        await peer.ask("send", kinds=[], data=b"behind".hex())
+        assert await peer.conn.receive_some(6) == b"before"
+        os.close(await peer.conn.receive_fd())
+        assert await peer.conn.receive_some(7) == b"between"
+        os.close(await peer.conn.receive_fd())
+        assert await peer.conn.receive_some() == b"ybehind"
+
+
+async def test_a_thousand_in_a_row() -> None:
+    """Many descriptors arrive in the order in which they were sent."""
+    one, two = connection_pair()
+    count = 1000
+    got: list[int] = []
+
+    async def send() -> None:
+        for number in range(count):
+            fd = os.memfd_create("m")
+            os.ftruncate(fd, number)
+            await one.send_fd(fd)
+            os.close(fd)
+
+    async with one, two, trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        for _ in range(count):
+            fd = await two.receive_fd()
+            got.append(os.fstat(fd).st_size)
+            os.close(fd)
+    assert got == list(range(count))
+
+
+async def test_end_of_stream() -> None:
+    """The end of the stream, where a descriptor is due, is EndOfStreamError; each time."""
+    async with stdlib_peer() as peer:
+        await peer.ask("eof")
+        for passcred in (0, 1):
+            peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, passcred)
+            for receive in (peer.conn.receive_fd, peer.conn.receive_credentials):
+                with pytest.raises(EndOfStreamError, match="was due, but the peer has ended"):
+                    await receive()
+            assert await peer.conn.receive_some() == b""
+        await peer.conn.send_all(b"xx")
+        assert await peer.ask("plain_receive", size=2) == b"xx".hex()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "credentials", "passcred", "text"),
+    [
+        ([], False, 0, "b'\\x00' came with no control message"),
+        ([["file", "pipe"]], False, 0, "2 descriptors (closed)"),
+        ([["file"] * 253], False, 0, "253 descriptors (closed)"),
+        ([["file"], ["pipe"]], False, 0, "2 descriptors (closed)"),
+        ([], True, 0, "no control message"),
+        ([], True, 1, "came with credentials;"),
+        ([["file", "tcp"]], True, 1, "2 descriptors and credentials (closed)"),
+    ],
+)
+async def test_another_message_than_one_descriptor(
+    kinds: list[list[str]], *, credentials: bool, passcred: int, text: str
+) -> None:
+    """Anything but one descriptor is an error that says so; all is closed, the next one comes."""
+    async with stdlib_peer() as peer:
+        peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, passcred)
+        await peer.ask("send", kinds=kinds, credentials=credentials)
+        await peer.ask("send", kinds=[["file"]])
+        with pytest.raises(UnexpectedControlMessageError) as caught:
+            await peer.conn.receive_fd()
+        assert "one descriptor was due" in str(caught.value)
+        assert text in str(caught.value)
+        assert caught.value.data == b"\0"
+        os.close(await peer.conn.receive_fd())
+
+
+async def test_credentials_beside_a_descriptor() -> None:
+    """A receiver that has SO_PASSCRED on still receives descriptors, as the kernel adds to all."""
+    async with stdlib_peer() as peer:
+        peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        for credentials in (False, True):
+            await peer.ask("send", kinds=[["file"]], credentials=credentials)
+            os.close(await peer.conn.receive_fd())
+
+
+async def test_pidfd_beside_a_descriptor() -> None:
+    """A receiver that has SO_PASSPIDFD on gets its descriptor, and the pidfd is closed."""
+    async with stdlib_peer() as peer:
+        try:
+            peer.conn.setsockopt(socket.SOL_SOCKET, 76, 1)
+        except OSError:
+            pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+        (theirs,) = await peer.ask("send", kinds=[["file"]])
+        fd = await peer.conn.receive_fd()
+        assert look(fd)["identity"] == theirs["identity"]
+        os.close(fd)
+        await peer.ask("send", kinds=[], data="6162")
+        assert await peer.conn.receive_some() == b"ab"
+
+
+@pytest.mark.parametrize("passcred", [0, 1])
+async def test_descriptors_in_a_plain_read(passcred: int) -> None:
+    """A plain read that descriptors come with is an error with the bytes; the next read goes on."""
+    async with stdlib_peer() as peer:
+        peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, passcred)
+        await peer.ask("send", kinds=[["file", "pipe"]], data=b"hello".hex())
+        await peer.ask("send", kinds=[], data=b"next".hex())
+        with pytest.raises(UnexpectedDescriptorsError, match="2 descriptors") as caught:
+            await peer.conn.receive_some()
+        assert caught.value.data == b"hello"
+        assert await peer.conn.receive_some() == b"next"
+
+
+async def test_plain_read_with_credentials_on() -> None:
+    """With SO_PASSCRED on, plain bytes are plain bytes."""
+    async with stdlib_peer() as peer:
+        peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        await peer.ask("send", kinds=[], data=b"hello".hex())
+        assert await peer.conn.receive_some() == b"hello"
+
+
+async def test_peer_that_refuses_descriptors() -> None:
+    """SO_PASSRIGHTS off at the peer is DescriptorsRefusedError, and bytes still pass."""
+    async with stdlib_peer() as peer:
+        if not await peer.ask("refuse_descriptors"):
+            pytest.skip("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
+        with pytest.raises(DescriptorsRefusedError, match="takes no descriptors") as caught:
+            await peer.conn.send_fd(0)
+        assert caught.value.errno == errno.EPERM
+        await peer.conn.send_all(b"next")
+        assert await peer.ask("plain_receive", size=4) == b"next".hex()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+async def test_no_free_slot(free: int) -> None:
+    """A descriptor that finds no free slot is DescriptorsTruncatedError; the next one arrives."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file"] * 2])
+        await peer.ask("send", kinds=[["file"]], data=b"ab".hex())
+        await peer.ask("send", kinds=[["file"]])
+        with free_descriptors(free):
+            with pytest.raises(DescriptorsTruncatedError, match="RLIMIT_NOFILE") as caught:
+                await peer.conn.receive_fd()
+            assert (caught.value.arrived, caught.value.data) == (free, b"\0")
+            if not free:
+                with pytest.raises(UnexpectedDescriptorsError, match="no free slot") as plain:
+                    await peer.conn.receive_some()
+                assert plain.value.data == b"ab"
+        if free:
+            os.close(await peer.conn.receive_fd())
+            assert await peer.conn.receive_some(1) == b"b"
+        os.close(await peer.conn.receive_fd())
+
+
+async def test_the_callers_descriptor_may_be_closed_while_sending_waits() -> None:
+    """While send_fd waits for room, the number given may be closed and mean another file."""
+    one, two = connection_pair()
+    count = clog(one)
+    fd = os.memfd_create("right")
+    identity = os.fstat(fd).st_ino
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send_fd, fd)
+            await wait_all_tasks_blocked()
+            os.close(fd)
+            wrong = os.memfd_create("wrong")
+            assert wrong == fd
+            await unclog(two, count)
+        got = await two.receive_fd()
+        assert os.fstat(got).st_ino == identity
+        os.close(got)
+        os.close(wrong)
+
+
+async def test_no_descriptor_free_to_wait_with() -> None:
+    """Without a free slot for the duplicate, a send that must wait says so; nothing is sent."""
+    one, two = connection_pair()
+    count = clog(one)
+    async with one, two:
+        with free_descriptors(0):
+            with pytest.raises(OSError, match="no descriptor is free to hold") as caught:
+                await one.send_fd(0)
+        assert caught.value.errno == errno.EMFILE
+        await unclog(two, count)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+IN_FLIGHT = """
+import os, resource, trio
+from trio_unixconn import connection_pair
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    keep, kept = connection_pair()
+    fill = 0
+    with trio.move_on_after(0.5):
+        while True:
+            await keep.send_fd(0)
+            fill += 1
+    assert 30 < fill < 60, fill
+    one, two = connection_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send_fd, 0)
+        await trio.testing.wait_all_tasks_blocked()
+        begin = os.times()
+        with trio.move_on_after(0.5):
+            assert await two.receive_some(1) and False, "it was sent although too many fly"
+        cpu = sum(os.times()[:2]) - sum(begin[:2])
+        assert cpu < 0.25, cpu
+        for _ in range(fill):
+            os.close(await kept.receive_fd())
+        os.close(await two.receive_fd())
+    for conn in (keep, kept, one, two):
+        await conn.aclose()
+    print("done")
+
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+import trio.testing
+trio.run(main)
+"""
+
+
+async def test_too_many_in_flight() -> None:
+    """When too many of a user's descriptors wait unread, a send waits, and does not spin."""
+    # Only an unprivileged user has that limit, so root's test runs in a process of nobody's,
+    # which must be able to read the package.
+    done = await trio.run_process(
+        [sys.executable, "-c", IN_FLIGHT], capture_stdout=True, capture_stderr=True, check=False
+    )
+    if b"ModuleNotFoundError" in done.stderr or b"PermissionError" in done.stderr:
+        pytest.skip("the user nobody cannot read this Python")
+    assert done.stdout == b"done\n", done.stderr.decode()
+
+
+KEYBOARD_INTERRUPT = """
+import os, signal, trio
+from trio_unixconn import connection_pair
+
+class Interrupting:
+    "A socket at which somebody presses control-C right behind each receive."
+    def __init__(self, sock):
+        self.sock = sock
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+    def recvmsg(self, *arguments):
+        received = self.sock.recvmsg(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return received
+
+async def main():
+    one, two = connection_pair()
+    await one.send_fd(0)
+    two._raw = Interrupting(two._raw)
+    fd = await two.receive_fd()
+    print("received", os.path.sameopenfile(fd, 0), flush=True)
+    await trio.lowlevel.checkpoint()
+
+trio.run(main)
+"""
+
+
+async def test_keyboard_interrupt_loses_nothing() -> None:
+    """Control-C right behind the kernel's answer comes after the descriptor was returned."""
+    done = await trio.run_process(
+        [sys.executable, "-W", "ignore", "-c", KEYBOARD_INTERRUPT],
+        stdin=subprocess.DEVNULL,
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    assert done.stdout == b"received True\n"
+    assert b"KeyboardInterrupt" in done.stderr

@@ -1,0 +1,121 @@
+"""The layer map of the design holds: imports point down only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import trio_unixconn
+
+PACKAGE = Path(trio_unixconn.__file__).parent
+
+# From the top to the bottom; a room may import what stands below it. Files of one folder are
+# one room, whose own order stands in FOLDERS.
+LAYERS = [
+    "__init__",
+    "__main__",
+    "_demo",
+    "_listener",
+    "_client",
+    "_callbacks",
+    "_connection",
+    "_control",
+    "_cancellable",
+    "_address",
+    "_credentials",
+    "_kernel",
+    "errors",
+]
+FOLDERS = {"_demo": ["driver", "worker", "wire", "__init__"]}
+
+
+def modules() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = path
+    return found
+
+
+def imports_of(name: str, path: Path) -> set[str]:
+    """Return the project's modules that a module imports, by their names in the package."""
+    folder = name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "trio_unixconn":
+                    found.add(alias.name.removeprefix("trio_unixconn").lstrip(".") or "__init__")
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = folder[: len(folder) - node.level + 1]
+            elif node.module and node.module.split(".")[0] == "trio_unixconn":
+                base = []
+                node.module = node.module.removeprefix("trio_unixconn").lstrip(".") or None
+            else:
+                continue
+            if node.module:
+                found.add(".".join([*base, node.module]))
+            else:
+                for alias in node.names:
+                    target = [*base, alias.name]
+                    there = PACKAGE.joinpath(*target)
+                    is_module = there.with_suffix(".py").exists() or there.is_dir()
+                    found.add(".".join(target) if is_module else ".".join([*base, "__init__"]))
+    return found
+
+
+def rank(name: str) -> tuple[int, int]:
+    room, _, file = name.partition(".")
+    return LAYERS.index(room), FOLDERS[room].index(file or "__init__") if room in FOLDERS else 0
+
+
+def test_every_room_is_on_the_map() -> None:
+    """No file stands outside of the layer map, and the map names no file that is not there."""
+    rooms = {name.partition(".")[0] for name in modules()}
+    assert rooms == set(LAYERS)
+    for folder, files in FOLDERS.items():
+        assert {p.stem for p in (PACKAGE / folder).glob("*.py")} == set(files)
+
+
+def test_imports_point_down() -> None:
+    """A room imports only rooms below it, also in TYPE_CHECKING blocks and functions."""
+    upward = [
+        f"{name} imports {imported}"
+        for name, path in modules().items()
+        for imported in imports_of(name, path)
+        if rank(imported) <= rank(name)
+    ]
+    assert upward == []
+
+
+def test_nobody_imports_the_package_root() -> None:
+    """No module imports trio_unixconn itself, which would make a circle."""
+    assert [name for name, path in modules().items() if "__init__" in imports_of(name, path)] == []
+
+
+def test_an_upward_import_would_be_seen(tmp_path: Path) -> None:
+    """The check itself can fail: it sees every form of import."""
+    module = tmp_path / "_kernel.py"
+    module.write_text(
+        "from ._connection import UnixConnection\nfrom . import _control\n"
+        "import trio_unixconn._listener\nfrom trio_unixconn import errors\n"
+        "from . import connection_pair\nimport os\nfrom pathlib import Path\n"
+    )
+    assert imports_of("_kernel", module) == {
+        "_connection",
+        "_control",
+        "_listener",
+        "errors",
+        "__init__",
+    }
+
+
+def test_only_the_connection_talks_to_the_kernel_about_messages() -> None:
+    """Nothing but _connection calls sendmsg or recvmsg."""
+    callers = {
+        name
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in {"sendmsg", "recvmsg", "recvmsg_into"}
+    }
+    assert callers == {"_connection"}
