@@ -49,13 +49,11 @@ async def test_all_pairs() -> None:
             ("receive_credentials", [], Credentials()),
             ("send_fd", [0], True),
             ("receive_fd", [], None),
-            ("close", [], True),
+            ("close", [0], True),
         ]:
             calls = Calls()
             async with open_callback_adapter() as adapter:
                 gio = adapter.wrap(two if name.startswith("receive") else one)
-                if name == "close":
-                    arguments = [0]
                 begin = getattr(gio, f"{name}_async")
                 assert begin(*arguments, None, calls, "user", "data") is None
                 assert calls == []
@@ -118,7 +116,7 @@ async def test_error() -> None:
 
 
 async def test_finished_wrongly() -> None:
-    """A foreign result, the wrong *_finish and no result at all are refused; the right one works."""
+    """A foreign result, the wrong *_finish and no result are refused; the right one works."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two, open_callback_adapter() as adapter:
@@ -381,6 +379,11 @@ async def test_no_descriptor(bad: Any) -> None:
             adapter.wrap(one).send_fd_async(bad, None, None)
 
 
+def drop(calls: Calls) -> None:
+    calls.clear()
+    gc.collect()
+
+
 async def test_result_that_nobody_finishes() -> None:
     """A descriptor in a result that nobody finishes is closed, with a ResourceWarning."""
     one, two = connection_pair()
@@ -389,9 +392,8 @@ async def test_result_that_nobody_finishes() -> None:
         async with open_callback_adapter() as adapter:
             await two.send_fd(0)
             adapter.wrap(one).receive_fd_async(None, calls)
-        with pytest.warns(ResourceWarning, match=r"nobody finished a result of receive_fd_async"):
-            calls.clear()
-            gc.collect()
+        with pytest.warns(ResourceWarning, match="nobody finished a result of receive_fd_async"):
+            drop(calls)
 
 
 async def test_no_callback() -> None:

@@ -23,7 +23,7 @@ Operation = Callable[["Cancellable | None"], Awaitable[Any]]
 def operation(conn: UnixConnection, name: str) -> Operation:
     method = getattr(conn, name)
     if name == "send_fd":
-        return lambda cancellable: method(0, cancellable)  # type: ignore[no-any-return]
+        return lambda cancellable: method(0, cancellable)
     return method  # type: ignore[no-any-return]
 
 

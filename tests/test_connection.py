@@ -423,7 +423,7 @@ async def test_no_socket_at_all(bad: Any) -> None:
     """What is no socket is a TypeError that names it."""
     with pytest.raises(TypeError, match="a trio socket is due"):
         UnixConnection(bad)
-    with pytest.raises(TypeError, match="a socket.socket is due"):
+    with pytest.raises(TypeError, match=r"a socket\.socket is due"):
         UnixConnection.from_stdlib_socket(bad)
 
 
@@ -433,7 +433,7 @@ async def test_the_two_kinds_of_socket_confused() -> None:
     with left, right:
         with pytest.raises(TypeError, match="a trio socket is due, not socket"):
             UnixConnection(left)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="a socket.socket is due"):
+        with pytest.raises(TypeError, match=r"a socket\.socket is due"):
             UnixConnection.from_stdlib_socket(trio.socket.from_stdlib_socket(right))  # type: ignore[arg-type]
 
 

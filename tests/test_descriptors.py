@@ -328,9 +328,11 @@ async def test_no_descriptor_free_to_wait_with() -> None:
     one, two = connection_pair()
     count = clog(one)
     async with one, two:
-        with free_descriptors(0):
-            with pytest.raises(OSError, match="no descriptor is free to hold") as caught:
-                await one.send_fd(0)
+        with (
+            free_descriptors(0),
+            pytest.raises(OSError, match="no descriptor is free to hold") as caught,
+        ):
+            await one.send_fd(0)
         assert caught.value.errno == errno.EMFILE
         await unclog(two, count)
         await one.send_all(b"next")

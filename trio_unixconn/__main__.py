@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import attrs
@@ -103,7 +102,7 @@ def _run(files: list[Path], on_progress: Callable[[int, int], None]) -> Report:
     try:
         return trio.run(driver.run, files, on_progress)
     except Exception as exc:
-        expected = (OSError, EOFError, ValueError, trio.TooSlowError, CalledProcessError)
+        expected = (OSError, EOFError, ValueError, trio.TooSlowError)
         causes = list(_causes(exc))
         if not all(isinstance(cause, expected) for cause in causes):
             raise

@@ -521,7 +521,9 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
     def _lend_passcred(self) -> None:
         option = _kernel.SO_PASSCRED
-        if option is not None and not self._raw.getsockopt(_kernel.SOL_SOCKET, option):
+        if option is None or _kernel.SCM_CREDENTIALS is None:
+            return
+        if not self._raw.getsockopt(_kernel.SOL_SOCKET, option):
             self._raw.setsockopt(_kernel.SOL_SOCKET, option, 1)
             self._passcred_lent = True
 

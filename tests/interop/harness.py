@@ -7,15 +7,22 @@ import os
 import socket
 import subprocess
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 import trio
 
+from interop.peers.open_files import described, opened
 from trio_unixconn import (
+    AsyncResult,
+    Cancellable,
+    Credentials,
     UnixConnection,
+    open_callback_adapter,
+    open_unix_connection,
+    open_unix_listener,
 )
 
 # The one that has Debian's PyGObject, whichever Python runs the tests.
@@ -83,17 +90,18 @@ class GLibPeer:
 
 @asynccontextmanager
 async def started_peer(theirs: socket.socket | None = None) -> AsyncGenerator[GLibPeer, None]:
-    """Start GLib, with ``theirs`` as its connection; at the end it must leave in peace."""
-    fds = [] if theirs is None else [theirs.fileno()]
-    process = await trio.lowlevel.open_process(
-        # Not what the environment says about Python: that is meant for another Python.
-        [SYSTEM_PYTHON, "-E", "-s", str(PEER), *map(str, fds)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=fds,
-        # A call that GLib forbids must not pass for one that did nothing.
-        env={**os.environ, "G_DEBUG": "fatal-criticals"},
-    )
+    """Start GLib, and give it ``theirs`` as its connection; at the end it must leave in peace."""
+    with theirs or nullcontext():
+        fds = [] if theirs is None else [theirs.fileno()]
+        process = await trio.lowlevel.open_process(
+            # What the environment says about Python is meant for another Python.
+            [SYSTEM_PYTHON, "-E", "-s", str(PEER), *map(str, fds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=fds,
+            # A call that GLib forbids must not pass for one that did nothing.
+            env={**os.environ, "G_DEBUG": "fatal-criticals"},
+        )
     assert process.stdin is not None
     assert process.stdout is not None
     async with process.stdin, process.stdout:
@@ -112,10 +120,100 @@ async def started_peer(theirs: socket.socket | None = None) -> AsyncGenerator[GL
 async def connected(
     tmp_path: Path, way: str = "socketpair"
 ) -> AsyncGenerator[tuple[UnixConnection, GLibPeer], None]:
-    """Connect to GLib in one of the :data:`WAYS`."""
-    if way == "socketpair":
-        ours, theirs = socket.socketpair()
-        async with UnixConnection.from_stdlib_socket(ours) as conn:
-            with theirs:
-                starting = started_peer(theirs)
-                peer = await starting.__aenter__()
+    """Connect to GLib in one of the :data:`WAYS`; whoever hangs in it fails."""
+    with trio.fail_after(60):
+        if way == "socketpair":
+            ours, theirs = socket.socketpair()
+            async with (
+                UnixConnection.from_stdlib_socket(ours) as conn,
+                started_peer(theirs) as peer,
+            ):
+                yield conn, peer
+        else:
+            async with started_peer() as peer, await _meet(peer, way, tmp_path / "s") as conn:
+                yield conn, peer
+
+
+async def _meet(peer: GLibPeer, way: str, path: Path) -> UnixConnection:
+    if way == "GLib connects":
+        async with await open_unix_listener(path) as listener:
+            assert await peer.ask("connect", path=str(path)) == "GUnixConnection"
+            return await listener.accept()
+    await peer.ask("listen", path=str(path), service=way == "GLib serves")
+    conn = await open_unix_connection(path)
+    assert await peer.ask("accept") == "GUnixConnection"
+    return conn
+
+
+async def operate(
+    form: str,
+    conn: UnixConnection,
+    operation: str,
+    *arguments: Any,
+    cancellable: Cancellable | None = None,
+) -> Any:
+    """Do one of our operations in one of the forms :data:`OURS`."""
+    if form == "await":
+        return await getattr(conn, operation)(*arguments, cancellable)
+    results: list[AsyncResult] = []
+    async with open_callback_adapter() as adapter:
+        wrapped = adapter.wrap(conn)
+        begin = getattr(wrapped, f"{operation}_async")
+        begin(*arguments, cancellable, lambda _source, result: results.append(result))
+    (result,) = results
+    return getattr(wrapped, f"{operation}_finish")(result)
+
+
+async def receive_exactly(conn: UnixConnection, size: int) -> bytes:
+    """Receive ``size`` plain bytes."""
+    data = b""
+    while len(data) < size:
+        more = await conn.receive_some(size - len(data))
+        assert more, f"the stream ended behind {len(data)} of {size} bytes"
+        data += more
+    return data
+
+
+async def receive_described(conn: UnixConnection, form: str = "await") -> dict[str, Any]:
+    """Receive a descriptor, and say what it is."""
+    fd = await operate(form, conn, "receive_fd")
+    try:
+        return described(fd)
+    finally:
+        os.close(fd)
+
+
+async def in_step(conn: UnixConnection, peer: GLibPeer) -> None:
+    """The next operation of each kind works, in both directions."""
+    await peer.ask("send_fd", content="next")
+    assert (await receive_described(conn))["content"] == b"next0".hex()
+    await peer.ask("send_credentials")
+    assert (await conn.receive_credentials()).pid == peer.process.pid
+    await peer.ask("write", data=b"bytes".hex())
+    assert await receive_exactly(conn, 5) == b"bytes"
+    await ours_in_step(conn, peer)
+
+
+async def ours_in_step(conn: UnixConnection, peer: GLibPeer) -> None:
+    """The next operation of each kind works, from us to GLib."""
+    with opened("unix", b"next") as fd:
+        assert await conn.send_fd(fd)
+    assert (await peer.ask("receive_fd"))["content"] == b"next".hex()
+    assert await conn.send_credentials()
+    assert (await peer.ask("receive_credentials"))["pid"] == os.getpid()
+    await conn.send_all(b"bytes")
+    assert await peer.ask("read", size=5) == b"bytes".hex()
+
+
+def passcred(conn: UnixConnection) -> int:
+    """Return SO_PASSCRED of our end."""
+    return conn.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+
+
+def as_json(credentials: Credentials) -> dict[str, Any]:
+    """Return what the peer says of the same credentials."""
+    return {
+        "string": credentials.to_string(),
+        "pid": credentials.get_unix_pid(),
+        "uid": credentials.get_unix_user(),
+    }

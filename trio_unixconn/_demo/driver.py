@@ -217,7 +217,7 @@ async def one_worker(
     command = [sys.executable, "-m", "trio_unixconn._demo.worker", path]
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
-            partial(trio.run_process, command, stdout=subprocess.PIPE)
+            partial(trio.run_process, command, stdout=subprocess.PIPE, check=False)
         )
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         async with process.stdout:
@@ -231,6 +231,11 @@ async def one_worker(
                 raise EOFError(f"worker {number} ended before it listened at {path}")
             async with await open_unix_connection(path) as connection:
                 await everything(number, connection, process.pid, files, report, progress)
+            # The connection is closed, which is a worker's word to end.
+            with trio.fail_after(wire.SECONDS_TO_ANSWER):
+                status = await process.wait()
+            if status:
+                raise ChildProcessError(f"worker {number} ended with exit status {status}")
 
 
 async def everything(

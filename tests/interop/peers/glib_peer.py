@@ -4,7 +4,8 @@ Run as ``/usr/bin/python3 glib_peer.py [FD]``, where FD is a connected Unix sock
 process inherited. Commands come on stdin, one JSON object a line: ``{"do": name, ...}`` with
 the arguments of the method ``do_name`` below. Each is answered on stdout by one line,
 ``{"result": ...}`` or ``{"error": message, "code": number of GLib's}``. With
-``"announce": true`` a line ``{"begun": name}`` comes first, right before the call of GLib.
+``"announce": true`` a line ``{"begun": name}`` comes first, right before the call of GLib,
+and with ``"cancelled": true`` GLib is given a Gio.Cancellable that has fired already.
 The command ``cancel`` is answered by nothing; it cancels the command sent last.
 
 Commands with a ``form`` do the same thing in two ways: "blocking", and "async", which is
@@ -78,7 +79,7 @@ class Peer:
         self.connection = client.connect(Gio.UnixSocketAddress.new(path), self.cancellable)
         return type(self.connection).__gtype__.name
 
-    def do_listen(self, path: str, service: bool = False) -> None:  # noqa: FBT001, FBT002
+    def do_listen(self, path: str, service: bool = False) -> None:
         self.listener = Gio.SocketService.new() if service else Gio.SocketListener.new()
         address = Gio.UnixSocketAddress.new(path)
         self.listener.add_address(address, Gio.SocketType.STREAM, Gio.SocketProtocol.DEFAULT, None)
@@ -163,10 +164,9 @@ class Peer:
     # Bytes, and messages of any make
     ################################################################
 
-    def do_write(self, data: str) -> None:
+    def do_write(self, data: str, times: int = 1) -> None:
         stream = self.connection.get_output_stream()
-        sent = stream.write_bytes(GLib.Bytes.new(bytes.fromhex(data)), self.cancellable)
-        assert sent == len(data) // 2
+        stream.write_all(bytes.fromhex(data) * times, self.cancellable)
 
     def do_read(self, size: int) -> str:
         """Read until there are ``size`` bytes, or the end of the stream."""
@@ -194,7 +194,7 @@ class Peer:
         first.cancel()
         stream.read_bytes_finish(results[0])
 
-    def do_send_message(self, data: str, fds: int = 0, credentials: bool = False) -> int:  # noqa: FBT001, FBT002
+    def do_send_message(self, data: str, fds: int = 0, credentials: bool = False) -> int:
         """Send one message with any control messages."""
         with ExitStack() as stack:
             messages = []
@@ -252,7 +252,7 @@ class Peer:
     def do_set_option(self, level: int, option: int, value: int) -> bool:
         return self.socket.set_option(level, option, value)
 
-    def do_shutdown(self, read: bool = False, write: bool = True) -> bool:  # noqa: FBT001, FBT002
+    def do_shutdown(self, read: bool = False, write: bool = True) -> bool:
         return self.socket.shutdown(read, write)
 
     def do_close(self) -> bool:
@@ -285,6 +285,8 @@ class Peer:
     def perform(self, command: dict[str, Any], cancellable: Gio.Cancellable) -> None:
         do = command.pop("do")
         announced = command.pop("announce", False)
+        if command.pop("cancelled", False):
+            cancellable.cancel()
         self.cancellable = cancellable
         self.announce = (lambda: answer({"begun": do})) if announced else (lambda: None)
         try:
@@ -305,7 +307,7 @@ def as_json(credentials: Gio.Credentials) -> dict[str, Any]:
 
 
 def answer(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)  # noqa: T201 - this is how it answers
+    print(json.dumps(line), flush=True)
 
 
 def read_commands(commands: queue.SimpleQueue) -> None:

@@ -1,0 +1,68 @@
+"""How the documentation is built: ``sphinx-build -W -n -b html docs <where>``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, os.path.abspath(".."))
+
+import trio_unixconn
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "trio_unixconn"
+author = "The trio_unixconn developers"
+copyright = author
+version = release = trio_unixconn.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinxcontrib_trio",
+]
+nitpicky = True
+nitpick_ignore = [
+    # Type aliases that exist for type checkers only; reference/index.md says what they are.
+    ("py:class", "FileDescriptor"),
+    ("py:class", "Buffer"),
+    ("py:class", "AsyncReadyCallback"),
+    # What Cancellable.scope() returns: used in a with statement, never named.
+    ("py:class", "trio_unixconn._cancellable.CancellableScope"),
+]
+html_theme = "furo"
+html_title = "trio_unixconn"
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+
+# Objects of these classes come from the library, so how they are made is not shown.
+_MADE_BY_THE_LIBRARY = {
+    f"trio_unixconn.{name}" for name in ("AsyncResult", "CallbackAdapter", "CallbackConnection")
+}
+_OTHER_PROJECTS = ("trio.", "collections.abc.", "os.", "socket.")
+
+
+def _hide_constructor(
+    _app: Sphinx, _what: str, name: str, _obj: object, _options: object, *signature: str | None
+) -> tuple[str | None, str | None]:
+    return ("", None) if name in _MADE_BY_THE_LIBRARY else (signature[0], signature[1])
+
+
+def _leave_as_text(
+    _app: Sphinx, _env: BuildEnvironment, node: pending_xref, text: Element
+) -> Element | None:
+    """Show the names of other projects without a link: the build fetches no inventories."""
+    return text if node.get("reftarget", "").startswith(_OTHER_PROJECTS) else None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the two functions above."""
+    app.connect("autodoc-process-signature", _hide_constructor)
+    app.connect("missing-reference", _leave_as_text)
