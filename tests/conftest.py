@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 
 def open_descriptors() -> dict[int, str]:
@@ -30,3 +31,8 @@ def fd_leak_guard() -> Iterator[None]:
         # What a reference circle still holds (a traceback, say) is not leaked.
         gc.collect()
     assert open_descriptors() == before
+
+
+# Whether a machine is slow is nothing that a test should say.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
+import pytest
 import trio
 
 from interop.peers.open_files import described, opened
@@ -32,6 +33,21 @@ PEER: Final = Path(__file__).parent / "peers" / "glib_peer.py"
 OURS: Final = ("await", "callback")
 GLIBS: Final = ("blocking", "async")
 WAYS: Final = ("socketpair", "GLib connects", "GLib listens", "GLib serves")
+
+
+def require_glib(python: str = SYSTEM_PYTHON) -> None:
+    """Skip without PyGObject; where the whole suite must run (CI), fail."""
+    probe = "import gi; gi.require_version('Gio', '2.0'); from gi.repository import Gio"
+    try:
+        subprocess.run([python, "-c", probe], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        reason = (
+            f"{python} has no PyGObject ({exc}); on Debian and Ubuntu install the packages "
+            "python3-gi and gir1.2-glib-2.0"
+        )
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @attrs.define
@@ -217,3 +233,8 @@ def as_json(credentials: Credentials) -> dict[str, Any]:
         "pid": credentials.get_unix_pid(),
         "uid": credentials.get_unix_user(),
     }
+
+
+def set_passcred(conn: UnixConnection, value: int) -> None:
+    """Set SO_PASSCRED of our end."""
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, value)

@@ -21,6 +21,7 @@ from interop.harness import (
     operate,
     receive_described,
     receive_exactly,
+    require_glib,
 )
 from interop.peers.open_files import KINDS, opened
 from trio_unixconn import (
@@ -94,21 +95,20 @@ async def test_receive_credentials(tmp_path: Path, way: str, form: str, glib: st
 @glibs
 async def test_we_wait_for_glib(tmp_path: Path, form: str, glib: str) -> None:
     """What GLib sends while we wait already ends the wait."""
-    async with connected(tmp_path) as (conn, peer), trio.open_nursery() as nursery:
+    async with connected(tmp_path) as (conn, peer):
         received: list[Any] = []
 
-        async def receive() -> None:
+        async def receive_both() -> None:
             received.append(await receive_described(conn, form))
             received.append(await operate(form, conn, "receive_credentials"))
 
-        nursery.start_soon(receive)
-        await trio.testing.wait_all_tasks_blocked()
-        assert received == []
-        await peer.ask("send_fd", form=glib, content="late")
-        await trio.testing.wait_all_tasks_blocked()
-        assert [here["content"] for here in received] == [b"late0".hex()]
-        await peer.ask("send_credentials", form=glib)
-        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_both)
+            await trio.testing.wait_all_tasks_blocked()
+            assert received == []
+            await peer.ask("send_fd", form=glib, content="late")
+            await peer.ask("send_credentials", form=glib)
+        assert received[0]["content"] == b"late0".hex()
         assert received[1].pid == peer.process.pid
 
 
@@ -303,3 +303,15 @@ async def test_error_numbers(tmp_path: Path) -> None:
     assert len(theirs) >= 48
     assert theirs.items() <= mine.items()
     assert all(mine[name] > max(theirs.values()) for name in mine.keys() - theirs.keys())
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python3", "/bin/false"])
+def test_without_glib(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PyGObject these tests are skipped, but fail in CI, and say what to install."""
+    packages = "python3-gi and gir1.2-glib-2.0"
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=packages):
+        require_glib(python)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=packages):
+        require_glib(python)

@@ -183,15 +183,19 @@ class Peer:
     def do_read_twice(self) -> None:
         """Begin to read while a read is pending; raises what GLib says to the second."""
         stream = self.connection.get_input_stream()
+        priority = GLib.PRIORITY_DEFAULT
         first = Gio.Cancellable()
         results = []
-        stream.read_bytes_async(1, GLib.PRIORITY_DEFAULT, first, lambda *_: None)
-        in_main_loop(
-            lambda ready: stream.read_bytes_async(
-                1, GLib.PRIORITY_DEFAULT, None, lambda _, result: ready(results.append(result))
-            )
-        )
-        first.cancel()
+
+        def begin_both(ready: Callable[..., None]) -> None:
+            stream.read_bytes_async(1, priority, first, ready)
+            stream.read_bytes_async(1, priority, None, second)
+
+        def second(_: object, result: Gio.AsyncResult) -> None:
+            results.append(result)
+            first.cancel()
+
+        in_main_loop(begin_both)
         stream.read_bytes_finish(results[0])
 
     def do_send_message(self, data: str, fds: int = 0, credentials: bool = False) -> int:

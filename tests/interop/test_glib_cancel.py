@@ -1,0 +1,203 @@
+"""Waiting for GLib, and GLib waiting for us, given up: nothing is lost and all goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from interop.harness import (
+    GLIBS,
+    OURS,
+    connected,
+    in_step,
+    operate,
+    ours_in_step,
+    passcred,
+    receive_described,
+    set_passcred,
+)
+from interop.peers.open_files import described, opened
+from trio_unixconn import (
+    AsyncResult,
+    Cancellable,
+    IOErrorEnum,
+    OperationCancelled,
+    UnixConnection,
+    open_callback_adapter,
+)
+
+ours = pytest.mark.parametrize("form", OURS)
+glibs = pytest.mark.parametrize("glib", GLIBS)
+dues = pytest.mark.parametrize("due", ["receive_fd", "receive_credentials"])
+befores = pytest.mark.parametrize("before", [0, 1])
+
+
+def while_waiting(due: str, before: int) -> int:
+    """Return what SO_PASSCRED is while an operation waits: on for credentials."""
+    return 1 if due == "receive_credentials" else before
+
+
+@ours
+@dues
+@befores
+async def test_cancellable_from_a_thread(tmp_path: Path, form: str, due: str, before: int) -> None:
+    """A Cancellable fired in another thread ends our wait for a silent GLib."""
+    cancellable = Cancellable()
+    async with connected(tmp_path) as (conn, peer):
+        set_passcred(conn, before)
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(OperationCancelled) as caught:
+                    await operate(form, conn, due, cancellable=cancellable)
+                assert caught.value.code == IOErrorEnum.CANCELLED
+
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            assert passcred(conn) == while_waiting(due, before)
+            await trio.to_thread.run_sync(cancellable.cancel)
+        assert passcred(conn) == before
+        await in_step(conn, peer)
+
+
+@ours
+@dues
+@befores
+async def test_trio_scope(tmp_path: Path, form: str, due: str, before: int) -> None:
+    """A trio scope ends our wait for a silent GLib, and it stays trio's cancellation."""
+    async with connected(tmp_path) as (conn, peer):
+        set_passcred(conn, before)
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def receive() -> None:
+                with scope:
+                    await operate(form, conn, due)
+
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            assert passcred(conn) == while_waiting(due, before)
+            scope.cancel()
+        assert scope.cancelled_caught
+        assert passcred(conn) == before
+        await in_step(conn, peer)
+
+
+@dues
+@befores
+async def test_cancel_pending(tmp_path: Path, due: str, before: int) -> None:
+    """cancel_pending() of the callback form, in a thread, ends our wait for a silent GLib."""
+    async with connected(tmp_path) as (conn, peer):
+        set_passcred(conn, before)
+        results: list[AsyncResult] = []
+        async with open_callback_adapter() as adapter:
+            wrapped = adapter.wrap(conn)
+            begin = getattr(wrapped, f"{due}_async")
+            begin(None, lambda _source, result: results.append(result))
+            await trio.testing.wait_all_tasks_blocked()
+            assert passcred(conn) == while_waiting(due, before)
+            await trio.to_thread.run_sync(adapter.cancel_pending)
+        (result,) = results
+        with pytest.raises(OperationCancelled):
+            getattr(wrapped, f"{due}_finish")(result)
+        assert passcred(conn) == before
+        await in_step(conn, peer)
+
+
+@glibs
+@dues
+async def test_glib_gives_up(tmp_path: Path, glib: str, due: str) -> None:
+    """GLib's wait for us ended by a Gio.Cancellable has our code, and nothing is lost."""
+    async with connected(tmp_path) as (conn, peer):
+        # There a main loop waits for the descriptor, and GLib's call comes only after that.
+        watched = glib == "async" and due == "receive_fd"
+        await peer.begin(due, form=glib, announce=not watched)
+        await peer.cancel()
+        assert await peer.error_code() == OperationCancelled.code
+        await in_step(conn, peer)
+
+
+@ours
+@pytest.mark.parametrize("operation", ["send_fd", "send_credentials"])
+async def test_we_give_up_sending(tmp_path: Path, form: str, operation: str) -> None:
+    """What we gave up sending to a GLib that does not read never arrives."""
+    cancellable = Cancellable()
+    async with connected(tmp_path) as (conn, peer):
+        filled = fill(conn)
+        with opened("pipe", b"") as fd:
+            arguments: list[Any] = [fd] if operation == "send_fd" else []
+
+            async def send() -> None:
+                with pytest.raises(OperationCancelled):
+                    await operate(form, conn, operation, *arguments, cancellable=cancellable)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.to_thread.run_sync(cancellable.cancel)
+        there = bytes.fromhex(await peer.ask("read", size=filled))
+        assert (len(there), set(there)) == (filled, {ord(".")})
+        await in_step(conn, peer)
+
+
+async def test_we_wait_for_room(tmp_path: Path) -> None:
+    """A send that waits for GLib to read arrives behind the bytes that were in its way."""
+    async with connected(tmp_path) as (conn, peer):
+        filled = fill(conn)
+        async with trio.open_nursery() as nursery:
+            with opened("pipe", b"hello") as fd:
+                nursery.start_soon(conn.send_fd, fd)
+                await trio.testing.wait_all_tasks_blocked()
+            # The descriptor was closed meanwhile; it is a duplicate that waits.
+            assert len(await peer.ask("read", size=filled)) == 2 * filled
+            assert (await peer.ask("receive_fd"))["content"] == b"hello".hex()
+        await ours_in_step(conn, peer)
+
+
+@ours
+async def test_cancellation_races_with_arrival(tmp_path: Path, form: str) -> None:
+    """Whatever a Cancellable and a descriptor of GLib's do at once, the descriptor comes."""
+    received: list[str] = []
+    async with connected(tmp_path) as (conn, peer):
+
+        async def receive(cancellable: Cancellable) -> None:
+            try:
+                fd = await operate(form, conn, "receive_fd", cancellable=cancellable)
+            except OperationCancelled:
+                return
+            try:
+                received.append(described(fd)["content"])
+            finally:
+                os.close(fd)
+
+        for number in range(50):
+            cancellable = Cancellable()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive, cancellable)
+                await trio.testing.wait_all_tasks_blocked()
+                await peer.begin("send_fd", content=f"{number} ")
+                # By turns it has arrived by then, and is on its way.
+                if number % 2:
+                    await peer.result()
+                await trio.to_thread.run_sync(cancellable.cancel)
+            if not number % 2:
+                await peer.result()
+            if len(received) == number:
+                received.append((await receive_described(conn))["content"])
+        assert received == [f"{number} 0".encode().hex() for number in range(50)]
+        await in_step(conn, peer)
+
+
+def fill(conn: UnixConnection) -> int:
+    """Send until the socket takes no more; return how many bytes that took."""
+    filled = 0
+    while True:
+        try:
+            filled += conn._raw.send(b"." * 4096)
+        except BlockingIOError:
+            return filled
