@@ -110,6 +110,50 @@ async def test_path_removed_by_another(path: Path) -> None:
     await listener.aclose()
 
 
+async def test_path_taken_by_another(path: Path) -> None:
+    """Closing leaves alone what somebody else has put at the path since."""
+    first = await open_unix_listener(path)
+    path.unlink()
+    async with await open_unix_listener(path):
+        await first.aclose()
+        assert path.exists()
+        async with await open_unix_connection(path):
+            pass
+    assert not path.exists()
+
+
+async def test_path_relative_to_another_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is removed also after the process went to another folder."""
+    below = path.parent / "below"
+    below.mkdir()
+    (below / path.name).write_text("")
+    monkeypatch.chdir(path.parent)
+    async with await open_unix_listener(path.name):
+        monkeypatch.chdir(below)
+    assert not path.exists()
+    assert (below / path.name).exists()
+
+
+async def test_path_that_cannot_be_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the path cannot be removed, the error comes out, and the socket is closed."""
+    listener = await open_unix_listener(path)
+
+    def fail(_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.raises(PermissionError):
+        await listener.aclose()
+    assert listener.socket.fileno() == -1
+
+
+async def test_no_name() -> None:
+    """An unnamed address is refused by both."""
+    for use in (open_unix_listener, open_unix_connection):
+        with pytest.raises(ValueError, match="name"):
+            await use(UnixSocketAddress())
+
+
 async def test_path_that_exists(path: Path) -> None:
     """A path at which something exists is EADDRINUSE with its name, and is left alone."""
     path.write_text("x")

@@ -174,30 +174,25 @@ async def test_peer_of_a_real_connection(tmp_path: os.PathLike[str]) -> None:
 
 
 USER = """
-import os, trio
-from trio_unixconn import *
-
-async def main():
-    one, two = connection_pair()
-    if os.fork() == 0:
-        os.setgroups([])
-        os.setgid(1234)
-        os.setuid(2345)
-        print(os.getpid(), flush=True)
-        await one.send_credentials()
-        os._exit(0)
-    print(await two.receive_credentials(), flush=True)
-    os.wait()
-    await one.aclose()
-    await two.aclose()
-
-trio.run(main)
+import os, socket, struct, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+os.setgroups([])
+os.setgid(1234)
+os.setuid(2345)
+ids = struct.pack("iII", os.getpid(), 2345, 1234)
+sock.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, ids)])
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_another_user() -> None:
     """Credentials of a process that became another user are that user's."""
-    done = await trio.run_process([sys.executable, "-c", USER], capture_stdout=True)
-    pid, seen = done.stdout.decode().splitlines()
-    assert seen == f"Credentials(pid={pid}, uid=2345, gid=1234)"
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", USER, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
+    async with UnixConnection.from_stdlib_socket(ours) as conn:
+        with trio.fail_after(30):
+            assert await conn.receive_credentials() == Credentials(process.pid, 2345, 1234)
+            await process.wait()

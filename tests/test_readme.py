@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"^## (.*?)\n\n```python\n(.*?)^```$", README, re.S | re.M)
+EXAMPLES = re.findall(r"^## (.*?)\n\n```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def test_the_two_commands_come_first() -> None:
     """The first two blocks are the commands: the demonstration, and the tests."""
-    kinds = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.S | re.M)
+    kinds = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert [kind for kind, _ in kinds[:3]] == ["console", "console", "python"]
     assert kinds[0][1].splitlines()[-1].endswith("trio-unixconn demo")
     assert "nox -s tests" in kinds[1][1]
@@ -28,7 +28,7 @@ def test_example(title: str, code: str) -> None:
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
-    expected = re.findall(r"print\(.*\)  # (.*)$", code, re.M)
+    expected = re.findall(r"print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert expected
     assert sorted(done.stdout.splitlines()) == sorted(expected)
 

@@ -6,14 +6,19 @@ Open files, sockets and proof of identity from one process to another on the sam
 
 from ._address import UnixSocketAddress as UnixSocketAddress
 from ._callbacks import (
+    AsyncReadyCallback as AsyncReadyCallback,
     AsyncResult as AsyncResult,
     CallbackAdapter as CallbackAdapter,
     CallbackConnection as CallbackConnection,
     open_callback_adapter as open_callback_adapter,
 )
-from ._cancellable import Cancellable as Cancellable
+from ._cancellable import Cancellable as Cancellable, CancellableScope as CancellableScope
 from ._client import open_unix_connection as open_unix_connection
-from ._connection import UnixConnection as UnixConnection, connection_pair as connection_pair
+from ._connection import (
+    FileDescriptor as FileDescriptor,
+    UnixConnection as UnixConnection,
+    connection_pair as connection_pair,
+)
 from ._credentials import Credentials as Credentials
 from ._listener import UnixListener as UnixListener, open_unix_listener as open_unix_listener
 from .errors import (
@@ -34,10 +39,12 @@ from .errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncReadyCallback",
     "AsyncResult",
     "CallbackAdapter",
     "CallbackConnection",
     "Cancellable",
+    "CancellableScope",
     "ConnectionBrokenError",
     "ConnectionBusyError",
     "ConnectionClosedError",
@@ -45,6 +52,7 @@ __all__ = [
     "DescriptorsRefusedError",
     "DescriptorsTruncatedError",
     "EndOfStreamError",
+    "FileDescriptor",
     "IOErrorEnum",
     "NotSupportedError",
     "OperationCancelled",

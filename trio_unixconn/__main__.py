@@ -24,13 +24,13 @@ try:
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
-except ImportError as exc:
+except ImportError as _exc:
     raise SystemExit(
-        f"trio-unixconn: the command line needs the extra 'cli' ({exc}); "
+        f"trio-unixconn: the command line needs the extra 'cli' ({_exc}); "
         "install it with: pip install 'trio_unixconn[cli]'"
-    ) from exc
+    ) from _exc
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="trio-unixconn",
     help="Pass open files, sockets and proof of identity between processes.",
     no_args_is_help=True,

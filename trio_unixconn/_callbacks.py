@@ -252,11 +252,15 @@ async def open_callback_adapter() -> AsyncGenerator[CallbackAdapter, None]:
 class CallbackConnection:
     """A connection in callback form; made by :meth:`CallbackAdapter.wrap`.
 
-    It has the methods of ``Gio.UnixConnection`` under Gio's names. ``*_async`` methods may be
-    called in any thread, return None at once, and later call ``callback(source, result,
-    *user_data)`` in the trio thread, exactly once, also when the operation failed or was
-    cancelled; the callback calls the matching ``*_finish`` for the value, or to have the
-    error raised. Without a callback the operation runs and its result is dropped.
+    It has the methods of ``Gio.UnixConnection`` under Gio's names. ``*_async`` methods return
+    None at once, and later ``callback(source, result, *user_data)`` is called in the trio
+    thread, exactly once, also when the operation failed or was cancelled; it calls the
+    matching ``*_finish`` for the value, or to have the error raised. Without a callback the
+    operation runs and its result is dropped.
+
+    ``*_async`` may be called in any thread. In the trio thread the callback never runs before
+    ``*_async`` has returned; another thread may still be on its way out of it, because the
+    two run at the same time.
 
     Attributes:
       connection: the :class:`UnixConnection` beneath.

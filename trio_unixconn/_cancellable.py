@@ -26,7 +26,7 @@ if sys.version_info < (3, 11):
     # A dependency of trio's there.
     from exceptiongroup import ExceptionGroup
 
-_current: Final[contextvars.ContextVar[tuple[Cancellable, ...]]] = contextvars.ContextVar(
+_current: Final = contextvars.ContextVar["tuple[Cancellable, ...]"](
     "trio_unixconn.Cancellable", default=()
 )
 
@@ -60,9 +60,9 @@ def _call_all(cancellable: Cancellable, callbacks: list[_Connected]) -> None:
 class Cancellable:
     """A switch that ends operations, as ``Gio.Cancellable``.
 
-    Pass one to any operation of this library, or run any trio code under :meth:`scope`. One
-    Cancellable may serve many operations, tasks and trio runs at once. Every method may be
-    called from any thread, except that scopes belong to trio tasks.
+    Pass one to the operations that take a ``cancellable``, or run any trio code under
+    :meth:`scope`. One Cancellable may serve many operations, tasks and trio runs at once.
+    Every method may be called from any thread, except that scopes belong to trio tasks.
 
     What the kernel has already done is not undone: an operation that has its result when the
     Cancellable fires returns that result.

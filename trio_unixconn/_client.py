@@ -45,6 +45,8 @@ async def open_unix_connection(
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
+    if name.get_is_anonymous():
+        raise ValueError("nobody can be connected to without a name: a path or an abstract name")
     await trio.lowlevel.checkpoint()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     try:

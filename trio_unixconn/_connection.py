@@ -29,6 +29,7 @@ from trio.lowlevel import (
 
 from . import _control, _kernel
 from ._address import UnixSocketAddress
+from ._control import FileDescriptor as FileDescriptor  # noqa: TC001 - exported
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
 from .errors import (
     ConnectionBrokenError,
@@ -41,7 +42,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from ._cancellable import Cancellable
-    from ._control import ControlMessage, FileDescriptor, Received
+    from ._control import ControlMessage, Received
 
     Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -86,9 +87,10 @@ class UnixConnection(trio.abc.HalfCloseableStream):
       ValueError: another family or type, closed, listening, or not connected.
       NotSupportedError: the platform has no Unix sockets.
 
-    All async methods are checkpoints, also when they fail. A cancellation either happens
-    before anything was sent or received, or is put off until after the method has returned
-    its result. One task at a time may send, and one receive.
+    All async methods are checkpoints, also when the kernel says no; wrong arguments and a busy
+    direction are told at once. A cancellation either happens before anything was sent or
+    received, or is put off until after the method has returned its result; only
+    :meth:`send_all` may have sent a part. One task at a time may send, and one receive.
 
     All of them can raise, besides what each names: :class:`ConnectionClosedError` (this side
     closed the connection), :class:`ConnectionBrokenError` (the peer is gone),
@@ -102,7 +104,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
     def __init__(self, socket: trio.socket.SocketType) -> None:
         self._raw = _stdlib_socket_of(socket)
         _check_connected(self._raw)
-        self.socket = socket
+        self.socket: trio.socket.SocketType = socket
         self._sending = False
         self._receiving = False
         # Whether SO_PASSCRED is on only for a receive_credentials() that is under way.

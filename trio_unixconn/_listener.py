@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import socket as stdlib_socket
-from contextlib import suppress
 from typing import Final
 
 import trio
@@ -32,7 +31,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     Args:
       socket: a bound, listening ``AF_UNIX``, ``SOCK_STREAM`` trio socket. The listener owns it
         from now on; if this raises, the caller still does.
-      unlink: a path to remove when the listener is closed.
+      unlink: a path to remove when the listener is closed, if it is still this socket's.
 
     Attributes:
       socket: that trio socket.
@@ -57,8 +56,12 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         option = _kernel.SO_ACCEPTCONN
         if option is not None and not socket.getsockopt(_kernel.SOL_SOCKET, option):
             raise ValueError(f"{due}, but this socket does not listen; call listen() first")
-        self.socket = socket
-        self._unlink = unlink
+        self.socket: trio.socket.SocketType = socket
+        self._path: bytes | None = None
+        if unlink is not None:
+            # The working folder may be another one when the listener is closed.
+            self._path = os.path.abspath(os.fsencode(unlink))
+            self._identity = _identity(self._path)
 
     def get_local_address(self) -> UnixSocketAddress:
         """Return the name that this listens at.
@@ -101,12 +104,22 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     async def aclose(self) -> None:
         """Close the listener and remove its path; closing twice is allowed."""
         if self.socket.fileno() != -1:
-            # First the path: once the socket is closed, another server may have taken it.
-            if self._unlink is not None:
-                with suppress(FileNotFoundError):
-                    os.unlink(self._unlink)
-            self.socket.close()
+            # First the path: once the socket is closed, another server may have taken it, and
+            # its inode may be the same number again.
+            try:
+                if self._path is not None and _identity(self._path) == self._identity:
+                    os.unlink(self._path)
+            finally:
+                self.socket.close()
         await trio.lowlevel.checkpoint()
+
+
+def _identity(path: bytes) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 async def open_unix_listener(
@@ -134,6 +147,8 @@ async def open_unix_listener(
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
+    if name.get_is_anonymous():
+        raise ValueError("a listener needs a name: a path or an abstract name")
     await trio.lowlevel.checkpoint()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     path = None if name.get_is_abstract() else name.native

@@ -17,6 +17,7 @@ from interop.harness import (
     connected,
     in_step,
     operate,
+    ours_in_step,
     passcred,
     set_passcred,
 )
@@ -110,9 +111,8 @@ async def test_passcred_is_what_it_was(tmp_path: Path, form: str, before: int, d
         else:
             await operate(form, conn, "receive_credentials")
         assert passcred(conn) == before
-        if do != "shutdown":
-            await in_step(conn, peer)
-            assert passcred(conn) == before
+        await (ours_in_step if do == "shutdown" else in_step)(conn, peer)
+        assert passcred(conn) == before
 
 
 @glibs

@@ -1,0 +1,79 @@
+"""The public types as users meet them. Read by the type checkers, never run."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import trio
+from typing_extensions import assert_type
+
+from trio_unixconn import (
+    AsyncResult,
+    CallbackAdapter,
+    CallbackConnection,
+    Cancellable,
+    Credentials,
+    IOErrorEnum,
+    OperationCancelled,
+    UnixConnection,
+    UnixListener,
+    UnixSocketAddress,
+    connection_pair,
+    open_callback_adapter,
+    open_unix_connection,
+    open_unix_listener,
+)
+
+
+async def connection(conn: UnixConnection, cancellable: Cancellable) -> None:
+    assert_type(await conn.send_fd(3), bool)
+    assert_type(await conn.send_fd(socket.socket(), cancellable), bool)
+    assert_type(await conn.send_fd(conn.socket), bool)
+    with Path("x").open() as file:
+        await conn.send_fd(file)
+    await conn.send_fd("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(await conn.receive_fd(cancellable), int)
+    assert_type(await conn.send_credentials(cancellable), bool)
+    assert_type(await conn.receive_credentials(), Credentials)
+    assert_type(conn.get_peer_credentials(), Credentials)
+    assert_type(conn.get_local_address(), UnixSocketAddress)
+    assert_type(await conn.receive_some(10), bytes)
+    assert_type(conn.getsockopt(1, 2), int)
+    assert_type(conn.getsockopt(1, 2, 3), bytes)
+    assert_type(UnixConnection.from_fd(3), UnixConnection)
+    assert_type(connection_pair(), tuple[UnixConnection, UnixConnection])
+    stream: trio.abc.HalfCloseableStream = conn
+    await stream.send_eof()
+
+
+async def serve(conn: UnixConnection) -> None:
+    await conn.aclose()
+
+
+async def listening() -> None:
+    listener = await open_unix_listener(Path("x"), mode=0o600, backlog=5)
+    assert_type(listener, UnixListener)
+    assert_type(await listener.accept(), UnixConnection)
+    assert_type(await open_unix_connection(b"x"), UnixConnection)
+    await open_unix_connection(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await trio.serve_listeners(serve, [listener])
+
+
+def on_ready(source: CallbackConnection, result: AsyncResult) -> None:
+    assert_type(source.receive_fd_finish(result), int)
+    assert_type(source.receive_credentials_finish(result), Credentials)
+
+
+async def callbacks(conn: UnixConnection) -> None:
+    async with open_callback_adapter() as adapter:
+        assert_type(adapter, CallbackAdapter)
+        gio = adapter.wrap(conn)
+        gio.receive_fd_async(None, on_ready)
+
+
+async def cancelling(cancellable: Cancellable) -> None:
+    with cancellable.scope() as scope:
+        assert_type(scope, trio.CancelScope)
+    assert_type(Cancellable.get_current(), Cancellable | None)
+    assert_type(OperationCancelled("").code, IOErrorEnum)
