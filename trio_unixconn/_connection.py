@@ -29,7 +29,7 @@ from trio.lowlevel import (
 
 from . import _control, _kernel
 from ._address import UnixSocketAddress
-from ._control import FileDescriptor as FileDescriptor  # noqa: TC001 - exported
+from ._control import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
 from .errors import (
     ConnectionBrokenError,
