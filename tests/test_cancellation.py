@@ -187,7 +187,7 @@ class After(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """Trio calls this."""
-        if self.conn._receiving:
+        if self.conn._transport.receiving:
             self.do(task)
             trio.lowlevel.remove_instrument(self)
 
@@ -250,8 +250,8 @@ async def test_woken_for_nothing_to_receive() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive)
             await wait_all_tasks_blocked()
-            one._raw.send(b"x")
-            BeforeTheTasks(lambda: two._raw.recv(1))
+            one._transport.raw.send(b"x")
+            BeforeTheTasks(lambda: two._transport.raw.recv(1))
             await wait_all_tasks_blocked()
             assert got == []
             await one.send_fd(0)
@@ -268,7 +268,7 @@ async def test_woken_without_room_to_send(name: str) -> None:
             nursery.start_soon(getattr(one, name), 0 if name == "send_fd" else b"x")
             await wait_all_tasks_blocked()
             while count:
-                count -= len(two._raw.recv(min(65536, count)))
+                count -= len(two._transport.raw.recv(min(65536, count)))
             counts: list[int] = []
             BeforeTheTasks(lambda: counts.append(clog(one)))
             await wait_all_tasks_blocked()

@@ -299,6 +299,20 @@ async def test_bare_socket_closed() -> None:
         await one.aclose()
 
 
+async def test_bare_socket_closed_while_waiting_for_credentials() -> None:
+    """Closing the trio socket beneath ends a receive_credentials() that is under way."""
+    one, two = connection_pair()
+
+    async def wait() -> None:
+        with pytest.raises(ConnectionClosedError):
+            await one.receive_credentials()
+
+    async with two, trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        one.socket.close()
+
+
 async def test_addresses(tmp_path: Path) -> None:
     """Both ends know the listener's name; the client has none."""
     path = str(tmp_path / "s")

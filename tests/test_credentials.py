@@ -107,10 +107,10 @@ def test_apple_says_no_pid() -> None:
     assert Credentials.from_native(data, "apple-xucred") == Credentials(-1, 20, 30)
 
 
-@pytest.mark.parametrize("layout", sorted(set(NATIVE) - {"solaris-ucred"}))
+@pytest.mark.parametrize("layout", sorted({*NATIVE, "apple-xucred"} - {"solaris-ucred"}))
 def test_layouts_round_trip(layout: str) -> None:
     """What a layout writes it reads back."""
-    credentials = Credentials(10, 20, -1)
+    credentials = Credentials(-1 if layout == "apple-xucred" else 10, 20, -1)
     assert Credentials.from_native(credentials.to_native(layout), layout) == credentials
 
 
@@ -239,5 +239,6 @@ def test_every_known_platform_tells_credentials_somehow(name: str) -> None:
     """can_tell_credentials accepts a platform with either way, and no other."""
     _credentials.can_tell_credentials(PLATFORMS[name])
     bare = attrs.evolve(PLATFORMS[name], option=None, message=None)
-    with pytest.raises(NotSupportedError):
-        _credentials.can_tell_credentials(bare)
+    for none in (bare, None):
+        with pytest.raises(NotSupportedError):
+            _credentials.can_tell_credentials(none)

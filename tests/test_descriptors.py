@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import clog, free_descriptors, look, stdlib_peer, unclog
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_unixconn import (
     DescriptorsRefusedError,
@@ -339,6 +339,48 @@ async def test_no_descriptor_free_to_wait_with() -> None:
         assert await two.receive_some() == b"next"
 
 
+class UnderPressure:
+    """A socket whose kernel says no some times before it says yes."""
+
+    def __init__(self, sock: socket.socket, *refusals: int) -> None:
+        self.sock = sock
+        self.refusals = list(refusals)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        if self.refusals:
+            number = self.refusals.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self.sock.sendmsg(*arguments)
+
+
+async def test_pressure_is_waited_for(autojump_clock: MockClock) -> None:
+    """When memory is short or too many fly, a send tries again, with growing pauses."""
+    one, two = connection_pair()
+    refusals = [errno.ETOOMANYREFS, errno.ENOBUFS, errno.EAGAIN, *[errno.ENOMEM] * 9]
+    async with one, two:
+        raw = one._transport.raw
+        one._transport.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
+        begin = trio.current_time()
+        await one.send_fd(0)
+        # 1 + 2 + 4 + ... + 64 ms, and then 100 ms each.
+        assert trio.current_time() - begin == pytest.approx(0.127 + 4 * 0.1)
+        os.close(await two.receive_fd())
+
+
+async def test_error_behind_pressure() -> None:
+    """An error of another kind behind a wait is that error, and the duplicate is closed."""
+    one, two = connection_pair()
+    async with one, two:
+        raw = one._transport.raw
+        refusals = [errno.ENOBUFS, errno.EINVAL]
+        one._transport.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
+        with pytest.raises(OSError, match="Invalid argument; nothing was sent"):
+            await one.send_fd(0)
+
+
 IN_FLIGHT = """
 import os, resource, trio
 from trio_unixconn import connection_pair
@@ -405,7 +447,7 @@ class Interrupting:
 async def main():
     one, two = connection_pair()
     await one.send_fd(0)
-    two._raw = Interrupting(two._raw)
+    two._transport.raw = Interrupting(two._transport.raw)
     fd = await two.receive_fd()
     print("received", os.path.sameopenfile(fd, 0), flush=True)
     await trio.lowlevel.checkpoint()

@@ -19,6 +19,7 @@ LAYERS = [
     "_client",
     "_callbacks",
     "_connection",
+    "_transport",
     "_control",
     "_cancellable",
     "_address",
@@ -110,12 +111,12 @@ def test_an_upward_import_would_be_seen(tmp_path: Path) -> None:
     }
 
 
-def test_only_the_connection_talks_to_the_kernel_about_messages() -> None:
-    """Nothing but _connection calls sendmsg or recvmsg."""
+def test_only_the_transport_talks_to_the_kernel_about_messages() -> None:
+    """Nothing but _transport calls sendmsg or recvmsg."""
     callers = {
         name
         for name, path in modules().items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in {"sendmsg", "recvmsg", "recvmsg_into"}
     }
-    assert callers == {"_connection"}
+    assert callers == {"_transport"}

@@ -1,70 +1,36 @@
 """UnixConnection: bytes, descriptors, credentials and peer identity of one connection.
 
-The rule of this file: it is the only caller of sendmsg and recvmsg. Each operation is one
-system call and one scheduling point, and a descriptor is in exactly one pair of hands at any
-await: the kernel's, the caller's, or a duplicate of our own.
+The rule of this file: it says what each operation sends and what it takes for an answer; how
+a message travels is the transport's business, and what may have come with what is _control's.
 
-Sources: unix(7), sendmsg(2), recvmsg(2), trio's SocketStream,
-https://docs.gtk.org/gio-unix/class.Connection.html
+Sources: unix(7), trio's SocketStream, https://docs.gtk.org/gio-unix/class.Connection.html
 """
 
 from __future__ import annotations
 
 import errno
 import operator
-import os
 import socket as stdlib_socket
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
 import trio
-from trio.lowlevel import (
-    cancel_shielded_checkpoint,
-    checkpoint,
-    checkpoint_if_cancelled,
-    enable_ki_protection,
-    wait_readable,
-    wait_writable,
-)
+from trio.lowlevel import checkpoint, enable_ki_protection
 
 from . import _control, _kernel
 from ._address import UnixSocketAddress
 from ._control import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
-from .errors import (
-    ConnectionBrokenError,
-    ConnectionBusyError,
-    ConnectionClosedError,
-    DescriptorsRefusedError,
-    EndOfStreamError,
-    NotSupportedError,
-)
+from ._transport import Transport, check_connected
+from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
     from ._cancellable import Cancellable
-    from ._control import ControlMessage, Received
+    from ._control import Received
 
     Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # As trio.SocketStream.
 DEFAULT_RECEIVE_SIZE: Final = 65536
-
-# A byte must travel with a control message on a stream; Gio sends NUL.
-_ONE_BYTE: Final = [b"\0"]
-
-_ROOM: Final = _kernel.CONTROL_ROOM
-_SEND_FLAGS: Final = _kernel.MSG_NOSIGNAL
-_RECEIVE_FLAGS: Final = _kernel.MSG_CMSG_CLOEXEC
-
-# The kernel cannot take the message now, and poll does not say when it can: too many of our
-# descriptors wait in sockets for their receivers (ETOOMANYREFS), or memory is short.
-_PRESSURE: Final = frozenset({errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
-_FIRST_PAUSE: Final = 0.001
-_LONGEST_PAUSE: Final = 0.1
-
-_PEER_GONE: Final = frozenset(
-    {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN}
-)
 
 
 class UnixConnection(trio.abc.HalfCloseableStream):
@@ -99,16 +65,11 @@ class UnixConnection(trio.abc.HalfCloseableStream):
     ``BrokenResourceError`` and ``BusyResourceError`` with Gio's code.
     """
 
-    __slots__ = ("__weakref__", "_passcred_lent", "_raw", "_receiving", "_sending", "socket")
+    __slots__ = ("__weakref__", "_transport", "socket")
 
     def __init__(self, socket: trio.socket.SocketType) -> None:
-        self._raw = _stdlib_socket_of(socket)
-        _check_connected(self._raw)
+        self._transport = Transport(socket)
         self.socket: trio.socket.SocketType = socket
-        self._sending = False
-        self._receiving = False
-        # Whether SO_PASSCRED is on only for a receive_credentials() that is under way.
-        self._passcred_lent = False
 
     @classmethod
     def from_stdlib_socket(cls, sock: stdlib_socket.socket) -> UnixConnection:
@@ -122,7 +83,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         """
         if not isinstance(sock, stdlib_socket.socket):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a socket.socket is due, not {type(sock).__name__} ({sock!r})")
-        _check_connected(sock)
+        check_connected(sock)
         return cls(trio.socket.from_stdlib_socket(sock))
 
     @classmethod
@@ -182,7 +143,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
         """
         number = _control.descriptor_number(fd)
-        await self._send_byte(_control.rights(number), cancellable, number)
+        await self._transport.send_byte(_control.rights(number), cancellable, number)
         return True
 
     @enable_ki_protection
@@ -202,7 +163,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_fd.html (which returns
         -1 without an error at the end of the stream)
         """
-        received = await self._receive(1, cancellable)
+        received = await self._transport.receive(1, cancellable)
         if not received[0]:
             raise _ended("a descriptor", received)
         return _control.one_descriptor(received)
@@ -221,7 +182,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._send_byte(_control.credentials(Credentials()), cancellable)
+        await self._transport.send_byte(_control.credentials(Credentials()), cancellable)
         return True
 
     @enable_ki_protection
@@ -242,7 +203,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_credentials.html
         """
         can_tell_credentials()
-        received = await self._receive(1, cancellable, passcred=True)
+        received = await self._transport.receive(1, cancellable, passcred=True)
         if not received[0]:
             raise _ended("a byte with credentials", received)
         credentials = _control.only_credentials(received)
@@ -260,8 +221,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         Source: unix(7) (``SO_PEERCRED``), https://docs.gtk.org/gio/method.Socket.get_credentials.html
         """
-        self._check_open()
-        return peer_credentials(self._raw.getsockopt)
+        self._transport.check_open()
+        return peer_credentials(self._transport.raw.getsockopt)
 
     ################################################################
     # Bytes: the interface of trio.SocketStream
@@ -272,50 +233,15 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         If this is cancelled or fails, some of it may have been sent.
         """
-        self._begin_sending()
-        try:
-            await checkpoint_if_cancelled()
-            with memoryview(data) as given, given.cast("B") as view:
-                if view:
-                    sent = self._send_some(view)
-                else:
-                    sent = 0
-                    self._check_open()
-                if sent == len(view):
-                    await cancel_shielded_checkpoint()
-                while sent < len(view):
-                    await wait_writable(self._raw)
-                    with view[sent:] as rest:
-                        sent += self._send_some(rest)
-        except _FAILURES as exc:
-            raise await self._failed(exc) from exc
-        finally:
-            self._sending = False
+        await self._transport.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until there is room to send; as ``trio.SocketStream``."""
-        self._begin_sending()
-        try:
-            await checkpoint_if_cancelled()
-            self._check_open()
-            await wait_writable(self._raw)
-        except _FAILURES as exc:
-            raise await self._failed(exc) from exc
-        finally:
-            self._sending = False
+        await self._transport.wait_writable()
 
     async def send_eof(self) -> None:
         """Send an end of file; receiving goes on. As ``trio.SocketStream.send_eof``."""
-        self._begin_sending()
-        try:
-            await checkpoint()
-            self._check_open()
-            if not self.socket.did_shutdown_SHUT_WR:
-                self.socket.shutdown(stdlib_socket.SHUT_WR)
-        except _FAILURES as exc:
-            raise await self._failed(exc) from exc
-        finally:
-            self._sending = False
+        await self._transport.send_eof()
 
     @enable_ki_protection
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -335,7 +261,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         size = DEFAULT_RECEIVE_SIZE if max_bytes is None else operator.index(max_bytes)
         if size < 1:
             raise ValueError("max_bytes must be >= 1")
-        received = await self._receive(size, None)
+        received = await self._transport.receive(size, None)
         if received[1] or received[2] & _kernel.MSG_CTRUNC:
             return _control.only_bytes(received)
         return received[0]
@@ -345,8 +271,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         A task that waits in this connection gets :class:`ConnectionClosedError`.
         """
-        self._return_passcred()
-        self.socket.close()
+        self._transport.close()
         await checkpoint()
 
     @overload
@@ -389,8 +314,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Raises:
           ConnectionClosedError: this side closed the connection.
         """
-        self._check_open()
-        return UnixSocketAddress.from_native(self._raw.getsockname())
+        self._transport.check_open()
+        return UnixSocketAddress.from_native(self._transport.raw.getsockname())
 
     def get_remote_address(self) -> UnixSocketAddress:
         """Return the name of the peer's end; unnamed unless it was bound.
@@ -398,8 +323,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Raises:
           ConnectionClosedError: this side closed the connection.
         """
-        self._check_open()
-        return UnixSocketAddress.from_native(self._raw.getpeername())
+        self._transport.check_open()
+        return UnixSocketAddress.from_native(self._transport.raw.getpeername())
 
     def is_connected(self) -> bool:
         """Whether this side has not closed the connection; as in Gio, not whether the peer has."""
@@ -407,183 +332,13 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
     def is_closed(self) -> bool:
         """Whether this side has closed the connection."""
-        return self._raw.fileno() == -1
+        return self._transport.is_closed()
 
     def __repr__(self) -> str:
         if self.is_closed():
             return "<UnixConnection closed>"
-        return f"<UnixConnection fd={self._raw.fileno()} to {self.get_remote_address()}>"
+        return f"<UnixConnection fd={self._transport.raw.fileno()} to {self.get_remote_address()}>"
 
-    ################################################################
-    # The way of a message
-    ################################################################
-
-    @enable_ki_protection
-    async def _receive(
-        self, max_bytes: int, cancellable: Cancellable | None, *, passcred: bool = False
-    ) -> Received:
-        """One recvmsg. Nothing between it and the return can be cancelled."""
-        if self._receiving:
-            raise ConnectionBusyError("another task is receiving from this connection")
-        self._receiving = True
-        try:
-            if cancellable is not None and cancellable.is_cancelled():
-                await checkpoint()
-                cancellable.raise_if_cancelled()
-            await checkpoint_if_cancelled()
-            if passcred:
-                self._lend_passcred()
-            try:
-                received: Received = self._raw.recvmsg(max_bytes, _ROOM, _RECEIVE_FLAGS)
-            except BlockingIOError:
-                return await self._receive_later(max_bytes, cancellable)
-            await cancel_shielded_checkpoint()
-            return received
-        except _FAILURES as exc:
-            raise await self._failed(exc) from exc
-        finally:
-            if passcred:
-                self._return_passcred()
-            self._receiving = False
-
-    @enable_ki_protection
-    async def _receive_later(self, max_bytes: int, cancellable: Cancellable | None) -> Received:
-        while True:
-            await _wait(wait_readable, self._raw, cancellable)
-            try:
-                return self._raw.recvmsg(max_bytes, _ROOM, _RECEIVE_FLAGS)
-            except BlockingIOError:
-                continue
-
-    @enable_ki_protection
-    async def _send_byte(
-        self, message: ControlMessage, cancellable: Cancellable | None, fd: int = -1
-    ) -> None:
-        """One sendmsg of one byte and ``message``, which carries ``fd`` if that is not -1."""
-        self._begin_sending()
-        try:
-            if cancellable is not None and cancellable.is_cancelled():
-                await checkpoint()
-                cancellable.raise_if_cancelled()
-            await checkpoint_if_cancelled()
-            try:
-                self._raw.sendmsg(_ONE_BYTE, [message], _SEND_FLAGS)
-            except OSError as exc:
-                if exc.errno != errno.EAGAIN and exc.errno not in _PRESSURE:
-                    raise
-                await self._send_byte_later(exc, message, cancellable, fd)
-            else:
-                await cancel_shielded_checkpoint()
-        except _FAILURES as exc:
-            raise await self._failed(exc, message) from exc
-        finally:
-            self._sending = False
-
-    @enable_ki_protection
-    async def _send_byte_later(
-        self, refusal: OSError, message: ControlMessage, cancellable: Cancellable | None, fd: int
-    ) -> None:
-        duplicate = -1
-        if fd != -1:
-            # The caller may close the descriptor while we wait, and its number may then mean
-            # another file.
-            duplicate = os.dup(fd)
-            message = _control.rights(duplicate)
-        pause = _FIRST_PAUSE
-        try:
-            while True:
-                if refusal.errno == errno.EAGAIN:
-                    await _wait(wait_writable, self._raw, cancellable)
-                else:
-                    # The socket polls writable all the while, so waiting for that would spin.
-                    await _wait(trio.sleep, pause, cancellable)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-                try:
-                    self._raw.sendmsg(_ONE_BYTE, [message], _SEND_FLAGS)
-                except OSError as exc:
-                    if exc.errno != errno.EAGAIN and exc.errno not in _PRESSURE:
-                        raise
-                    refusal = exc
-                else:
-                    return
-        finally:
-            if duplicate != -1:
-                os.close(duplicate)
-
-    def _send_some(self, view: memoryview) -> int:
-        try:
-            return self._raw.send(view, _SEND_FLAGS)
-        except BlockingIOError:
-            return 0
-
-    def _begin_sending(self) -> None:
-        if self._sending:
-            raise ConnectionBusyError("another task is sending on this connection")
-        self._sending = True
-
-    def _lend_passcred(self) -> None:
-        option = _kernel.SO_PASSCRED
-        if option is None or _kernel.SCM_CREDENTIALS is None:
-            return
-        if not self._raw.getsockopt(_kernel.SOL_SOCKET, option):
-            self._raw.setsockopt(_kernel.SOL_SOCKET, option, 1)
-            self._passcred_lent = True
-
-    def _return_passcred(self) -> None:
-        """Switch SO_PASSCRED off if it was us: other processes may hold the same socket."""
-        if self._passcred_lent:
-            self._passcred_lent = False
-            if not self.is_closed():
-                option = _kernel.required(_kernel.SO_PASSCRED, "SO_PASSCRED")
-                self._raw.setsockopt(_kernel.SOL_SOCKET, option, 0)
-
-    def _check_open(self) -> None:
-        if self.is_closed():
-            raise ConnectionClosedError("this side has closed the connection")
-
-    async def _failed(
-        self,
-        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        message: ControlMessage | None = None,
-    ) -> Exception:
-        """Return the error to raise for ``exc``, after a checkpoint."""
-        error = self._translated(exc, message)
-        await cancel_shielded_checkpoint()
-        return error
-
-    def _translated(
-        self,
-        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        message: ControlMessage | None,
-    ) -> Exception:
-        if isinstance(exc, trio.BusyResourceError):
-            return ConnectionBusyError("another task waits for the same socket")
-        if self.is_closed() or isinstance(exc, trio.ClosedResourceError):
-            return ConnectionClosedError("this side has closed the connection")
-        if exc.errno == errno.EPIPE and self.socket.did_shutdown_SHUT_WR:
-            return ConnectionClosedError("this side has sent its end of file (send_eof)")
-        if message is None or exc.errno in _PEER_GONE:
-            return ConnectionBrokenError(f"the connection is broken: {exc}")
-        if exc.errno == errno.EPERM and message[1] == _kernel.SCM_RIGHTS:
-            return DescriptorsRefusedError(
-                errno.EPERM,
-                "the peer takes no descriptors (SO_PASSRIGHTS is off at its end); nothing was "
-                "sent, and plain bytes still pass",
-            )
-        return OSError(
-            exc.errno, f"{_SEND_PROBLEMS.get(exc.errno, exc.strerror)}; nothing was sent"
-        )
-
-
-# Only on this list are errors that a caller can do something about.
-_SEND_PROBLEMS: Final[dict[int | None, str]] = {
-    errno.EBADF: "the descriptor to send is closed",
-    errno.EMFILE: "no descriptor is free to hold on to the one to send while waiting "
-    "(RLIMIT_NOFILE)",
-    errno.EPERM: "the kernel does not let this process send these credentials",
-}
-
-_FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError)
 
 # isinstance(conn, trio.SocketStream) must hold, and trio lets nobody subclass it.
 trio.SocketStream.register(UnixConnection)
@@ -603,57 +358,7 @@ def connection_pair() -> tuple[UnixConnection, UnixConnection]:
     return UnixConnection.from_stdlib_socket(one), UnixConnection.from_stdlib_socket(two)
 
 
-_Awaited = TypeVar("_Awaited")
-
-
-async def _wait(
-    wait: Callable[[_Awaited], Awaitable[None]], argument: _Awaited, cancellable: Cancellable | None
-) -> None:
-    if cancellable is None:
-        await wait(argument)
-    else:
-        with cancellable.scope():
-            await wait(argument)
-
-
 def _ended(due: str, received: Received) -> EndOfStreamError:
     # With SO_PASSCRED on, a control message comes even with the end of the stream.
     _control.parse(received[1], received[2]).close()
     return EndOfStreamError(f"{due} was due, but the peer has ended the stream")
-
-
-def _stdlib_socket_of(socket: trio.socket.SocketType) -> stdlib_socket.socket:
-    if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
-    # trio has no public way to the socket beneath. The attribute is as old as trio's
-    # sockets, and a second socket object for the same descriptor would not be told when
-    # trio's closes it.
-    raw: object = getattr(socket, "_sock", None)
-    if not isinstance(raw, stdlib_socket.socket):
-        raise TypeError(f"a trio socket on a real descriptor is due, not {type(socket).__name__}")
-    return raw
-
-
-def _check_connected(sock: stdlib_socket.socket) -> None:
-    """Raise ValueError unless ``sock`` is a connected Unix stream socket."""
-    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
-    if not _kernel.HAS_SENDMSG:
-        raise NotSupportedError("this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
-    due = "a connected Unix stream socket is due"
-    if sock.fileno() == -1:
-        raise ValueError(f"{due}, but this socket is closed")
-    if sock.family != family:
-        raise ValueError(f"{due}, but this is an {_name_of(sock.family)} socket")
-    if sock.type != stdlib_socket.SOCK_STREAM:
-        raise ValueError(f"{due}, but this is a {_name_of(sock.type)} socket")
-    option = _kernel.SO_ACCEPTCONN
-    if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
-        raise ValueError(f"{due}, but this socket listens; accept() its connections")
-    try:
-        sock.getpeername()
-    except OSError as exc:
-        raise ValueError(f"{due}, but this socket is not connected ({exc.strerror})") from exc
-
-
-def _name_of(constant: int) -> str:
-    return getattr(constant, "name", str(constant))
