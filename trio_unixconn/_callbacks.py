@@ -91,12 +91,13 @@ class AsyncResult:
 
     def __del__(self) -> None:
         if not self._finished and self._discard is not None:
+            # First closed, because a warning may be an exception.
+            self.discard()
             warnings.warn(
-                f"nobody finished a result of {self._tag}(); descriptor {self._value} is closed",
+                f"nobody finished a result of {self._tag}(); descriptor {self._value} was closed",
                 ResourceWarning,
                 stacklevel=2,
             )
-            self.discard()
 
 
 @attrs.define(eq=False)
@@ -171,6 +172,7 @@ class CallbackAdapter:
     def _spawn(self, operation: _Operation) -> None:
         self._nursery.start_soon(self._perform, operation, name=operation.tag)
 
+    @trio.lowlevel.enable_ki_protection
     async def _perform(self, operation: _Operation) -> None:
         try:
             value: Any = None
@@ -217,6 +219,7 @@ def _cancel_all(scopes: list[trio.CancelScope]) -> None:
         scope.cancel()
 
 
+@trio.lowlevel.disable_ki_protection
 def _call_back(operation: _Operation, result: AsyncResult) -> None:
     if operation.callback is None:
         result.discard()
