@@ -125,6 +125,11 @@ def _fail(*lines: str, status: int = 1) -> NoReturn:
 
 def _print_tables(report: Report, rows: int) -> None:
     console = Console()
+
+    def say(line: str) -> None:
+        # Lines that somebody may search or cut are not folded, nor read as markup.
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     shown = [each for i, each in enumerate(report.transfers) if i < rows or not each.same]
     table = Table(title="Handed over", title_justify="left")
     for name in ("worker", "what", "to pid uid gid"):
@@ -146,7 +151,7 @@ def _print_tables(report: Report, rows: int) -> None:
         )
     console.print(table)
     if len(shown) < len(report.transfers):
-        console.print(f"... and {len(report.transfers) - len(shown)} more, the same on both sides")
+        say(f"... and {len(report.transfers) - len(shown)} more, the same on both sides")
     table = Table(title="Credentials (pid uid gid)", title_justify="left")
     for name in ("worker", "by", "this process is", "worker got", "worker is", "we got"):
         table.add_column(name)
@@ -161,18 +166,16 @@ def _print_tables(report: Report, rows: int) -> None:
             style="" if exchange.same else "red",
         )
     console.print(table)
-    console.print(
+    say(
         f"{sum(report.cancelled)} of {len(report.cancelled)} receives were cancelled by a thread; "
         "what came after them arrived all the same"
     )
     for process in report.descriptors:
-        console.print(
-            f"{process.process}: {process.before} descriptors open before, {process.after} after"
-        )
+        say(f"{process.process}: {process.before} descriptors open before, {process.after} after")
     for line in report.skipped:
-        console.print(f"not handed over: {line}", markup=False)
+        say(f"not handed over: {line}")
     count = len(report.transfers)
-    console.print(
+    say(
         f"{count} descriptors handed over in {report.seconds:.2f} s; "
         + (f"{len(report.differences())} differences" if report.differences() else "all the same")
     )
