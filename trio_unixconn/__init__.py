@@ -5,22 +5,25 @@ Open files, sockets and proof of identity from one process to another on the sam
 """
 
 from ._address import UnixSocketAddress as UnixSocketAddress
+from ._callback_connection import CallbackConnection as CallbackConnection
 from ._callbacks import (
-    AsyncReadyCallback as AsyncReadyCallback,
-    AsyncResult as AsyncResult,
     CallbackAdapter as CallbackAdapter,
-    CallbackConnection as CallbackConnection,
     open_callback_adapter as open_callback_adapter,
 )
 from ._cancellable import Cancellable as Cancellable, CancellableScope as CancellableScope
 from ._client import open_unix_connection as open_unix_connection
-from ._connection import (
-    FileDescriptor as FileDescriptor,
-    UnixConnection as UnixConnection,
-    connection_pair as connection_pair,
-)
+from ._connection import UnixConnection as UnixConnection, connection_pair as connection_pair
 from ._credentials import Credentials as Credentials
+from ._fdlist import UnixFDList as UnixFDList
+from ._kinds import DescriptorKind as DescriptorKind
 from ._listener import UnixListener as UnixListener, open_unix_listener as open_unix_listener
+from ._messages import (
+    Message as Message,
+    UnixCredentialsMessage as UnixCredentialsMessage,
+    UnixFDMessage as UnixFDMessage,
+)
+from ._passing import DescriptorStream as DescriptorStream, FileDescriptor as FileDescriptor
+from ._results import AsyncReadyCallback as AsyncReadyCallback, AsyncResult as AsyncResult
 from .errors import (
     ConnectionBrokenError as ConnectionBrokenError,
     ConnectionBusyError as ConnectionBusyError,
@@ -34,6 +37,8 @@ from .errors import (
     UnexpectedControlMessageError as UnexpectedControlMessageError,
     UnexpectedDescriptorsError as UnexpectedDescriptorsError,
     UnixConnectionError as UnixConnectionError,
+    UnsafeBufferError as UnsafeBufferError,
+    WrongDescriptorKindError as WrongDescriptorKindError,
 )
 
 __version__ = "0.1.0"
@@ -49,19 +54,27 @@ __all__ = [
     "ConnectionBusyError",
     "ConnectionClosedError",
     "Credentials",
+    "DescriptorKind",
+    "DescriptorStream",
     "DescriptorsRefusedError",
     "DescriptorsTruncatedError",
     "EndOfStreamError",
     "FileDescriptor",
     "IOErrorEnum",
+    "Message",
     "NotSupportedError",
     "OperationCancelled",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnection",
     "UnixConnectionError",
+    "UnixCredentialsMessage",
+    "UnixFDList",
+    "UnixFDMessage",
     "UnixListener",
     "UnixSocketAddress",
+    "UnsafeBufferError",
+    "WrongDescriptorKindError",
     "__version__",
     "connection_pair",
     "open_callback_adapter",

@@ -101,9 +101,11 @@ def _run(files: list[Path], on_progress: Callable[[int, int], None]) -> Report:
 
     try:
         return trio.run(driver.run, files, on_progress)
-    except Exception as exc:
-        expected = (OSError, EOFError, ValueError, trio.TooSlowError)
+    except BaseException as exc:
+        expected = (OSError, EOFError, trio.TooSlowError)
         causes = list(_causes(exc))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            _fail("interrupted", status=130)
         if not all(isinstance(cause, expected) for cause in causes):
             raise
         _fail(*(f"{type(cause).__name__}: {cause}" for cause in causes))
@@ -119,7 +121,7 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 def _fail(*lines: str, status: int = 1) -> NoReturn:
     for line in lines:
-        print(f"trio-unixconn: {line}", file=sys.stderr)  # noqa: T201
+        print(f"trio-unixconn: {_printable(line)}", file=sys.stderr)  # noqa: T201
     raise typer.Exit(status)
 
 
@@ -128,7 +130,7 @@ def _print_tables(report: Report, rows: int) -> None:
 
     def say(line: str) -> None:
         # Lines that somebody may search or cut are not folded, nor read as markup.
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
 
     shown = [each for i, each in enumerate(report.transfers) if i < rows or not each.same]
     table = Table(title="Handed over", title_justify="left")
@@ -141,7 +143,7 @@ def _print_tables(report: Report, rows: int) -> None:
         here, there = each.here, each.there
         table.add_row(
             str(each.worker),
-            escape(each.what),
+            escape(_printable(each.what)),
             _spaced(each.peer),
             f"{here.identity}\n{there.identity}",
             f"{here.bytes}\n{there.bytes}",
@@ -178,6 +180,13 @@ def _print_tables(report: Report, rows: int) -> None:
     say(
         f"{count} descriptors handed over in {report.seconds:.2f} s; "
         + (f"{len(report.differences())} differences" if report.differences() else "all the same")
+    )
+
+
+def _printable(text: str) -> str:
+    """Show what a terminal would act on, and what is no text, as escapes."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
 
 

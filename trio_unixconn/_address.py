@@ -23,7 +23,7 @@ class UnixSocketAddress:
         and an abstract name, or nothing.
     """
 
-    native: bytes = b""
+    native: bytes = attrs.field(default=b"", validator=attrs.validators.instance_of(bytes))
 
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:

@@ -31,6 +31,34 @@ _current: Final = contextvars.ContextVar["tuple[Cancellable, ...]"](
 )
 
 
+FIRED: Final = "the Cancellable of this operation has fired"
+
+
+def check_cancellable(value: Cancellable) -> None:
+    """Raise unless ``value`` is a Cancellable.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(value, Cancellable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"a Cancellable or None is due, not {type(value).__name__}")
+
+
+async def begin_under(cancellable: Cancellable) -> None:
+    """Begin an operation: raise, at a checkpoint, if its Cancellable has fired.
+
+    What was fired is decided once: a reset during the checkpoint does not let it through.
+
+    Raises:
+      OperationCancelled: it has fired.
+      TypeError: not a Cancellable.
+    """
+    check_cancellable(cancellable)
+    if cancellable.is_cancelled():
+        await trio.lowlevel.checkpoint()
+        raise OperationCancelled(FIRED)
+
+
 def _this_run() -> trio.lowlevel.TrioToken | None:
     try:
         return trio.lowlevel.current_trio_token()
@@ -62,23 +90,25 @@ class Cancellable:
 
     Pass one to the operations that take a ``cancellable``, or run any trio code under
     :meth:`scope`. One Cancellable may serve many operations, tasks and trio runs at once.
-    Every method may be called from any thread, except that scopes belong to trio tasks.
+    Every method may be called from any thread, except that scopes belong to trio tasks. A
+    signal handler or a finalizer may interrupt trio itself, so there, as with all of trio, use
+    ``token.run_sync_soon(cancellable.cancel)``.
 
     What the kernel has already done is not undone: an operation that has its result when the
     Cancellable fires returns that result.
     """
 
+    # Before __init__, for a finalizer that runs when it has failed.
+    _pipe: tuple[int, int] | None = None
+
     def __init__(self) -> None:
-        # Reentrant: a signal handler or a finalizer in the same thread may call cancel()
-        # while a method of this object holds the lock.
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition()
         self._cancelled = False
         self._scopes: set[CancellableScope] = set()
         self._callbacks: dict[int, _Connected] = {}
         self._last_id = 0
         # Threads that run callbacks at this moment; disconnect() waits for the others.
         self._running: list[int] = []
-        self._pipe: tuple[int, int] | None = None
         self._pipe_users = 0
 
     def cancel(self) -> None:
@@ -116,7 +146,7 @@ class Cancellable:
           OperationCancelled: it has.
         """
         if self._cancelled:
-            raise OperationCancelled("the Cancellable of this operation has fired")
+            raise OperationCancelled(FIRED)
 
     def reset(self) -> None:
         """Make this usable again after it fired.
@@ -138,7 +168,12 @@ class Cancellable:
 
         Returns:
           An id for :meth:`disconnect`; 0 if the callback was run at once.
+
+        Raises:
+          TypeError: ``callback`` cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"a callback is due, not {type(callback).__name__}")
         with self._changed:
             if not self._cancelled:
                 self._last_id += 1
@@ -236,7 +271,8 @@ class Cancellable:
           OperationCancelled: this has fired already.
         """
         with self._changed:
-            self.raise_if_cancelled()
+            if self._cancelled:
+                raise OperationCancelled(FIRED)
             self._scopes.add(scope)
 
     def detach(self, scope: CancellableScope) -> None:
@@ -266,8 +302,14 @@ class CancellableScope:
         self._fired = False
 
     def __enter__(self) -> trio.CancelScope:
-        self._cancellable.attach(self)
-        return self._scope.__enter__()
+        scope = self._scope.__enter__()
+        try:
+            self._cancellable.attach(self)
+        except BaseException:
+            # Nothing has happened in it that it could have an opinion on.
+            self._scope.__exit__(None, None, None)
+            raise
+        return scope
 
     def __exit__(
         self,

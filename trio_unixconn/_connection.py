@@ -1,7 +1,8 @@
 """UnixConnection: bytes, descriptors, credentials and peer identity of one connection.
 
-The rule of this file: it says what each operation sends and what it takes for an answer; how
-a message travels is the transport's business, and what may have come with what is _control's.
+The rule of this file: it says what each operation sends and what it takes for an answer; how a
+message travels is the business of _sending and _receiving, and what may have come with what
+that of _control.
 
 Sources: unix(7), trio's SocketStream, https://docs.gtk.org/gio-unix/class.Connection.html
 """
@@ -11,29 +12,33 @@ from __future__ import annotations
 import errno
 import operator
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final, TypeAlias, overload
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, overload
 
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
 from . import _control, _kernel
 from ._address import UnixSocketAddress
-from ._control import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
+from ._buffers import bytes_of
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
-from ._transport import Transport, check_connected
-from .errors import EndOfStreamError
+from ._fdlist import UnixFDList
+from ._kinds import register_stream
+from ._messages import Message
+from ._passing import NUL, DescriptorPassing, FileDescriptor, at_least, ended
+from ._receiving import Receiver
+from ._sending import Sender
+from ._socket import check_connected, stdlib_socket_of
 
 if TYPE_CHECKING:
+    from ._buffers import Buffer
     from ._cancellable import Cancellable
-    from ._control import Received
-
-    Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # As trio.SocketStream.
 DEFAULT_RECEIVE_SIZE: Final = 65536
 
 
-class UnixConnection(trio.abc.HalfCloseableStream):
+class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
     """A connected Unix-domain stream socket: ``Gio.UnixConnection`` for trio.
 
     It is a ``trio.abc.HalfCloseableStream`` with the whole interface of
@@ -56,7 +61,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
     All async methods are checkpoints, also when the kernel says no; wrong arguments and a busy
     direction are told at once. A cancellation either happens before anything was sent or
     received, or is put off until after the method has returned its result; only
-    :meth:`send_all` may have sent a part. One task at a time may send, and one receive.
+    :meth:`send_all`, :meth:`send_message` and :meth:`send_fds` may have sent a part. One task
+    at a time may send, and one receive.
 
     All of them can raise, besides what each names: :class:`ConnectionClosedError` (this side
     closed the connection), :class:`ConnectionBrokenError` (the peer is gone),
@@ -65,11 +71,14 @@ class UnixConnection(trio.abc.HalfCloseableStream):
     ``BrokenResourceError`` and ``BusyResourceError`` with Gio's code.
     """
 
-    __slots__ = ("__weakref__", "_transport", "socket")
+    __slots__ = ("__weakref__", "_receiver", "_sender", "socket")
 
     def __init__(self, socket: trio.socket.SocketType) -> None:
-        self._transport = Transport(socket)
+        raw = stdlib_socket_of(socket)
+        check_connected(raw)
         self.socket: trio.socket.SocketType = socket
+        self._sender = Sender(socket, raw)
+        self._receiver = Receiver(socket, raw)
 
     @classmethod
     def from_stdlib_socket(cls, sock: stdlib_socket.socket) -> UnixConnection:
@@ -116,57 +125,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         return connection
 
     ################################################################
-    # Descriptors and credentials
+    # Credentials
     ################################################################
-
-    @enable_ki_protection
-    async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
-        """Send one descriptor, with one NUL byte that it travels with.
-
-        The descriptor stays the caller's, who may close it once this has returned. It may
-        also be closed while this waits: a duplicate is what waits.
-
-        Args:
-          fd: an int, or anything with ``fileno()``.
-          cancellable: ends the wait when it fires.
-
-        Returns:
-          True, as in Gio.
-
-        Raises:
-          TypeError, ValueError: not a descriptor; nothing was sent.
-          OSError: EBADF, the descriptor is closed; EMFILE, none is free for the duplicate
-            while waiting. Nothing was sent.
-          DescriptorsRefusedError: the peer takes no descriptors.
-          NotSupportedError: the platform passes none.
-
-        Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
-        """
-        number = _control.descriptor_number(fd)
-        await self._transport.send_byte(_control.rights(number), cancellable, number)
-        return True
-
-    @enable_ki_protection
-    async def receive_fd(self, cancellable: Cancellable | None = None) -> int:
-        """Receive one descriptor and the one byte that it travels with.
-
-        Returns:
-          The descriptor, close-on-exec. The caller owns it and must close it. Whether it
-          blocks is a property of the open file, which the peer shares, and is left alone.
-
-        Raises:
-          EndOfStreamError: the stream ended before.
-          UnexpectedControlMessageError: the next byte did not come with exactly one
-            descriptor. It is in ``.data``; whatever came with it is closed.
-          DescriptorsTruncatedError: the descriptor was lost, as no slot was free for it.
-
-        Source: https://docs.gtk.org/gio-unix/method.Connection.receive_fd.html (which returns
-        -1 without an error at the end of the stream)
-        """
-        received = await self._transport.receive(1, cancellable)
-        if not received[0]:
-            raise _ended("a descriptor", received)
-        return _control.one_descriptor(received)
 
     @enable_ki_protection
     async def send_credentials(self, cancellable: Cancellable | None = None) -> bool:
@@ -182,7 +142,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._transport.send_byte(_control.credentials(Credentials()), cancellable)
+        await self._sender.send(NUL, [_control.credentials(Credentials())], cancellable)
         return True
 
     @enable_ki_protection
@@ -203,11 +163,34 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_credentials.html
         """
         can_tell_credentials()
-        received = await self._transport.receive(1, cancellable, passcred=True)
+        received = await self._receiver.receive(1, cancellable, passcred=True)
         if not received[0]:
-            raise _ended("a byte with credentials", received)
+            raise ended("a byte with credentials", received)
         credentials = _control.only_credentials(received)
         return self.get_peer_credentials() if credentials is None else credentials
+
+    @enable_ki_protection
+    async def send_fake_credentials(
+        self, credentials: Credentials, cancellable: Cancellable | None = None
+    ) -> bool:
+        """Send credentials that are not this process's own, with one NUL byte.
+
+        Returns:
+          True.
+
+        Raises:
+          PermissionError: this process may not (CAP_SYS_ADMIN for the pid, CAP_SETUID,
+            CAP_SETGID for the others); nothing was sent.
+          ProcessLookupError: no process has that pid; nothing was sent.
+          TypeError: not Credentials.
+          NotSupportedError: the platform has no message for credentials.
+
+        Source: unix(7) (``SCM_CREDENTIALS``)
+        """
+        if not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Credentials are due, not {type(credentials).__name__}")
+        await self._sender.send(NUL, [_control.credentials(credentials)], cancellable)
+        return True
 
     def get_peer_credentials(self) -> Credentials:
         """Return who connected, or listened, at the other end (``Gio.Socket.get_credentials``).
@@ -221,8 +204,96 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         Source: unix(7) (``SO_PEERCRED``), https://docs.gtk.org/gio/method.Socket.get_credentials.html
         """
-        self._transport.check_open()
-        return peer_credentials(self._transport.raw.getsockopt)
+        self._receiver.check_open()
+        return peer_credentials(self._receiver.raw.getsockopt)
+
+    ################################################################
+    # Whole messages
+    ################################################################
+
+    @enable_ki_protection
+    async def send_message(
+        self,
+        data: Buffer,
+        *,
+        fds: Iterable[FileDescriptor] = (),
+        credentials: Credentials | None = None,
+        cancellable: Cancellable | None = None,
+    ) -> None:
+        """Send bytes with descriptors and credentials, which travel with the first byte.
+
+        The descriptors stay the caller's, and may be closed while this waits.
+
+        Args:
+          data: at least one byte, if anything goes with it.
+          fds: at most 253.
+          credentials: ``Credentials()`` for this process's own.
+
+        Raises:
+          TypeError, ValueError, OSError: as :meth:`send_fd`; or descriptors or credentials
+            without a byte, which the kernel would drop. Nothing was sent.
+          DescriptorsRefusedError: the peer takes no descriptors.
+          PermissionError, ProcessLookupError: as :meth:`send_fake_credentials`.
+
+        If this is cancelled or fails when a part of the bytes has gone, later sends raise
+        ConnectionBrokenError: the peer would take them for the rest of this message.
+        """
+        numbers = _control.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
+        messages = [_control.rights(*numbers)] if numbers else []
+        if credentials is not None:
+            messages.append(_control.credentials(credentials))
+        with bytes_of(data) as view:
+            if not view:
+                if messages:
+                    raise ValueError(
+                        "descriptors and credentials travel with a byte, and would vanish "
+                        "without; send at least one"
+                    )
+                await self._sender.send_all(view, cancellable)
+                return
+            await self._sender.send(view, messages, cancellable, numbers)
+
+    @enable_ki_protection
+    async def receive_message(
+        self,
+        max_bytes: int,
+        *,
+        max_fds: int = _kernel.SCM_MAX_FD,
+        credentials: bool = False,
+        cancellable: Cancellable | None = None,
+    ) -> Message:
+        """Receive up to ``max_bytes`` bytes, and what came with them.
+
+        The stream keeps no boundaries of messages without descriptors; a read never goes on
+        behind a message with descriptors, but bytes sent before it may stand in front.
+
+        Args:
+          max_fds: 0 to 253; more are an error, and closed.
+          credentials: whether to ask for the sender's (``SO_PASSCRED``), for this time.
+
+        Returns:
+          A message that owns its descriptors. Its data is empty at the end of the stream.
+
+        Raises:
+          UnexpectedControlMessageError: more than ``max_fds`` descriptors; the bytes are in
+            ``.data``.
+          DescriptorsTruncatedError: some were lost, as no slot was free for them.
+          ValueError: ``max_bytes`` is below 1, or ``max_fds`` not from 0 to 253.
+        """
+        size = at_least(max_bytes, 1, "max_bytes")
+        most = at_least(max_fds, 0, "max_fds")
+        if most > _kernel.SCM_MAX_FD:
+            raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, not {most}")
+        if credentials:
+            can_tell_credentials()
+        received = await self._receiver.receive(size, cancellable, passcred=credentials)
+        parsed = _control.whole_message(received, most)
+        return Message(
+            received[0],
+            UnixFDList(parsed.fds),
+            parsed.credentials[0] if parsed.credentials else None,
+            UnixFDList(parsed.pidfds),
+        )
 
     ################################################################
     # Bytes: the interface of trio.SocketStream
@@ -233,15 +304,15 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         If this is cancelled or fails, some of it may have been sent.
         """
-        await self._transport.send_all(data)
+        await self._sender.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until there is room to send; as ``trio.SocketStream``."""
-        await self._transport.wait_writable()
+        await self._sender.wait_writable()
 
     async def send_eof(self) -> None:
         """Send an end of file; receiving goes on. As ``trio.SocketStream.send_eof``."""
-        await self._transport.send_eof()
+        await self._sender.send_eof()
 
     @enable_ki_protection
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -261,7 +332,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         size = DEFAULT_RECEIVE_SIZE if max_bytes is None else operator.index(max_bytes)
         if size < 1:
             raise ValueError("max_bytes must be >= 1")
-        received = await self._transport.receive(size, None)
+        received = await self._receiver.receive(size, None)
         if received[1] or received[2] & _kernel.MSG_CTRUNC:
             return _control.only_bytes(received)
         return received[0]
@@ -271,7 +342,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
         A task that waits in this connection gets :class:`ConnectionClosedError`.
         """
-        self._transport.close()
+        self._receiver.release()
+        self.socket.close()
         await checkpoint()
 
     @overload
@@ -314,8 +386,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Raises:
           ConnectionClosedError: this side closed the connection.
         """
-        self._transport.check_open()
-        return UnixSocketAddress.from_native(self._transport.raw.getsockname())
+        self._receiver.check_open()
+        return UnixSocketAddress.from_native(self._receiver.raw.getsockname())
 
     def get_remote_address(self) -> UnixSocketAddress:
         """Return the name of the peer's end; unnamed unless it was bound.
@@ -323,8 +395,8 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         Raises:
           ConnectionClosedError: this side closed the connection.
         """
-        self._transport.check_open()
-        return UnixSocketAddress.from_native(self._transport.raw.getpeername())
+        self._receiver.check_open()
+        return UnixSocketAddress.from_native(self._receiver.raw.getpeername())
 
     def is_connected(self) -> bool:
         """Whether this side has not closed the connection; as in Gio, not whether the peer has."""
@@ -332,16 +404,19 @@ class UnixConnection(trio.abc.HalfCloseableStream):
 
     def is_closed(self) -> bool:
         """Whether this side has closed the connection."""
-        return self._transport.is_closed()
+        return self._receiver.is_closed()
 
     def __repr__(self) -> str:
         if self.is_closed():
             return "<UnixConnection closed>"
-        return f"<UnixConnection fd={self._transport.raw.fileno()} to {self.get_remote_address()}>"
+        return f"<UnixConnection fd={self._receiver.raw.fileno()} to {self.get_remote_address()}>"
 
 
 # isinstance(conn, trio.SocketStream) must hold, and trio lets nobody subclass it.
 trio.SocketStream.register(UnixConnection)
+
+if _kernel.AF_UNIX is not None:
+    register_stream(_kernel.AF_UNIX, UnixConnection)
 
 
 def connection_pair() -> tuple[UnixConnection, UnixConnection]:
@@ -356,9 +431,3 @@ def connection_pair() -> tuple[UnixConnection, UnixConnection]:
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     one, two = stdlib_socket.socketpair(family, stdlib_socket.SOCK_STREAM)
     return UnixConnection.from_stdlib_socket(one), UnixConnection.from_stdlib_socket(two)
-
-
-def _ended(due: str, received: Received) -> EndOfStreamError:
-    # With SO_PASSCRED on, a control message comes even with the end of the stream.
-    _control.parse(received[1], received[2]).close()
-    return EndOfStreamError(f"{due} was due, but the peer has ended the stream")

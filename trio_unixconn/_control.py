@@ -10,9 +10,12 @@ Sources: unix(7), cmsg(3), recvmsg(2).
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import sys
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final, Protocol, TypeAlias
 
 import attrs
@@ -33,6 +36,22 @@ Received: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
 _SCM_RIGHTS: Final = _kernel.SCM_RIGHTS
 _CREDENTIALS: Final = None if PLATFORM is None else PLATFORM.message
+MOST_DESCRIPTORS: Final = _kernel.SCM_MAX_FD
+# (level, type) of the messages that a process sends; None where it cannot.
+RIGHTS: Final = None if _SCM_RIGHTS is None else (_SOL_SOCKET, _SCM_RIGHTS)
+CREDENTIALS: Final = (
+    (_SOL_SOCKET, _CREDENTIALS.kind)
+    if _CREDENTIALS and _CREDENTIALS.kind is not None and _CREDENTIALS.sendable
+    else None
+)
+# What comes because this side has asked for it, and not because the peer sent it.
+_ASKED_FOR: Final = {
+    _kernel.SCM_PIDFD,
+    _kernel.SCM_SECURITY,
+    None if _CREDENTIALS is None else _CREDENTIALS.kind,
+}
+_MOMENT: Final = 0.01
+_NO_LINGER: Final = struct.pack("ii", 0, 0)
 _LARGEST_DESCRIPTOR: Final = 2**31 - 1
 _int: Final = struct.Struct("i")
 
@@ -80,15 +99,46 @@ def descriptor_number(fd: FileDescriptor) -> int:
     return int(number)
 
 
-def rights(number: int) -> ControlMessage:
-    """Return the control message that carries one descriptor.
+def rights(*numbers: int) -> ControlMessage:
+    """Return the control message that carries these descriptors, at most SCM_MAX_FD.
 
     Raises:
       NotSupportedError: the platform passes no descriptors.
     """
     if _SCM_RIGHTS is None or not _kernel.HAS_SENDMSG:
         raise NotSupportedError(f"{sys.platform} with this Python cannot pass descriptors")
-    return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(number)
+    if len(numbers) == 1:
+        return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(*numbers)
+    return _SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"{len(numbers)}i", *numbers)
+
+
+def forged(messages: Iterable[ControlMessage]) -> bool:
+    """Whether there are credentials among ``messages`` that are not this process's own."""
+    return any(
+        (level, kind) == CREDENTIALS and payload != credentials(Credentials())[2]
+        for level, kind, payload in messages
+    )
+
+
+def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[int]:
+    """Return the numbers of ``fds``, each as :func:`descriptor_number`.
+
+    Raises:
+      TypeError, ValueError: not a descriptor, which says at which position; more than
+        ``most``.
+    """
+    numbers: list[int] = []
+    for position, fd in enumerate(fds):
+        try:
+            numbers.append(descriptor_number(fd))
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"at position {position}: {exc}") from exc
+    if most is not None and len(numbers) > most:
+        raise ValueError(
+            f"one message carries at most {most} descriptors, not {len(numbers)}; send_fds() "
+            "sends any number, in several messages"
+        )
+    return numbers
 
 
 def credentials(value: Credentials) -> ControlMessage:
@@ -127,7 +177,8 @@ class Parsed:
 
     def close(self, *, but: int = -1) -> None:
         """Close every descriptor, except ``but``."""
-        close_all(fd for fd in (*self.fds, *self.pidfds) if fd != but)
+        _close_each(self.pidfds)
+        close_all(fd for fd in self.fds if fd != but)
 
     def __str__(self) -> str:
         """Say what came, for an error message."""
@@ -141,9 +192,40 @@ class Parsed:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that arrived and that nobody will get."""
+    """Close descriptors that arrived and that nobody will get.
+
+    The peer chose what is behind them, and closing can wait: for the rest of a TCP connection
+    to be sent (SO_LINGER, which is switched off for them), or for a file server (FUSE, NFS).
+    So a thread closes what is no socket, and who called waits for it no longer than a moment;
+    mostly it is done by then.
+    """
+    files = [fd for fd in fds if not _close_socket(fd)]
+    if files:
+        thread = threading.Thread(target=_close_each, args=(files,), daemon=True)
+        thread.start()
+        thread.join(_MOMENT)
+
+
+def _close_socket(fd: int) -> bool:
+    """Close ``fd`` without lingering, if it is a socket; whether it was."""
+    try:
+        # Told a family and a type, it does not look what the descriptor is.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+    except OSError:
+        return False
+    with suppress(OSError):
+        sock.setsockopt(_SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    with suppress(OSError):
+        sock.close()
+    return True
+
+
+def _close_each(fds: list[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        # An error is about bytes that somebody wrote there before; the descriptor is closed
+        # all the same (close(2)), and the rest must be, too.
+        with suppress(OSError):
+            os.close(fd)
 
 
 def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
@@ -195,8 +277,13 @@ def one_descriptor(received: Received) -> int:
       DescriptorsTruncatedError: the kernel dropped descriptors.
     """
     data, ancdata, flags, _ = received
-    if len(ancdata) == 1 and not flags & _kernel.MSG_CTRUNC and _kernel.MSG_CMSG_CLOEXEC:
-        level, kind, payload = ancdata[0]
+    # The common case without building anything: a descriptor alone, or behind credentials.
+    if (
+        (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
+        and not flags & _kernel.MSG_CTRUNC
+        and _kernel.MSG_CMSG_CLOEXEC
+    ):
+        level, kind, payload = ancdata[-1]
         if level == _SOL_SOCKET and kind == _SCM_RIGHTS and len(payload) == _int.size:
             fd: int = _int.unpack(payload)[0]
             if fd >= 0:
@@ -206,6 +293,44 @@ def one_descriptor(received: Received) -> int:
         parsed.close(but=parsed.fds[0])
         return parsed.fds[0]
     raise _refusal("one descriptor was due", data, parsed)
+
+
+def is_one_descriptor(received: Received) -> bool:
+    """Whether a message is just one descriptor, alone or behind credentials."""
+    _, ancdata, flags, _ = received
+    return (
+        (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
+        and ancdata[-1][:2] == RIGHTS
+        and len(ancdata[-1][2]) == _int.size
+        and not flags & _kernel.MSG_CTRUNC
+    )
+
+
+def count_descriptors(received: Received) -> int:
+    """Return how many descriptors came with a message; 0 if :func:`parse` would find fault."""
+    _, ancdata, flags, _ = received
+    count = 0
+    for level, kind, payload in ancdata:
+        if (level, kind) == RIGHTS:
+            slots = [slot for (slot,) in _int.iter_unpack(payload[: len(payload) & ~3])]
+            if min(slots, default=0) < 0:
+                return 0
+            count += len(slots)
+        elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
+            return 0
+    return 0 if flags & _kernel.MSG_CTRUNC else count
+
+
+def check_open(number: int) -> None:
+    """Raise unless a descriptor is open.
+
+    Raises:
+      OSError: EBADF.
+    """
+    try:
+        os.get_inheritable(number)
+    except OSError as exc:
+        raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
 
 
 def only_credentials(received: Received) -> Credentials | None:
@@ -221,6 +346,38 @@ def only_credentials(received: Received) -> Credentials | None:
         raise _refusal("credentials were due", data, parsed)
     parsed.close()
     return parsed.credentials[0] if parsed.credentials else None
+
+
+def up_to_descriptors(received: Received, most: int) -> list[int]:
+    """Return the descriptors of a message that must carry between 1 and ``most``.
+
+    Raises:
+      UnexpectedControlMessageError: none, more, or anything else; all of it is closed.
+      DescriptorsTruncatedError: the kernel dropped descriptors.
+    """
+    data, ancdata, flags, _ = received
+    parsed = parse(ancdata, flags)
+    if parsed.truncated or parsed.others or not 1 <= len(parsed.fds) <= most:
+        raise _refusal(f"between 1 and {most} descriptors were due", data, parsed)
+    _close_each(parsed.pidfds)
+    return parsed.fds
+
+
+def whole_message(received: Received, most: int) -> Parsed:
+    """Return what came with a message that may carry up to ``most`` descriptors.
+
+    The caller owns what is in it.
+
+    Raises:
+      UnexpectedControlMessageError: more descriptors; all are closed.
+      DescriptorsTruncatedError: the kernel dropped descriptors.
+    """
+    data, ancdata, flags, _ = received
+    parsed = parse(ancdata, flags)
+    if parsed.truncated or len(parsed.fds) > most:
+        due = "no descriptors were" if not most else f"at most {most} descriptors were"
+        raise _refusal(f"{due} due", data, parsed)
+    return parsed
 
 
 def only_bytes(received: Received) -> bytes:

@@ -9,6 +9,7 @@ Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import socket as stdlib_socket
 from typing import Final
@@ -18,7 +19,7 @@ import trio
 from . import _kernel
 from ._address import UnixSocketAddress, named
 from ._connection import UnixConnection
-from .errors import ConnectionClosedError
+from .errors import ConnectionBusyError, ConnectionClosedError
 
 # The connection that was to be accepted is gone; the next one may be fine. The list is
 # accept(2)'s, as far as it can happen to a Unix socket.
@@ -57,11 +58,9 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         if option is not None and not socket.getsockopt(_kernel.SOL_SOCKET, option):
             raise ValueError(f"{due}, but this socket does not listen; call listen() first")
         self.socket: trio.socket.SocketType = socket
-        self._path: bytes | None = None
-        if unlink is not None:
-            # The working folder may be another one when the listener is closed.
-            self._path = os.path.abspath(os.fsencode(unlink))
-            self._identity = _identity(self._path)
+        # The working folder may be another one when the listener is closed.
+        self._path = os.path.abspath(os.fsencode(unlink or ""))
+        self._identity = _identity(self._path) if unlink else None
 
     def get_local_address(self) -> UnixSocketAddress:
         """Return the name that this listens at.
@@ -81,7 +80,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
 
         Raises:
           ConnectionClosedError: the listener is closed, before or meanwhile.
-          ConnectionBusyError (trio.BusyResourceError): another task is accepting.
+          ConnectionBusyError: another task is accepting.
           OSError: EMFILE and the like; ``trio.serve_listeners`` waits and goes on.
         """
         while True:
@@ -94,6 +93,8 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
                     raise
             except trio.ClosedResourceError as exc:
                 raise ConnectionClosedError("this listener was closed") from exc
+            except trio.BusyResourceError as exc:
+                raise ConnectionBusyError("another task is accepting") from exc
             else:
                 try:
                     return UnixConnection(sock)
@@ -107,7 +108,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
             # First the path: once the socket is closed, another server may have taken it, and
             # its inode may be the same number again.
             try:
-                if self._path is not None and _identity(self._path) == self._identity:
+                if self._identity is not None and _identity(self._path) == self._identity:
                     os.unlink(self._path)
             finally:
                 self.socket.close()
@@ -117,7 +118,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
 def _identity(path: bytes) -> tuple[int, int] | None:
     try:
         status = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 
@@ -141,12 +142,14 @@ async def open_unix_listener(
       A listener that the caller owns; closing it removes the path.
 
     Raises:
-      TypeError, ValueError: not the name of a socket.
+      TypeError, ValueError: not the name of a socket, or no permission bits.
       OSError: from bind(2), with the address: EADDRINUSE if the path exists.
       NotSupportedError: the platform has no Unix sockets.
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
+    if not 0 <= operator.index(mode) <= 0o7777:
+        raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
     if name.get_is_anonymous():
         raise ValueError("a listener needs a name: a path or an abstract name")
     await trio.lowlevel.checkpoint()

@@ -30,6 +30,8 @@ __all__ = [
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnectionError",
+    "UnsafeBufferError",
+    "WrongDescriptorKindError",
 ]
 
 
@@ -96,9 +98,11 @@ class UnixConnectionError(Exception):
 
     Attributes:
       code: what Gio calls this situation.
+      sent: of an error out of ``send_fds``, how many descriptors had gone by then.
     """
 
     code: ClassVar[IOErrorEnum] = IOErrorEnum.FAILED
+    sent: int = 0
 
 
 class OperationCancelled(UnixConnectionError):
@@ -191,6 +195,29 @@ class DescriptorsRefusedError(UnixConnectionError, PermissionError):
     """The peer takes no descriptors (it set ``SO_PASSRIGHTS`` to 0); plain data still flows."""
 
     code = IOErrorEnum.PERMISSION_DENIED
+
+
+class WrongDescriptorKindError(UnixConnectionError, ValueError):
+    """A descriptor came that is open on another kind of file, or otherwise, than was due.
+
+    An operation that received it has closed it.
+
+    Attributes:
+      kind: what it is open on, a :class:`~trio_unixconn.DescriptorKind`.
+    """
+
+    code = IOErrorEnum.INVALID_DATA
+
+    def __init__(self, message: str, kind: enum.Enum) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UnsafeBufferError(WrongDescriptorKindError):
+    """What came as a buffer is no sealed memory, or larger than allowed; nothing was mapped."""
 
 
 class NotSupportedError(UnixConnectionError, NotImplementedError):

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from .._callbacks import AsyncResult, CallbackConnection, open_callback_adapter
+from .._callbacks import open_callback_adapter
 from .._cancellable import Cancellable
 from .._client import open_unix_connection
 from .._credentials import Credentials
@@ -32,7 +32,9 @@ from ..errors import OperationCancelled
 from . import wire
 
 if TYPE_CHECKING:
+    from .._callback_connection import CallbackConnection
     from .._connection import UnixConnection
+    from .._results import AsyncResult
 
 WORKERS = 2
 _SUN_PATH = 107
@@ -154,8 +156,14 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         if path.is_dir():
             for folder, _, names in os.walk(path, onerror=on_error):
-                inside = (Path(folder, name) for name in sorted(names))
-                found += (each for each in inside if stat.S_ISREG(each.lstat().st_mode))
+                for name in sorted(names):
+                    file = Path(folder, name)
+                    try:
+                        if stat.S_ISREG(file.lstat().st_mode):
+                            found.append(file)
+                    except OSError as exc:
+                        # It was there a moment ago.
+                        on_error(exc)
         elif stat.S_ISREG(path.stat().st_mode):
             found.append(path)
         else:
@@ -215,25 +223,46 @@ async def one_worker(
 ) -> None:
     """Start a worker at ``path``, do everything with it, and end it."""
     command = [sys.executable, "-m", "trio_unixconn._demo.worker", path]
-    async with trio.open_nursery() as nursery:
-        process: trio.Process = await nursery.start(
-            partial(trio.run_process, command, stdout=subprocess.PIPE, check=False)
-        )
-        assert process.stdout is not None  # noqa: S101 - it is a pipe
-        async with process.stdout:
-            said = b""
-            with trio.fail_after(wire.SECONDS_TO_ANSWER):
-                while more := await process.stdout.receive_some():
-                    said += more
-                    if said.endswith(b"\n"):
-                        break
-            if said != b"ready\n":
-                raise EOFError(f"worker {number} ended before it listened at {path}")
-            async with await open_unix_connection(path) as connection:
-                await everything(number, connection, process.pid, files, report, progress)
+    with held_pipe() as lifeline:
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(
+                partial(
+                    trio.run_process,
+                    command,
+                    stdin=lifeline,
+                    stdout=subprocess.PIPE,
+                    check=False,
+                    # Control-C reaches all processes of a terminal's session; a worker ends
+                    # when this process says so.
+                    start_new_session=True,
+                )
+            )
+            assert process.stdout is not None  # noqa: S101 - it is a pipe
+            async with process.stdout:
+                said = b""
+                with trio.fail_after(wire.SECONDS_TO_ANSWER):
+                    while more := await process.stdout.receive_some():
+                        said += more
+                        if said.endswith(b"\n"):
+                            break
+                if said != b"ready\n":
+                    raise EOFError(f"worker {number} ended before it listened at {path}")
+                async with await open_unix_connection(path) as connection:
+                    await everything(number, connection, process.pid, files, report, progress)
     # The connection was closed, which is a worker's word to end, and the nursery has waited.
     if process.returncode:
         raise ChildProcessError(f"worker {number} ended with exit status {process.returncode}")
+
+
+@contextmanager
+def held_pipe() -> Generator[int, None, None]:
+    """Give the reading end of a pipe, which ends when this process does, however it does."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 async def everything(
@@ -264,10 +293,10 @@ async def everything(
         begin = time.perf_counter()
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            here, there = await hand_over_file(connection, fd)
         except OSError as exc:
             report.skipped.append(f"{file}: {exc.strerror}")
         else:
-            here, there = await hand_over_file(connection, fd)
             seconds = time.perf_counter() - begin
             report.transfers.append(Transfer(number, str(file), peer, here, there, seconds))
         progress.step()
@@ -282,9 +311,15 @@ async def ask(connection: UnixConnection, request: bytes) -> int:
 
 
 async def seen_there(connection: UnixConnection) -> wire.Seen:
-    """Return the worker's answer to a descriptor."""
-    with trio.fail_after(wire.SECONDS_TO_ANSWER):
-        return wire.Seen(**await wire.receive_answer(connection))
+    """Return the worker's answer to a descriptor.
+
+    Raises:
+      OSError: the worker could not read it.
+    """
+    answer = await wire.receive_answer(connection)
+    if "error" in answer:
+        raise OSError(errno.EIO, f"the worker could not read it: {answer['error']}")
+    return wire.Seen(**answer)
 
 
 async def hand_over_file(connection: UnixConnection, fd: int) -> tuple[wire.Seen, wire.Seen]:
@@ -292,8 +327,14 @@ async def hand_over_file(connection: UnixConnection, fd: int) -> tuple[wire.Seen
     try:
         await connection.send_all(wire.FILE)
         await connection.send_fd(fd)
-        # pread leaves alone the position of the open file, which the worker reads along.
-        here = await trio.to_thread.run_sync(wire.digest, fd, os.pread)
+        try:
+            # pread leaves alone the position of the open file, which the worker reads along.
+            here = await wire.digest(fd, os.pread)
+        except OSError:
+            # The worker answers all the same, and the answers must stay in step.
+            with suppress(OSError):
+                await seen_there(connection)
+            raise
         return here, await seen_there(connection)
     finally:
         os.close(fd)
@@ -329,6 +370,7 @@ async def hand_over_tcp(connection: UnixConnection) -> tuple[wire.Seen, wire.See
             await connection.send_fd(accepted.socket)
         request = b"a request from process %d\n" % os.getpid()
         await client.send_all(request)
+        await client.send_eof()
         answer = b"".join([chunk async for chunk in client])
     here = wire.Seen(identity, len(request), hashlib.sha256(request).hexdigest())
     # What counts is the digest that came over the TCP connection itself.

@@ -7,12 +7,14 @@ a longer read could swallow.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +28,7 @@ CREDENTIALS_BY_AWAIT: Final = b"C"
 CREDENTIALS_BY_CALLBACK: Final = b"c"
 DESCRIPTORS: Final = b"D"
 
-# The demonstration ends when a worker says nothing for that long.
+# The demonstration ends when a worker does not answer, or a file does not, for that long.
 SECONDS_TO_ANSWER: Final = 60
 _CHUNK: Final = 1 << 20
 
@@ -52,12 +54,34 @@ def identity_of(fd: int) -> str:
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def digest(fd: int, read: Callable[[int, int, int], bytes]) -> Seen:
-    """Read a descriptor to the end with ``read(fd, length, offset)``."""
+async def digest(fd: int, read: Callable[[int, int, int], bytes]) -> Seen:
+    """Read a descriptor to the end with ``read(fd, length, offset)``.
+
+    Raises:
+      OSError: from reading; ETIMEDOUT if a piece does not come.
+    """
+    # A read that waits for ever is abandoned together with its thread, which goes on using
+    # the number; so it has one of its own, which is then left open.
+    own = os.dup(fd)
     total, sha256 = 0, hashlib.sha256()
-    while chunk := read(fd, _CHUNK, total):
-        total += len(chunk)
-        sha256.update(chunk)
+    try:
+        while True:
+            chunk = None
+            with trio.move_on_after(SECONDS_TO_ANSWER):
+                chunk = await trio.to_thread.run_sync(
+                    read, own, _CHUNK, total, abandon_on_cancel=True
+                )
+            if chunk is None:
+                raise OSError(errno.ETIMEDOUT, f"nothing came for {SECONDS_TO_ANSWER} seconds")
+            if not chunk:
+                break
+            total += len(chunk)
+            sha256.update(chunk)
+    except OSError as exc:
+        if exc.errno != errno.ETIMEDOUT:
+            os.close(own)
+        raise
+    os.close(own)
     return Seen(identity_of(fd), total, sha256.hexdigest())
 
 

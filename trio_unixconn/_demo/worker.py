@@ -15,34 +15,36 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from .._callbacks import AsyncResult, CallbackConnection, open_callback_adapter
+from .._callbacks import open_callback_adapter
 from .._listener import open_unix_listener
 from . import wire
 
 if TYPE_CHECKING:
+    from .._callback_connection import CallbackConnection
     from .._connection import UnixConnection
     from .._credentials import Credentials
+    from .._results import AsyncResult
 
 
 async def read_to_the_end(connection: UnixConnection) -> None:
     """Answer what stands behind the descriptor that comes next."""
     fd = await connection.receive_fd()
     try:
-        seen = await trio.to_thread.run_sync(wire.digest, fd, wire.plain_read)
+        answer = attrs.asdict(await wire.digest(fd, wire.plain_read))
+    except OSError as exc:
+        answer = {"error": exc.strerror}
     finally:
         os.close(fd)
-    await wire.send_answer(connection, attrs.asdict(seen))
+    await wire.send_answer(connection, answer)
 
 
 async def serve_one_request(connection: UnixConnection) -> None:
-    """Take over a TCP connection, answer one line on it, and close it."""
+    """Take over a TCP connection, answer what comes on it, and close it."""
     fd = await connection.receive_fd()
     identity = wire.identity_of(fd)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
-    request = b""
     async with stream:
-        while not request.endswith(b"\n"):
-            request += await stream.receive_some()
+        request = b"".join([chunk async for chunk in stream])
         sha256 = hashlib.sha256(request).hexdigest()
         await stream.send_all(sha256.encode())
     await wire.send_answer(connection, attrs.asdict(wire.Seen(identity, len(request), sha256)))
@@ -85,13 +87,22 @@ OPERATIONS = {
 }
 
 
+async def end_with_the_starter(scope: trio.CancelScope) -> None:
+    """Cancel ``scope`` when standard input ends, as it does with whoever started this."""
+    async with trio.lowlevel.FdStream(os.dup(0)) as starter:
+        await starter.receive_some()
+    scope.cancel()
+
+
 async def main(path: str) -> None:
     """Listen at ``path``, say so, and serve one connection until it ends."""
-    async with await open_unix_listener(path) as listener:
+    async with trio.open_nursery() as nursery, await open_unix_listener(path) as listener:
+        nursery.start_soon(end_with_the_starter, nursery.cancel_scope)
         print("ready", flush=True)  # noqa: T201 - the starter waits for it
         async with await listener.accept() as connection:
             while request := await wire.receive_exactly_one(connection):
                 await OPERATIONS[request](connection)
+        nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Buffers: anything that holds bytes, seen as bytes.
+
+The rule of this file: nothing is copied.
+
+Source: https://docs.python.org/3/c-api/buffer.html
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+
+def bytes_of(data: Buffer) -> memoryview:
+    """Return any contiguous buffer as bytes.
+
+    Raises:
+      TypeError: not a buffer, or not a contiguous one.
+    """
+    view = memoryview(data)
+    # A view without elements, but with several dimensions, cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")

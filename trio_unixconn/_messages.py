@@ -1,0 +1,181 @@
+"""Messages as values: a whole one, and Gio's two kinds of control message.
+
+The rule of this file: a value that holds descriptors owns them through a UnixFDList.
+
+Sources: https://docs.gtk.org/gio-unix/class.FDMessage.html,
+https://docs.gtk.org/gio-unix/class.CredentialsMessage.html, unix(7)
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import attrs
+
+from . import _control
+from ._credentials import Credentials
+from ._fdlist import UnixFDList
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ._control import ControlMessage, FileDescriptor
+
+
+@attrs.frozen(eq=False)
+class Message:
+    """What one ``receive_message`` brought.
+
+    It owns the descriptors in it: use it in a ``with`` block, :meth:`close` it, or take them
+    out of :attr:`fds`.
+
+    Attributes:
+      data: the bytes; empty at the end of the stream.
+      fds: the descriptors that came with them, in order.
+      credentials: the sender's, vouched for by the kernel; None if none came.
+      pidfds: the sender's pidfd, if this side has switched SO_PASSPIDFD on; at most one.
+    """
+
+    data: bytes
+    fds: UnixFDList
+    credentials: Credentials | None
+    pidfds: UnixFDList = attrs.field(factory=UnixFDList)
+
+    @property
+    def pidfd(self) -> int | None:
+        """The sender's pidfd, which stays the message's; ``pidfds.take(0)`` takes it out."""
+        return next(iter(self.pidfds), None)
+
+    def close(self) -> None:
+        """Close what nobody took out; closing twice is allowed."""
+        self.fds.close()
+        self.pidfds.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@attrs.frozen(eq=False)
+class UnixFDMessage:
+    """A control message with descriptors, as ``Gio.UnixFDMessage``.
+
+    Attributes:
+      fd_list: the list that owns them; an empty new one if left out.
+    """
+
+    fd_list: UnixFDList = attrs.field(factory=UnixFDList)
+
+    def append_fd(self, fd: FileDescriptor) -> None:
+        """Add a duplicate of ``fd``, which stays the caller's.
+
+        Raises:
+          TypeError, ValueError: not a descriptor.
+          OSError: EBADF or EMFILE.
+        """
+        self.fd_list.append(_control.descriptor_number(fd))
+
+    def get_fd_list(self) -> UnixFDList:
+        """Return the list, which stays this message's."""
+        return self.fd_list
+
+    def steal_fds(self) -> list[int]:
+        """Take out all descriptors, which the caller owns."""
+        return self.fd_list.steal_fds()
+
+    def get_level(self) -> int:
+        """Return SOL_SOCKET."""
+        return self.to_control_message()[0]
+
+    def get_msg_type(self) -> int:
+        """Return SCM_RIGHTS."""
+        return self.to_control_message()[1]
+
+    def get_size(self) -> int:
+        """Return how many bytes the payload takes."""
+        return len(self.serialize())
+
+    def serialize(self) -> bytes:
+        """Return the payload: the numbers as C ints."""
+        return self.to_control_message()[2]
+
+    def to_control_message(self) -> ControlMessage:
+        """Return (level, type, payload), as ``socket.sendmsg`` takes it.
+
+        Raises:
+          ValueError: more descriptors than one message carries.
+          NotSupportedError: the platform passes none.
+        """
+        return _control.rights(
+            *_control.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
+        )
+
+    @classmethod
+    def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixFDMessage | None:
+        """Read what recvmsg returned; None if it is another kind of message.
+
+        The message owns the descriptors.
+        """
+        if (level, msg_type) != _control.RIGHTS:
+            return None
+        return cls(UnixFDList(_control.parse([(level, msg_type, data)], 0).fds))
+
+
+@attrs.frozen
+class UnixCredentialsMessage:
+    """A control message with credentials, as ``Gio.UnixCredentialsMessage``.
+
+    Attributes:
+      credentials: those of the calling process if left out.
+    """
+
+    credentials: Credentials = attrs.field(factory=Credentials)
+
+    @staticmethod
+    def is_supported() -> bool:
+        """Whether a process can send credentials on this platform."""
+        return _control.CREDENTIALS is not None
+
+    def get_credentials(self) -> Credentials:
+        """Return the credentials."""
+        return self.credentials
+
+    def get_level(self) -> int:
+        """Return SOL_SOCKET."""
+        return self.to_control_message()[0]
+
+    def get_msg_type(self) -> int:
+        """Return SCM_CREDENTIALS, or what the platform calls it."""
+        return self.to_control_message()[1]
+
+    def get_size(self) -> int:
+        """Return how many bytes the payload takes."""
+        return len(self.serialize())
+
+    def serialize(self) -> bytes:
+        """Return the payload: the platform's structure."""
+        return self.to_control_message()[2]
+
+    def to_control_message(self) -> ControlMessage:
+        """Return (level, type, payload), as ``socket.sendmsg`` takes it.
+
+        Raises:
+          NotSupportedError: a process cannot send credentials on this platform.
+        """
+        return _control.credentials(self.credentials)
+
+    @classmethod
+    def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixCredentialsMessage | None:
+        """Read what recvmsg returned; None if it is another kind, malformed, or of nobody."""
+        if (level, msg_type) != _control.CREDENTIALS:
+            return None
+        parsed = _control.parse([(level, msg_type, data)], 0)
+        return cls(parsed.credentials[0]) if parsed.credentials else None

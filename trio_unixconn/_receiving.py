@@ -1,0 +1,199 @@
+"""Receiving: one recvmsg, one scheduling point, and what was read ahead.
+
+The rule of this file: nothing between the kernel's answer and the return can be cancelled,
+and what was read ahead of a receive serves the next one, whichever it is. Only this file
+calls recvmsg.
+
+Sources: unix(7), recvmsg(2)
+"""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from trio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    enable_ki_protection,
+    wait_readable,
+)
+
+from . import _control, _kernel
+from ._cancellable import begin_under
+from ._socket import FAILURES, ConnectedSocket, wait_under
+from .errors import ConnectionBusyError
+
+if TYPE_CHECKING:
+    import trio
+
+    from ._cancellable import Cancellable
+    from ._control import Received
+
+_ROOM: Final = _kernel.CONTROL_ROOM
+# MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
+_FLAGS: Final = _kernel.MSG_CMSG_CLOEXEC | _kernel.MSG_DONTWAIT
+
+
+class Receiver(ConnectedSocket):
+    """The receiving direction of a connected socket.
+
+    Attributes:
+      busy: whether a task is receiving.
+    """
+
+    __slots__ = ("_ahead", "_passcred_lent", "busy")
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        super().__init__(socket, raw)
+        self.busy = False
+        # Single bytes, each with its control messages, that serve the next receives.
+        self._ahead: deque[Received | OSError] | None = None
+        # Whether SO_PASSCRED is on only for a receive that is under way.
+        self._passcred_lent = False
+
+    @enable_ki_protection
+    async def receive(
+        self, max_bytes: int, cancellable: Cancellable | None, *, passcred: bool = False
+    ) -> Received:
+        """One recvmsg. Nothing between it and the return can be cancelled."""
+        if self.busy:
+            raise ConnectionBusyError("another task is receiving from this connection")
+        self.busy = True
+        try:
+            if cancellable is not None:
+                await begin_under(cancellable)
+            await checkpoint_if_cancelled()
+            if self._ahead:
+                received = self._take_ahead()
+                await cancel_shielded_checkpoint()
+                return received
+            if passcred:
+                self._lend_passcred()
+            try:
+                received = self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+            except BlockingIOError:
+                return await self._receive_later(max_bytes, cancellable)
+            await cancel_shielded_checkpoint()
+            return received
+        except FAILURES as exc:
+            raise await self.failed(exc) from exc
+        finally:
+            if passcred:
+                self._return_passcred()
+            self.busy = False
+
+    @enable_ki_protection
+    async def _receive_later(self, max_bytes: int, cancellable: Cancellable | None) -> Received:
+        while True:
+            await wait_under(wait_readable, self.raw, cancellable)
+            try:
+                return self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+            except BlockingIOError:
+                continue
+
+    def next_ahead(self) -> Received | None:
+        """Return one byte that was read ahead, with what came with it; None without any."""
+        if self.busy:
+            raise ConnectionBusyError("another task is receiving from this connection")
+        if not self._ahead or isinstance(self._ahead[0], OSError):
+            # An error is raised, and translated, by receive().
+            return None
+        return self._take_ahead()
+
+    def read_ahead(self, count: int) -> None:
+        """Read up to ``count`` single bytes that are there already, each with what it brings.
+
+        They serve the next receives, whichever these are, and so nothing may be lost that
+        would not have been lost otherwise. SO_PASSCRED is on meanwhile, for credentials that
+        the peer sent explicitly. It ends behind the first message that is not just one
+        descriptor, and leaves as many descriptors free as such a message may bring.
+        """
+        count = min(count, _kernel.free_descriptors() - _kernel.SCM_MAX_FD)
+        if count <= 0 or self.is_closed():
+            return
+        ahead = self._ahead = self._ahead or deque()
+        self._lend_passcred()
+        try:
+            for _ in range(count):
+                try:
+                    received: Received = self.raw.recvmsg(1, _ROOM, _FLAGS)
+                except BlockingIOError:
+                    return
+                except OSError as exc:
+                    # The kernel says it only once.
+                    ahead.append(exc)
+                    return
+                if not received[0]:
+                    # The end of the stream can be read again.
+                    _control.parse(received[1], received[2]).close()
+                    return
+                ahead.append(received)
+                if not _control.is_one_descriptor(received):
+                    return
+        finally:
+            self._return_passcred()
+
+    def ahead_that_fits(self, room: int) -> Iterator[Received]:
+        """Take what is there already and has descriptors, ``room`` of them at the most."""
+        if room and not self._ahead:
+            self.read_ahead(room)
+        while room and self._ahead:
+            first = self._ahead[0]
+            count = 0 if isinstance(first, OSError) else _control.count_descriptors(first)
+            if not 0 < count <= room:
+                return
+            room -= count
+            yield self._take_ahead()
+
+    def _take_ahead(self) -> Received:
+        assert self._ahead  # noqa: S101 - callers have looked
+        received = self._ahead.popleft()
+        if isinstance(received, OSError):
+            raise received
+        return received
+
+    def release(self) -> None:
+        """Leave nothing behind before the socket is closed: no descriptor and no option."""
+        self._return_passcred()
+        self._drop_ahead()
+
+    def _drop_ahead(self) -> int:
+        """Close all descriptors that were read ahead; return how many."""
+        count = 0
+        while self._ahead:
+            received = self._ahead.popleft()
+            if not isinstance(received, OSError):
+                parsed = _control.parse(received[1], received[2])
+                count += len(parsed.fds)
+                parsed.close()
+        return count
+
+    def __del__(self) -> None:
+        count = self._drop_ahead()
+        if count:
+            warnings.warn(
+                f"a connection was dropped with {count} descriptors that fds() had read ahead; "
+                "they were closed; close the connection",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def _lend_passcred(self) -> None:
+        option = _kernel.SO_PASSCRED
+        if option is None or _kernel.SCM_CREDENTIALS is None:
+            return
+        if not self.raw.getsockopt(_kernel.SOL_SOCKET, option):
+            self.raw.setsockopt(_kernel.SOL_SOCKET, option, 1)
+            self._passcred_lent = True
+
+    def _return_passcred(self) -> None:
+        """Switch SO_PASSCRED off if it was us: other processes may hold the same socket."""
+        if self._passcred_lent:
+            self._passcred_lent = False
+            if not self.is_closed():
+                option = _kernel.required(_kernel.SO_PASSCRED, "SO_PASSCRED")
+                self.raw.setsockopt(_kernel.SOL_SOCKET, option, 0)

@@ -1,0 +1,316 @@
+"""Sending: one sendmsg, one scheduling point, and waiting for room.
+
+The rule of this file: a descriptor's number never crosses an await, but as a duplicate of our
+own; control messages go once, with the first byte. Only this file calls sendmsg.
+
+Sources: unix(7), sendmsg(2)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as stdlib_socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+from trio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint,
+    checkpoint_if_cancelled,
+    enable_ki_protection,
+    wait_writable,
+)
+
+from . import _control, _kernel
+from ._buffers import bytes_of
+from ._cancellable import begin_under
+from ._fdlist import UnixFDList
+from ._socket import FAILURES, ConnectedSocket, wait_under
+from .errors import (
+    ConnectionBusyError,
+    OperationCancelled,
+    UnixConnectionError,
+)
+
+if TYPE_CHECKING:
+    from ._cancellable import Cancellable
+    from ._control import ControlMessage
+
+# A byte must travel with a control message on a stream; Gio sends NUL.
+_ONE_BYTE: Final = [b"\0"]
+# MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
+_FLAGS: Final = _kernel.MSG_NOSIGNAL | _kernel.MSG_DONTWAIT
+
+# The kernel cannot take the message now. After EAGAIN poll says when it can, after the others
+# not: too many of our descriptors wait in sockets for their receivers (ETOOMANYREFS), or
+# memory is short.
+_TRY_LATER: Final = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
+_FULL: Final = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+_FIRST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.1
+
+
+class _Burst:
+    """Groups of descriptors, each a message of its own, and how many messages have gone."""
+
+    __slots__ = ("groups", "messages", "sent")
+
+    def __init__(self, groups: list[list[int]]) -> None:
+        self.groups = groups
+        self.messages = [[_control.rights(*group)] for group in groups]
+        self.sent = 0
+
+    def descriptors_sent(self) -> int:
+        return sum(map(len, self.groups[: self.sent]))
+
+
+class Sender(ConnectedSocket):
+    """The sending direction of a connected socket.
+
+    Attributes:
+      busy: whether a task is sending.
+    """
+
+    __slots__ = ("_half_sent", "busy")
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        super().__init__(socket, raw)
+        self.busy = False
+        # Whether a message stopped in the middle, behind which nothing makes sense.
+        self._half_sent = False
+
+    @enable_ki_protection
+    async def send(
+        self,
+        data: bytes | memoryview,
+        messages: list[ControlMessage],
+        cancellable: Cancellable | None,
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Send ``data`` with control messages, which carry ``fds``; mostly one sendmsg.
+
+        The control messages go with the first byte. After a short write only the rest of the
+        data is sent, and if that fails or is cancelled, nothing can be sent any more.
+        """
+        self._begin_sending()
+        try:
+            if cancellable is not None:
+                await begin_under(cancellable)
+            await checkpoint_if_cancelled()
+            self._check_whole()
+            try:
+                sent = self.raw.sendmsg([data], messages, _FLAGS)
+            except OSError as exc:
+                if exc.errno not in _TRY_LATER:
+                    raise
+                sent = await self._send_later(exc, data, messages, cancellable, fds)
+            else:
+                await cancel_shielded_checkpoint()
+            if sent < len(data):
+                self._half_sent = True
+                with memoryview(data)[sent:] as rest:
+                    await self._send_rest(rest, _FULL, cancellable)
+                self._half_sent = False
+        except FAILURES as exc:
+            gone = "a part was sent before" if self._half_sent else "nothing was sent"
+            raise await self.failed(exc, messages, gone) from exc
+        finally:
+            self.busy = False
+
+    @enable_ki_protection
+    async def _send_later(
+        self,
+        refusal: OSError,
+        data: bytes | memoryview,
+        messages: list[ControlMessage],
+        cancellable: Cancellable | None,
+        fds: Sequence[int],
+    ) -> int:
+        # The caller may close the descriptors while we wait, and their numbers may then mean
+        # other files.
+        with UnixFDList() as duplicates:
+            for fd in fds:
+                duplicates.append(fd)
+            if fds:
+                others = [each for each in messages if each[1] != _kernel.SCM_RIGHTS]
+                messages = [*others, _control.rights(*duplicates)]
+            pause = _FIRST_PAUSE
+            while True:
+                pause = await self._wait_for_room(refusal, pause, cancellable)
+                try:
+                    return self.raw.sendmsg([data], messages, _FLAGS)
+                except OSError as exc:
+                    if exc.errno not in _TRY_LATER:
+                        raise
+                    refusal = exc
+
+    async def _send_rest(
+        self, rest: memoryview, refusal: OSError, cancellable: Cancellable | None
+    ) -> None:
+        pause, sent = _FIRST_PAUSE, 0
+        while sent < len(rest):
+            pause = await self._wait_for_room(refusal, pause, cancellable)
+            with rest[sent:] as now:
+                try:
+                    sent += self.raw.send(now, _FLAGS)
+                except OSError as exc:
+                    if exc.errno not in _TRY_LATER:
+                        raise
+                    refusal = exc
+                else:
+                    refusal = _FULL
+
+    @enable_ki_protection
+    async def send_each(self, groups: list[list[int]], cancellable: Cancellable | None) -> int:
+        """Send each group of descriptors with a byte of its own; many for one checkpoint.
+
+        Returns:
+          How many descriptors went: all, or fewer if trio's cancellation came in between,
+          which then is seen at the next checkpoint.
+        """
+        self._begin_sending()
+        burst = _Burst(groups)
+        try:
+            if cancellable is not None:
+                await begin_under(cancellable)
+            await checkpoint_if_cancelled()
+            self._check_whole()
+            refusal = self._send_now(burst)
+            if refusal is None:
+                await cancel_shielded_checkpoint()
+            else:
+                await self._send_each_later(burst, refusal, cancellable)
+            return burst.descriptors_sent()
+        except FAILURES as exc:
+            gone = burst.descriptors_sent()
+            said = f"{gone} descriptors were sent before" if gone else "nothing was sent"
+            error = await self.failed(exc, burst.messages[0], said)
+            if isinstance(error, UnixConnectionError):
+                error.sent = gone
+            raise error from exc
+        except OperationCancelled as exc:
+            exc.sent = burst.descriptors_sent()
+            raise
+        finally:
+            self.busy = False
+
+    def _send_now(self, burst: _Burst) -> OSError | None:
+        """Send until all has gone or the kernel refuses; return the refusal."""
+        sendmsg = self.raw.sendmsg
+        for position in range(burst.sent, len(burst.messages)):
+            try:
+                sendmsg(_ONE_BYTE, burst.messages[position], _FLAGS)
+            except OSError as exc:
+                burst.sent = position
+                if exc.errno not in _TRY_LATER:
+                    raise
+                return exc
+        burst.sent = len(burst.messages)
+        return None
+
+    @enable_ki_protection
+    async def _send_each_later(
+        self, burst: _Burst, refusal: OSError | None, cancellable: Cancellable | None
+    ) -> None:
+        with UnixFDList() as duplicates:
+            for position in range(burst.sent, len(burst.groups)):
+                own = [duplicates[duplicates.append(fd)] for fd in burst.groups[position]]
+                burst.messages[position] = [_control.rights(*own)]
+            pause = _FIRST_PAUSE
+            while refusal is not None:
+                before = burst.sent
+                try:
+                    pause = await self._wait_for_room(refusal, pause, cancellable)
+                except trio.Cancelled:
+                    if not before:
+                        raise
+                    # What the kernel has taken is not undone: the answer is how many.
+                    return
+                refusal = self._send_now(burst)
+                if burst.sent > before:
+                    pause = _FIRST_PAUSE
+
+    async def _wait_for_room(
+        self, refusal: OSError, pause: float, cancellable: Cancellable | None
+    ) -> float:
+        """Wait until it makes sense to try again; return the pause for the next time."""
+        if refusal.errno == errno.EAGAIN:
+            await wait_under(wait_writable, self.raw, cancellable)
+            return pause
+        # The socket polls writable all the while, so waiting for that would spin.
+        await wait_under(trio.sleep, pause, cancellable)
+        return min(2 * pause, _LONGEST_PAUSE)
+
+    async def send_all(
+        self, data: bytes | bytearray | memoryview, cancellable: Cancellable | None = None
+    ) -> None:
+        """Send plain bytes, all of them."""
+        self._begin_sending()
+        try:
+            if cancellable is not None:
+                await begin_under(cancellable)
+            await checkpoint_if_cancelled()
+            self._check_whole()
+            with bytes_of(data) as view:
+                sent = 0
+                refusal: OSError = _FULL
+                if not view:
+                    self.check_open()
+                else:
+                    try:
+                        sent = self.raw.send(view, _FLAGS)
+                    except OSError as exc:
+                        if exc.errno not in _TRY_LATER:
+                            raise
+                        refusal = exc
+                if sent == len(view):
+                    await cancel_shielded_checkpoint()
+                else:
+                    with view[sent:] as rest:
+                        await self._send_rest(rest, refusal, cancellable)
+        except FAILURES as exc:
+            raise await self.failed(exc) from exc
+        finally:
+            self.busy = False
+
+    async def wait_writable(self) -> None:
+        """Wait until there is room to send."""
+        self._begin_sending()
+        try:
+            await checkpoint_if_cancelled()
+            self.check_open()
+            self._check_whole()
+            await wait_writable(self.raw)
+        except FAILURES as exc:
+            raise await self.failed(exc) from exc
+        finally:
+            self.busy = False
+
+    async def send_eof(self) -> None:
+        """End the stream in this direction."""
+        self._begin_sending()
+        try:
+            await checkpoint()
+            self.check_open()
+            self._check_whole()
+            if not self.socket.did_shutdown_SHUT_WR:
+                self.socket.shutdown(stdlib_socket.SHUT_WR)
+        except FAILURES as exc:
+            raise await self.failed(exc) from exc
+        finally:
+            self.busy = False
+
+    def _begin_sending(self) -> None:
+        if self.busy:
+            raise ConnectionBusyError("another task is sending on this connection")
+        self.busy = True
+
+    def _check_whole(self) -> None:
+        if self._half_sent:
+            raise BrokenPipeError(
+                errno.EPIPE,
+                "an earlier send_message() was cancelled, or failed, when a part of its bytes had "
+                "gone; nothing can be sent behind that; close this connection",
+            )

@@ -1,0 +1,151 @@
+"""One connected socket: what it is, when it is closed, what its errors mean.
+
+The rule of this file: an error of the kernel is translated here and nowhere else, with the
+``OSError`` as its cause, and says whether anything was sent.
+
+Sources: unix(7), sendmsg(2), recvmsg(2), trio's SocketStream
+"""
+
+from __future__ import annotations
+
+import errno
+import socket as stdlib_socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+from trio.lowlevel import cancel_shielded_checkpoint
+
+from . import _control, _kernel
+from .errors import (
+    ConnectionBrokenError,
+    ConnectionBusyError,
+    ConnectionClosedError,
+    DescriptorsRefusedError,
+    NotSupportedError,
+)
+
+if TYPE_CHECKING:
+    from ._cancellable import Cancellable
+    from ._control import ControlMessage
+
+_PEER_GONE: Final = frozenset(
+    {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN}
+)
+
+# Only on this list are errors that a caller can do something about.
+_SEND_PROBLEMS: Final[dict[int | None, str]] = {
+    errno.EBADF: "the descriptor to send is closed",
+    errno.EMFILE: "no descriptor is free to hold on to the one to send while waiting "
+    "(RLIMIT_NOFILE)",
+    errno.EPERM: "the kernel lets only a privileged process send credentials other than its own",
+    errno.ESRCH: "no process has the pid in these credentials",
+}
+
+FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError)
+
+
+class ConnectedSocket:
+    """What both directions of a connected Unix stream socket have in common.
+
+    Attributes:
+      socket: the trio socket.
+      raw: the standard library socket beneath it.
+    """
+
+    __slots__ = ("raw", "socket")
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        self.socket = socket
+        self.raw = raw
+
+    def is_closed(self) -> bool:
+        """Whether this side has closed the socket."""
+        return self.raw.fileno() == -1
+
+    def check_open(self) -> None:
+        if self.is_closed():
+            raise ConnectionClosedError("this side has closed the connection")
+
+    async def failed(
+        self,
+        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
+        messages: list[ControlMessage] | None = None,
+        gone: str = "nothing was sent",
+    ) -> Exception:
+        """Return the error to raise for ``exc``, after a checkpoint."""
+        error = self._translated(exc, messages, gone)
+        await cancel_shielded_checkpoint()
+        return error
+
+    def _translated(
+        self,
+        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
+        messages: list[ControlMessage] | None,
+        gone: str,
+    ) -> Exception:
+        if isinstance(exc, trio.BusyResourceError):
+            return ConnectionBusyError("another task waits for the same socket")
+        if self.is_closed() or isinstance(exc, trio.ClosedResourceError):
+            return ConnectionClosedError("this side has closed the connection")
+        if exc.errno == errno.EPIPE and self.socket.did_shutdown_SHUT_WR:
+            return ConnectionClosedError("this side has sent its end of file (send_eof)")
+        if messages is None or exc.errno in _PEER_GONE:
+            return ConnectionBrokenError(f"the connection is broken: {exc}")
+        if exc.errno == errno.EPERM and not _control.forged(messages):
+            return DescriptorsRefusedError(
+                errno.EPERM,
+                f"the peer takes no descriptors (SO_PASSRIGHTS is off at its end); {gone}, and "
+                "plain bytes still pass",
+            )
+        return OSError(exc.errno, f"{_SEND_PROBLEMS.get(exc.errno, exc.strerror)}; {gone}")
+
+
+_Awaited = TypeVar("_Awaited")
+
+
+async def wait_under(
+    wait: Callable[[_Awaited], Awaitable[None]], argument: _Awaited, cancellable: Cancellable | None
+) -> None:
+    if cancellable is None:
+        await wait(argument)
+    else:
+        with cancellable.scope():
+            await wait(argument)
+
+
+def stdlib_socket_of(socket: trio.socket.SocketType) -> stdlib_socket.socket:
+    if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
+    # trio has no public way to the socket beneath. The attribute is as old as trio's
+    # sockets, and a second socket object for the same descriptor would not be told when
+    # trio's closes it.
+    raw: object = getattr(socket, "_sock", None)
+    if not isinstance(raw, stdlib_socket.socket):
+        raise TypeError(f"a trio socket on a real descriptor is due, not {type(socket).__name__}")
+    return raw
+
+
+def check_connected(sock: stdlib_socket.socket) -> None:
+    """Raise ValueError unless ``sock`` is a connected Unix stream socket."""
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    if not _kernel.HAS_SENDMSG:
+        raise NotSupportedError("this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
+    due = "a connected Unix stream socket is due"
+    if sock.fileno() == -1:
+        raise ValueError(f"{due}, but this socket is closed")
+    if sock.family != family:
+        raise ValueError(f"{due}, but this is an {_name_of(sock.family)} socket")
+    if sock.type != stdlib_socket.SOCK_STREAM:
+        raise ValueError(f"{due}, but this is a {_name_of(sock.type)} socket")
+    option = _kernel.SO_ACCEPTCONN
+    if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
+        raise ValueError(f"{due}, but this socket listens; accept() its connections")
+    try:
+        sock.getpeername()
+    except OSError as exc:
+        raise ValueError(f"{due}, but this socket is not connected ({exc.strerror})") from exc
+
+
+def _name_of(constant: int) -> str:
+    return getattr(constant, "name", str(constant))
