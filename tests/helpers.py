@@ -84,7 +84,7 @@ def clog(conn: UnixConnection) -> int:
     sent = 0
     while True:
         try:
-            sent += conn._transport.raw.send(b"." * 4096)
+            sent += conn._receiver.raw.send(b"." * 4096)
         except BlockingIOError:
             return sent
 

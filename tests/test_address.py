@@ -56,4 +56,6 @@ def test_no_path(bad: str | bytes) -> None:
 def test_no_name() -> None:
     """What is neither text, bytes nor a path is a TypeError."""
     with pytest.raises(TypeError):
+        UnixSocketAddress("/run/x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
         UnixSocketAddress.from_any(3)  # type: ignore[arg-type]

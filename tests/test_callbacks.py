@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -433,3 +435,46 @@ async def test_tasks_have_names() -> None:
 
         adapter.wrap(one).send_credentials_async(None, note)
     assert names == ["send_credentials_async"]
+
+
+async def test_what_is_no_argument() -> None:
+    """A wrong connection, Cancellable or callback is a TypeError at once; nothing is held."""
+    one, two = connection_pair()
+    async with one, two, open_callback_adapter() as adapter:
+        with pytest.raises(TypeError, match="a UnixConnection is due, not str"):
+            adapter.wrap("nope")  # type: ignore[arg-type]
+        gio = adapter.wrap(one)
+        with pytest.raises(TypeError, match="a Cancellable or None is due, not function"):
+            gio.send_credentials_async(lambda *_: None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a callback or None is due, not str"):
+            gio.send_fd_async(0, None, "x")  # type: ignore[arg-type]
+
+
+async def test_two_wrappers_of_one_connection() -> None:
+    """A result may be finished by any wrapper of its connection."""
+    one, two = connection_pair()
+    calls = Calls()
+    async with one, two:
+        async with open_callback_adapter() as adapter:
+            adapter.wrap(one).send_credentials_async(None, calls)
+            other = adapter.wrap(one)
+        assert other.send_credentials_finish(calls.only()[1]) is True
+
+
+async def test_dropped_result_when_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropped result closes its descriptor also when the warning is an exception."""
+    one, two = connection_pair()
+    calls = Calls()
+    async with one, two:
+        async with open_callback_adapter() as adapter:
+            await two.send_fd(0)
+            adapter.wrap(one).receive_fd_async(None, calls)
+        fd = calls.only()[1]._value
+        unraisable: list[Any] = []
+        monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ResourceWarning)
+            drop(calls)
+        assert len(unraisable) == 1
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

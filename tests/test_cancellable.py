@@ -299,3 +299,26 @@ async def test_fired_in_a_worker_thread() -> None:
     with pytest.raises(OperationCancelled), cancellable.scope():
         await trio.to_thread.run_sync(cancellable.cancel)
         await trio.sleep_forever()
+
+
+async def test_scope_entered_twice() -> None:
+    """A scope that is entered again is refused by trio, and nothing is left behind."""
+    cancellable = Cancellable()
+    scope = cancellable.scope()
+    with scope:
+        pass
+    with pytest.raises(RuntimeError), scope:
+        pass
+    assert not cancellable._scopes
+
+
+def test_callback_that_cannot_be_called() -> None:
+    """What cannot be called is refused by connect, not found out by cancel."""
+    with pytest.raises(TypeError, match="a callback is due, not str"):
+        Cancellable().connect("x")  # type: ignore[arg-type]
+
+
+def test_constructor_that_fails() -> None:
+    """A Cancellable that could not be made leaves no noise behind."""
+    with pytest.raises(TypeError):
+        Cancellable(5)  # type: ignore[call-arg]

@@ -187,7 +187,7 @@ class After(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """Trio calls this."""
-        if self.conn._transport.receiving:
+        if self.conn._receiver.busy:
             self.do(task)
             trio.lowlevel.remove_instrument(self)
 
@@ -250,8 +250,8 @@ async def test_woken_for_nothing_to_receive() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive)
             await wait_all_tasks_blocked()
-            one._transport.raw.send(b"x")
-            BeforeTheTasks(lambda: two._transport.raw.recv(1))
+            one._sender.raw.send(b"x")
+            BeforeTheTasks(lambda: two._receiver.raw.recv(1))
             await wait_all_tasks_blocked()
             assert got == []
             await one.send_fd(0)
@@ -268,7 +268,7 @@ async def test_woken_without_room_to_send(name: str) -> None:
             nursery.start_soon(getattr(one, name), 0 if name == "send_fd" else b"x")
             await wait_all_tasks_blocked()
             while count:
-                count -= len(two._transport.raw.recv(min(65536, count)))
+                count -= len(two._receiver.raw.recv(min(65536, count)))
             counts: list[int] = []
             BeforeTheTasks(lambda: counts.append(clog(one)))
             await wait_all_tasks_blocked()
@@ -277,3 +277,31 @@ async def test_woken_without_room_to_send(name: str) -> None:
             os.close(await two.receive_fd())
         else:
             assert await two.receive_some() == b"x"
+
+
+@pytest.mark.parametrize("name", SENDS + RECEIVES)
+async def test_reset_does_not_let_a_refused_operation_through(name: str) -> None:
+    """An operation whose Cancellable has fired is refused, also if it is reset in that moment."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    cancellable.cancel()
+    async with one, two:
+        await two.send_fd(0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_cancelled, operation(one, name), cancellable)
+            nursery.start_soon(trio.to_thread.run_sync, cancellable.reset)
+        os.close(await one.receive_fd())
+        await one.send_all(b"x")
+        assert await two.receive_some() == b"x"
+
+
+@pytest.mark.parametrize("bad", [0, False, "x", trio.CancelScope, object()])
+@pytest.mark.parametrize("name", SENDS + RECEIVES)
+async def test_no_cancellable(name: str, bad: Any) -> None:
+    """What is no Cancellable is a TypeError, before anything happens."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises(TypeError, match="a Cancellable or None is due"):
+            await operation(one, name)(bad)
+        await one.send_all(b"x")
+        assert await two.receive_some() == b"x"

@@ -16,6 +16,7 @@ from helpers import free_descriptors
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
+    ConnectionBusyError,
     ConnectionClosedError,
     UnixConnection,
     UnixListener,
@@ -167,8 +168,11 @@ async def test_path_that_exists(path: Path) -> None:
 async def test_listener_that_cannot_be_made(path: Path) -> None:
     """What fails behind bind takes the path away again and leaks nothing."""
     with pytest.raises(OverflowError):
-        await open_unix_listener(path, mode=2**70)
+        await open_unix_listener(path, backlog=2**70)
     assert not path.exists()
+    for mode in (-1, 0o10000):
+        with pytest.raises(ValueError, match="permission bits"):
+            await open_unix_listener(path, mode=mode)
 
 
 async def test_no_free_descriptor(path: Path) -> None:
@@ -322,3 +326,23 @@ def test_process_umask_is_left_alone(path: Path) -> None:
         thread.join()
         os.umask(before)
     assert seen == {0o750}
+
+
+async def test_two_tasks_accept(path: Path) -> None:
+    """A second task that accepts is told that the listener is busy."""
+    async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
+        nursery.start_soon(listener.accept)
+        await wait_all_tasks_blocked()
+        with pytest.raises(ConnectionBusyError):
+            await listener.accept()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_path_to_unlink_that_is_not_there(path: Path) -> None:
+    """A listener told to unlink a path that is not there closes all the same."""
+    sock = trio.socket.socket(socket.AF_UNIX)
+    await sock.bind("\0" + path.name + str(os.getpid()))
+    sock.listen()
+    async with UnixListener(sock, unlink=str(path)):
+        pass
+    assert sock.fileno() == -1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -18,6 +20,9 @@ from typer.testing import CliRunner
 import trio_unixconn
 from trio_unixconn import __main__ as command_line
 from trio_unixconn._demo import driver, wire
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -276,3 +281,100 @@ def test_descriptors_are_counted_elsewhere_too(monkeypatch: pytest.MonkeyPatch) 
     before = wire.count_descriptors()
     monkeypatch.setattr(os.path, "isdir", lambda _: False)
     assert wire.count_descriptors() == before
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    """Names with newlines, escapes, markup and bytes that are no text are shown as escapes."""
+    for name in (b"a\nb", b"\xff", b"[bold]x", b"\x1b[31m"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(name)
+    done = run("demo", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for shown in ("a\\nb", "\\udcff", "[bold]x", "\\x1b[31m"):
+        assert shown in done.stdout
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """A file whose reading fails is listed with the reason, and the others are handed over."""
+    (tmp_path / "good").write_text("x")
+    done = run("demo", "/proc/self/mem", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "not handed over: /proc/self/mem: Input/output error" in done.stdout
+    assert str(tmp_path / "good") in done.stdout
+
+
+def test_a_file_that_vanishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is gone when it is looked at is a problem with a name, not an end."""
+    real = Path.lstat
+
+    def lstat(self: Path) -> os.stat_result:
+        if self.name == "one":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    found, problems = driver.files_in([folder])
+    assert found == [folder / "below" / "two"]
+    assert problems == [f"{folder / 'one'}: No such file or directory"]
+
+
+async def test_a_file_that_keeps_us_waiting(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of which nothing comes is given up with the reason."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(wire, "SECONDS_TO_ANSWER", 0.01)
+    with pytest.raises(OSError, match="nothing came for"):
+        await wire.digest(reading, wire.plain_read)
+    os.close(writing)  # ends the abandoned read
+    own = reading
+    os.close(reading)
+    for fd in range(own, own + 3):
+        with contextlib.suppress(OSError):
+            if "pipe" in os.readlink(f"/proc/self/fd/{fd}"):
+                os.close(fd)
+
+
+def is_worker(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return "_demo.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+    return False
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """Control-C ends it at once with one line and status 130, and no worker is left."""
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    with subprocess.Popen(
+        [sys.executable, "-m", "trio_unixconn", "demo", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever started these tests in the background may have had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
+        tasks = Path(f"/proc/{process.pid}/task")
+        workers: list[str] = []
+        while len(workers) < driver.WORKERS:
+            assert process.poll() is None
+            lists = [file.read_text().split() for file in tasks.glob("*/children")]
+            workers = [pid for pids in lists for pid in pids if is_worker(pid)]
+        # The starter is in trio by then: it has started both.
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "trio-unixconn: interrupted" in errors.splitlines()
+    assert "Traceback" not in errors
+    assert not any(map(is_worker, workers))
+
+
+def test_a_worker_ends_with_its_starter(tmp_path: Path) -> None:
+    """A worker ends as soon as its standard input does, also when nobody has connected."""
+    command = [sys.executable, "-m", "trio_unixconn._demo.worker", str(tmp_path / "s")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdin.close()
+        assert process.wait(30) == 0

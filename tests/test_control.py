@@ -227,3 +227,39 @@ def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _control.only_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
         1, 2, 3
     )
+
+
+def test_an_error_of_close_does_not_leave_the_rest_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When closing one refused descriptor fails, the others are closed, and the error is ours."""
+    fds = fresh(3)
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        if fd == fds[0]:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(UnexpectedDescriptorsError):
+        _control.only_bytes((b"x", [(*RIGHTS, ints(*fds))], 0, None))
+    assert not any(map(is_open, fds))
+
+
+def test_count_descriptors() -> None:
+    """The count is that of the descriptors, and 0 of what parsing would find fault with."""
+    good = (*RIGHTS, ints(5, 6))
+    assert _control.count_descriptors((b"x", [good, (*PIDFD, ints(7))], 0, None)) == 2
+    assert _control.count_descriptors((b"x", [(*RIGHTS, ints(5, -24))], 0, None)) == 0
+    assert _control.count_descriptors((b"x", [good, (0, 1, b"")], 0, None)) == 0
+    assert _control.count_descriptors((b"x", [good], _kernel.MSG_CTRUNC, None)) == 0
+
+
+def test_free_descriptors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the number of open descriptors is unknown, none counts as free."""
+    assert _kernel.free_descriptors() > 0
+
+    def fail(_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "stat", fail)
+    assert _kernel.free_descriptors() == 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -361,8 +364,8 @@ async def test_pressure_is_waited_for(autojump_clock: MockClock) -> None:
     one, two = connection_pair()
     refusals = [errno.ETOOMANYREFS, errno.ENOBUFS, errno.EAGAIN, *[errno.ENOMEM] * 9]
     async with one, two:
-        raw = one._transport.raw
-        one._transport.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
+        raw = one._sender.raw
+        one._sender.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
         begin = trio.current_time()
         await one.send_fd(0)
         # 1 + 2 + 4 + ... + 64 ms, and then 100 ms each.
@@ -374,9 +377,9 @@ async def test_error_behind_pressure() -> None:
     """An error of another kind behind a wait is that error, and the duplicate is closed."""
     one, two = connection_pair()
     async with one, two:
-        raw = one._transport.raw
+        raw = one._sender.raw
         refusals = [errno.ENOBUFS, errno.EINVAL]
-        one._transport.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
+        one._sender.raw = UnderPressure(raw, *refusals)  # type: ignore[assignment]
         with pytest.raises(OSError, match="Invalid argument; nothing was sent"):
             await one.send_fd(0)
 
@@ -447,7 +450,7 @@ class Interrupting:
 async def main():
     one, two = connection_pair()
     await one.send_fd(0)
-    two._transport.raw = Interrupting(two._transport.raw)
+    two._receiver.raw = Interrupting(two._receiver.raw)
     fd = await two.receive_fd()
     print("received", os.path.sameopenfile(fd, 0), flush=True)
     await trio.lowlevel.checkpoint()
@@ -467,3 +470,47 @@ async def test_keyboard_interrupt_loses_nothing() -> None:
     )
     assert done.stdout == b"received True\n"
     assert b"KeyboardInterrupt" in done.stderr
+
+
+async def test_closing_what_was_refused_does_not_block_the_loop() -> None:
+    """A TCP socket that lingers, where bytes were due, does not hold the loop when it is closed."""
+    one, two = connection_pair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    with accepted:
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                client.send(b"x" * 65536)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+        async with one, two:
+            await one.send_fd(client)
+            # Closed in a thread, because here, too, it may be the last.
+            closer = threading.Thread(target=client.close)
+            closer.start()
+            closer.join()
+            begin = time.monotonic()
+            with pytest.raises(UnexpectedDescriptorsError):
+                await two.receive_some()
+            # The bound is not a timing: closing in place would take the 30 seconds.
+            assert time.monotonic() - begin < 15
+        while accepted.recv(1 << 20):
+            pass
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.current_thread() and "close" in thread.name:
+            thread.join()
+
+
+async def test_socket_made_blocking_by_another(autojump_clock: MockClock) -> None:
+    """Whoever shares the socket may make it blocking; that does not hold the loop."""
+    one, two = connection_pair()
+    async with one, two:
+        for conn in (one, two):
+            os.set_blocking(conn.socket.fileno(), True)
+        for receive in (two.receive_fd, two.receive_credentials, two.receive_some):
+            with trio.move_on_after(1) as scope:
+                await receive()
+            assert scope.cancelled_caught
+        await one.send_fd(0)
+        os.close(await two.receive_fd())

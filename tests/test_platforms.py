@@ -60,7 +60,7 @@ async def main():
         await one.send_all(b"x")
         if not await attempt("credentials of a byte", two.receive_credentials):
             with contextlib.suppress(BlockingIOError):
-                two._transport.raw.recv(1)  # still there, if nothing was read
+                two._receiver.raw.recv(1)  # still there, if nothing was read
         if await attempt("send_fd", lambda: one.send_fd(0)):
             fd = await attempt("receive_fd", two.receive_fd)
             print("inheritable", os.get_inheritable(fd))

@@ -198,6 +198,6 @@ def fill(conn: UnixConnection) -> int:
     filled = 0
     while True:
         try:
-            filled += conn._transport.raw.send(b"." * 4096)
+            filled += conn._receiver.raw.send(b"." * 4096)
         except BlockingIOError:
             return filled

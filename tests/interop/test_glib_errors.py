@@ -78,7 +78,7 @@ class Surprise:
                 fds = [stack.enter_context(opened("pipe", b"x")) for _ in range(self.fds)]
                 packed = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
                 messages.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, packed))
-            assert conn._transport.raw.sendmsg([self.data], messages) == len(self.data)
+            assert conn._receiver.raw.sendmsg([self.data], messages) == len(self.data)
 
 
 SURPRISES = [

@@ -1,0 +1,1 @@
+"""Tests against peers that mean harm: random messages, in C and in Python."""

@@ -1,0 +1,482 @@
+"""fds(): a stream of descriptors, read in bursts; leaving it loses nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import trio
+from helpers import free_descriptors, look, stdlib_peer
+from trio.testing import assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    ConnectionBrokenError,
+    ConnectionBusyError,
+    ConnectionClosedError,
+    Credentials,
+    EndOfStreamError,
+    UnexpectedControlMessageError,
+    UnexpectedDescriptorsError,
+    UnixConnection,
+    UnixFDList,
+    connection_pair,
+)
+
+SO_PASSPIDFD = 76
+
+
+async def send_some(conn: UnixConnection, count: int, *, first: int = 0) -> None:
+    """Send that many memfds one by one, whose sizes count from ``first``."""
+    for size in range(first, first + count):
+        fd = os.memfd_create("some")
+        os.ftruncate(fd, size)
+        await conn.send_fd(fd)
+        os.close(fd)
+
+
+def size_of(fd: int) -> int:
+    """Return the size of an open file, and close it."""
+    size = os.fstat(fd).st_size
+    os.close(fd)
+    return size
+
+
+def count_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_until_the_end_of_the_stream() -> None:
+    """All arrive in order, in bursts larger than what is read ahead, then the loop ends."""
+    one, two = connection_pair()
+    got: list[int] = []
+
+    async def send() -> None:
+        await send_some(one, 500)
+        await one.send_eof()
+
+    async with one, two, trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        async for fd in two.fds():
+            assert not os.get_inheritable(fd)
+            got.append(size_of(fd))
+        # It stays at its end.
+        async for _ in two.fds():
+            pytest.fail("behind the end")
+        with pytest.raises(EndOfStreamError):
+            await two.receive_fd()
+    assert got == list(range(500))
+
+
+async def test_from_another_process() -> None:
+    """Messages of another process, one descriptor each, come in order with their files."""
+    async with stdlib_peer() as peer:
+        theirs: list[Any] = []
+        for kind in ["file", "pipe", "memfd", "tcp"] * 5:
+            theirs += await peer.ask("send", kinds=[[kind]])
+        await peer.ask("eof")
+        ours: list[Any] = []
+        async for fd in peer.conn.fds():
+            ours.append(look(fd))
+            os.close(fd)
+        assert [each["identity"] for each in ours] == [each["identity"] for each in theirs]
+
+
+async def take(stream: AsyncIterator[int], count: int) -> list[int]:
+    """Take some, and leave the loop."""
+    got: list[int] = []
+    async for fd in stream:
+        got.append(size_of(fd))
+        if len(got) == count:
+            break
+    return got
+
+
+async def by_exception(conn: UnixConnection) -> list[int]:
+    got: list[int] = []
+    with suppress(ZeroDivisionError):
+        async for fd in conn.fds():
+            got.append(size_of(fd))
+            if len(got) == 3:
+                raise ZeroDivisionError
+    return got
+
+
+async def by_cancellation(conn: UnixConnection) -> list[int]:
+    got: list[int] = []
+    with trio.CancelScope() as scope:
+        async for fd in conn.fds():
+            got.append(size_of(fd))
+            if len(got) == 3:
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    return got
+
+
+async def by_break(conn: UnixConnection) -> list[int]:
+    return await take(conn.fds(), 3)
+
+
+@pytest.mark.parametrize("leave", [by_break, by_exception, by_cancellation])
+async def test_leaving_early(leave: Any) -> None:
+    """What was read ahead serves the next receives, whichever they are, in order."""
+    async with stdlib_peer() as peer:
+        pid = await peer.ask("pid")
+        conn = peer.conn
+        theirs: list[Any] = []
+        for _ in range(8):
+            theirs += await peer.ask("send", kinds=[["memfd"]])
+        await peer.ask("send", kinds=[], credentials=True)
+        await peer.ask("send", kinds=[["memfd"]])
+        await peer.ask("send", kinds=[], data=b"plain".hex())
+
+        assert await leave(conn) == [0, 0, 0]
+        fd = await conn.receive_fd()
+        assert look(fd)["identity"] == theirs[3]["identity"]
+        os.close(fd)
+        with await conn.receive_message(100) as message:
+            assert message.data == b"\0"
+            assert [look(fd)["identity"] for fd in message.fds] == [theirs[4]["identity"]]
+        with pytest.raises(UnexpectedDescriptorsError) as caught:
+            await conn.receive_some()
+        assert caught.value.data == b"\0"
+        with await conn.receive_fds(100) as fds:
+            assert [look(fd)["identity"] for fd in fds] == [
+                theirs[6]["identity"],
+                theirs[7]["identity"],
+            ]
+        # Explicit credentials behind descriptors are what was sent, not a guess.
+        assert (await conn.receive_credentials()).pid == pid
+        os.close(await conn.receive_fd())
+        assert await conn.receive_some() in (b"p", b"plain")
+
+
+async def test_cancelled_while_it_waits() -> None:
+    """A loop that is cancelled while nothing comes has received nothing; another loop goes on."""
+    one, two = connection_pair()
+    async with one, two:
+        stream = two.fds()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.__anext__)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        await send_some(one, 4)
+        assert await take(stream, 2) == [0, 1]
+        assert await take(two.fds(), 2) == [2, 3]
+
+
+async def test_bytes_behind() -> None:
+    """Plain bytes behind descriptors are an error in the loop with the first; none is lost."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 2)
+        await one.send_all(b"plain")
+        stream = two.fds()
+        assert await take(stream, 2) == [0, 1]
+        got = b""
+        while len(got) < 5:
+            got += await two.receive_some()
+        assert got == b"plain"
+        await send_some(one, 1)
+        assert await take(stream, 1) == [0]
+
+
+@pytest.mark.parametrize("position", [0, 2])
+async def test_unexpected_message(position: int) -> None:
+    """A message of another kind raises in its place, and the iteration can be gone on with."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, position)
+        await one.send_fds([0, 0])
+        await one.send_credentials()
+        await one.send_all(b"x")
+        await send_some(one, 2, first=position)
+        await one.send_eof()
+        stream = two.fds()
+        assert position == 0 or await take(stream, position) == list(range(position))
+        with pytest.raises(UnexpectedControlMessageError, match="2 descriptors") as caught:
+            await anext(stream)
+        assert caught.value.data == b"\0"
+        with pytest.raises(UnexpectedControlMessageError) as caught:
+            await anext(stream)
+        assert caught.value.data == b"\0"
+        with pytest.raises(UnexpectedControlMessageError, match="no control message") as caught:
+            await anext(stream)
+        assert caught.value.data == b"x"
+        assert [size_of(fd) async for fd in stream] == [position, position + 1]
+
+
+@pytest.mark.parametrize("serve", ["fds", "receive_fd", "receive_fds", "receive_message"])
+async def test_reset(serve: str) -> None:
+    """A peer that resets the connection: what it had sent comes first, then the error."""
+    async with stdlib_peer() as peer:
+        conn = peer.conn
+        await conn.send_all(b"never read")
+        for _ in range(3):
+            await peer.ask("send", kinds=[["memfd"]])
+        await peer.ask("reset")
+        stream = conn.fds()
+        assert await take(stream, 3) == [0, 0, 0]
+        with assert_checkpoints(), pytest.raises(ConnectionBrokenError) as caught:
+            if serve == "fds":
+                await anext(stream)
+            elif serve == "receive_message":
+                await conn.receive_message(1)
+            else:
+                await getattr(conn, serve)(*([1] if serve == "receive_fds" else []))
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        # The kernel says it once; then it is the end.
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_reset_that_nobody_saw() -> None:
+    """A connection that is closed behind what was read ahead, an error at its end, is closed."""
+    async with stdlib_peer() as peer:
+        await peer.conn.send_all(b"never read")
+        for _ in range(3):
+            await peer.ask("send", kinds=[["memfd"]])
+        await peer.ask("reset")
+        assert await take(peer.conn.fds(), 1) == [0]
+        await peer.conn.aclose()
+        with pytest.raises(ConnectionClosedError):
+            await peer.conn.receive_fd()
+
+
+async def test_end_of_stream_with_credentials_on() -> None:
+    """With SO_PASSCRED and SO_PASSPIDFD on, the end of the stream is the end all the same."""
+    one, two = connection_pair()
+    async with one, two:
+        two.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with suppress(OSError):
+            two.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+        await send_some(one, 3)
+        await one.send_eof()
+        assert [size_of(fd) async for fd in two.fds()] == [0, 1, 2]
+        assert two.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
+
+
+async def test_credentials_that_were_sent_in_between() -> None:
+    """Credentials that were read ahead are those that the peer sent; the option is as it was."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 2)
+        await one.send_credentials()
+        assert await take(two.fds(), 2) == [0, 1]
+        assert two.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 0
+        with await two.receive_message(1, credentials=True) as message:
+            assert message.credentials == Credentials()
+
+
+@pytest.mark.parametrize("read_ahead", [1, 2, 10, 64, 200])
+async def test_bound(read_ahead: int) -> None:
+    """Never more descriptors are held than were asked to be read ahead, nor fewer, if there."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 250)
+        before = count_open()
+        stream = two.fds(read_ahead=read_ahead)
+        held: list[int] = []
+        for size in range(250):
+            fd = await anext(stream)
+            held.append(count_open() - before)
+            assert size_of(fd) == size
+        assert max(held) == read_ahead
+        assert held[0] == read_ahead
+
+
+async def test_default_bound() -> None:
+    """If nothing is said, 64 messages are read at a time."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 100)
+        before = count_open()
+        stream = two.fds()
+        assert await take(stream, 1) == [0]
+        assert count_open() - before == 63
+    assert count_open() == before - 2
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.0, "1", None])
+async def test_bad_bound(bad: Any) -> None:
+    """A bound that makes no sense is refused at once."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises((TypeError, ValueError), match=r"read_ahead|integer"):
+            two.fds(read_ahead=bad)
+
+
+async def test_one_checkpoint_for_a_burst() -> None:
+    """A burst takes one checkpoint: other tasks run once for each, not for each descriptor."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 40)
+        stream = two.fds(read_ahead=10)
+        turns: list[int] = []
+        for _ in range(40):
+            steps = Steps()
+            os.close(await anext(stream))
+            trio.lowlevel.remove_instrument(steps)
+            turns.append(steps.count)
+        assert turns == ([1] + [0] * 9) * 4
+
+
+class Steps(trio.abc.Instrument):
+    """Counts how often a task has gone to sleep."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.task = trio.lowlevel.current_task()
+        trio.lowlevel.add_instrument(self)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Trio calls this."""
+        self.count += task is self.task
+
+
+async def test_two_tasks() -> None:
+    """Two tasks in one loop, or beside it: the second is told, also when something is there."""
+    one, two = connection_pair()
+    async with one, two:
+        stream = two.fds()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.__anext__)
+            await wait_all_tasks_blocked()
+            for receive in (stream.__anext__, two.fds().__anext__, two.receive_fd):
+                with pytest.raises(ConnectionBusyError):
+                    await receive()
+            nursery.cancel_scope.cancel()
+
+
+async def test_close_closes_what_was_read_ahead() -> None:
+    """Closing the connection closes what was read ahead; the loop then says that it is closed."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 10)
+        stream = two.fds()
+        assert await take(stream, 1) == [0]
+        before = count_open()
+        await two.aclose()
+        assert count_open() == before - 9 - 1
+        with assert_checkpoints(), pytest.raises(ConnectionClosedError):
+            await anext(stream)
+
+
+async def test_dropped_connection() -> None:
+    """A connection that is dropped closes what was read ahead, and warns how many that were."""
+    one, two = connection_pair()
+    async with one:
+        await send_some(one, 10)
+        assert await take(two.fds(), 4) == [0, 1, 2, 3]
+        before = count_open()
+        with pytest.warns(ResourceWarning) as caught:
+            del two
+        assert count_open() == before - 6 - 1
+        assert any("dropped with 6 descriptors" in str(each.message) for each in caught)
+
+
+class WhileReceiving(trio.abc.Instrument):
+    """Closes a connection when a receive has got its answer and not yet returned."""
+
+    def __init__(self, conn: UnixConnection) -> None:
+        self.conn = conn
+        trio.lowlevel.add_instrument(self)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Trio calls this."""
+        if self.conn._receiver.busy:
+            trio.lowlevel.remove_instrument(self)
+            # What aclose() does in its first step.
+            self.conn._receiver.release()
+            self.conn.socket.close()
+
+
+async def test_closed_as_it_arrives() -> None:
+    """What arrived as another task closed the connection is received, or closed; never lost."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 3)
+        WhileReceiving(two)
+        with suppress(ConnectionClosedError):
+            os.close(await anext(two.fds()))
+        assert two.is_closed()
+
+
+@contextmanager
+def room_for(count: int) -> Generator[None]:
+    """Let this process have ``count`` more descriptors, many more than helpers' may leave."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # All numbers below are taken, so that what counts is the limit.
+    taken = [os.dup(0)]
+    while taken[-1] < count_open() - 2:
+        taken.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count_open() - 1 + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("free", [1, 2, 5])
+async def test_few_free_descriptors(free: int) -> None:
+    """With few descriptors free nothing is lost that would not be lost one by one."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 30)
+        with free_descriptors(free):
+            stream = two.fds()
+            assert [size_of(await anext(stream)) for _ in range(30)] == list(range(30))
+
+
+@pytest.mark.parametrize("passpidfd", [0, 1])
+@pytest.mark.parametrize("free", [254, 260, 300, 400])
+async def test_large_message_behind_many(free: int, passpidfd: int) -> None:
+    """A message of 253 behind many of one comes whole, if there is room once these are closed."""
+    one, two = connection_pair()
+    async with one, two:
+        try:
+            two.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, passpidfd)
+        except OSError:
+            pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+        for count in (free - 253 - 10, free - 253 - 1, 20):
+            small = max(0, count)
+            await send_some(one, small)
+            await one.send_fds([0] * 253)
+            with room_for(free):
+                stream = two.fds(read_ahead=200)
+                got = [size_of(await anext(stream)) for _ in range(small)]
+                with await two.receive_fds(253) as fds:
+                    assert len(fds) == 253
+            assert got == list(range(small))
+
+
+async def test_burst_of_receive_fds_near_the_limit() -> None:
+    """receive_fds leaves the large message that it cannot hold where it is."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 40)
+        await one.send_fds([0] * 253)
+        with room_for(290):
+            got = 0
+            while got < 40:
+                with await two.receive_fds(253) as fds:
+                    got += len(fds)
+            with await two.receive_fds(253) as fds:
+                assert len(fds) == 253
+
+
+async def test_a_list_of_what_came() -> None:
+    """What the loop gives is the caller's, for a UnixFDList for instance."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 3)
+        await one.send_eof()
+        with UnixFDList([fd async for fd in two.fds()]) as fds:
+            assert [os.fstat(fd).st_size for fd in fds] == [0, 1, 2]

@@ -1,0 +1,411 @@
+"""send_fds: any number, in order, and nothing sent twice or half."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from helpers import clog, free_descriptors, look, stdlib_peer, unclog
+from trio.testing import assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    Cancellable,
+    ConnectionBrokenError,
+    ConnectionBusyError,
+    ConnectionClosedError,
+    DescriptorsRefusedError,
+    FileDescriptor,
+    OperationCancelled,
+    UnixConnection,
+    UnixFDList,
+    connection_pair,
+)
+
+
+def some(count: int) -> UnixFDList:
+    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
+    fds = UnixFDList()
+    for size in range(count):
+        fd = os.memfd_create("some")
+        os.ftruncate(fd, size)
+        fds.append(fd)
+        os.close(fd)
+    return fds
+
+
+def sizes(fds: UnixFDList) -> list[int]:
+    return [os.fstat(fd).st_size for fd in fds]
+
+
+async def drain(conn: UnixConnection, count: int) -> list[int]:
+    """Receive that many descriptors; return their sizes."""
+    got: list[int] = []
+    with trio.fail_after(30):
+        while len(got) < count:
+            with await conn.receive_fds(count - len(got)) as fds:
+                got += sizes(fds)
+    return got
+
+
+################################################################
+# Sending
+################################################################
+
+
+@pytest.mark.parametrize("per_message", [1, 7, 252, 253])
+@pytest.mark.parametrize("count", [1, 7, 8, 253, 254, 700])
+async def test_any_number(count: int, per_message: int) -> None:
+    """Any number arrives in order, however many go in one message."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(count) as fds:
+            async with trio.open_nursery() as nursery:
+
+                async def send() -> None:
+                    assert await one.send_fds(fds, per_message=per_message) == count
+
+                nursery.start_soon(send)
+                got: list[int] = []
+                while len(got) < count:
+                    with await two.receive_fds(253) as received:
+                        got += sizes(received)
+        assert got == list(range(count))
+
+
+async def test_what_a_message_holds() -> None:
+    """Another process sees one NUL byte with up to per_message descriptors in each message."""
+    async with stdlib_peer() as peer:
+        with some(7) as fds:
+            ours = [look(fd) for fd in fds]
+            assert await peer.conn.send_fds(fds, per_message=3) == 7
+        for expected in (ours[:3], ours[3:6], ours[6:]):
+            got = await peer.ask("receive", size=100)
+            assert (got["data"], got["messages"], got["fds"]) == ("00", 1, expected)
+
+
+async def test_for_a_peer_that_takes_one_at_a_time() -> None:
+    """With per_message=1 a program of Gio's, or receive_fd, gets each for itself."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(5) as fds:
+            await one.send_fds(fds, per_message=1)
+        for size in range(5):
+            with UnixFDList([await two.receive_fd()]) as received:
+                assert sizes(received) == [size]
+    async with stdlib_peer() as peer:
+        await peer.conn.send_fds([0, 1], per_message=1)
+        for fd in (0, 1):
+            assert (await peer.ask("receive"))["fds"] == [look(fd)]
+
+
+async def test_all_kinds_of_iterables() -> None:
+    """Files, numbers, sockets; a list, a generator, which is read once."""
+    one, two = connection_pair()
+    async with one, two:
+        with open(os.devnull) as file, socket.socket() as sock:
+            given: list[FileDescriptor] = [file, sock, 0, trio.socket.from_stdlib_socket(sock)]
+            assert await one.send_fds(each for each in given) == 4
+        with await two.receive_fds(4) as got:
+            assert len(got) == 4
+
+
+async def test_nothing_to_send() -> None:
+    """No descriptors are no message, but a checkpoint."""
+    one, two = connection_pair()
+    async with one, two:
+        with assert_checkpoints():
+            assert await one.send_fds([]) == 0
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_nothing_to_send_with_a_fired_cancellable() -> None:
+    """A Cancellable that fired before is OperationCancelled also where there is nothing to do."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    cancellable.cancel()
+    async with one, two:
+        with assert_checkpoints(), pytest.raises(OperationCancelled):
+            await one.send_fds([], cancellable=cancellable)
+
+
+async def test_nothing_to_send_on_a_closed_connection() -> None:
+    """A connection that this side closed says so also where there is nothing to do."""
+    one, two = connection_pair()
+    async with one, two:
+        pass
+    with assert_checkpoints(), pytest.raises(ConnectionClosedError):
+        await one.send_fds([])
+
+
+@pytest.mark.parametrize(
+    ("fds", "per_message", "error", "text"),
+    [
+        ([0], 0, ValueError, "per_message must be from 1 to 253, not 0"),
+        ([0], 254, ValueError, "per_message must be from 1 to 253, not 254"),
+        ([0], -1, ValueError, "not -1"),
+        ([0], 1.0, TypeError, "float"),
+        ([0], None, TypeError, "NoneType"),
+        ([0, 0, True], 1, TypeError, "at position 2: .*not True"),
+        ([0, "0"], 253, TypeError, "at position 1: .*not str"),
+        ([-1], 253, ValueError, "at position 0: .*number -1"),
+        ([0, io.BytesIO()], 253, ValueError, "at position 1: fileno"),
+        (0, 253, TypeError, "int"),
+    ],
+)
+async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception], text: str) -> None:
+    """What is no descriptor is refused with its position, before anything is sent."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises(error, match=text):
+            await one.send_fds(fds, per_message=per_message)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+@pytest.mark.parametrize("per_message", [1, 2, 253])
+async def test_closed_in_the_middle(per_message: int) -> None:
+    """A closed one anywhere is EBADF before anything is sent."""
+    one, two = connection_pair()
+    closed = os.dup(0)
+    os.close(closed)
+    async with one, two:
+        with pytest.raises(OSError, match="closed") as caught:
+            await one.send_fds([0, 0, 0, closed, 0], per_message=per_message)
+        assert caught.value.errno == errno.EBADF
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+class Refusing:
+    """A socket whose kernel says no from the n-th message on."""
+
+    def __init__(self, sock: socket.socket, after: int, number: int) -> None:
+        self.sock = sock
+        self.after = after
+        self.number = number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        if not self.after:
+            raise OSError(self.number, os.strerror(self.number))
+        self.after -= 1
+        return self.sock.sendmsg(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EPIPE, ConnectionBrokenError), (errno.EPERM, DescriptorsRefusedError)],
+)
+async def test_refused_in_the_middle_of_a_burst(
+    number: int, error: type[ConnectionBrokenError]
+) -> None:
+    """Where the kernel says no within one burst, .sent counts what had gone of that burst."""
+    one, two = connection_pair()
+    async with one, two:
+        raw = one._sender.raw
+        one._sender.raw = Refusing(raw, 3, number)  # type: ignore[assignment]
+        with pytest.raises(error) as caught:
+            await one.send_fds([0] * 10, per_message=2)
+        assert await drain(two, 6) == [os.fstat(0).st_size] * 6
+        assert caught.value.sent == 6
+
+
+async def blocked(
+    one: UnixConnection,
+    two: UnixConnection,
+    end: Callable[[], object] | None = None,
+    **arguments: Any,
+) -> tuple[list[Any], list[int]]:
+    """Send until there is no room, and then end it; return what came of it, and what arrived."""
+    came: list[Any] = []
+    count = 2000
+
+    async def send() -> None:
+        fds = some(count)
+        with fds:
+            try:
+                came.append(await one.send_fds(fds, per_message=1, **arguments))
+            except (OperationCancelled, ConnectionBrokenError) as exc:
+                came.append(exc)
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled:
+            came.append("cancelled")
+            raise
+
+    got: list[int] = []
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await wait_all_tasks_blocked()
+        # Some room again, so that it is not the first burst in which it ends.
+        got += await drain(two, 10)
+        await wait_all_tasks_blocked()
+        if end is None:
+            nursery.cancel_scope.cancel()
+        else:
+            end()
+    return came, got
+
+
+async def rest(conn: UnixConnection, count: int) -> list[int]:
+    """Return the sizes of that many more, behind which there must be nothing."""
+    got = await drain(conn, count)
+    with trio.move_on_after(0) as scope:
+        await conn.receive_some()
+    assert scope.cancelled_caught
+    return got
+
+
+async def test_cancelled_by_trio_half_way() -> None:
+    """A trio cancellation half way: it returns how many went, and the next checkpoint sees it."""
+    one, two = connection_pair()
+    async with one, two:
+        came, got = await blocked(one, two)
+        sent, then = came
+        assert 10 < sent < 2000
+        assert then == "cancelled"
+        assert got + await rest(two, sent - len(got)) == list(range(sent))
+        # Nothing is half sent.
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_cancelled_by_a_cancellable_half_way() -> None:
+    """A Cancellable half way: OperationCancelled says how many went."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    async with one, two:
+        (error,), got = await blocked(one, two, cancellable.cancel, cancellable=cancellable)
+        assert isinstance(error, OperationCancelled)
+        assert 10 < error.sent < 2000
+        assert got + await rest(two, error.sent - len(got)) == list(range(error.sent))
+
+
+async def test_peer_that_leaves_half_way() -> None:
+    """A peer that leaves half way: ConnectionBrokenError says how many the kernel took."""
+    one, two = connection_pair()
+    async with one, two:
+        (error,), got = await blocked(one, two, two.socket.close)
+        assert isinstance(error, ConnectionBrokenError)
+        assert len(got) < error.sent < 2000
+
+
+@pytest.mark.parametrize("way", ["scope", "cancellable", "before"])
+async def test_cancelled_before_the_first(way: str) -> None:
+    """Cancelled before the first went, nothing is sent, and a trio cancellation is one."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+    if way == "before":
+        cancellable.cancel()
+    came: list[Any] = []
+
+    async def send() -> None:
+        try:
+            came.append(await one.send_fds([0] * 300, cancellable=cancellable))
+        except OperationCancelled as exc:
+            came.append(exc.sent)
+        except trio.Cancelled:
+            came.append("cancelled")
+            raise
+
+    async with one, two:
+        count = clog(one)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel() if way == "scope" else cancellable.cancel()
+        assert came == ["cancelled" if way == "scope" else 0]
+        await unclog(two, count)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_the_callers_descriptors_while_it_waits() -> None:
+    """While it waits, the numbers given may be closed and mean other files."""
+    one, two = connection_pair()
+    fds = some(10)
+    async with one, two:
+        count = clog(one)
+        async with trio.open_nursery() as nursery:
+            numbers = list(fds)
+            nursery.start_soon(lambda: one.send_fds(numbers, per_message=3))
+            await wait_all_tasks_blocked()
+            fds.close()
+            wrong = UnixFDList([os.memfd_create("wrong") for _ in numbers])
+            assert sorted(wrong) == sorted(numbers)
+            await unclog(two, count)
+        wrong.close()
+        assert await drain(two, 10) == list(range(10))
+
+
+async def test_no_descriptor_free_to_wait_with() -> None:
+    """Without free slots for the duplicates it says so, how many had gone, and nothing leaks."""
+    one, two = connection_pair()
+    async with one, two:
+        count = clog(one)
+        with (
+            free_descriptors(3),
+            pytest.raises(OSError, match="nothing was sent") as caught,
+        ):
+            await one.send_fds([0] * 10)
+        assert caught.value.errno == errno.EMFILE
+        await unclog(two, count)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_two_tasks() -> None:
+    """Two tasks that send, or receive, at the same time: the second is told."""
+    one, two = connection_pair()
+    async with one, two:
+        clog(one)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send_fds, [0])
+            nursery.start_soon(one.receive_fds, 1)
+            await wait_all_tasks_blocked()
+            with pytest.raises(ConnectionBusyError):
+                await one.send_fds([0])
+            with pytest.raises(ConnectionBusyError):
+                await one.receive_fds(1)
+            nursery.cancel_scope.cancel()
+
+
+class BeforeTheTasks(trio.abc.Instrument):
+    """Does something once, when the kernel has reported events and before a task sees them."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        trio.lowlevel.add_instrument(self)
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Trio calls this."""
+        trio.lowlevel.remove_instrument(self)
+        self.do()
+
+
+async def test_woken_without_room() -> None:
+    """A burst that is woken for room which another writer took goes on waiting."""
+    one, two = connection_pair()
+    async with one, two:
+        count = clog(one)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send_fds, [0, 0])
+            await wait_all_tasks_blocked()
+            while count:
+                count -= len(two._receiver.raw.recv(min(65536, count)))
+            counts: list[int] = []
+            BeforeTheTasks(lambda: counts.append(clog(one)))
+            await wait_all_tasks_blocked()
+            await unclog(two, counts[0])
+        with await two.receive_fds(2) as fds:
+            assert len(fds) == 2

@@ -1,0 +1,251 @@
+"""receive_fds: what has come, up to a limit, and nothing lost behind it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import trio
+from helpers import free_descriptors, stdlib_peer
+from trio.testing import assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    Cancellable,
+    ConnectionClosedError,
+    DescriptorsTruncatedError,
+    EndOfStreamError,
+    OperationCancelled,
+    UnexpectedControlMessageError,
+    UnixConnection,
+    UnixFDList,
+    connection_pair,
+)
+
+
+def some(count: int) -> UnixFDList:
+    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
+    fds = UnixFDList()
+    for size in range(count):
+        fd = os.memfd_create("some")
+        os.ftruncate(fd, size)
+        fds.append(fd)
+        os.close(fd)
+    return fds
+
+
+def sizes(fds: UnixFDList) -> list[int]:
+    return [os.fstat(fd).st_size for fd in fds]
+
+
+async def drain(conn: UnixConnection, count: int) -> list[int]:
+    """Receive that many descriptors; return their sizes."""
+    got: list[int] = []
+    with trio.fail_after(30):
+        while len(got) < count:
+            with await conn.receive_fds(count - len(got)) as fds:
+                got += sizes(fds)
+    return got
+
+
+################################################################
+# Receiving
+################################################################
+
+
+async def test_burst() -> None:
+    """What has come is received at once, however many messages it was, up to max_fds."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(20) as fds:
+            await one.send_fds(list(fds)[:10], per_message=1)
+            await one.send_fds(list(fds)[10:], per_message=4)
+        with await two.receive_fds(5) as first:
+            assert sizes(first) == [0, 1, 2, 3, 4]
+        with await two.receive_fds(100) as second:
+            got = sizes(second)
+        assert got == list(range(5, 5 + len(got)))
+        assert got[:6] == [5, 6, 7, 8, 9, 10]
+        assert await drain(two, 15 - len(got)) == list(range(5 + len(got), 20))
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+async def test_message_that_does_not_fit_stays(room: int) -> None:
+    """A message of more descriptors than there is room left for stays for the next receive."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(6) as fds:
+            await one.send_fds(list(fds)[:1])
+            await one.send_fds(list(fds)[1:])
+        with await two.receive_fds(room) as first:
+            assert sizes(first) == [0]
+        with pytest.raises(UnexpectedControlMessageError, match="came with 5 descriptors"):
+            await two.receive_fds(room)
+        await one.send_fds([0])
+        assert len(await drain(two, 1)) == 1
+
+
+async def test_message_that_does_not_fit_serves_the_next() -> None:
+    """A message that did not fit is received whole by one that has room."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(6) as fds:
+            await one.send_fds(list(fds)[:1])
+            await one.send_fds(list(fds)[1:])
+        with await two.receive_fds(2) as first:
+            assert sizes(first) == [0]
+        with await two.receive_fds(5) as second:
+            assert sizes(second) == [1, 2, 3, 4, 5]
+
+
+async def test_first_message_with_too_many() -> None:
+    """A first message with more than max_fds is an error; all are closed, the next one comes."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file"] * 3], data=b"abc".hex())
+        await peer.ask("send", kinds=[["file"]])
+        with pytest.raises(UnexpectedControlMessageError, match="between 1 and 2") as caught:
+            await peer.conn.receive_fds(2)
+        assert caught.value.data == b"a"
+        assert await peer.conn.receive_some(2) == b"bc"
+        (await peer.conn.receive_fds(2)).close()
+
+
+async def test_plain_bytes_stay() -> None:
+    """Bytes behind descriptors stay; in front of them they are an error with the byte."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file", "file"]])
+        await peer.ask("send", kinds=[["file"]])
+        await peer.ask("send", kinds=[], data=b"plain".hex())
+        await peer.ask("send", kinds=[["file"]])
+        with await peer.conn.receive_fds(10) as fds:
+            assert len(fds) == 3
+        with pytest.raises(UnexpectedControlMessageError, match="no control message") as caught:
+            await peer.conn.receive_fds(10)
+        assert caught.value.data == b"p"
+        assert await peer.conn.receive_some(4) == b"lain"
+        (await peer.conn.receive_fds(10)).close()
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.0, "1", None])
+async def test_bad_max_fds(bad: Any) -> None:
+    """A limit that makes no sense is refused before anything is received."""
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_fds([0])
+        with pytest.raises((TypeError, ValueError), match=r"max_fds|integer"):
+            await two.receive_fds(bad)
+        (await two.receive_fds(1)).close()
+
+
+async def test_end_of_stream() -> None:
+    """The end of the stream is EndOfStreamError, behind what came before, each time."""
+    async with stdlib_peer() as peer:
+        await peer.ask("send", kinds=[["file"]])
+        await peer.ask("eof")
+        (await peer.conn.receive_fds(9)).close()
+        for passcred in (0, 1):
+            peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, passcred)
+            with assert_checkpoints(), pytest.raises(EndOfStreamError, match="descriptors was due"):
+                await peer.conn.receive_fds(9)
+
+
+@pytest.mark.parametrize("way", ["scope", "cancellable"])
+async def test_cancelled_receive(way: str) -> None:
+    """A receive that is cancelled has received nothing."""
+    one, two = connection_pair()
+    cancellable = Cancellable()
+
+    async def receive() -> None:
+        with pytest.raises(OperationCancelled if way == "cancellable" else trio.Cancelled):
+            await two.receive_fds(9, cancellable=cancellable)
+
+    async with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel() if way == "scope" else cancellable.cancel()
+        await one.send_fds([0, 0])
+        (await two.receive_fds(2)).close()
+
+
+async def test_no_free_slot() -> None:
+    """Descriptors that find no free slot are DescriptorsTruncatedError; the rest is in step."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(6) as fds:
+            await one.send_fds(list(fds)[:4])
+            await one.send_fds(list(fds)[4:])
+        with (
+            free_descriptors(2),
+            pytest.raises(DescriptorsTruncatedError, match="RLIMIT_NOFILE") as caught,
+        ):
+            await two.receive_fds(9)
+        assert caught.value.arrived == 2
+        assert await drain(two, 2) == [4, 5]
+
+
+class Odd:
+    """A socket that adds a control message of no known kind to the n-th of what it receives."""
+
+    def __init__(self, sock: socket.socket, position: int) -> None:
+        self.sock = sock
+        self.position = position
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        data, ancdata, flags, address = self.sock.recvmsg(*arguments)
+        if not self.position:
+            ancdata.append((socket.SOL_SOCKET, 99, b""))
+        self.position -= 1
+        return data, ancdata, flags, address
+
+
+async def test_odd_message_behind_good_ones() -> None:
+    """A message that is an error does not take along the good ones in front of it."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(4) as fds:
+            await one.send_fds(fds, per_message=1)
+        two._receiver.raw = Odd(two._receiver.raw, 2)  # type: ignore[assignment]
+        with await two.receive_fds(9) as first:
+            assert sizes(first) == [0, 1]
+        with pytest.raises(UnexpectedControlMessageError, match="level 1, type 99"):
+            await two.receive_fds(9)
+        assert await drain(two, 1) == [3]
+
+
+class WhileReceiving(trio.abc.Instrument):
+    """Does something once, when a receive has got its answer and not yet returned."""
+
+    def __init__(self, conn: UnixConnection, do: Callable[[], object]) -> None:
+        self.conn = conn
+        self.do = do
+        trio.lowlevel.add_instrument(self)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Trio calls this."""
+        if self.conn._receiver.busy:
+            trio.lowlevel.remove_instrument(self)
+            self.do()
+
+
+async def test_closed_as_it_arrives() -> None:
+    """What arrived as another task closed the connection is received, or closed; never lost."""
+    one, two = connection_pair()
+
+    def close() -> None:
+        # What aclose() does in its first step.
+        two._receiver.release()
+        two.socket.close()
+
+    async with one, two:
+        await one.send_fds([0, 0, 0], per_message=1)
+        WhileReceiving(two, close)
+        with suppress(ConnectionClosedError), await two.receive_fds(9) as fds:
+            assert len(fds) == 1
+        assert two.is_closed()
