@@ -97,6 +97,20 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Send a million descriptors; memory, descriptors and processor time must stay flat."""
+    install(session)
+    session.run("python", "soak/soak.py", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Make the same faults happen to this library and to others; ``--write`` keeps the table."""
+    install(session, "faults")
+    session.run("python", "faults/faults.py", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
     install(session, "docs")

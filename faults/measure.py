@@ -1,0 +1,378 @@
+"""The faults: each is made to happen, and what the contestant then does is put in a word.
+
+The rule of this file: nothing is asserted, everything is observed. Descriptors of one memfd are
+what is sent, so that those of them that are open afterwards and that nobody was given are leaks,
+and those that are nowhere are lost.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import gc
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from contestants import Contestant, Context
+
+BEHAVIOUR_OF_NONE = "n/a"
+
+
+def push(sock: socket.socket, fds: list[int], data: bytes | None = None) -> None:
+    """Send descriptors by bare means; the byte says how many, which multiprocessing expects."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+    sock.sendmsg([data or bytes([len(fds)])], [rights])
+
+
+def identity(fd: int) -> tuple[int, int]:
+    """Return what says that two descriptors are open on the same file."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def holders(file: int) -> list[int]:
+    """Return the other descriptors of this process that are open on the same file."""
+    found: list[int] = []
+    for name in os.listdir("/proc/self/fd"):
+        # The descriptor of the listing itself is gone.
+        with suppress(OSError):
+            if int(name) != file and identity(int(name)) == identity(file):
+                found.append(int(name))
+    return found
+
+
+def leaks(file: int, got: list[int]) -> set[int]:
+    """Return those of them that were not given to the caller, and that nobody is closing."""
+    gc.collect()
+    # A library may leave the closing to a thread.
+    patience = time.monotonic() + 1
+    while (found := set(holders(file)) - set(got)) and time.monotonic() < patience:
+        time.sleep(0.01)
+    return found
+
+
+@contextmanager
+def free_descriptors(count: int) -> Generator[None, None, None]:
+    """Let this process have only ``count`` more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    top = max(int(name) for name in os.listdir("/proc/self/fd")) + count + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+@attrs.define
+class Scene:
+    """A socketpair, one end of which is the contestant's, and a file to send."""
+
+    contestant: Contestant
+    sock: socket.socket
+    peer: socket.socket
+    file: int
+
+    def tried(self, operate: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        """Return what ``operate`` returned, and what it raised."""
+        try:
+            return operate(), None
+        except NotImplementedError as exc:
+            if type(exc) is not NotImplementedError:
+                return None, exc
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
+            # Its traceback would keep things open.
+            return None, exc.with_traceback(None)
+
+    def receive(self, sent: int, due: int, context: Context | None = None) -> str:
+        """Have the contestant receive, and say what became of ``sent`` descriptors."""
+        contestant = self.contestant
+        got, raised = self.tried(
+            lambda: contestant.receive(self.sock, due, context or nullcontext())
+        )
+        if due < len(got or ()):
+            return f"{len(got)} received"
+        return self.account(sent, list(got or ()), raised)
+
+    def account(self, sent: int, got: list[int], raised: Exception | None) -> str:
+        """Say what became of descriptors."""
+        leaked = len(leaks(self.file, got))
+        lost = sent - len(got) - leaked
+        words: list[str] = []
+        if raised is not None:
+            words.append("error")
+        elif lost > 0:
+            words.append(f"silent loss {lost}")
+        elif not got and not leaked:
+            words.append("empty list")
+        if leaked:
+            words.append(f"leak {leaked}")
+        return ", ".join(words) or "all received"
+
+    def arrived(self) -> list[int]:
+        """Return the descriptors that have come to the peer by now, with all bytes read."""
+        self.peer.setblocking(False)
+        fds: list[int] = []
+        with suppress(BlockingIOError, ConnectionResetError):
+            while True:
+                data, more, _, _ = socket.recv_fds(self.peer, 65536, 253)
+                fds += more
+                if not data:
+                    break
+        return fds
+
+    def sent(self, raised: Exception | None, expected: int) -> str:
+        """Say what became of descriptors that were given to send."""
+        came = len(self.arrived())
+        if raised is not None:
+            return "error" if not came else f"error after {came}"
+        return "sent" if came == expected else f"silent loss {expected - came}"
+
+
+def emfile(scene: Scene) -> str:
+    """20 descriptors come, 5 slots are free."""
+    push(scene.peer, [scene.file] * 20)
+    return scene.receive(20, 20, free_descriptors(5))
+
+
+def full_table(scene: Scene) -> str:
+    """A descriptor comes, no slot is free."""
+    push(scene.peer, [scene.file])
+    return scene.receive(1, 1, free_descriptors(0))
+
+
+def too_many(scene: Scene) -> str:
+    """3 descriptors come where 1 is due."""
+    push(scene.peer, [scene.file] * 3)
+    return scene.receive(3, 1)
+
+
+def one_too_many(scene: Scene) -> str:
+    """2 descriptors come where 1 is due."""
+    push(scene.peer, [scene.file] * 2)
+    return scene.receive(2, 1)
+
+
+def too_few(scene: Scene) -> str:
+    """A byte without a descriptor comes where 1 is due."""
+    scene.peer.send(b"\1")
+    return scene.receive(0, 1)
+
+
+def with_credentials(scene: Scene) -> str:
+    """3 descriptors come with credentials (SO_PASSCRED)."""
+    scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    push(scene.peer, [scene.file] * 3)
+    return scene.receive(3, 3)
+
+
+def room_for_credentials(scene: Scene) -> str:
+    """3 descriptors come with credentials (SO_PASSCRED), where up to 20 are due."""
+    scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    push(scene.peer, [scene.file] * 3)
+    return scene.receive(3, 20)
+
+
+def inheritable(scene: Scene) -> str:
+    """A received descriptor, when this process starts another program."""
+    push(scene.peer, [scene.file])
+    got, raised = scene.tried(lambda: scene.contestant.receive(scene.sock, 1, nullcontext()))
+    if raised is not None:
+        return "error"
+    return "inheritable" if os.get_inheritable(next(iter(got))) else "close-on-exec"
+
+
+def plain_read(scene: Scene) -> str:
+    """A descriptor comes where plain bytes are read."""
+    # Connections of multiprocessing expect a length before the bytes.
+    push(scene.peer, [scene.file], b"\0\0\0\1.")
+    _, raised = scene.tried(lambda: scene.contestant.read(scene.sock))
+    return scene.account(1, [], raised)
+
+
+def end_of_stream(scene: Scene) -> str:
+    """The stream ends where a descriptor is due."""
+    scene.peer.shutdown(socket.SHUT_WR)
+    return scene.receive(0, 1)
+
+
+def end_with_credentials(scene: Scene) -> str:
+    """The stream ends where a descriptor is due (SO_PASSCRED)."""
+    scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    scene.peer.shutdown(socket.SHUT_WR)
+    return scene.receive(0, 1)
+
+
+def dropped(scene: Scene) -> str:
+    """2 descriptors are received, and the result is dropped."""
+    push(scene.peer, [scene.file] * 2)
+    _, raised = scene.tried(
+        lambda: len(scene.contestant.receive(scene.sock, 2, nullcontext())) and None
+    )
+    if raised is not None:
+        return "error"
+    left = len(leaks(scene.file, []))
+    return f"leak {left}" if left else "closed, warned"
+
+
+def wrong_kind(scene: Scene) -> str:
+    """A pipe comes where a file is due."""
+    one, two = os.pipe()
+    push(scene.peer, [one])
+    # The other end is on the same pipe, and so would count as another holder.
+    os.close(two)
+    os.dup2(one, scene.file)
+    os.close(one)
+    got, raised = scene.tried(lambda: scene.contestant.receive_file(scene.sock, nullcontext()))
+    word = scene.account(1, list(got or ()), raised)
+    return "unchecked" if word == "all received" else word
+
+
+def socket_object(scene: Scene) -> str:
+    """A socket.socket is given to send."""
+    one, two = socket.socketpair()
+    with one, two:
+        _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [one]))
+        return scene.sent(raised, 1)
+
+
+def socket_among_numbers(scene: Scene) -> str:
+    """A number and a socket.socket are given to send."""
+    one, two = socket.socketpair()
+    with one, two:
+        _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [scene.file, one]))
+        return scene.sent(raised, 2)
+
+
+def closed_descriptor(scene: Scene) -> str:
+    """A closed descriptor is given to send."""
+    closed = os.dup(scene.file)
+    os.close(closed)
+    # The number must not be taken again by what the contestant opens.
+    high = 500 + closed
+    _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [high]))
+    return scene.sent(raised, 1)
+
+
+def three_hundred(scene: Scene) -> str:
+    """300 descriptors are given to send."""
+    _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [scene.file] * 300))
+    return scene.sent(raised, 300)
+
+
+def short_write(scene: Scene) -> str:
+    """A megabyte with a descriptor, more than the socket takes at once."""
+    size, read, fds = 1 << 20, 0, list[int]()
+    scene.peer.setblocking(False)
+
+    def drain() -> bool:
+        nonlocal read
+        try:
+            data, more, _, _ = socket.recv_fds(scene.peer, 65536, 253)
+        except BlockingIOError:
+            return True
+        read += len(data)
+        fds.extend(more)
+        return False
+
+    _, raised = scene.tried(
+        lambda: scene.contestant.send_data(scene.sock, bytes(size), [scene.file], drain)
+    )
+    while not drain():
+        if scene.peer.recv(1, socket.MSG_PEEK) == b"":
+            break
+    if raised is not None:
+        return "error"
+    if read < size:
+        return f"silent loss of {size - read} bytes"
+    return {0: "silent loss 1", 1: "sent"}.get(len(fds), f"sent {len(fds)} times")
+
+
+def closed_while_waiting(scene: Scene) -> str:
+    """The descriptor is closed, and its number used again, while the send waits for room."""
+    if not scene.contestant.waits_in_tasks:
+        raise NotImplementedError
+    scene.sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            scene.sock.send(b"." * 4096)
+    given, other = os.dup(scene.file), os.memfd_create("another")
+    fds: list[int] = []
+
+    def replace_and_drain() -> bool:
+        os.dup2(other, given)
+        fds.extend(scene.arrived())
+        return True
+
+    _, raised = scene.tried(
+        lambda: scene.contestant.send_data(scene.sock, b"\0", [given], replace_and_drain)
+    )
+    fds.extend(scene.arrived())
+    if raised is not None:
+        return "error"
+    if not fds:
+        return "silent loss 1"
+    return "right file" if identity(fds[0]) == identity(scene.file) else "wrong file"
+
+
+def cancelled(scene: Scene) -> str:
+    """A receive is cancelled at the moment at which a descriptor comes; then another."""
+    got, raised = scene.tried(
+        lambda: scene.contestant.receive_cancelled(
+            scene.sock, lambda: push(scene.peer, [scene.file])
+        )
+    )
+    return scene.account(1, list(got or ()), raised)
+
+
+FAULTS: list[Callable[[Scene], str]] = [
+    emfile,
+    full_table,
+    one_too_many,
+    too_many,
+    too_few,
+    with_credentials,
+    room_for_credentials,
+    inheritable,
+    plain_read,
+    end_of_stream,
+    end_with_credentials,
+    dropped,
+    wrong_kind,
+    cancelled,
+    socket_object,
+    socket_among_numbers,
+    closed_descriptor,
+    closed_while_waiting,
+    three_hundred,
+    short_write,
+]
+
+
+def measure(contestant: Contestant, fault: Callable[[Scene], str]) -> str:
+    """Make a fault happen to a contestant, and say what it did."""
+    sock, peer = socket.socketpair()
+    with sock, peer:
+        try:
+            return fault(Scene(contestant, sock, peer, os.memfd_create("fault")))
+        except NotImplementedError:
+            return BEHAVIOUR_OF_NONE
+        except OSError as exc:
+            # Not what was to be measured.
+            return f"failed: {errno.errorcode.get(exc.errno or 0, exc)}"
