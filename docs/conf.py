@@ -29,12 +29,11 @@ extensions = [
 ]
 nitpicky = True
 nitpick_ignore = [
-    # Type aliases that exist for type checkers only; reference/index.md says what they are.
+    # Type aliases; reference/index.md says what they are.
     ("py:class", "FileDescriptor"),
     ("py:class", "Buffer"),
+    ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
-    # What Cancellable.scope() returns: used in a with statement, never named.
-    ("py:class", "trio_unixconn._cancellable.CancellableScope"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
@@ -44,15 +43,35 @@ autodoc_member_order = "bysource"
 
 # Objects of these classes come from the library, so how they are made is not shown.
 _MADE_BY_THE_LIBRARY = {
-    f"trio_unixconn.{name}" for name in ("AsyncResult", "CallbackAdapter", "CallbackConnection")
+    f"trio_unixconn.{name}"
+    for name in (
+        "AsyncResult",
+        "CallbackAdapter",
+        "CallbackConnection",
+        "CancellableScope",
+        "DescriptorStream",
+    )
 }
-_OTHER_PROJECTS = ("trio.", "collections.abc.", "os.", "socket.")
+_OTHER_PROJECTS = ("trio.", "collections.abc.", "enum.", "os.", "socket.")
 
 
 def _hide_constructor(
     _app: Sphinx, _what: str, name: str, _obj: object, _options: object, *signature: str | None
 ) -> tuple[str | None, str | None]:
     return ("", None) if name in _MADE_BY_THE_LIBRARY else (signature[0], signature[1])
+
+
+def _read_as_prose(
+    _app: Sphinx, what: str, _name: str, _obj: object, _options: object, lines: list[str]
+) -> None:
+    """Keep napoleon from taking words before a colon for a type or for an exception."""
+    returned = what == "attribute"
+    for number, line in enumerate(lines):
+        if returned:
+            lines[number] = line.replace(": ", " \N{EN DASH} ", 1)
+        returned = line.strip() == "Returns:"
+        if line.strip().startswith("All that :meth:"):
+            lines[number : number + 1] = ["", "It also raises a" + line.strip()[1:], ""]
 
 
 def _leave_as_text(
@@ -63,6 +82,7 @@ def _leave_as_text(
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the two functions above."""
+    """Connect the functions above."""
     app.connect("autodoc-process-signature", _hide_constructor)
+    app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)
