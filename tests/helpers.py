@@ -108,7 +108,7 @@ def free_descriptors(count: int) -> Generator[None, None, None]:
     """Let this process have only ``count`` more descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
-    top = max(int(name) for name in os.listdir("/proc/self/fd")) + 8
+    top = max(int(name) for name in os.listdir("/proc/self/fd")) + 8 + count
     resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
     try:
         with suppress(OSError):
