@@ -285,6 +285,7 @@ def test_a_run_that_is_over() -> None:
 
     trio.run(main)
     scopes[0].fire()
+    assert not cancellable._scopes
 
 
 async def test_scope_outside_of_its_thread() -> None:

@@ -109,6 +109,7 @@ async def test_path_removed_by_another(path: Path) -> None:
     listener = await open_unix_listener(path)
     path.unlink()
     await listener.aclose()
+    assert listener.socket.fileno() == -1
 
 
 async def test_path_taken_by_another(path: Path) -> None:

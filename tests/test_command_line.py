@@ -240,6 +240,7 @@ async def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
     progress = driver.Progress(1, lambda *_: None)
     with pytest.RaisesGroup(EOFError):
         await driver.one_worker(1, str(path), [], report, progress)
+    assert report.transfers == []
 
 
 async def test_a_worker_that_crashes_at_its_end(

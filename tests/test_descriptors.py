@@ -233,8 +233,10 @@ async def test_credentials_beside_a_descriptor() -> None:
     async with stdlib_peer() as peer:
         peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         for credentials in (False, True):
-            await peer.ask("send", kinds=[["file"]], credentials=credentials)
-            os.close(await peer.conn.receive_fd())
+            (theirs,) = await peer.ask("send", kinds=[["file"]], credentials=credentials)
+            fd = await peer.conn.receive_fd()
+            assert look(fd)["identity"] == theirs["identity"]
+            os.close(fd)
 
 
 async def test_pidfd_beside_a_descriptor() -> None:

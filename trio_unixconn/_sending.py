@@ -63,6 +63,7 @@ class _Burst:
         self.sent = 0
 
     def descriptors_sent(self) -> int:
+        """Return how many descriptors have gone."""
         return sum(map(len, self.groups[: self.sent]))
 
 

@@ -64,6 +64,11 @@ class ConnectedSocket:
         return self.raw.fileno() == -1
 
     def check_open(self) -> None:
+        """Raise unless the socket is open.
+
+        Raises:
+          ConnectionClosedError: this side has closed it.
+        """
         if self.is_closed():
             raise ConnectionClosedError("this side has closed the connection")
 
@@ -107,6 +112,7 @@ _Awaited = TypeVar("_Awaited")
 async def wait_under(
     wait: Callable[[_Awaited], Awaitable[None]], argument: _Awaited, cancellable: Cancellable | None
 ) -> None:
+    """Await ``wait(argument)``, until the Cancellable fires if there is one."""
     if cancellable is None:
         await wait(argument)
     else:
@@ -115,6 +121,11 @@ async def wait_under(
 
 
 def stdlib_socket_of(socket: trio.socket.SocketType) -> stdlib_socket.socket:
+    """Return the standard library socket beneath a trio socket.
+
+    Raises:
+      TypeError: not a trio socket, or one without a descriptor beneath.
+    """
     if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
     # trio has no public way to the socket beneath. The attribute is as old as trio's
