@@ -16,6 +16,7 @@ from trio_unixconn import (
     NotSupportedError,
     UnexpectedControlMessageError,
     UnexpectedDescriptorsError,
+    UnixCredentialsMessage,
     _control,
     _kernel,
 )
@@ -263,3 +264,26 @@ def test_free_descriptors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "stat", fail)
     assert _kernel.free_descriptors() == 0
+
+
+IDS = st.integers(0, 2**31 - 1)
+
+
+@given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=253))
+def test_rights_round_trip(numbers: list[int]) -> None:
+    """Any descriptors that one message carries come out of its bytes as they went in."""
+    level, kind, payload = _control.rights(*numbers)
+    assert (level, kind) == RIGHTS
+    assert list(struct.unpack(f"{len(numbers)}i", payload)) == numbers
+    # Parsed without closing: the numbers are nobody's here.
+    assert _control.parse([(level, kind, payload)], 0).fds == numbers
+
+
+@given(pid=st.integers(1, 2**31 - 1), uid=IDS, gid=IDS)
+def test_credentials_round_trip(pid: int, uid: int, gid: int) -> None:
+    """Any credentials come out of their message as they went in."""
+    message = _control.credentials(Credentials(pid, uid, gid))
+    assert _control.parse([message], 0).credentials == [Credentials(pid, uid, gid)]
+    assert UnixCredentialsMessage.deserialize(*message) == UnixCredentialsMessage(
+        Credentials(pid, uid, gid)
+    )
