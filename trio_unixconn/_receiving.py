@@ -49,7 +49,7 @@ class Receiver(ConnectedSocket):
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
-        self.busy = False
+        self.busy: bool = False
         # Single bytes, each with its control messages, that serve the next receives.
         self._ahead: deque[Received | OSError] | None = None
         # Whether SO_PASSCRED is on only for a receive that is under way.

@@ -78,7 +78,7 @@ class Sender(ConnectedSocket):
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
-        self.busy = False
+        self.busy: bool = False
         # Whether a message stopped in the middle, behind which nothing makes sense.
         self._half_sent = False
 

@@ -56,8 +56,8 @@ class ConnectedSocket:
     __slots__ = ("raw", "socket")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
-        self.socket = socket
-        self.raw = raw
+        self.socket: trio.socket.SocketType = socket
+        self.raw: stdlib_socket.socket = raw
 
     def is_closed(self) -> bool:
         """Whether this side has closed the socket."""

@@ -241,10 +241,11 @@ async def one_worker(
             async with process.stdout:
                 said = b""
                 with trio.fail_after(wire.SECONDS_TO_ANSWER):
-                    while more := await process.stdout.receive_some():
-                        said += more
-                        if said.endswith(b"\n"):
+                    while not said.endswith(b"\n"):
+                        more = await process.stdout.receive_some()
+                        if not more:
                             break
+                        said += more
                 if said != b"ready\n":
                     raise EOFError(f"worker {number} ended before it listened at {path}")
                 async with await open_unix_connection(path) as connection:
