@@ -363,7 +363,10 @@ def test_interrupted(tmp_path: Path) -> None:
             workers = [pid for pids in lists for pid in pids if is_worker(pid)]
         # The starter is in trio by then: it has started both.
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "trio-unixconn: interrupted" in errors.splitlines()
     assert "Traceback" not in errors
