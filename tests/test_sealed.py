@@ -326,11 +326,14 @@ async def test_sealed_memory_that_cannot_be_read() -> None:
     os.close(writing)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="a mapping needs no descriptor there")
 async def test_no_descriptor_free_to_map_with() -> None:
-    """Where a mapping needs a descriptor and none is free, it is EMFILE, and nothing leaks."""
+    """A mapping that needs a descriptor, before Python 3.13, and finds none is EMFILE; no leak."""
     one, two = connection_pair()
     async with one, two:
         await one.send_buffer(b"x")
-        with free_descriptors(1), pytest.raises(OSError, match="Too many open files"):
-            await two.receive_buffer(1)
+        with free_descriptors(1):
+            if sys.version_info >= (3, 13):
+                assert bytes(await two.receive_buffer(1)) == b"x"
+            else:
+                with pytest.raises(OSError, match="Too many open files"):
+                    await two.receive_buffer(1)
