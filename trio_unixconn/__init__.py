@@ -15,6 +15,7 @@ from ._client import open_unix_connection as open_unix_connection
 from ._connection import UnixConnection as UnixConnection, connection_pair as connection_pair
 from ._credentials import Credentials as Credentials
 from ._fdlist import UnixFDList as UnixFDList
+from ._identity import PeerIdentity as PeerIdentity
 from ._kinds import DescriptorKind as DescriptorKind
 from ._listener import UnixListener as UnixListener, open_unix_listener as open_unix_listener
 from ._messages import (
@@ -23,8 +24,11 @@ from ._messages import (
     UnixFDMessage as UnixFDMessage,
 )
 from ._passing import DescriptorStream as DescriptorStream, FileDescriptor as FileDescriptor
+from ._policy import PeerPolicy as PeerPolicy
 from ._results import AsyncReadyCallback as AsyncReadyCallback, AsyncResult as AsyncResult
+from ._server import UnixServer as UnixServer, serve_unix as serve_unix
 from .errors import (
+    AddressInUseError as AddressInUseError,
     ConnectionBrokenError as ConnectionBrokenError,
     ConnectionBusyError as ConnectionBusyError,
     ConnectionClosedError as ConnectionClosedError,
@@ -34,6 +38,8 @@ from .errors import (
     IOErrorEnum as IOErrorEnum,
     NotSupportedError as NotSupportedError,
     OperationCancelled as OperationCancelled,
+    PeerDeniedError as PeerDeniedError,
+    PeerGoneError as PeerGoneError,
     UnexpectedControlMessageError as UnexpectedControlMessageError,
     UnexpectedDescriptorsError as UnexpectedDescriptorsError,
     UnixConnectionError as UnixConnectionError,
@@ -44,6 +50,7 @@ from .errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddressInUseError",
     "AsyncReadyCallback",
     "AsyncResult",
     "CallbackAdapter",
@@ -64,6 +71,10 @@ __all__ = [
     "Message",
     "NotSupportedError",
     "OperationCancelled",
+    "PeerDeniedError",
+    "PeerGoneError",
+    "PeerIdentity",
+    "PeerPolicy",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnection",
@@ -72,6 +83,7 @@ __all__ = [
     "UnixFDList",
     "UnixFDMessage",
     "UnixListener",
+    "UnixServer",
     "UnixSocketAddress",
     "UnsafeBufferError",
     "WrongDescriptorKindError",
@@ -80,4 +92,5 @@ __all__ = [
     "open_callback_adapter",
     "open_unix_connection",
     "open_unix_listener",
+    "serve_unix",
 ]

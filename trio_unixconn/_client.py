@@ -8,40 +8,64 @@ Sources: connect(2), unix(7)
 
 from __future__ import annotations
 
+import errno
 import os
 import socket as stdlib_socket
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from . import _kernel
-from ._address import UnixSocketAddress, named
+from ._address import UnixSocketAddress
+from ._admission import denied_peer
 from ._connection import UnixConnection
+from ._options import set_options
+from ._paths import connectable, explained
+from .errors import PeerDeniedError
+
+if TYPE_CHECKING:
+    from ._policy import PeerPolicy
 
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.1
 
 
+@enable_ki_protection
 async def open_unix_connection(
     address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
+    *,
+    policy: PeerPolicy | None = None,
+    credentials: bool = False,
+    pidfds: bool = False,
+    receive_descriptors: bool = True,
 ) -> UnixConnection:
     r"""Connect to the Unix stream socket called ``address``.
 
     While the listener's queue is full this tries again, with pauses that grow from 1 ms to
-    100 ms, until it is connected or cancelled: Linux says EAGAIN then, and there is nothing
-    to poll for.
+    100 ms, until it is connected, refused or cancelled: Linux says EAGAIN then, and there is
+    nothing to poll for. For a deadline, use ``trio.fail_after``.
 
     Args:
-      address: a path; ``"\0name"`` is a name in Linux's abstract namespace.
+      address: a path, also one that is too long for a socket's address; ``"\0name"`` is a name
+        in Linux's abstract namespace.
+      policy: who may be the server. It is asked before this returns, and so before anything is
+        sent; the kernel names the process that called listen(2).
+      credentials: whether every message is to come with its sender's credentials
+        (``SO_PASSCRED``), so that ``receive_message`` need not ask each time. The kernel gives
+        this end an abstract name then.
+      pidfds: whether every message is to come with a pidfd of its sender (``SO_PASSPIDFD``).
+      receive_descriptors: as of :class:`UnixConnection`.
 
     Returns:
       A connection that the caller owns.
 
     Raises:
       TypeError, ValueError: not the name of a socket.
-      OSError: from connect(2), with the address: FileNotFoundError, ConnectionRefusedError
-        (nobody listens there), PermissionError and so on.
-      NotSupportedError: the platform has no Unix sockets.
+      OSError: from connect(2), with the address, and what is there: FileNotFoundError,
+        ConnectionRefusedError (nobody listens there), PermissionError and so on.
+      PeerDeniedError: the policy does not admit the server.
+      NotSupportedError: the platform has no Unix sockets, or not what was asked for.
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
@@ -51,17 +75,36 @@ async def open_unix_connection(
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                sock.connect(name.native)
-                break
-            except BlockingIOError:
-                await trio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            except OSError as exc:
-                raise named(exc, name) from exc
-        return UnixConnection.from_stdlib_socket(sock)
+        set_options(sock, credentials=credentials, pidfds=pidfds)
+        await _connect(sock, name)
+        conn = UnixConnection.from_stdlib_socket(
+            sock, receive_descriptors=receive_descriptors, remote_address=name
+        )
+        if policy is not None:
+            peer = await denied_peer(conn, policy)
+            if peer is not None:
+                raise PeerDeniedError(
+                    errno.EACCES,
+                    f"the server there, {peer}, is not admitted by {policy}",
+                    str(name),
+                )
     except BaseException:
         sock.close()
         raise
+    return conn
+
+
+@enable_ki_protection
+async def _connect(sock: stdlib_socket.socket, name: UnixSocketAddress) -> None:
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            with connectable(name) as native:
+                sock.connect(native)
+        except BlockingIOError:
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        except OSError as exc:
+            raise explained(exc, name) from exc
+        else:
+            return

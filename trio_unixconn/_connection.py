@@ -19,18 +19,19 @@ import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
 from . import _control, _kernel
-from ._address import UnixSocketAddress
 from ._buffers import bytes_of
-from ._credentials import Credentials, can_tell_credentials, peer_credentials
+from ._credentials import Credentials, can_tell_credentials
 from ._fdlist import UnixFDList
 from ._kinds import register_stream
 from ._messages import Message
 from ._passing import NUL, DescriptorPassing, FileDescriptor, at_least, ended
-from ._receiving import Receiver
+from ._peer import KnownPeer
+from ._receiving import Receiver, RefusingReceiver
 from ._sending import Sender
 from ._socket import check_connected, stdlib_socket_of
 
 if TYPE_CHECKING:
+    from ._address import UnixSocketAddress
     from ._buffers import Buffer
     from ._cancellable import Cancellable
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_RECEIVE_SIZE: Final = 65536
 
 
-class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
+class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream):
     """A connected Unix-domain stream socket: ``Gio.UnixConnection`` for trio.
 
     It is a ``trio.abc.HalfCloseableStream`` with the whole interface of
@@ -49,6 +50,11 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
     Args:
       socket: a connected ``AF_UNIX``, ``SOCK_STREAM`` trio socket. The connection owns it
         from now on; if this raises, the caller still does.
+      receive_descriptors: whether the peer may send descriptors. If not, whoever sends some
+        gets EPERM where the kernel has ``SO_PASSRIGHTS`` (Linux 6.16), and elsewhere those
+        that come are closed and :class:`UnexpectedDescriptorsError` is raised.
+      local_address, remote_address: what the two ends are called, where the kernel cannot know
+        (a path was renamed after it was bound).
 
     Attributes:
       socket: that trio socket.
@@ -71,18 +77,41 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
     ``BrokenResourceError`` and ``BusyResourceError`` with Gio's code.
     """
 
-    __slots__ = ("__weakref__", "_receiver", "_sender", "socket")
+    __slots__ = (
+        "__weakref__",
+        "_local_address",
+        "_receiver",
+        "_remote_address",
+        "_sender",
+        "socket",
+    )
 
-    def __init__(self, socket: trio.socket.SocketType) -> None:
+    def __init__(
+        self,
+        socket: trio.socket.SocketType,
+        *,
+        receive_descriptors: bool = True,
+        local_address: UnixSocketAddress | None = None,
+        remote_address: UnixSocketAddress | None = None,
+    ) -> None:
         raw = stdlib_socket_of(socket)
         check_connected(raw)
         self.socket: trio.socket.SocketType = socket
         self._sender = Sender(socket, raw)
-        self._receiver = Receiver(socket, raw)
+        self._receiver = (Receiver if receive_descriptors else RefusingReceiver)(socket, raw)
+        self._local_address = local_address
+        self._remote_address = remote_address
 
     @classmethod
-    def from_stdlib_socket(cls, sock: stdlib_socket.socket) -> UnixConnection:
-        """Make one from a standard library socket.
+    def from_stdlib_socket(
+        cls,
+        sock: stdlib_socket.socket,
+        *,
+        receive_descriptors: bool = True,
+        local_address: UnixSocketAddress | None = None,
+        remote_address: UnixSocketAddress | None = None,
+    ) -> UnixConnection:
+        """Make one from a standard library socket; the other arguments are the constructor's.
 
         The connection owns the socket from now on and makes it non-blocking; if this raises,
         the socket is as it was and still the caller's.
@@ -93,7 +122,12 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
         if not isinstance(sock, stdlib_socket.socket):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a socket.socket is due, not {type(sock).__name__} ({sock!r})")
         check_connected(sock)
-        return cls(trio.socket.from_stdlib_socket(sock))
+        return cls(
+            trio.socket.from_stdlib_socket(sock),
+            receive_descriptors=receive_descriptors,
+            local_address=local_address,
+            remote_address=remote_address,
+        )
 
     @classmethod
     def from_fd(cls, fd: int) -> UnixConnection:
@@ -192,21 +226,6 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
         await self._sender.send(NUL, [_control.credentials(credentials)], cancellable)
         return True
 
-    def get_peer_credentials(self) -> Credentials:
-        """Return who connected, or listened, at the other end (``Gio.Socket.get_credentials``).
-
-        Vouched for by the kernel, noted down when the connection was made, and unchanged
-        since: of a socketpair, both ends name the process that made the pair.
-
-        Raises:
-          ConnectionClosedError: this side closed the connection.
-          NotSupportedError: the platform cannot tell.
-
-        Source: unix(7) (``SO_PEERCRED``), https://docs.gtk.org/gio/method.Socket.get_credentials.html
-        """
-        self._receiver.check_open()
-        return peer_credentials(self._receiver.raw.getsockopt)
-
     ################################################################
     # Whole messages
     ################################################################
@@ -260,6 +279,7 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
         *,
         max_fds: int = _kernel.SCM_MAX_FD,
         credentials: bool = False,
+        pidfd: bool = False,
         cancellable: Cancellable | None = None,
     ) -> Message:
         """Receive up to ``max_bytes`` bytes, and what came with them.
@@ -270,6 +290,7 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
         Args:
           max_fds: 0 to 253; more are an error, and closed.
           credentials: whether to ask for the sender's (``SO_PASSCRED``), for this time.
+          pidfd: whether to ask for one of the sender (``SO_PASSPIDFD``), for this time.
 
         Returns:
           A message that owns its descriptors. Its data is empty at the end of the stream.
@@ -279,6 +300,7 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
             ``.data``.
           DescriptorsTruncatedError: some were lost, as no slot was free for them.
           ValueError: ``max_bytes`` is below 1, or ``max_fds`` not from 0 to 253.
+          NotSupportedError: ``pidfd`` on a kernel before Linux 6.5, or elsewhere.
         """
         size = at_least(max_bytes, 1, "max_bytes")
         most = at_least(max_fds, 0, "max_fds")
@@ -286,7 +308,9 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
             raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, not {most}")
         if credentials:
             can_tell_credentials()
-        received = await self._receiver.receive(size, cancellable, passcred=credentials)
+        received = await self._receiver.receive(
+            size, cancellable, passcred=credentials, passpidfd=pidfd
+        )
         parsed = _control.whole_message(received, most)
         return Message(
             received[0],
@@ -379,24 +403,6 @@ class UnixConnection(DescriptorPassing, trio.abc.HalfCloseableStream):
     ################################################################
     # What Gio.SocketConnection and Gio.IOStream give
     ################################################################
-
-    def get_local_address(self) -> UnixSocketAddress:
-        """Return the name of this end; unnamed unless it was bound or accepted.
-
-        Raises:
-          ConnectionClosedError: this side closed the connection.
-        """
-        self._receiver.check_open()
-        return UnixSocketAddress.from_native(self._receiver.raw.getsockname())
-
-    def get_remote_address(self) -> UnixSocketAddress:
-        """Return the name of the peer's end; unnamed unless it was bound.
-
-        Raises:
-          ConnectionClosedError: this side closed the connection.
-        """
-        self._receiver.check_open()
-        return UnixSocketAddress.from_native(self._receiver.raw.getpeername())
 
     def is_connected(self) -> bool:
         """Whether this side has not closed the connection; as in Gio, not whether the peer has."""

@@ -400,6 +400,25 @@ def only_bytes(received: Received) -> bytes:
     return data
 
 
+def check_no_descriptors(received: Received) -> None:
+    """Raise if a message that may carry anything but descriptors carries some.
+
+    Raises:
+      UnexpectedDescriptorsError: descriptors came; they are closed.
+    """
+    data, ancdata, flags, _ = received
+    if not flags & _kernel.MSG_CTRUNC and all(each[:2] != RIGHTS for each in ancdata):
+        return
+    parsed = parse(ancdata, flags)
+    parsed.close()
+    if parsed.fds or parsed.truncated:
+        raise UnexpectedDescriptorsError(
+            f"this connection takes no descriptors (receive_descriptors=False), but some came with "
+            f"{_some(data)}; they are closed, the bytes are in .data",
+            data,
+        )
+
+
 def _refusal(
     due: str, data: bytes, parsed: Parsed
 ) -> UnexpectedControlMessageError | DescriptorsTruncatedError:

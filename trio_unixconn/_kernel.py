@@ -10,9 +10,12 @@ does not name, include/uapi/asm-generic/socket.h and include/linux/socket.h of L
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
 import socket
 import sys
+from types import ModuleType
 from typing import Final, TypeVar
 
 from .errors import NotSupportedError
@@ -50,6 +53,22 @@ SCM_CREDS: Final = _named("SCM_CREDS")
 # architecture since they exist (SCM_PIDFD since 6.5).
 SCM_SECURITY: Final = 3 if sys.platform == "linux" else None
 SCM_PIDFD: Final = 4 if sys.platform == "linux" else None
+
+# Alpha, MIPS, PA-RISC and SPARC number their socket options in ways of their own.
+_GENERIC: Final = sys.platform == "linux" and not platform.machine().lower().startswith(
+    ("alpha", "mips", "parisc", "sparc")
+)
+
+
+def _numbered(number: int) -> int | None:
+    return number if _GENERIC else None
+
+
+SO_PEERSEC: Final = _numbered(31)
+SO_PEERGROUPS: Final = _numbered(59)  # since Linux 4.13
+SO_PASSPIDFD: Final = _numbered(76)  # since Linux 6.5
+SO_PEERPIDFD: Final = _numbered(77)  # since Linux 6.5
+SO_PASSRIGHTS: Final = _numbered(83)  # since Linux 6.16
 
 MSG_CTRUNC: Final = _named("MSG_CTRUNC") or 0
 MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
@@ -112,3 +131,82 @@ def effective_group() -> int:
       NotSupportedError: where the platform has no group ids.
     """
     return int(required(getattr(os, "getegid", None), "group ids (os.getegid)")())
+
+
+def is_own_user_id(uid: int) -> bool:
+    """Whether a user id that the kernel told is the id of one user.
+
+    In a user namespace, every user from outside is shown as the overflow id (65534), which
+    may be mapped to nobody: then it says nothing about who that is.
+
+    Source: user_namespaces(7), proc_pid_uid_map(5)
+    """
+    return _is_mapped(uid, "/proc/self/uid_map")
+
+
+def is_own_group_id(gid: int) -> bool:
+    """Whether a group id that the kernel told is the id of one group; see above."""
+    return _is_mapped(gid, "/proc/self/gid_map")
+
+
+def _is_mapped(number: int, path: str) -> bool:
+    if number < 0:
+        return False
+    try:
+        with open(path, encoding="ascii") as file:
+            ranges = [[int(field) for field in line.split()] for line in file]
+    except OSError:
+        # No Linux, or no /proc: there are no user namespaces to be seen.
+        return True
+    return any(start <= number < start + count for start, _, count in ranges)
+
+
+def getsockopt_of_any_length(fd: int, level: int, option: int, length: int) -> bytes:
+    """Get an option that may take more than the 1024 bytes that Python's getsockopt allows.
+
+    Raises:
+      OSError: from getsockopt(2); ERANGE if ``length`` bytes are too few.
+    """
+    import ctypes  # noqa: PLC0415 - rare: only for peers in more than 256 groups
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer, size = ctypes.create_string_buffer(length), ctypes.c_uint32(length)
+    if libc.getsockopt(fd, level, option, buffer, ctypes.byref(size)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return buffer.raw[: size.value]
+
+
+def _database(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def user_named(name: str) -> int:
+    """Return the id of a user.
+
+    Raises:
+      ValueError: no user has that name.
+      NotSupportedError: the platform has no users.
+    """
+    database = required(_database("pwd"), "users (pwd)")
+    try:
+        return int(database.getpwnam(name).pw_uid)
+    except KeyError:
+        raise ValueError(f"no user is called {name!r}") from None
+
+
+def group_named(name: str) -> int:
+    """Return the id of a group.
+
+    Raises:
+      ValueError: no group has that name.
+      NotSupportedError: the platform has no groups.
+    """
+    database = required(_database("grp"), "groups (grp)")
+    try:
+        return int(database.getgrnam(name).gr_gid)
+    except KeyError:
+        raise ValueError(f"no group is called {name!r}") from None

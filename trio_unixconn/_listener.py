@@ -1,7 +1,7 @@
 """UnixListener: accept connections on a Unix socket.
 
 The rule of this file: whoever makes the name in the file system takes it away again, and a
-connection that was accepted is returned.
+connection that was accepted is returned, or closed because a policy denies it.
 
 Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 """
@@ -12,30 +12,55 @@ import errno
 import operator
 import os
 import socket as stdlib_socket
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
-from . import _kernel
-from ._address import UnixSocketAddress, named
+from . import _binding, _kernel
+from ._address import UnixSocketAddress
+from ._admission import is_admitted
 from ._connection import UnixConnection
-from .errors import ConnectionBusyError, ConnectionClosedError
+from ._control import descriptor_number
+from ._options import set_options
+from ._paths import explained_bind
+from ._receiving import refuse_descriptors
+from ._socket import stdlib_socket_of
+from .errors import AddressInUseError, ConnectionBusyError, ConnectionClosedError
+
+if TYPE_CHECKING:
+    from ._policy import PeerPolicy
+
+T = TypeVar("T")
 
 # The connection that was to be accepted is gone; the next one may be fine. The list is
 # accept(2)'s, as far as it can happen to a Unix socket.
 _TRY_AGAIN: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM})
 
+_FIRST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.05
+# How long aclose() may wait for whoever else is at the path. That takes them milliseconds.
+_PATIENCE: Final = 2.0
+
 
 class UnixListener(trio.abc.Listener[UnixConnection]):
     """A listening Unix stream socket, for ``trio.serve_listeners`` or :meth:`accept`.
 
+    :func:`open_unix_listener` makes one at a path; this constructor and :meth:`from_fd` take a
+    socket that listens already, whose path stays the business of whoever bound it.
+
     Args:
       socket: a bound, listening ``AF_UNIX``, ``SOCK_STREAM`` trio socket. The listener owns it
         from now on; if this raises, the caller still does.
-      unlink: a path to remove when the listener is closed, if it is still this socket's.
+      policy: who may connect. It is asked in :meth:`accept`, before any byte is read; whom it
+        does not admit is closed, logged and counted.
+      receive_descriptors: whether peers may send descriptors; as of :class:`UnixConnection`.
+      address: what the socket is called, where the kernel knows it under another name.
 
     Attributes:
       socket: that trio socket.
+      denied: how many connections the policy has denied.
 
     Raises:
       TypeError: not a trio socket.
@@ -44,23 +69,65 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     """
 
     def __init__(
-        self, socket: trio.socket.SocketType, *, unlink: str | bytes | None = None
+        self,
+        socket: trio.socket.SocketType,
+        *,
+        policy: PeerPolicy | None = None,
+        receive_descriptors: bool = True,
+        address: UnixSocketAddress | None = None,
     ) -> None:
-        family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
         if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
-        due = "a listening Unix stream socket is due"
-        if socket.fileno() == -1:
-            raise ValueError(f"{due}, but this socket is closed")
-        if socket.family != family or socket.type != stdlib_socket.SOCK_STREAM:
-            raise ValueError(f"{due}, not {socket!r}")
-        option = _kernel.SO_ACCEPTCONN
-        if option is not None and not socket.getsockopt(_kernel.SOL_SOCKET, option):
-            raise ValueError(f"{due}, but this socket does not listen; call listen() first")
+        _check_listening(socket)
         self.socket: trio.socket.SocketType = socket
-        # The working folder may be another one when the listener is closed.
-        self._path = os.path.abspath(os.fsencode(unlink or ""))
-        self._identity = _identity(self._path) if unlink else None
+        self.denied: int = 0
+        self._policy = policy
+        self._receive_descriptors = receive_descriptors
+        self._address = address or UnixSocketAddress.from_native(socket.getsockname())
+        self._binding: _binding.Binding | None = None
+        # Whether nobody else accepts from the same queue.
+        self._is_only_one = False
+
+    @classmethod
+    def from_fd(
+        cls, fd: int, *, policy: PeerPolicy | None = None, receive_descriptors: bool = True
+    ) -> UnixListener:
+        """Make one from the descriptor of a listening socket, inherited or received.
+
+        The listener owns the descriptor from now on, makes it close-on-exec, and makes the
+        socket non-blocking for all who share it; if this raises, the descriptor is as it was
+        and still the caller's. Closing the listener leaves the path alone, and the socket open
+        for other processes that hold it.
+
+        Raises:
+          TypeError: not an int.
+          ValueError: not open, not a socket, or not a listening Unix stream socket.
+          NotSupportedError: as the constructor.
+
+        Source: sd_listen_fds(3), for where such descriptors come from
+        """
+        if type(fd) is not int:
+            raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
+        number = descriptor_number(fd)
+        try:
+            sock = stdlib_socket.socket(fileno=number)
+        except OSError as exc:
+            what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
+            raise ValueError(f"descriptor {number} {what}: a listening Unix socket is due") from exc
+        try:
+            _check_listening(sock)
+            listener = cls(
+                trio.socket.from_stdlib_socket(sock),
+                policy=policy,
+                receive_descriptors=receive_descriptors,
+            )
+        except BaseException:
+            sock.detach()
+            raise
+        sock.set_inheritable(False)
+        if not receive_descriptors:
+            refuse_descriptors(sock)
+        return listener
 
     def get_local_address(self) -> UnixSocketAddress:
         """Return the name that this listens at.
@@ -68,12 +135,11 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         Raises:
           ConnectionClosedError: the listener is closed.
         """
-        if self.socket.fileno() == -1:
-            raise ConnectionClosedError("this listener is closed")
-        return UnixSocketAddress.from_native(self.socket.getsockname())
+        self._check_open()
+        return self._address
 
     async def accept(self) -> UnixConnection:
-        """Accept one connection.
+        """Accept one connection whose peer the policy admits.
 
         Returns:
           A connection that the caller owns.
@@ -82,10 +148,21 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
           ConnectionClosedError: the listener is closed, before or meanwhile.
           ConnectionBusyError: another task is accepting.
           OSError: EMFILE and the like; ``trio.serve_listeners`` waits and goes on.
+
+        While a policy's check waits, no other connection is accepted here; :func:`serve_unix`
+        asks in the handlers' tasks.
         """
         while True:
+            conn = await self._accept_any()
+            if self._policy is None or await is_admitted(conn, self._policy):
+                return conn
+            self.denied += 1
+
+    @enable_ki_protection
+    async def _accept_any(self) -> UnixConnection:
+        while True:
             try:
-                sock, _ = await self.socket.accept()
+                sock, name = await self.socket.accept()
             except OSError as exc:
                 if self.socket.fileno() == -1:
                     raise ConnectionClosedError("this listener is closed") from exc
@@ -96,55 +173,138 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
             except trio.BusyResourceError as exc:
                 raise ConnectionBusyError("another task is accepting") from exc
             else:
-                try:
-                    return UnixConnection(sock)
-                except BaseException:
-                    sock.close()
+                return self._connection(sock, name)
+
+    @enable_ki_protection
+    def _accept_waiting(self) -> UnixConnection | None:
+        """Accept a connection that waits in the queue already, without asking the policy.
+
+        None if none does, or if the queue is not this listener's alone.
+        """
+        if not self._is_only_one:
+            return None
+        raw = stdlib_socket_of(self.socket)
+        while True:
+            try:
+                sock, name = raw.accept()
+            except BlockingIOError:
+                return None
+            except OSError as exc:
+                if exc.errno not in _TRY_AGAIN:
                     raise
+            else:
+                return self._connection(trio.socket.from_stdlib_socket(sock), name)
+
+    def _connection(self, sock: trio.socket.SocketType, name: str | bytes) -> UnixConnection:
+        try:
+            return UnixConnection(
+                sock,
+                receive_descriptors=self._receive_descriptors,
+                local_address=self._address,
+                remote_address=UnixSocketAddress.from_native(name),
+            )
+        except BaseException:
+            sock.close()
+            raise
 
     async def aclose(self) -> None:
-        """Close the listener and remove its path; closing twice is allowed."""
+        """Close the listener and take its path away; closing twice is allowed.
+
+        Connections that wait in its queue are reset by the kernel.
+        """
         if self.socket.fileno() != -1:
             # First the path: once the socket is closed, another server may have taken it, and
             # its inode may be the same number again.
             try:
-                if self._identity is not None and _identity(self._path) == self._identity:
-                    os.unlink(self._path)
+                with trio.CancelScope(shield=True):
+                    await self._remove_path()
             finally:
                 self.socket.close()
         await trio.lowlevel.checkpoint()
 
+    async def _remove_path(self) -> None:
+        """Take the path away, so that nobody new can connect; the queue stays."""
+        if self._binding is not None:
+            binding, self._binding = self._binding, None
+            with trio.move_on_after(_PATIENCE):
+                # If the lock stays held, the path stays, for the next server to replace.
+                await _when_unlocked(lambda: _binding.unbind(binding))
 
-def _identity(path: bytes) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_dev, status.st_ino
+    def _check_open(self) -> None:
+        if self.socket.fileno() == -1:
+            raise ConnectionClosedError("this listener is closed")
 
 
+def _check_listening(sock: trio.socket.SocketType | stdlib_socket.socket) -> None:
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    due = "a listening Unix stream socket is due"
+    if sock.fileno() == -1:
+        raise ValueError(f"{due}, but this socket is closed")
+    if sock.family != family or sock.type != stdlib_socket.SOCK_STREAM:
+        raise ValueError(f"{due}, not {sock!r}")
+    option = _kernel.SO_ACCEPTCONN
+    if option is not None and not sock.getsockopt(_kernel.SOL_SOCKET, option):
+        raise ValueError(f"{due}, but this socket does not listen; call listen() first")
+
+
+async def _when_unlocked(work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread, again and again while somebody else holds the lock."""
+    pause = _FIRST_PAUSE
+    # One thread of its own: those of trio's limiter may all be waiting for something.
+    limiter = trio.CapacityLimiter(1)
+    while True:
+        try:
+            return await trio.to_thread.run_sync(work, limiter=limiter)
+        except _binding.LockHeldError:
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+@enable_ki_protection
 async def open_unix_listener(
     address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
     *,
     mode: int = 0o600,
     backlog: int | None = None,
+    policy: PeerPolicy | None = None,
+    credentials: bool = False,
+    pidfds: bool = False,
+    receive_descriptors: bool = True,
+    replace: bool = False,
+    unlink_on_close: bool = True,
 ) -> UnixListener:
     r"""Listen at a path, or at an abstract name.
 
+    The path leads to a listening socket with the right mode from its first moment on: the
+    socket is made under a temporary name beside it (``.name.new``, which other programs see
+    as its address), and gets the path in one step. A socket that a dead server left there is
+    replaced; one on which somebody listens is not, nor is anything else. To find out, this
+    connects to it. Whoever is at the path holds a lock meanwhile (``.name.lock``), which ends
+    with its holder, so that being killed at any moment leaves nothing in the way.
+
     Args:
-      address: a path at which nothing exists yet; ``"\0name"`` is an abstract name.
+      address: a path, also one that is too long for a socket's address; ``"\0name"`` is an
+        abstract name.
       mode: the permission bits of the path, in force before anybody can connect. On Linux,
         whoever may write to it may connect.
       backlog: how many connections may wait to be accepted; as many as the system allows
         if left out.
+      policy: who may connect; see :class:`UnixListener`.
+      credentials, pidfds: as of :func:`open_unix_connection`, of every accepted connection.
+      receive_descriptors: whether peers may send descriptors; as of :class:`UnixConnection`.
+      replace: take the path over, also from a server that is alive, so that at no moment a
+        connect fails: the old server keeps those connections that it has, and its queue.
+      unlink_on_close: whether closing the listener takes the path away, if it still leads to
+        this socket then.
 
     Returns:
-      A listener that the caller owns; closing it removes the path.
+      A listener that the caller owns.
 
     Raises:
       TypeError, ValueError: not the name of a socket, or no permission bits.
-      OSError: from bind(2), with the address: EADDRINUSE if the path exists.
-      NotSupportedError: the platform has no Unix sockets.
+      AddressInUseError: somebody listens there, or something else is there; it was left alone.
+      OSError: from the file system, with the address; nothing is left behind.
+      NotSupportedError: the platform has no Unix sockets, or not what was asked for.
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
@@ -154,22 +314,37 @@ async def open_unix_listener(
         raise ValueError("a listener needs a name: a path or an abstract name")
     await trio.lowlevel.checkpoint()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
-    path = None if name.get_is_abstract() else name.native
-    bound = False
+
+    def listen() -> None:
+        set_options(sock, credentials=credentials, pidfds=pidfds)
+        if not receive_descriptors:
+            refuse_descriptors(sock)
+        sock.listen(0xFFFF if backlog is None else backlog)
+
+    binding = None
     try:
         try:
-            sock.bind(name.native)
+            if name.get_is_abstract():
+                sock.bind(name.native)
+                listen()
+            else:
+                binding = await _when_unlocked(
+                    lambda: _binding.bind(sock, name.native, mode, listen, replace=replace)
+                )
+        except AddressInUseError:
+            raise
         except OSError as exc:
-            raise named(exc, name) from exc
-        bound = True
-        # Between bind and listen nobody can connect (ECONNREFUSED), so the path is never
-        # more open than it should be, and the process's umask is left alone.
-        if path is not None:
-            os.chmod(path, mode)
-        sock.listen(0xFFFF if backlog is None else backlog)
-        return UnixListener(trio.socket.from_stdlib_socket(sock), unlink=path)
+            raise explained_bind(exc, name) from exc
+        listener = UnixListener(
+            trio.socket.from_stdlib_socket(sock),
+            policy=policy,
+            receive_descriptors=receive_descriptors,
+            address=name,
+        )
     except BaseException:
-        if bound and path is not None:
-            os.unlink(path)
         sock.close()
         raise
+    listener._is_only_one = True  # noqa: SLF001 - its other constructor
+    if unlink_on_close:
+        listener._binding = binding  # noqa: SLF001 - as above
+    return listener

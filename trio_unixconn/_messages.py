@@ -34,7 +34,8 @@ class Message:
       data: the bytes; empty at the end of the stream.
       fds: the descriptors that came with them, in order.
       credentials: the sender's, vouched for by the kernel; None if none came.
-      pidfds: the sender's pidfd, if this side has switched SO_PASSPIDFD on; at most one.
+      pidfds: the sender's pidfd, if this side asked for it (SO_PASSPIDFD) and the kernel could
+        give one; at most one.
     """
 
     data: bytes

@@ -9,10 +9,12 @@ Sources: unix(7), recvmsg(2)
 
 from __future__ import annotations
 
+import errno
 import socket as stdlib_socket
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from trio.lowlevel import (
@@ -25,7 +27,7 @@ from trio.lowlevel import (
 from . import _control, _kernel
 from ._cancellable import begin_under
 from ._socket import FAILURES, ConnectedSocket, wait_under
-from .errors import ConnectionBusyError
+from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
     import trio
@@ -45,19 +47,24 @@ class Receiver(ConnectedSocket):
       busy: whether a task is receiving.
     """
 
-    __slots__ = ("_ahead", "_passcred_lent", "busy")
+    __slots__ = ("_ahead", "_lent", "busy")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
         # Single bytes, each with its control messages, that serve the next receives.
         self._ahead: deque[Received | OSError] | None = None
-        # Whether SO_PASSCRED is on only for a receive that is under way.
-        self._passcred_lent = False
+        # Options that are on only for a receive that is under way.
+        self._lent: list[int] = []
 
     @enable_ki_protection
     async def receive(
-        self, max_bytes: int, cancellable: Cancellable | None, *, passcred: bool = False
+        self,
+        max_bytes: int,
+        cancellable: Cancellable | None,
+        *,
+        passcred: bool = False,
+        passpidfd: bool = False,
     ) -> Received:
         """One recvmsg. Nothing between it and the return can be cancelled."""
         if self.busy:
@@ -73,6 +80,8 @@ class Receiver(ConnectedSocket):
                 return received
             if passcred:
                 self._lend_passcred()
+            if passpidfd:
+                self._lend_passpidfd()
             try:
                 received = self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
             except BlockingIOError:
@@ -82,8 +91,8 @@ class Receiver(ConnectedSocket):
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:
-            if passcred:
-                self._return_passcred()
+            if passcred or passpidfd:
+                self._return_lent()
             self.busy = False
 
     @enable_ki_protection
@@ -135,7 +144,7 @@ class Receiver(ConnectedSocket):
                 if not _control.is_one_descriptor(received):
                     return
         finally:
-            self._return_passcred()
+            self._return_lent()
 
     def ahead_that_fits(self, room: int) -> Iterator[Received]:
         """Take what is there already and has descriptors, ``room`` of them at the most."""
@@ -158,7 +167,7 @@ class Receiver(ConnectedSocket):
 
     def release(self) -> None:
         """Leave nothing behind before the socket is closed: no descriptor and no option."""
-        self._return_passcred()
+        self._return_lent()
         self._drop_ahead()
 
     def _drop_ahead(self) -> int:
@@ -183,17 +192,65 @@ class Receiver(ConnectedSocket):
             )
 
     def _lend_passcred(self) -> None:
-        option = _kernel.SO_PASSCRED
-        if option is None or _kernel.SCM_CREDENTIALS is None:
-            return
+        if _kernel.SO_PASSCRED is not None and _kernel.SCM_CREDENTIALS is not None:
+            self._lend(_kernel.SO_PASSCRED)
+
+    def _lend_passpidfd(self) -> None:
+        option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")
+        try:
+            self._lend(option)
+        except OSError as exc:
+            if exc.errno != errno.ENOPROTOOPT:
+                raise
+            raise NotSupportedError("this kernel has no SO_PASSPIDFD (Linux 6.5)") from exc
+
+    def _lend(self, option: int) -> None:
         if not self.raw.getsockopt(_kernel.SOL_SOCKET, option):
             self.raw.setsockopt(_kernel.SOL_SOCKET, option, 1)
-            self._passcred_lent = True
+            self._lent.append(option)
 
-    def _return_passcred(self) -> None:
-        """Switch SO_PASSCRED off if it was us: other processes may hold the same socket."""
-        if self._passcred_lent:
-            self._passcred_lent = False
+    def _return_lent(self) -> None:
+        """Switch off what was switched on here: other processes may hold the same socket."""
+        while self._lent:
+            option = self._lent.pop()
             if not self.is_closed():
-                option = _kernel.required(_kernel.SO_PASSCRED, "SO_PASSCRED")
                 self.raw.setsockopt(_kernel.SOL_SOCKET, option, 0)
+
+
+class RefusingReceiver(Receiver):
+    """One that takes no descriptors.
+
+    It has the kernel refuse them where it can (``SO_PASSRIGHTS``, Linux 6.16), and refuses
+    those itself that come elsewhere, or were on their way before.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        super().__init__(socket, raw)
+        refuse_descriptors(raw)
+
+    @enable_ki_protection
+    async def receive(
+        self,
+        max_bytes: int,
+        cancellable: Cancellable | None,
+        *,
+        passcred: bool = False,
+        passpidfd: bool = False,
+    ) -> Received:
+        received = await super().receive(
+            max_bytes, cancellable, passcred=passcred, passpidfd=passpidfd
+        )
+        _control.check_no_descriptors(received)
+        return received
+
+    def read_ahead(self, count: int) -> None:
+        """Read nothing ahead: no descriptors are expected."""
+
+
+def refuse_descriptors(sock: stdlib_socket.socket) -> None:
+    """Have the kernel refuse descriptors to whoever sends them here, where it can."""
+    if _kernel.SO_PASSRIGHTS is not None:
+        with suppress(OSError):
+            sock.setsockopt(_kernel.SOL_SOCKET, _kernel.SO_PASSRIGHTS, 0)

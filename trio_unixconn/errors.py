@@ -18,6 +18,7 @@ from typing import ClassVar
 import trio
 
 __all__ = [
+    "AddressInUseError",
     "ConnectionBrokenError",
     "ConnectionBusyError",
     "ConnectionClosedError",
@@ -27,6 +28,8 @@ __all__ = [
     "IOErrorEnum",
     "NotSupportedError",
     "OperationCancelled",
+    "PeerDeniedError",
+    "PeerGoneError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnectionError",
@@ -218,6 +221,27 @@ class WrongDescriptorKindError(UnixConnectionError, ValueError):
 
 class UnsafeBufferError(WrongDescriptorKindError):
     """What came as a buffer is no sealed memory, or larger than allowed; nothing was mapped."""
+
+
+class AddressInUseError(UnixConnectionError, OSError):
+    """Something is at the path to listen at that must not be replaced; it was left alone.
+
+    Its errno is EADDRINUSE, and its ``filename`` the address.
+    """
+
+    code = IOErrorEnum.ADDRESS_IN_USE
+
+
+class PeerGoneError(UnixConnectionError, ProcessLookupError):
+    """The process at the other end has ended and was reaped; its pid may be another's by now."""
+
+    code = IOErrorEnum.NOT_FOUND
+
+
+class PeerDeniedError(UnixConnectionError, PermissionError):
+    """A :class:`~trio_unixconn.PeerPolicy` does not admit the process at the other end."""
+
+    code = IOErrorEnum.PERMISSION_DENIED
 
 
 class NotSupportedError(UnixConnectionError, NotImplementedError):

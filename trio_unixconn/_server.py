@@ -1,0 +1,237 @@
+"""serve_unix: a task for each connection, until it is asked to stop.
+
+The rule of this file: a connection that was accepted is handled, or closed because a policy
+denies it or the deadline of a drain has passed; nothing else ends one.
+
+Sources: accept(2), trio.serve_listeners
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import trio
+
+from ._admission import NO_ROOM, PAUSE, is_admitted, logger
+from ._listener import UnixListener, open_unix_listener
+
+if TYPE_CHECKING:
+    from ._address import UnixSocketAddress
+    from ._connection import UnixConnection
+    from ._policy import PeerPolicy
+
+Handler = Callable[["UnixConnection"], Awaitable[Any]]
+
+
+@attrs.define(eq=False)
+class UnixServer:
+    """A server that :func:`serve_unix` runs: what it counts, and how it is asked to stop.
+
+    Attributes:
+      listener: where it accepts connections; closed once the server drains.
+      connections: how many connections it has at this moment, those that a policy is being
+        asked about among them.
+      accepted: how many it has accepted.
+      denied: how many of those its policy has denied.
+      crashed: how many handlers have ended with an exception that was logged.
+      drained: set when a drain has come to its end.
+    """
+
+    listener: UnixListener
+    connections: int = 0
+    accepted: int = 0
+    denied: int = 0
+    crashed: int = 0
+    drained: trio.Event = attrs.field(factory=trio.Event)
+    _handler: Handler = attrs.field(kw_only=True, repr=False)
+    _policy: PeerPolicy | None = attrs.field(kw_only=True, repr=False)
+    _logs_errors: bool = attrs.field(kw_only=True, repr=False)
+    _slots: trio.CapacityLimiter = attrs.field(kw_only=True, repr=False)
+    _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
+    _handling: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
+    _drains: bool = attrs.field(default=False, repr=False)
+
+    def drain(self, timeout: float = math.inf) -> None:
+        """Ask the server to stop: no new connections, and the handlers finish.
+
+        The path is taken away first, and connections that waited in the listener's queue then
+        are still handled, so that no client is turned away in the middle. After that
+        :func:`serve_unix` returns. Asking again can only make the deadline earlier.
+
+        Args:
+          timeout: after so many seconds, handlers that are still at work are cancelled.
+        """
+        self._handling.deadline = min(self._handling.deadline, trio.current_time() + timeout)
+        self._drains = True
+        self._accepting.cancel()
+
+    async def _serve(self, task_status: trio.TaskStatus[UnixServer]) -> None:
+        with self._handling:
+            async with trio.open_nursery() as handlers:
+                with self._accepting:
+                    task_status.started(self)
+                    while True:
+                        await self._next(handlers)
+                # Only a drain ends that loop without an exception.
+                await self.listener._remove_path()  # noqa: SLF001 - they are one
+                await self._handle_waiting(handlers)
+                await self.listener.aclose()
+        self.drained.set()
+
+    async def _next(self, handlers: trio.Nursery) -> None:
+        """Accept one connection, once a slot is free, and start its handler."""
+        slot = object()
+        await self._slots.acquire_on_behalf_of(slot)
+        try:
+            conn = await self._accept()
+        except BaseException:
+            self._slots.release_on_behalf_of(slot)
+            raise
+        self._start(handlers, conn, slot)
+
+    async def _accept(self) -> UnixConnection:
+        was_said = False
+        while True:
+            try:
+                return await self.listener.accept()
+            except OSError as exc:
+                if exc.errno not in NO_ROOM:
+                    raise
+                if not was_said:
+                    logger.exception(
+                        "%s: cannot accept connections now; trying again every %s seconds",
+                        self.listener.get_local_address(),
+                        PAUSE,
+                    )
+                was_said = True
+            await trio.sleep(PAUSE)
+
+    async def _handle_waiting(self, handlers: trio.Nursery) -> None:
+        """Handle those that waited in the queue when nobody new could connect any more."""
+        while True:
+            slot = object()
+            await self._slots.acquire_on_behalf_of(slot)
+            try:
+                conn = self.listener._accept_waiting()  # noqa: SLF001 - as above
+            except OSError as exc:
+                self._slots.release_on_behalf_of(slot)
+                if exc.errno not in NO_ROOM:
+                    raise
+                await trio.sleep(PAUSE)
+                continue
+            if conn is None:
+                self._slots.release_on_behalf_of(slot)
+                return
+            self._start(handlers, conn, slot)
+
+    def _start(self, handlers: trio.Nursery, conn: UnixConnection, slot: object) -> None:
+        self.accepted += 1
+        self.connections += 1
+        handlers.start_soon(self._handle, conn, slot, name=self._handler)
+
+    async def _handle(self, conn: UnixConnection, slot: object) -> None:
+        try:
+            async with conn:
+                if self._policy is not None and not await is_admitted(conn, self._policy):
+                    self.denied += 1
+                    return
+                peer = conn.get_peer_credentials() if self._logs_errors else None
+                await self._handler(conn)
+        except Exception:
+            if not self._logs_errors:
+                raise
+            self.crashed += 1
+            logger.exception(
+                "%s: the handler of a connection crashed; its peer was %s",
+                self.listener._address,  # noqa: SLF001 - as above; it may be closed
+                peer,
+            )
+        finally:
+            self.connections -= 1
+            self._slots.release_on_behalf_of(slot)
+
+
+async def serve_unix(
+    handler: Handler,
+    address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress | UnixListener,
+    *,
+    policy: PeerPolicy | None = None,
+    max_connections: int | None = None,
+    handler_errors: Literal["raise", "log"] = "raise",
+    mode: int | None = None,
+    backlog: int | None = None,
+    credentials: bool = False,
+    pidfds: bool = False,
+    receive_descriptors: bool = True,
+    replace: bool = False,
+    task_status: trio.TaskStatus[UnixServer] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Accept connections, and run ``handler`` on each in a task of its own.
+
+    A handler gets a :class:`UnixConnection`, which is closed when the handler returns or
+    raises. While the system has no room for another descriptor, this waits and goes on.
+    Cancelling this ends the handlers, too; to let them finish, use
+    :meth:`UnixServer.drain`::
+
+        server = await nursery.start(serve_unix, handler, "/run/broker.sock")
+        ...
+        server.drain(timeout=10)
+
+    Args:
+      handler: an async function of one argument.
+      address: as of :func:`open_unix_listener`; or a :class:`UnixListener`, which the server
+        owns from now on, and whose own policy, if it has one, is asked first.
+      policy: who may talk to the handler. It is asked in the handler's task, so that a check
+        that waits holds up nobody else; whom it does not admit is closed, logged and counted.
+      max_connections: how many connections may be handled at a time. Further ones wait in the
+        listener's queue.
+      handler_errors: what an exception out of a handler does: ``"raise"`` ends the server with
+        it, as in any trio program; ``"log"`` logs it, under ``trio_unixconn``, and the server
+        goes on.
+      mode, backlog, credentials, pidfds, receive_descriptors, replace: as of
+        :func:`open_unix_listener`; not with a listener.
+
+    Returns:
+      When a drain has come to its end. ``nursery.start`` returns a :class:`UnixServer`, once
+      clients can connect.
+
+    Raises:
+      TypeError, ValueError, OSError: as :func:`open_unix_listener`.
+      ExceptionGroup: of what a handler, or a policy's check, raised.
+    """
+    if max_connections is not None and max_connections < 1:
+        raise ValueError(f"max_connections must be at least 1, or None, not {max_connections}")
+    if handler_errors not in ("raise", "log"):
+        raise ValueError(f'handler_errors is "raise" or "log", not {handler_errors!r}')
+    if isinstance(address, UnixListener):
+        if mode is not None or backlog is not None or credentials or pidfds or replace:
+            raise ValueError(
+                "mode, backlog, credentials, pidfds and replace are for a listener to be opened; "
+                "this one is open"
+            )
+        if not receive_descriptors:
+            raise ValueError("give receive_descriptors=False to the listener")
+        listener = address
+    else:
+        listener = await open_unix_listener(
+            address,
+            mode=0o600 if mode is None else mode,
+            backlog=backlog,
+            credentials=credentials,
+            pidfds=pidfds,
+            receive_descriptors=receive_descriptors,
+            replace=replace,
+        )
+    async with listener:
+        server = UnixServer(
+            listener,
+            handler=handler,
+            policy=policy,
+            logs_errors=handler_errors == "log",
+            slots=trio.CapacityLimiter(math.inf if max_connections is None else max_connections),
+        )
+        await server._serve(task_status)  # noqa: SLF001 - this is its only caller
