@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import trio
 
 from trio_unixconn import UnixConnection, connection_pair
@@ -136,3 +137,33 @@ def look(fd: int) -> dict[str, Any]:
 def kind_of(fd: int) -> str:
     """Return what kind of file this is, by stat(2)."""
     return stat.filemode(os.fstat(fd).st_mode)[0]
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def as_nobody(folder: Path) -> Generator[None, None, None]:
+    """Let this process be another user for a while, who may pass the way to ``folder``."""
+    if os.geteuid() != 0:
+        if os.environ.get("CI"):
+            pytest.fail("the tests run as root on CI, to become another user")
+        pytest.skip("only root can become another user")
+    passed = []
+    for each in (folder, *folder.parents):
+        mode = stat.S_IMODE(each.stat().st_mode)
+        if not mode & 0o001:
+            each.chmod(mode | 0o001)
+            passed.append((each, mode))
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+        for each, mode in reversed(passed):
+            each.chmod(mode)

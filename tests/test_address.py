@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies
 
 from trio_unixconn import UnixSocketAddress
 
 
 def test_path() -> None:
     """A path is itself, as text, bytes and Path."""
-    for given in ("/run/x", b"/run/x", Path("/run/x")):
-        address = UnixSocketAddress.from_any(given)
+    for form in ("/run/x", b"/run/x", Path("/run/x")):
+        address = UnixSocketAddress.from_any(form)
         assert address == UnixSocketAddress.path("/run/x")
         assert address.get_path() == str(address) == "/run/x"
         assert address.get_path_len() == 6
@@ -59,3 +60,71 @@ def test_no_name() -> None:
         UnixSocketAddress("/run/x")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         UnixSocketAddress.from_any(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("uri", "native"),
+    [
+        ("unix:/run/x.sock", b"/run/x.sock"),
+        ("UNIX:/run/x.sock", b"/run/x.sock"),
+        ("unix:///run/x.sock", b"/run/x.sock"),
+        ("unix:path=/run/x.sock", b"/run/x.sock"),
+        ("unix:path=/run/a%20b%2c%ff,guid=0123", b"/run/a b,\xff"),
+        ("unix:path=x.sock", b"x.sock"),
+        ("unix:abstract=name", b"\0name"),
+        ("unix:guid=0123,abstract=a%00b", b"\0a\0b"),
+        ("unix:/run/a=b", b"/run/a=b"),
+    ],
+)
+def test_from_uri(uri: str, native: bytes) -> None:
+    """Every form of a URI names what it says."""
+    assert UnixSocketAddress.from_uri(uri).native == native
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "/run/x.sock",
+        "unix:",
+        "unix",
+        "tcp:host=localhost",
+        "unix://host/run/x",
+        "unix:////run/x",
+        "unix:path=/a;unix:path=/b",
+        "unix:tmpdir=/tmp",
+        "unix:path=/a,abstract=b",
+        "unix:path=/a,path=/b",
+        "unix:path=/a,x",
+        "unix:path=",
+        "unix:/run/%",
+        "unix:/run/%zz",
+        "unix:/run/%00",
+    ],
+)
+def test_no_uri(uri: str) -> None:
+    """What does not name one Unix socket is refused, with what was given."""
+    with pytest.raises(ValueError, match=r"Unix socket|one socket|NUL|hexadecimal"):
+        UnixSocketAddress.from_uri(uri)
+
+
+def test_to_uri() -> None:
+    """A URI is the short form where that can be read back, D-Bus's otherwise."""
+    assert UnixSocketAddress.path("/run/x.sock").to_uri() == "unix:/run/x.sock"
+    assert UnixSocketAddress.path("//run/x~y").to_uri() == "unix:path=//run/x%7Ey"
+    assert UnixSocketAddress.path("x.sock").to_uri() == "unix:path=x.sock"
+    assert UnixSocketAddress.abstract("a b").to_uri() == "unix:abstract=a%20b"
+    with pytest.raises(ValueError, match="no URI"):
+        UnixSocketAddress().to_uri()
+
+
+@given(native=strategies.binary(min_size=1, max_size=200))
+def test_uri_and_back(native: bytes) -> None:
+    """Whatever a socket is called, its URI names it, and is plain ASCII."""
+    if native[0] and b"\0" in native:
+        native = b"\0" + native
+    address = UnixSocketAddress(native)
+    uri = address.to_uri()
+    assert uri.isascii()
+    assert uri.isprintable()
+    assert UnixSocketAddress.from_uri(uri) == address

@@ -134,12 +134,12 @@ class UnixServer:
         handlers.start_soon(self._handle, conn, slot, name=self._handler)
 
     async def _handle(self, conn: UnixConnection, slot: object) -> None:
+        peer = conn.get_peer_credentials() if self._logs_errors else None
         try:
             async with conn:
                 if self._policy is not None and not await is_admitted(conn, self._policy):
                     self.denied += 1
                     return
-                peer = conn.get_peer_credentials() if self._logs_errors else None
                 await self._handler(conn)
         except Exception:
             if not self._logs_errors:

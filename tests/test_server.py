@@ -1,0 +1,468 @@
+"""serve_unix: a task for each connection, and an end that turns nobody away."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import free_descriptors
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    AddressInUseError,
+    ConnectionClosedError,
+    PeerPolicy,
+    UnixConnection,
+    UnixListener,
+    UnixServer,
+    open_unix_connection,
+    open_unix_listener,
+    serve_unix,
+)
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+async def echo(conn: UnixConnection) -> None:
+    async for data in conn:
+        await conn.send_all(data.upper())
+
+
+async def start(
+    nursery: trio.Nursery,
+    handler: Callable[[UnixConnection], Awaitable[None]],
+    address: Any,
+    **options: Any,
+) -> UnixServer:
+    async def serve(task_status: trio.TaskStatus[UnixServer]) -> None:
+        await serve_unix(handler, address, task_status=task_status, **options)
+
+    server: UnixServer = await nursery.start(serve)
+    return server
+
+
+async def ask(conn: UnixConnection, text: bytes = b"x") -> None:
+    await conn.send_all(text)
+    assert await conn.receive_some() == text.upper()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not holds():  # noqa: ASYNC110 - what others do has no event
+            await trio.sleep(0.001)
+
+
+async def test_serving(path: Path) -> None:
+    """Clients are served at the same time, and counted, from the moment start returns."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        assert server.listener.get_local_address().get_path() == str(path)
+        async with await open_unix_connection(path) as one, await open_unix_connection(path) as two:
+            for conn in (one, two, one):
+                await ask(conn)
+            assert (server.connections, server.accepted) == (2, 2)
+        await wait_all_tasks_blocked()
+        assert (server.connections, server.accepted) == (0, 2)
+        assert (server.denied, server.crashed) == (0, 0)
+        assert "connections=0, accepted=2" in repr(server)
+        server.drain()
+    assert server.drained.is_set()
+    assert not path.exists()
+
+
+async def test_cancelling(path: Path) -> None:
+    """Cancelling the server ends the handlers, and takes the path away."""
+    async with trio.open_nursery() as nursery:
+        await start(nursery, echo, path)
+        client = await open_unix_connection(path)
+        await ask(client)
+        nursery.cancel_scope.cancel()
+    async with client:
+        assert await client.receive_some() == b""
+    assert not path.exists()
+
+
+async def test_draining_lets_handlers_finish(path: Path) -> None:
+    """A drain takes the path away at once, and waits for the handlers."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+            server.drain()
+            await until(lambda: not path.exists() and server.listener.socket.fileno() == -1)
+            await ask(client)
+            with pytest.raises(FileNotFoundError):
+                await open_unix_connection(path)
+            assert not server.drained.is_set()
+        await server.drained.wait()
+    assert server.connections == 0
+
+
+async def test_draining_serves_who_waits_in_the_queue(path: Path) -> None:
+    """Whoever had connected when the drain began is served, though nobody had accepted them."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, max_connections=1)
+        first = await open_unix_connection(path)
+        await ask(first)
+        waiting = [await open_unix_connection(path) for _ in range(5)]
+        server.drain()
+        await first.aclose()
+        for conn in waiting:
+            async with conn:
+                await ask(conn)
+    assert server.accepted == 6
+
+
+async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> None:
+    """Handlers that are at work at the deadline are cancelled; a later one does not put it off."""
+
+    async def forever(conn: UnixConnection) -> None:
+        await trio.sleep_forever()
+
+    before = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, forever, path)
+        async with await open_unix_connection(path):
+            await until(lambda: server.connections == 1)
+            begun = trio.current_time()
+            server.drain(10)
+            server.drain(60)
+            await server.drained.wait()
+            assert trio.current_time() - begun == pytest.approx(10)
+    assert server.connections == 0
+    assert trio.current_time() >= before + 10
+
+
+async def test_drain_before_anybody_came(path: Path) -> None:
+    """A drain of a server without connections ends it at once."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        server.drain()
+    assert server.accepted == 0
+
+
+async def test_drain_of_a_server_whose_path_was_taken_over(path: Path) -> None:
+    """The old server serves its queue, and leaves the path to the new one."""
+    async with trio.open_nursery() as nursery:
+        old = await start(nursery, echo, path, max_connections=1)
+        async with await open_unix_connection(path) as first:
+            await ask(first)
+            early = await open_unix_connection(path)
+            new = await start(nursery, echo, path, replace=True)
+            old.drain()
+        async with early, await open_unix_connection(path) as late:
+            await ask(early)
+            await ask(late)
+        await old.drained.wait()
+        assert path.exists()
+        new.drain()
+    assert (old.accepted, new.accepted) == (2, 1)
+
+
+async def test_max_connections(path: Path) -> None:
+    """No more handlers than allowed run at a time; the others wait in the queue."""
+    running, most = 0, 0
+    release = trio.Event()
+
+    async def handler(conn: UnixConnection) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await release.wait()
+        running -= 1
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, handler, path, max_connections=2)
+        clients = [await open_unix_connection(path) for _ in range(6)]
+        await wait_all_tasks_blocked()
+        assert (running, server.connections, server.accepted) == (2, 2, 2)
+        release.set()
+        await until(lambda: server.accepted == 6 and not server.connections)
+        server.drain()
+        for client in clients:
+            await client.aclose()
+    assert most == 2
+
+
+async def crash(conn: UnixConnection) -> None:
+    raise RuntimeError("crashed")
+
+
+async def test_handler_that_crashes(path: Path) -> None:
+    """By default an exception out of a handler ends the server, as in any trio program."""
+    with pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            await start(nursery, crash, path)
+            async with await open_unix_connection(path) as client:
+                assert await client.receive_some() == b""
+                await trio.sleep_forever()
+    assert any("crashed" in str(leaf) for leaf in leaves(caught.value))
+    assert not path.exists()
+
+
+def leaves(exc: BaseException) -> list[BaseException]:
+    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    return [leaf for each in inner for leaf in leaves(each)] if inner else [exc]
+
+
+async def test_handler_that_crashes_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With handler_errors="log" it is logged with its peer, counted, and the server goes on."""
+
+    async def handler(conn: UnixConnection) -> None:
+        if await conn.receive_some() == b"crash":
+            await conn.aclose()
+            raise RuntimeError("crashed")
+        await conn.send_all(b"well")
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, handler, path, handler_errors="log")
+        async with await open_unix_connection(path) as client:
+            await client.send_all(b"crash")
+            assert await client.receive_some() == b""
+        async with await open_unix_connection(path) as client:
+            await client.send_all(b"x")
+            assert await client.receive_some() == b"well"
+        server.drain()
+    assert (server.crashed, server.accepted, server.connections) == (1, 2, 0)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.name == "trio_unixconn"
+    assert f"pid={os.getpid()}" in record.getMessage()
+    assert str(path) in record.getMessage()
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], RuntimeError)
+
+
+async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a policy's check raises is treated as a handler's; the peer is not admitted."""
+
+    async def check(_: object) -> bool:
+        raise RuntimeError("the check crashed")
+
+    async with trio.open_nursery() as nursery:
+        server = await start(
+            nursery, echo, path, policy=PeerPolicy(check=check), handler_errors="log"
+        )
+        async with await open_unix_connection(path) as client:
+            assert await client.receive_some() == b""
+        await wait_all_tasks_blocked()
+        assert (server.crashed, server.connections) == (1, 0)
+        server.drain()
+    assert "the check crashed" in caplog.text
+
+
+async def test_denied(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whom the policy denies sees the end of the stream; it is logged and counted."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, policy=PeerPolicy(uids=[54321]))
+        async with await open_unix_connection(path) as client:
+            assert await client.receive_some() == b""
+        await wait_all_tasks_blocked()
+        assert (server.denied, server.accepted, server.connections) == (1, 1, 0)
+        server.drain()
+    (record,) = caplog.records
+    assert f"denied pid {os.getpid()} uid {os.geteuid()}" in record.getMessage()
+
+
+async def test_check_that_waits_holds_up_nobody(path: Path) -> None:
+    """While a check waits for one peer, others are served."""
+    answer = trio.Event()
+    asked: list[object] = []
+
+    async def check(peer: object) -> bool:
+        asked.append(peer)
+        if len(asked) == 1:
+            await answer.wait()
+        return True
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, policy=PeerPolicy(check=check))
+        slow = await open_unix_connection(path)
+        async with slow, await open_unix_connection(path) as fast:
+            await ask(fast)
+            answer.set()
+            await ask(slow)
+        server.drain()
+
+
+async def test_no_free_descriptor(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without free descriptors the server waits, says so once, and goes on."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        async with await open_unix_connection(path) as client:
+            with free_descriptors(0):
+                await client.send_all(b"x")
+                await until(lambda: bool(caplog.records))
+                await trio.sleep(0.25)
+            assert await client.receive_some() == b"X"
+        server.drain()
+    (record,) = caplog.records
+    assert "cannot accept connections now" in record.getMessage()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+async def test_no_free_descriptor_while_draining(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Also at the end, connections in the queue wait until there is room for them."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, max_connections=1)
+        first = await open_unix_connection(path)
+        await ask(first)
+        real, failures = server.listener._accept_waiting, [OSError(number, "no room")]
+
+        def accept_waiting() -> UnixConnection | None:
+            if failures:
+                raise failures.pop()
+            return real()
+
+        monkeypatch.setattr(server.listener, "_accept_waiting", accept_waiting)
+        async with await open_unix_connection(path) as client:
+            server.drain()
+            await first.aclose()
+            await ask(client)
+            assert failures == []
+
+
+async def test_broken_queue_while_draining(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of accept at the end that is not about room comes out."""
+
+    def accept_waiting() -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            server = await start(nursery, echo, path)
+            monkeypatch.setattr(server.listener, "_accept_waiting", accept_waiting)
+            server.drain()
+    assert "broken" in str(leaves(caught.value)[0])
+    assert server.listener.socket.fileno() == -1
+
+
+async def test_accept_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of accept that is not about descriptors ends the server."""
+    listener = await open_unix_listener(path)
+
+    async def accept() -> Any:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(listener.socket, "accept", accept)
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve_unix(echo, listener)
+    assert any("broken" in str(leaf) for leaf in leaves(caught.value))
+    assert listener.socket.fileno() == -1
+
+
+async def test_listener_of_ones_own(path: Path) -> None:
+    """A listener may be given instead; its own policy is asked, too, and it is closed."""
+    listener = await open_unix_listener(path, policy=PeerPolicy.same_user())
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, listener)
+        assert server.listener is listener
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+        server.drain()
+    with pytest.raises(ConnectionClosedError):
+        await listener.accept()
+
+
+async def test_inherited_listener(path: Path) -> None:
+    """A drain of an inherited listener leaves queue and path to the others who hold it."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        listener = UnixListener.from_fd(os.dup(sock.fileno()))
+        async with trio.open_nursery() as nursery:
+            server = await start(nursery, echo, listener, max_connections=1)
+            first = await open_unix_connection(path)
+            await ask(first)
+            async with await open_unix_connection(path) as second:
+                server.drain()
+                await first.aclose()
+                await until(lambda: listener.socket.fileno() == -1)
+                accepted, _ = sock.accept()
+                with accepted:
+                    accepted.sendall(b"others")
+                    assert await second.receive_some() == b"others"
+        assert server.accepted == 1
+    assert path.exists()
+
+
+@pytest.mark.parametrize("options", [{"max_connections": 0}, {"handler_errors": "ignore"}])
+async def test_wrong_options(path: Path, options: Any) -> None:
+    """Wrong options are refused before anything happens."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        await serve_unix(echo, path, **options)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": 0o666},
+        {"backlog": 1},
+        {"credentials": True},
+        {"pidfds": True},
+        {"replace": True},
+        {"receive_descriptors": False},
+    ],
+)
+async def test_options_that_a_listener_has_already(path: Path, options: Any) -> None:
+    """What is decided when a listener is opened cannot be given with an open one."""
+    async with await open_unix_listener(path) as listener:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            await serve_unix(echo, listener, **options)
+        assert path.exists()
+
+
+async def test_path_in_use(path: Path) -> None:
+    """A server that cannot have its path says so, and the other one goes on."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        with pytest.raises(AddressInUseError):
+            await serve_unix(echo, path)
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+        server.drain()
+
+
+async def test_hundred_clients_and_no_backlog(path: Path) -> None:
+    """A hundred clients that connect at once to a backlog of 0 are all served, none falsely."""
+    served = 0
+
+    async def client() -> None:
+        nonlocal served
+        async with await open_unix_connection(path) as conn:
+            await ask(conn)
+            served += 1
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, backlog=0)
+        async with trio.open_nursery() as clients:
+            for _ in range(100):
+                clients.start_soon(client)
+        server.drain()
+    assert served == server.accepted == 100
+
+
+async def test_cancelled_clients_of_a_full_backlog(path: Path) -> None:
+    """Clients that are cancelled while the queue is full leak nothing."""
+    async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
+        with trio.move_on_after(0.1):
+            async with trio.open_nursery() as clients:
+                for _ in range(100):
+                    clients.start_soon(open_unix_connection, path)
