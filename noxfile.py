@@ -108,6 +108,7 @@ def faults(session: nox.Session) -> None:
     """Make the same faults happen to this library and to others; ``--write`` keeps the table."""
     install(session, "faults")
     session.run("python", "faults/faults.py", *session.posargs)
+    session.run("python", "faults/backlog.py", *session.posargs)
 
 
 @nox.session

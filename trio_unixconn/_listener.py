@@ -323,6 +323,7 @@ async def open_unix_listener(
 
     binding = None
     try:
+        socket = trio.socket.from_stdlib_socket(sock)
         try:
             if name.get_is_abstract():
                 sock.bind(name.native)
@@ -335,8 +336,9 @@ async def open_unix_listener(
             raise
         except OSError as exc:
             raise explained_bind(exc, name) from exc
+        # Behind this point the path is there, and nothing can fail.
         listener = UnixListener(
-            trio.socket.from_stdlib_socket(sock),
+            socket,
             policy=policy,
             receive_descriptors=receive_descriptors,
             address=name,
