@@ -15,6 +15,7 @@ LAYERS = [
     "__init__",
     "__main__",
     "_demo",
+    "testing",
     "_listener",
     "_client",
     "_callbacks",
@@ -38,7 +39,10 @@ LAYERS = [
     "_buffers",
     "errors",
 ]
-FOLDERS = {"_demo": ["driver", "worker", "wire", "__init__"]}
+FOLDERS = {
+    "_demo": ["driver", "worker", "wire", "__init__"],
+    "testing": ["plugin", "__init__", "_paths", "_pairs", "_descriptors"],
+}
 
 
 def modules() -> dict[str, Path]:
