@@ -199,8 +199,8 @@ def _add(exc: BaseException, report: str) -> None:
 def limit_descriptors(count: int) -> Generator[None, None, None]:
     """Let this process have only ``count`` more descriptors during a block.
 
-    All threads and the block's child processes have to do with these. The limit that is lowered
-    is the soft one of ``RLIMIT_NOFILE``; it is as before after the block.
+    All threads share them, and a child process that is started meanwhile inherits the lowered
+    limit: the soft one of ``RLIMIT_NOFILE``. After the block it is as before.
 
     Raises:
       ValueError: ``count`` is negative.
