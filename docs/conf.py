@@ -52,7 +52,7 @@ _MADE_BY_THE_LIBRARY = {
         "DescriptorStream",
     )
 }
-_OTHER_PROJECTS = ("trio.", "collections.abc.", "enum.", "os.", "socket.")
+_OTHER_PROJECTS = ("trio.", "collections.abc.", "contextlib.", "enum.", "os.", "socket.")
 
 
 def _hide_constructor(

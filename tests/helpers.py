@@ -1,16 +1,15 @@
-"""What the tests share: peers in processes of their own, and full sockets."""
+"""What the tests share: peers in processes of their own, and what they look at."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,13 @@ import attrs
 import pytest
 import trio
 
-from trio_unixconn import UnixConnection, connection_pair
+from trio_unixconn import UnixConnection, connection_pair, testing
 
 PEERS = Path(__file__).parent / "peers"
+
+clog = testing.clog
+unclog = testing.unclog
+free_descriptors = testing.limit_descriptors
 
 
 @attrs.define
@@ -80,48 +83,9 @@ async def pair() -> tuple[UnixConnection, UnixConnection]:
     return connection_pair()
 
 
-def clog(conn: UnixConnection) -> int:
-    """Fill the way out of ``conn``; return how many bytes that took."""
-    sent = 0
-    while True:
-        try:
-            sent += conn._receiver.raw.send(b"." * 4096)
-        except BlockingIOError:
-            return sent
-
-
 async def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
-    """Make a pair of which neither end can send."""
-    one, two = connection_pair()
-    clog(one)
-    clog(two)
-    return one, two
-
-
-async def unclog(conn: UnixConnection, count: int) -> None:
-    """Receive what :func:`clog` sent to ``conn``."""
-    while count:
-        count -= len(await conn.receive_some(min(count, 65536)))
-
-
-@contextmanager
-def free_descriptors(count: int) -> Generator[None, None, None]:
-    """Let this process have only ``count`` more descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    top = max(int(name) for name in os.listdir("/proc/self/fd")) + 8 + count
-    resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        for _ in range(count):
-            os.close(taken.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for fd in taken:
-            os.close(fd)
+    """Make a pair of which neither end can send, as trio's stream tests want it made."""
+    return testing.clogged_pair()
 
 
 def look(fd: int) -> dict[str, Any]:

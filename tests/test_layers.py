@@ -15,6 +15,7 @@ LAYERS = [
     "__init__",
     "__main__",
     "_demo",
+    "testing",
     "_server",
     "_listener",
     "_client",
@@ -46,7 +47,10 @@ LAYERS = [
     "_buffers",
     "errors",
 ]
-FOLDERS = {"_demo": ["driver", "worker", "wire", "__init__"]}
+FOLDERS = {
+    "_demo": ["driver", "worker", "wire", "__init__"],
+    "testing": ["plugin", "__init__", "_paths", "_pairs", "_descriptors"],
+}
 
 
 def modules() -> dict[str, Path]:

@@ -24,6 +24,14 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
+from trio_unixconn.testing import (
+    assert_no_fd_leak,
+    clog,
+    clogged_pair,
+    limit_descriptors,
+    open_descriptors,
+    unclog,
+)
 
 
 async def connection(conn: UnixConnection, cancellable: Cancellable) -> None:
@@ -77,3 +85,16 @@ async def cancelling(cancellable: Cancellable) -> None:
         assert_type(scope, trio.CancelScope)
     assert_type(Cancellable.get_current(), Cancellable | None)
     assert_type(OperationCancelled("").code, IOErrorEnum)
+
+
+def clogged_under_a_guard() -> int:
+    # No return is missing: neither block swallows exceptions.
+    with assert_no_fd_leak(), limit_descriptors(3):
+        return clog(clogged_pair()[0])
+
+
+async def testing_tools(conn: UnixConnection) -> None:
+    assert_type(clogged_pair(), tuple[UnixConnection, UnixConnection])
+    assert_type(open_descriptors(), dict[int, str])
+    await unclog(conn, clog(conn))
+    clog(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,792 @@
+"""trio_unixconn.testing and the pytest plugin: what they give, and that each can fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from trio_unixconn import (
+    ConnectionClosedError,
+    EndOfStreamError,
+    NotSupportedError,
+    UnixConnection,
+    connection_pair,
+    open_unix_connection,
+    open_unix_listener,
+    testing,
+)
+from trio_unixconn.testing import (
+    _descriptors,
+    _paths,
+    assert_no_fd_leak,
+    clog,
+    clogged_pair,
+    limit_descriptors,
+    open_descriptors,
+    unclog,
+)
+
+PROJECT = Path(__file__).parent.parent
+HOW_TO = (PROJECT / "docs" / "how-to" / "test-your-code.md").read_text()
+
+################################################################
+# The names
+################################################################
+
+
+def test_all_is_what_there_is() -> None:
+    """__all__ names what the folder's own files and connection_pair give, all described."""
+    assert testing.connection_pair is connection_pair
+    public = {
+        name
+        for name, value in vars(testing).items()
+        if not name.startswith("_") and callable(value)
+    }
+    assert set(testing.__all__) == public
+    assert [name for name in public if not getattr(testing, name).__doc__] == []
+
+
+def test_without_pytest() -> None:
+    """Where pytest is not installed, everything but the plugin is there."""
+    program = (
+        "import sys; sys.modules['pytest'] = None\n"
+        "from trio_unixconn.testing import *\n"
+        "with assert_no_fd_leak(), limit_descriptors(3): print(len(open_descriptors()) > 0)\n"
+        "import trio_unixconn; assert not hasattr(trio_unixconn.testing, 'plugin')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+################################################################
+# Open descriptors
+################################################################
+
+
+def test_what_is_open() -> None:
+    """Each open descriptor is told with its path, or with what else it is."""
+    before = open_descriptors()
+    one, two = socket.socketpair()
+    read, write = os.pipe()
+    with one, two, open(read, "rb"), open(write, "wb"), open(os.devnull) as file:
+        after = open_descriptors()
+        names = {fd: name for fd, name in after.items() if fd not in before}
+        assert names[file.fileno()] == os.devnull
+        assert names[one.fileno()].startswith("socket:[")
+        assert names[one.fileno()] != names[two.fileno()]
+        assert names[read] == names[write]
+        assert names[read].startswith("pipe:[")
+        assert len(names) == 5
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def dev_fd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a folder as /dev/fd of macOS and the BSDs: no links, and perhaps too many names."""
+    for fd in range(32):
+        (tmp_path / str(fd)).touch()
+    (tmp_path / "stdin").touch()
+    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", str(tmp_path)))
+    return tmp_path
+
+
+def test_where_there_are_no_links(dev_fd: Path) -> None:
+    """Without /proc/self/fd, fstat(2) tells what is open, and leaks are told by it."""
+    with open(os.devnull) as file, tempfile.TemporaryFile() as other:
+        names = open_descriptors()
+        assert names[file.fileno()].startswith("character device (device ")
+        inode = os.fstat(other.fileno()).st_ino
+        assert names[other.fileno()].startswith("regular file (device ")
+        assert names[other.fileno()].endswith(f", inode {inode})")
+        assert set(names) == {fd for fd in range(32) if is_open(fd)}
+        guard = assert_no_fd_leak()
+        with pytest.raises(AssertionError, match=r"leaked: \d+, regular file \(dev"), guard:
+            leaked = os.open(dev_fd / "0", os.O_RDONLY)
+        os.close(leaked)
+
+
+def test_linux_has_the_other_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/fd tells the same as /proc/self/fd."""
+    expected = open_descriptors()
+    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", "/dev/fd"))
+    assert open_descriptors() == expected
+
+
+def test_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With neither folder everything that has to know is NotSupportedError, and changes nothing."""
+    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", "/nowhere"))
+    for attempt in (assert_no_fd_leak(), limit_descriptors(1)):
+        with pytest.raises(NotSupportedError, match="neither /nonexistent nor /nowhere"):
+            attempt.__enter__()
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+################################################################
+# The guard
+################################################################
+
+
+async def test_nothing_leaked() -> None:
+    """A block that closes what it opens passes, also when it awaits, and gives its value."""
+    with assert_no_fd_leak():
+        one, two = connection_pair()
+        async with one, two:
+            await one.send_fd(0)
+            os.close(await two.receive_fd())
+    with pytest.raises(ZeroDivisionError) as caught, assert_no_fd_leak():
+        raise ZeroDivisionError
+    assert "descriptors" not in printed(caught.value)
+
+
+def test_leaked_and_lost() -> None:
+    """What is open only after the block, or only before it, is named with what it is open on."""
+    file = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        os.close(file)
+        one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, two:
+        # The lowest free number is the one of the file.
+        assert one.fileno() == file
+        names = open_descriptors()
+        assert str(caught.value).splitlines() == [
+            "the open descriptors are not those from before:",
+            *(
+                f"  leaked: {fd}, {names[fd]} (AF_UNIX, SOCK_DGRAM)"
+                for fd in sorted([one.fileno(), two.fileno()])
+            ),
+            f"  lost: {file}, which was {os.devnull}",
+        ]
+
+
+async def test_a_leaked_connection() -> None:
+    """A connection that is left open is two descriptors that leaked."""
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        one, two = connection_pair()
+        await one.send_all(b"x")
+    told = r"[^\n]*(\n  leaked: \d+, socket:\[\d+\] \(AF_UNIX, SOCK_STREAM\)){2}"
+    assert re.fullmatch(told, str(caught.value))
+    await one.aclose()
+    await two.aclose()
+
+
+def test_a_renamed_file_is_the_same(tmp_path: Path) -> None:
+    """A file that is renamed or removed while it is open has neither leaked nor been lost."""
+    with open(tmp_path / "one", "wb") as file:
+        with assert_no_fd_leak():
+            (tmp_path / "one").rename(tmp_path / "two")
+        with assert_no_fd_leak():
+            (tmp_path / "two").unlink()
+        assert open_descriptors()[file.fileno()].endswith("two (deleted)")
+
+
+def test_another_file_with_the_same_number(tmp_path: Path) -> None:
+    """Another open file under the old number is told, whether it has a path or not."""
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+    one, two = (os.open(tmp_path / name, os.O_RDONLY) for name in ("one", "two"))
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        os.dup2(two, one, inheritable=False)
+    os.close(one)
+    os.close(two)
+    assert f"leaked: {one}, {tmp_path}/two" in str(caught.value)
+    assert f"lost: {one}, which was {tmp_path}/one" in str(caught.value)
+
+    # These two have no inode of their own.
+    event = os.eventfd(0)
+    with closing(select.epoll()) as poll:
+        with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+            os.dup2(event, poll.fileno(), inheritable=False)
+        os.close(event)
+        assert f"leaked: {poll.fileno()}, anon_inode:[eventfd]" in str(caught.value)
+        assert f"lost: {poll.fileno()}, which was anon_inode:[eventpoll]" in str(caught.value)
+
+
+def test_a_circle_is_not_leaked() -> None:
+    """What only the garbage collector still has to close is not leaked."""
+    with assert_no_fd_leak():
+        circle: list[Any] = [Closing(os.open(os.devnull, os.O_RDONLY))]
+        circle.append(circle)
+        del circle
+
+
+class Closing:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def raise_it() -> None:
+    raise ZeroDivisionError("the block's own")
+
+
+def raise_from_none() -> None:
+    try:
+        raise_it()
+    except ZeroDivisionError:
+        raise ValueError("the block's own") from None
+
+
+def raise_from() -> None:
+    try:
+        raise_it()
+    except ZeroDivisionError as exc:
+        raise ValueError("of that") from exc
+
+
+@pytest.mark.parametrize("fail", [raise_it, raise_from_none, raise_from])
+def test_the_block_raises_too(fail: Any) -> None:
+    """The block's exception goes on, and what is printed of it also has what leaked."""
+    with pytest.raises((ZeroDivisionError, ValueError)) as caught, assert_no_fd_leak():
+        fd = os.open(os.devnull, os.O_RDONLY)
+        fail()
+    os.close(fd)
+    assert f"  leaked: {fd}, {os.devnull}" in printed(caught.value)
+    assert "the block's own" in printed(caught.value)
+
+
+def printed(exc: BaseException) -> str:
+    return "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+
+
+################################################################
+# Few descriptors
+################################################################
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_only_so_many(count: int) -> None:
+    """Exactly that many descriptors can be opened, and afterwards all that could before."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
+    with limit_descriptors(count), pytest.raises(OSError, match="Too many open files"):
+        while True:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    assert len(opened) == count
+    for fd in opened:
+        os.close(fd)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_the_limit_is_lifted_when_the_block_raises() -> None:
+    """A block that raises leaves no limit and no descriptor."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.raises(ZeroDivisionError), assert_no_fd_leak(), limit_descriptors(2):
+        raise ZeroDivisionError
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_looking_takes_no_descriptor() -> None:
+    """Where none is free, what is open and what leaks is told all the same."""
+    before = open_descriptors()
+    with limit_descriptors(1):
+        fd = os.open("/", os.O_RDONLY)
+        names = open_descriptors()
+        assert before.items() <= names.items()
+        assert names[fd] == "/"
+        with assert_no_fd_leak():
+            pass
+        with pytest.raises(AssertionError, match=f"lost: {fd}, which was /"), assert_no_fd_leak():
+            os.close(fd)
+
+
+def test_a_limit_within_a_limit() -> None:
+    """An inner limit may be lower than an outer one; a higher one is EMFILE."""
+    with limit_descriptors(3):
+        outer = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with limit_descriptors(1):
+            fd = os.open(os.devnull, os.O_RDONLY)
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(fd)
+            os.close(fd)
+        with pytest.raises(OSError, match="only 3 descriptors are free, not 4") as caught:
+            limit_descriptors(4).__enter__()
+        assert caught.value.errno == errno.EMFILE
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == outer
+        read, write = os.pipe()
+        os.close(os.dup(read))
+        os.close(read)
+        os.close(write)
+
+
+def test_wrong_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative count, or a full system, raises and leaves the limit as it was."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.raises(ValueError, match="at least 0, not -1"):
+        limit_descriptors(-1).__enter__()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENFILE, "the system's table is full")
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="the system's table is full"):
+        limit_descriptors(1).__enter__()
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_where_there_was_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the process has no limit, it has one during the block."""
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    really_set = resource.setrlimit
+    lifted: list[int] = []
+
+    def set_limit(which: int, limits: tuple[int, int]) -> None:
+        if limits[0] == resource.RLIM_INFINITY:
+            lifted.append(which)
+            limits = before, hard
+        really_set(which, limits)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, hard))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    with limit_descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        os.open(os.devnull, os.O_RDONLY)
+    assert lifted == [resource.RLIMIT_NOFILE]
+
+
+################################################################
+# Connections that cannot send
+################################################################
+
+
+async def is_clogged(conn: UnixConnection) -> bool:
+    with trio.move_on_after(0.01) as scope:
+        await conn.wait_send_all_might_not_block()
+    return scope.cancelled_caught
+
+
+async def test_clog_and_unclog() -> None:
+    """After clog() a send waits, with no byte of it gone; after unclog() it goes on."""
+    one, two = connection_pair()
+    async with one, two:
+        count = clog(one)
+        assert count > 0
+        assert clog(one) == 0
+        assert await is_clogged(one)
+        assert not await is_clogged(two)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send_all, b"behind")
+            await trio.testing.wait_all_tasks_blocked()
+            await unclog(two, count)
+            assert await two.receive_some() == b"behind"
+        assert not await is_clogged(one)
+
+
+async def test_clogged_pair() -> None:
+    """Neither end of a clogged pair can send, until the other has received."""
+    one, two = clogged_pair()
+    async with one, two:
+        for here, there in ((one, two), (two, one)):
+            assert await is_clogged(here)
+            while await is_clogged(here):
+                await there.receive_some()
+
+
+async def test_clog_needs_nothing() -> None:
+    """clog() takes no descriptor, does not wait on a blocking socket, and leaves it open."""
+    one, two = connection_pair()
+    async with one, two:
+        os.set_blocking(one.socket.fileno(), True)
+        with assert_no_fd_leak(), limit_descriptors(0):
+            assert clog(one) > 0
+        assert os.get_blocking(one.socket.fileno())
+
+
+async def test_clog_of_what_cannot_send() -> None:
+    """A closed connection, a gone peer and a sent end of file are errors, not clogged."""
+    one, two = connection_pair()
+    await two.aclose()
+    with pytest.raises(BrokenPipeError):
+        clog(one)
+    assert one.is_connected()
+    await one.aclose()
+    with pytest.raises(ConnectionClosedError, match="this side has closed"):
+        clog(one)
+
+
+async def test_unclog_at_the_end() -> None:
+    """unclog() does not wait for bytes that will never come."""
+    one, two = connection_pair()
+    async with two:
+        await one.send_all(b"xx")
+        await one.aclose()
+        with pytest.raises(EndOfStreamError, match="with 1 bytes due"):
+            await unclog(two, 3)
+
+
+################################################################
+# The fixtures
+################################################################
+
+
+async def test_pair_in_a_run(unix_connection_pair: tuple[UnixConnection, UnixConnection]) -> None:
+    """The pair is connected, and the test need not close it."""
+    one, two = unix_connection_pair
+    await one.send_fd(0)
+    os.close(await two.receive_fd())
+    await two.send_all(b"x")
+    assert await one.receive_some() == b"x"
+
+
+async def test_pair_closed_by_the_test(
+    unix_connection_pair: tuple[UnixConnection, UnixConnection],
+) -> None:
+    """The test may close the pair."""
+    one, two = unix_connection_pair
+    async with one, two:
+        pass
+
+
+def test_pair_before_and_between_runs(
+    unix_connection_pair: tuple[UnixConnection, UnixConnection],
+) -> None:
+    """A test that calls trio.run, twice or never, can use the pair; it is closed after them."""
+    one, two = unix_connection_pair
+    assert one.get_peer_credentials().pid == os.getpid()
+    trio.run(one.send_all, b"x")
+    assert trio.run(two.receive_some) == b"x"
+
+
+async def test_pair_with_descriptors_on_the_way(
+    unix_connection_pair: tuple[UnixConnection, UnixConnection],
+) -> None:
+    """Descriptors that were read ahead, or not read, are closed with the pair."""
+    one, two = unix_connection_pair
+    for _ in range(5):
+        await one.send_fd(0)
+    with open(os.devnull) as file:
+        await two.send_fd(file)
+    before = open_descriptors()
+    stream = two.fds()
+    os.close(await stream.__anext__())
+    # The other four have been read ahead: they are open, and nobody has them.
+    assert len(open_descriptors()) == len(before) + 4
+
+
+async def test_socket_path(unix_socket_path: Path) -> None:
+    """The path is free, in an empty folder for this user only, and is one to listen at."""
+    folder = unix_socket_path.parent
+    assert list(folder.iterdir()) == []
+    assert folder.stat().st_mode & 0o777 == 0o700
+    longer = unix_socket_path.with_name(unix_socket_path.name + "." + "x" * 39)
+    assert len(os.fsencode(longer)) <= 103
+    for path in (unix_socket_path, longer):
+        listener = await open_unix_listener(path)
+        async with listener, await open_unix_connection(path):
+            (await listener.accept()).socket.close()
+
+
+class TestLongTemporaryFolder:
+    """What pytest makes has too long a path."""
+
+    @pytest.fixture
+    def tmp_path_factory(self, tmp_path: Path) -> Any:
+        class Long:
+            def mktemp(self, name: str) -> Path:
+                folder = tmp_path / ("x" * 100)
+                folder.mkdir()
+                return folder
+
+        return Long()
+
+    async def test_socket_path(self, unix_socket_path: Path, tmp_path: Path) -> None:
+        """The path is as good as any other, and elsewhere."""
+        assert tmp_path not in unix_socket_path.parents
+        await test_socket_path(unix_socket_path)
+
+
+def test_room_to_append() -> None:
+    """A folder fits as long as 40 bytes can be appended to the socket's path, and no longer."""
+    longest = "/" + "x" * (103 - 40 - len("/socket") - 1)
+    assert _paths.fits(longest)
+    assert not _paths.fits(longest + "x")
+    assert not _paths.fits(longest[:-1] + "é")
+
+
+def test_short_folder(tmp_path: Path) -> None:
+    """The first parent that is there and leaves room gets the folder, which goes with all in it."""
+    parents = ["/nonexistent", str(tmp_path / ("x" * 100)), "/tmp"]
+    os.mkdir(parents[1])
+    with _paths.short_folder(parents) as folder:
+        assert str(folder.parent) == parents[2]
+        (folder / "left").mkdir()
+        (folder / "left" / "file").touch()
+    assert not folder.exists()
+    with _paths.short_folder() as folder:
+        folder.rmdir()
+    with pytest.raises(OSError, match="set TMPDIR") as caught:
+        _paths.short_folder(parents[:2]).__enter__()
+    assert caught.value.errno == errno.ENAMETOOLONG
+    assert os.listdir(parents[1]) == []
+
+
+################################################################
+# The plugin, in a user's project
+################################################################
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project of a user's, beside which the package is installed with its entry points."""
+    toml = (PROJECT / "pyproject.toml").read_text()
+    found = re.search(
+        r"^\[project\.entry-points\.pytest11\]\n(.*?)\n\n", toml, re.DOTALL | re.MULTILINE
+    )
+    assert found
+    installed = pytester.mkdir("site-packages")
+    info = installed / "trio_unixconn-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trio_unixconn\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        found[0].replace("project.entry-points.", "").replace('"', "")
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{installed}{os.pathsep}{PROJECT}")
+    pytester.makeini("[pytest]\nfilterwarnings = error\n")
+    return pytester
+
+
+LEAKING = """
+import os, pytest
+
+def test_leak():
+    os.open(os.devnull, os.O_RDONLY)
+
+def test_loss(fd):
+    os.close(fd)
+
+@pytest.fixture(scope="module")
+def fd():
+    return os.open(os.devnull, os.O_RDONLY)
+"""
+
+
+def test_nothing_is_on_by_itself(project: pytest.Pytester) -> None:
+    """With the plugin, a test that asks for nothing runs as without it, leaks and all."""
+    project.makepyfile(
+        LEAKING,
+        test_names="""
+        def test_none(request):
+            assert request.fixturenames == ["request"]
+
+        def test_pair(request, unix_connection_pair):
+            assert "fd_leak_guard" not in request.fixturenames
+        """,
+    )
+    result = project.runpytest_subprocess("-v", "--trace-config")
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*trio_unixconn*: *testing/plugin.py"])
+
+
+@pytest.mark.parametrize("how", ["by name", "marked", "autouse"])
+def test_a_leaking_test_fails(project: pytest.Pytester, how: str) -> None:
+    """However the guard is asked for, a test that leaks or loses a descriptor fails, naming it."""
+    source = LEAKING + "def test_neither(): pass\n"
+    if how == "by name":
+        source = source.replace("test_leak()", "test_leak(fd_leak_guard)")
+        source = source.replace("(fd):", "(fd, fd_leak_guard):")
+    elif how == "marked":
+        source += 'pytestmark = pytest.mark.usefixtures("fd_leak_guard")\n'
+    else:
+        project.makeconftest(
+            "import pytest\n@pytest.fixture(autouse=True)\ndef no_leaks(fd_leak_guard): pass\n"
+        )
+    project.makepyfile(source)
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(passed=3, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_leak*",
+            "E  *  leaked: *, /dev/null",
+            "*ERROR at teardown of test_loss*",
+            "E  *  lost: *, which was /dev/null",
+        ]
+    )
+
+
+@pytest.mark.parametrize("arguments", ["a, b", "b, a"])
+def test_the_guard_counts_the_pair(project: pytest.Pytester, arguments: str) -> None:
+    """In either order of the two names, the pair is no leak, and what it gave away is one."""
+    names = arguments.replace("a", "unix_connection_pair").replace("b", "fd_leak_guard")
+    project.makepyfile(
+        f"""
+        import trio
+
+        async def close(pair):
+            for conn in pair:
+                await conn.aclose()
+
+        def test_open({names}):
+            pass
+
+        def test_closed({names}):
+            trio.run(close, unix_connection_pair)
+
+        async def receive(pair):
+            await pair[0].send_fd(0)
+            await pair[1].receive_fd()
+
+        def test_leak({names}):
+            trio.run(receive, unix_connection_pair)
+        """
+    )
+    result = project.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_leak*", "E  *  leaked: *, *"])
+    result.stdout.no_fnmatch_line("*  lost: *")
+
+
+def test_every_way_to_run_trio(project: pytest.Pytester) -> None:
+    """The fixtures work under pytest-trio, anyio and trio.run, also below async fixtures."""
+    project.makepyfile(
+        """
+        import os
+        import anyio, pytest, pytest_trio, trio
+        from trio_unixconn import open_unix_connection, open_unix_listener
+
+        pytestmark = pytest.mark.usefixtures("fd_leak_guard")
+
+        @pytest.fixture
+        def anyio_backend():
+            return "trio"
+
+        async def use(pair, path):
+            one, two = pair
+            for _ in range(3):
+                await one.send_fd(0)
+            os.close(await two.fds().__anext__())
+            async with await open_unix_listener(path), await open_unix_connection(path):
+                pass
+
+        @pytest.mark.trio
+        async def test_trio(unix_connection_pair, unix_socket_path):
+            await use(unix_connection_pair, unix_socket_path)
+
+        @pytest_trio.trio_fixture
+        async def one(unix_connection_pair):
+            async with unix_connection_pair[0] as conn:
+                yield conn
+
+        @pytest.mark.trio
+        async def test_trio_fixture(one, unix_connection_pair, unix_socket_path):
+            await use(unix_connection_pair, unix_socket_path)
+
+        @pytest.mark.anyio
+        async def test_anyio(unix_connection_pair, unix_socket_path):
+            await use(unix_connection_pair, unix_socket_path)
+
+        @pytest.fixture
+        async def other(unix_connection_pair, anyio_backend):
+            async with unix_connection_pair[0] as conn:
+                yield conn
+
+        @pytest.mark.anyio
+        async def test_anyio_fixture(other, unix_connection_pair, unix_socket_path):
+            await use(unix_connection_pair, unix_socket_path)
+
+        @pytest.fixture
+        async def before(anyio_backend):
+            yield
+
+        @pytest.mark.anyio
+        async def test_anyio_around(before, unix_connection_pair, unix_socket_path):
+            await use(unix_connection_pair, unix_socket_path)
+
+        def test_run(unix_connection_pair, unix_socket_path):
+            trio.run(use, unix_connection_pair, unix_socket_path)
+
+        def test_anyio_run(unix_connection_pair, unix_socket_path):
+            anyio.run(use, unix_connection_pair, unix_socket_path, backend="trio")
+        """
+    )
+    result = project.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=7)
+
+
+def test_a_long_basetemp(project: pytest.Pytester) -> None:
+    """The socket's path is short also where pytest's is long, and its folder is gone afterwards."""
+    project.makepyfile(
+        """
+        import socket
+
+        def test_listen(unix_socket_path, tmp_path):
+            assert len(str(tmp_path)) > 108
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(unix_socket_path) + "x" * 40)
+            print("at", unix_socket_path)
+        """
+    )
+    result = project.runpytest_subprocess("-s", f"--basetemp={project.path / ('x' * 100)}")
+    result.assert_outcomes(passed=1)
+    found = re.search(r"at (/\S+/socket)", result.stdout.str())
+    assert found
+    assert not Path(found[1]).parent.exists()
+
+
+def test_without_the_plugin(project: pytest.Pytester) -> None:
+    """With -p no:trio_unixconn there are no fixtures; trio_unixconn.testing works."""
+    project.makepyfile(
+        """
+        import os, pytest
+        from trio_unixconn.testing import assert_no_fd_leak, clogged_pair
+
+        def test_fixture(fd_leak_guard):
+            pass
+
+        def test_leak():
+            with assert_no_fd_leak():
+                os.open(os.devnull, os.O_RDONLY)
+        """
+    )
+    result = project.runpytest_subprocess("-p", "no:trio_unixconn")
+    result.assert_outcomes(errors=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*fixture 'fd_leak_guard' not found", "E  *  leaked: *, /dev/null"]
+    )
+
+
+################################################################
+# The documentation
+################################################################
+
+
+def test_how_to(project: pytest.Pytester) -> None:
+    """The how-to's files are a project whose tests pass; without its close() they fail as told."""
+    files = dict(
+        re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", HOW_TO, re.DOTALL | re.MULTILINE)
+    )
+    assert list(files) == ["sizes", "test_sizes"]
+    project.makeini("[pytest]\nfilterwarnings = error\ntrio_mode = true\n")
+    project.makepyfile(**files)
+    project.runpytest_subprocess().assert_outcomes(passed=4)
+
+    told = re.search(r"^```text\n(.*?)^```$", HOW_TO, re.DOTALL | re.MULTILINE)
+    assert told
+    project.makepyfile(sizes=files["sizes"].replace("os.close(fd)", "pass"))
+    result = project.runpytest_subprocess("-k", "answers")
+    result.assert_outcomes(passed=1, errors=1)
+    expected = re.sub(r"\d+, /.*/test_", "*, /*/test_", told[1]).replace("E  ", "E  *")
+    result.stdout.fnmatch_lines(expected.splitlines())

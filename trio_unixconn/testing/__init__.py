@@ -1,0 +1,23 @@
+"""For tests of programs that use connections: pairs, full sockets, descriptors that leaked.
+
+The rule of this file: the public names, nothing else. Nothing below it needs pytest; the
+fixtures stand in ``plugin``, which pytest finds by its entry point.
+"""
+
+from .._connection import connection_pair as connection_pair
+from ._descriptors import (
+    assert_no_fd_leak as assert_no_fd_leak,
+    limit_descriptors as limit_descriptors,
+    open_descriptors as open_descriptors,
+)
+from ._pairs import clog as clog, clogged_pair as clogged_pair, unclog as unclog
+
+__all__ = [
+    "assert_no_fd_leak",
+    "clog",
+    "clogged_pair",
+    "connection_pair",
+    "limit_descriptors",
+    "open_descriptors",
+    "unclog",
+]
