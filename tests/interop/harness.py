@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import attrs
 import pytest
@@ -35,6 +35,13 @@ GLIBS: Final = ("blocking", "async")
 WAYS: Final = ("socketpair", "GLib connects", "GLib listens", "GLib serves")
 
 
+def missing_peer(reason: str) -> NoReturn:
+    """Skip a test whose peer is not there; where the whole suite must run (CI), fail."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def require_glib(python: str = SYSTEM_PYTHON) -> None:
     """Skip without PyGObject; where the whole suite must run (CI), fail."""
     probe = "import gi; gi.require_version('Gio', '2.0'); from gi.repository import Gio"
@@ -45,9 +52,7 @@ def require_glib(python: str = SYSTEM_PYTHON) -> None:
             f"{python} has no PyGObject ({exc}); on Debian and Ubuntu install the packages "
             "python3-gi and gir1.2-glib-2.0"
         )
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing_peer(reason)
 
 
 @attrs.define

@@ -31,6 +31,8 @@ from trio_unixconn import (
     connection_pair,
 )
 
+pytestmark = pytest.mark.usefixtures("real_glib")
+
 ways = pytest.mark.parametrize("way", WAYS)
 ours = pytest.mark.parametrize("form", OURS)
 glibs = pytest.mark.parametrize("glib", GLIBS)

@@ -31,6 +31,8 @@ from trio_unixconn import (
     open_callback_adapter,
 )
 
+pytestmark = pytest.mark.usefixtures("real_glib")
+
 ours = pytest.mark.parametrize("form", OURS)
 glibs = pytest.mark.parametrize("glib", GLIBS)
 dues = pytest.mark.parametrize("due", ["receive_fd", "receive_credentials"])

@@ -27,6 +27,8 @@ from trio_unixconn import (
     UnexpectedControlMessageError,
 )
 
+pytestmark = pytest.mark.usefixtures("real_glib")
+
 ours = pytest.mark.parametrize("form", OURS)
 glibs = pytest.mark.parametrize("glib", GLIBS)
 befores = pytest.mark.parametrize("before", [0, 1])

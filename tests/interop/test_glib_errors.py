@@ -41,6 +41,8 @@ from trio_unixconn import (
     UnixConnectionError,
 )
 
+pytestmark = pytest.mark.usefixtures("real_glib")
+
 ours = pytest.mark.parametrize("form", OURS)
 
 # Linux 6.16; Python has no name for it.

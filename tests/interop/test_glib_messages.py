@@ -11,6 +11,8 @@ from trio_unixconn import Credentials, UnixCredentialsMessage, UnixFDList, UnixF
 
 from .harness import connected
 
+pytestmark = pytest.mark.usefixtures("real_glib")
+
 SO_PASSCRED = 16
 
 

@@ -74,9 +74,11 @@ class Peer:
     def inherit(self, fd: int) -> None:
         self.connection = Gio.Socket.new_from_fd(fd).connection_factory_create_connection()
 
-    def do_connect(self, path: str) -> str:
+    def do_connect(self, path: str, abstract: bool = False) -> str:
         client = Gio.SocketClient.new()
-        self.connection = client.connect(Gio.UnixSocketAddress.new(path), self.cancellable)
+        kind = Gio.UnixSocketAddressType.ABSTRACT if abstract else Gio.UnixSocketAddressType.PATH
+        address = Gio.UnixSocketAddress.new_with_type(path.encode(), kind)
+        self.connection = client.connect(address, self.cancellable)
         return type(self.connection).__gtype__.name
 
     def do_listen(self, path: str, service: bool = False) -> None:
