@@ -176,7 +176,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._sender.send(NUL, [_control.credentials(Credentials())], cancellable)
+        await self._sender.send(NUL, [_control.own_credentials()], cancellable)
         return True
 
     @enable_ki_protection
@@ -314,9 +314,9 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         parsed = _control.whole_message(received, most)
         return Message(
             received[0],
-            UnixFDList(parsed.fds),
+            UnixFDList.owning(parsed.fds),
             parsed.credentials[0] if parsed.credentials else None,
-            UnixFDList(parsed.pidfds),
+            UnixFDList.owning(parsed.pidfds),
         )
 
     ################################################################

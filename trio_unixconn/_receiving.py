@@ -213,7 +213,7 @@ class Receiver(ConnectedSocket):
         """Switch off what was switched on here: other processes may hold the same socket."""
         while self._lent:
             option = self._lent.pop()
-            if not self.is_closed():
+            if self.raw.fileno() != -1:
                 self.raw.setsockopt(_kernel.SOL_SOCKET, option, 0)
 
 
