@@ -322,11 +322,14 @@ def one_descriptor(received: Received) -> int:
 def is_one_descriptor(received: Received) -> bool:
     """Whether a message is just one descriptor, alone or behind credentials."""
     _, ancdata, flags, _ = received
+    if flags & _kernel.MSG_CTRUNC or not ancdata:
+        return False
+    level, kind, payload = ancdata[-1]
     return (
-        (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
-        and ancdata[-1][:2] == RIGHTS
-        and len(ancdata[-1][2]) == _int.size
-        and not flags & _kernel.MSG_CTRUNC
+        len(payload) == _int.size
+        and kind == _SCM_RIGHTS
+        and level == _SOL_SOCKET
+        and (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
     )
 
 
