@@ -54,7 +54,7 @@ class UnixFDList:
     @classmethod
     def owning(cls, fds: list[int]) -> UnixFDList:
         """Make a list that owns what the kernel has given, and keeps that list."""
-        fd_list = cls()
+        fd_list = cls.__new__(cls)
         fd_list._fds = fds
         return fd_list
 
