@@ -82,6 +82,11 @@ def opened_pidfd(conn: UnixConnection) -> Iterator[int]:
         os.close(pidfd)
 
 
+def looks(peer: PeerIdentity) -> list[Callable[[], object]]:
+    """Return what looks into /proc."""
+    return [lambda: peer.exe, lambda: peer.cgroup]
+
+
 @attrs.define
 class Simulated:
     """A socket whose getsockopt answers as another kernel's would."""
@@ -138,6 +143,8 @@ async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
             conn.open_peer_pidfd()
         assert caught.value.errno == errno.ESRCH
         assert isinstance(caught.value, ProcessLookupError)
+        assert conn.get_local_address() == listener.get_local_address()
+        assert conn.get_remote_address().get_is_anonymous()
         assert caught.value.code is IOErrorEnum.NOT_FOUND
 
 
@@ -417,7 +424,7 @@ async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
             await client.end()
             for _ in range(2):
                 assert not peer.is_alive()
-                for ask in (lambda: peer.exe, lambda: peer.cgroup):
+                for ask in looks(peer):
                     with pytest.raises(PeerGoneError):
                         ask()
                 client.reap()
@@ -439,7 +446,7 @@ async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> Non
             assert not peer.is_alive()
             assert peer.credentials.pid == client.pid
             assert peer.groups == tuple(os.getgroups())
-            for ask in (lambda: peer.exe, lambda: peer.cgroup):
+            for ask in looks(peer):
                 with pytest.raises(PeerGoneError):
                     ask()
 
@@ -457,7 +464,7 @@ async def test_identity_that_is_closed() -> None:
             os.fstat(pidfd)
         assert peer.pidfd is None
         assert peer.credentials == Credentials()
-        for ask in (peer.is_alive, lambda: peer.exe, lambda: peer.cgroup):
+        for ask in (peer.is_alive, *looks(peer)):
             with pytest.raises(NotSupportedError, match="closed"):
                 ask()
 
@@ -481,7 +488,7 @@ async def test_identity_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
             assert peer.pidfd is None
             assert not peer.gone
             assert peer.credentials == Credentials()
-            for ask in (peer.is_alive, lambda: peer.exe, lambda: peer.cgroup):
+            for ask in (peer.is_alive, *looks(peer)):
                 with pytest.raises(NotSupportedError, match=r"6\.5"):
                     ask()
 
@@ -526,9 +533,9 @@ async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
                     assert late.gone
                     assert not late.is_alive()
                     for peer in (early, late):
-                        for ask in (lambda p: p.exe, lambda p: p.cgroup):
+                        for ask in looks(peer):
                             with pytest.raises(PeerGoneError):
-                                ask(peer)
+                                ask()
             finally:
                 newcomer.kill()
                 newcomer.wait()
@@ -576,6 +583,10 @@ async def test_peer_that_is_about_to_end(
             patch.setattr(os, "readlink", readlink)
             with pytest.raises(PeerGoneError):
                 assert peer.exe == "never"
+            # Without a folder it is hidden: it would take another user to see that.
+            patch.setattr(os.path, "isdir", lambda _: False)
+            with pytest.raises(PermissionError, match="hidden"):
+                assert peer.exe == "never"
 
 
 @pytest.mark.usefixtures("pidfds")
@@ -588,7 +599,7 @@ async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) 
     async with person(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
             monkeypatch.setattr(_identity, "_pid_of", missing)
-            for ask in (lambda: peer.exe, lambda: peer.cgroup):
+            for ask in looks(peer):
                 with pytest.raises(NotSupportedError, match="not mounted"):
                     ask()
             assert peer.is_alive()
@@ -621,7 +632,7 @@ async def test_identity_without_a_free_descriptor() -> None:
     one, two = connection_pair()
     async with one, two:
         with one.get_peer_identity() as peer, free_descriptors(0):
-            for ask in (lambda: peer.exe, lambda: peer.cgroup):
+            for ask in looks(peer):
                 with pytest.raises(OSError, match="Too many open files"):
                     ask()
             assert peer.is_alive()
@@ -662,7 +673,7 @@ async def test_hidden_in_proc(listener: UnixListener) -> None:
 @pytest.mark.usefixtures("pidfds")
 async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
     """A peer in a container is told of with the pid that it has out here."""
-    under = unshared("-Urpf") if os.geteuid() else unshared("-pf")
+    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child")
     async with person(path_of(listener), under=under) as client, await listener.accept() as conn:
         # In there it is the first process.
         assert client.pid == 1
@@ -676,7 +687,7 @@ async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
 @pytest.mark.usefixtures("pidfds")
 async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
     """To a process in a container, a peer outside has no pid, and still lives and ends."""
-    under = unshared("-Urpf" if os.geteuid() else "-pf", "--mount-proc")
+    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child", "--mount-proc")
     async with looker("connect", path_of(listener), under=under) as process:
         async with await listener.accept():
             seen = await seen_by(process)
@@ -690,7 +701,7 @@ async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None
 @pytest.mark.usefixtures("pidfds")
 async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
     """To a process in a container, a peer outside that was reaped is gone."""
-    under = unshared("-Urpf" if os.geteuid() else "-pf", "--mount-proc")
+    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child", "--mount-proc")
     folder = Path(path_of(listener)).parent
     async with looker("accept", folder / "inner", under=under) as process:
         assert await Person(process).listen_to() == "listening"

@@ -45,11 +45,9 @@ async def look(conn: UnixConnection) -> dict[str, Any]:
     """Look at the peer in every way."""
     with conn.get_peer_identity() as peer:
         ids = peer.credentials
-        policies = {
-            f"{name} {number}": PeerPolicy(**{name: [number]})
-            for name in ("uids", "gids")
-            for number in (0, 12345, 65534)
-        }
+        numbers = (0, 12345, 65534)
+        policies = {f"uids {number}": PeerPolicy(uids=[number]) for number in numbers}
+        policies |= {f"gids {number}": PeerPolicy(gids=[number]) for number in numbers}
         return {
             "ids": [ids.pid, ids.uid, ids.gid],
             "groups": peer.groups,
@@ -81,4 +79,4 @@ async def main(how: str, path: str, uid: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    trio.run(main, sys.argv[1], sys.argv[2], sys.argv[3])
