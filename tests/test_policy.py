@@ -730,9 +730,9 @@ async def test_user_that_nobody_maps(path: Path) -> None:
     async with (
         await open_unix_listener(path, mode=0o666) as listener,
         looker("connect", path, under=unshared("-U")) as process,
+        await listener.accept(),
     ):
-        async with await listener.accept():
-            seen = await seen_by(process)
+        seen = await seen_by(process)
     assert seen["ids"][1:] == [65534, 65534]
     assert seen["admitted"] == []
 

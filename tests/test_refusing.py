@@ -272,11 +272,11 @@ async def test_inherited_where_the_kernel_cannot(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def connected(
-    path: Path, *, at: str, **options: bool
+    path: Path, *, at: str, **options: Any
 ) -> AsyncIterator[tuple[UnixConnection, UnixConnection]]:
     """Give an end with these options, set on it or on its listener, and the other end."""
-    on_listener = options if at == "listener" else {}
-    on_client = options if at == "client" else {}
+    on_listener: dict[str, Any] = options if at == "listener" else {}
+    on_client: dict[str, Any] = options if at == "client" else {}
     async with (
         await open_unix_listener(path, **on_listener) as listener,
         await open_unix_connection(path, **on_client) as client,
