@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import pytest
@@ -23,16 +23,48 @@ ROOT = Path(__file__).parent.parent
 STRANGER = 12345
 
 
-def unable(reason: str) -> NoReturn:
-    """Skip a test; on CI, where everything must be there, fail it."""
-    (pytest.fail if "CI" in os.environ else pytest.skip)(reason)
-    raise AssertionError
+def needed(there: object, what: str) -> pytest.MarkDecorator:
+    """Skip a test if something is not there; on CI, where everything must be, it fails then."""
+    return pytest.mark.skipif(not there and "CI" not in os.environ, reason=what)
 
 
-def as_root() -> None:
-    """Skip the test unless this process can become others."""
-    if os.geteuid() != 0:
-        unable("only root can become another user")
+def kernel_has(option: int) -> bool:
+    """Whether sockets here have this option."""
+    one, two = socket.socketpair()
+    with one, two:
+        try:
+            value = one.getsockopt(socket.SOL_SOCKET, option)
+        except OSError:
+            return False
+    if option == SO_PEERPIDFD:
+        os.close(value)
+    return True
+
+
+def can_unshare(*options: str) -> bool:
+    """Whether namespaces like these can be made."""
+    try:
+        done = subprocess.run(["unshare", *options, "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return False
+    return done.returncode == 0
+
+
+SO_PASSPIDFD = 76
+SO_PEERPIDFD = 77
+SO_PASSRIGHTS = 83
+ROOT_OR_USER = [] if os.geteuid() == 0 else ["-Ur"]
+
+as_root = needed(os.geteuid() == 0, "only root can become another user")
+peer_pidfds = needed(kernel_has(SO_PEERPIDFD), "this kernel has no SO_PEERPIDFD (Linux 6.5)")
+message_pidfds = needed(kernel_has(SO_PASSPIDFD), "this kernel has no SO_PASSPIDFD (Linux 6.5)")
+passrights = needed(kernel_has(SO_PASSRIGHTS), "this kernel has no SO_PASSRIGHTS (Linux 6.16)")
+user_namespaces = needed(can_unshare("-Ur"), "no user namespaces can be made here")
+pid_namespaces = needed(
+    can_unshare(*ROOT_OR_USER, "-pf", "--kill-child", "--mount-proc"),
+    "no pid namespaces can be made here",
+)
+mount_namespaces = needed(can_unshare("-m"), "no mount namespaces can be made here")
 
 
 @contextmanager
@@ -110,7 +142,8 @@ async def person(
         try:
             someone = Person(process)
             someone.said = await someone.listen_to()
-            yield someone
+            with trio.fail_after(60):
+                yield someone
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -126,11 +159,12 @@ async def looker(
         [*under, sys.executable, str(PEERS / "looker.py"), how, str(path), uid],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )
     with process:
         try:
-            yield process
+            with trio.fail_after(60):
+                yield process
             # By itself, so that what it ran is counted as covered.
             process.wait(30)
         finally:
@@ -148,8 +182,10 @@ def unshared(*options: str, then: str = "") -> list[str]:
     Args:
       then: what a shell does in them first.
     """
-    command = [shutil.which("unshare") or unable("there is no unshare(1)"), *options]
-    done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        unable(f"namespaces cannot be made here: {done.stderr.strip()}")
+    command = ["unshare", *options]
     return [*command, "sh", "-c", f'{then}exec "$@"', "sh"] if then else command
+
+
+def in_a_container(*options: str) -> list[str]:
+    """Return the command that starts others as the first process of a pid namespace."""
+    return unshared(*ROOT_OR_USER, "-pf", "--kill-child", *options)

@@ -22,11 +22,14 @@ from people import (
     STRANGER,
     Person,
     as_root,
+    in_a_container,
     looker,
+    mount_namespaces,
+    peer_pidfds,
     person,
+    pid_namespaces,
     seen_by,
     shared_folder,
-    unable,
     unshared,
 )
 
@@ -47,17 +50,6 @@ from trio_unixconn import (
 )
 
 NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
-
-
-@pytest.fixture
-def pidfds() -> None:
-    """Skip the test on a kernel without SO_PEERPIDFD."""
-    one, two = socket.socketpair()
-    with one, two:
-        try:
-            os.close(one.getsockopt(socket.SOL_SOCKET, 77))
-        except OSError:
-            unable("this kernel has no SO_PEERPIDFD (Linux 6.5)")
 
 
 @pytest.fixture
@@ -109,7 +101,7 @@ class Simulated:
 ################################################################
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
     """The pidfd names the process that connected, is close-on-exec, and tells of its end."""
     async with person(path_of(listener)) as client, await listener.accept() as conn:
@@ -123,7 +115,7 @@ async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
                 await trio.lowlevel.wait_readable(pidfd)
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
     """To a client it names the process that listens."""
     async with await open_unix_connection(path_of(listener)) as conn:
@@ -131,7 +123,7 @@ async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
             assert f"Pid:\t{os.getpid()}\n" in file.read()
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
     """A peer that has ended is there until it is reaped; then it is PeerGoneError."""
     async with person(path_of(listener)) as client, await listener.accept() as conn:
@@ -175,7 +167,7 @@ def test_other_errors_come_out() -> None:
     assert caught.value.errno == errno.EIO
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_pidfd_without_a_free_descriptor() -> None:
     """Without a free descriptor it is EMFILE, also when all are gathered; groups need none."""
     one, two = connection_pair()
@@ -205,7 +197,8 @@ def no_signals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(signal, "pidfd_send_signal", failing_signal(request.param))
 
 
-@pytest.mark.usefixtures("pidfds", "no_signals")
+@peer_pidfds
+@pytest.mark.usefixtures("no_signals")
 async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> None:
     """A peer that cannot be sent a signal is there until it is reaped, nevertheless."""
     async with person(path_of(listener)) as client, await listener.accept() as conn:
@@ -217,7 +210,8 @@ async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> 
             conn.open_peer_pidfd()
 
 
-@pytest.mark.usefixtures("pidfds", "no_signals")
+@peer_pidfds
+@pytest.mark.usefixtures("no_signals")
 async def test_pidfd_where_nothing_tells(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +252,7 @@ async def test_a_connection_that_is_closed() -> None:
 ################################################################
 
 
+@as_root
 @pytest.mark.parametrize(
     "groups",
     [[], [4711], [1, 2, 70000], list(range(20000, 20256)), list(range(20000, 20300))],
@@ -265,7 +260,6 @@ async def test_a_connection_that_is_closed() -> None:
 )
 async def test_groups(listener: UnixListener, groups: list[int]) -> None:
     """The supplementary groups are those that the peer had, however many; Python takes 256."""
-    as_root()
     async with (
         person(path_of(listener), uid=STRANGER, gid=54321, groups=groups) as client,
         await listener.accept() as conn,
@@ -381,7 +375,7 @@ async def test_label_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 ################################################################
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_of_a_living_peer(listener: UnixListener) -> None:
     """It says what the single methods say, is alive, and what the process runs and where."""
     async with (
@@ -415,7 +409,7 @@ def test_described_for_a_log() -> None:
     assert "fd" not in repr(PeerIdentity(ids))
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
     """As a zombie and when reaped it is not alive, and is gone for all that /proc says."""
     async with person(path_of(listener)) as client, await listener.accept() as conn:
@@ -431,7 +425,7 @@ async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
             assert not peer.gone
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> None:
     """Gathered after the peer was reaped, it says so; ids and groups are still known."""
     async with person(path_of(listener)) as client, await listener.accept() as conn:
@@ -451,7 +445,7 @@ async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> Non
                     ask()
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_that_is_closed() -> None:
     """Closed, also twice, it keeps ids and groups, and leaves the rest open."""
     one, two = connection_pair()
@@ -469,7 +463,7 @@ async def test_identity_that_is_closed() -> None:
                 ask()
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_that_is_dropped() -> None:
     """One that nobody closes is closed when it is collected, with a ResourceWarning."""
     one, two = connection_pair()
@@ -501,22 +495,19 @@ async def test_identity_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
 def newcomer_with(pid: int) -> subprocess.Popen[bytes]:
     """Start a process that has this pid."""
     for _ in range(200):
-        try:
-            Path(NS_LAST_PID).write_text(str(pid - 1))
-        except OSError as exc:
-            unable(f"no pid can be chosen here: {exc}")
+        Path(NS_LAST_PID).write_text(str(pid - 1))
         process = subprocess.Popen(["sleep", "600"])
         if process.pid == pid:
             return process
         process.kill()
         process.wait()
-    return unable(f"somebody else was faster, 200 times, or the pid {pid} is taken")
+    pytest.fail(f"somebody else was faster, 200 times, or the pid {pid} is taken")
 
 
-@pytest.mark.usefixtures("pidfds")
+@as_root
+@peer_pidfds
 async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
     """When another process has the peer's pid, nothing is ever told about that one."""
-    as_root()
     async with person(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as early:
             pid = client.pid or 0
@@ -546,7 +537,7 @@ async def killed(client: Person) -> None:
     client.reap()
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 @pytest.mark.parametrize("newcomer", [False, True])
 async def test_peer_that_dies_while_it_is_looked_at(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch, *, newcomer: bool
@@ -569,7 +560,7 @@ async def test_peer_that_dies_while_it_is_looked_at(
                     assert peer.exe == "never"
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_peer_that_is_about_to_end(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -589,7 +580,7 @@ async def test_peer_that_is_about_to_end(
                 assert peer.exe == "never"
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where /proc is not mounted, what it would say is NotSupportedError; who lives is known."""
 
@@ -605,7 +596,7 @@ async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) 
             assert peer.is_alive()
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_no_unified_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where only control groups of version 1 are in use, it is NotSupportedError."""
     file = tmp_path / "cgroup"
@@ -626,7 +617,7 @@ async def test_no_unified_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             assert peer.cgroup == "/a b"
 
 
-@pytest.mark.usefixtures("pidfds")
+@peer_pidfds
 async def test_identity_without_a_free_descriptor() -> None:
     """Without a free descriptor /proc cannot be read: EMFILE; who lives needs none."""
     one, two = connection_pair()
@@ -643,10 +634,10 @@ async def test_identity_without_a_free_descriptor() -> None:
 ################################################################
 
 
-@pytest.mark.usefixtures("pidfds")
+@as_root
+@peer_pidfds
 async def test_another_user_s_process(listener: UnixListener) -> None:
     """Of another user's process there is a pidfd; its program is not for us to see."""
-    as_root()
     async with looker("connect", path_of(listener), uid=str(STRANGER)) as process:
         async with await listener.accept():
             seen = await seen_by(process)
@@ -656,10 +647,11 @@ async def test_another_user_s_process(listener: UnixListener) -> None:
         assert seen["cgroup"] == cgroup_of(os.getpid())
 
 
-@pytest.mark.usefixtures("pidfds")
+@mount_namespaces
+@as_root
+@peer_pidfds
 async def test_hidden_in_proc(listener: UnixListener) -> None:
     """A peer that /proc hides (hidepid) is alive, and looking at it is PermissionError."""
-    as_root()
     under = unshared("-m", then="mount -t proc -o hidepid=invisible proc /proc && ")
     async with looker("connect", path_of(listener), uid=str(STRANGER), under=under) as process:
         async with await listener.accept():
@@ -670,10 +662,11 @@ async def test_hidden_in_proc(listener: UnixListener) -> None:
             assert "hidden" in seen[each]
 
 
-@pytest.mark.usefixtures("pidfds")
+@pid_namespaces
+@peer_pidfds
 async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
     """A peer in a container is told of with the pid that it has out here."""
-    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child")
+    under = in_a_container()
     async with person(path_of(listener), under=under) as client, await listener.accept() as conn:
         # In there it is the first process.
         assert client.pid == 1
@@ -684,10 +677,11 @@ async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
             assert peer.cgroup == cgroup_of(os.getpid())
 
 
-@pytest.mark.usefixtures("pidfds")
+@pid_namespaces
+@peer_pidfds
 async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
     """To a process in a container, a peer outside has no pid, and still lives and ends."""
-    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child", "--mount-proc")
+    under = in_a_container("--mount-proc")
     async with looker("connect", path_of(listener), under=under) as process:
         async with await listener.accept():
             seen = await seen_by(process)
@@ -698,10 +692,11 @@ async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None
             assert "pid namespace" in seen[each]
 
 
-@pytest.mark.usefixtures("pidfds")
+@pid_namespaces
+@peer_pidfds
 async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
     """To a process in a container, a peer outside that was reaped is gone."""
-    under = unshared("-Urpf" if os.geteuid() else "-pf", "--kill-child", "--mount-proc")
+    under = in_a_container("--mount-proc")
     folder = Path(path_of(listener)).parent
     async with looker("accept", folder / "inner", under=under) as process:
         assert await Person(process).listen_to() == "listening"

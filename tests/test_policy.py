@@ -24,11 +24,12 @@ from people import (
     Person,
     as_root,
     looker,
+    peer_pidfds,
     person,
     seen_by,
     shared_folder,
-    unable,
     unshared,
+    user_namespaces,
 )
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
@@ -596,6 +597,7 @@ async def test_check_waits_for_a_descriptor(
                     await listener.accept()
 
 
+@peer_pidfds
 async def test_check_with_a_full_table(path: Path) -> None:
     """With a table that is really full, a check is asked as soon as a descriptor is free."""
     asked: list[PeerIdentity] = []
@@ -605,8 +607,6 @@ async def test_check_with_a_full_table(path: Path) -> None:
         await open_unix_connection(path),
         trio.open_nursery() as nursery,
     ):
-        if not has_pidfds():
-            unable("a check takes no descriptor on this kernel (before Linux 6.5)")
 
         async def accept() -> None:
             async with await listener.accept():
@@ -616,15 +616,6 @@ async def test_check_with_a_full_table(path: Path) -> None:
             nursery.start_soon(accept)
             await wait_all_tasks_blocked()
             assert not asked
-
-
-def has_pidfds() -> bool:
-    one, two = socket.socketpair()
-    with one, two:
-        pidfd = _identity.open_peer_pidfd(one)
-        if pidfd is not None:
-            os.close(pidfd)
-    return pidfd is not None
 
 
 ################################################################
@@ -644,6 +635,7 @@ async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]
         nursery.cancel_scope.cancel()
 
 
+@as_root
 @pytest.mark.parametrize(
     ("policy", "admitted"),
     [
@@ -664,7 +656,6 @@ async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]
 )
 async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -> None:
     """Another user is admitted by its own id and groups, and by nothing else."""
-    as_root()
     async with (
         accepting(path, policy) as server,
         person(path, uid=STRANGER, gid=GROUP, groups=[4711, 4712]) as client,
@@ -674,9 +665,9 @@ async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -
         assert server.denied == (not admitted)
 
 
+@as_root
 async def test_root_and_a_path_for_all(path: Path) -> None:
     """Root is admitted where root may; a path with mode 0o600 keeps others out before a policy."""
-    as_root()
     async with accepting(path, PeerPolicy.root()), person(path) as client:
         assert await client.ask("receive") == "hello"
     async with (
@@ -686,9 +677,9 @@ async def test_root_and_a_path_for_all(path: Path) -> None:
         assert client.said == "PermissionError"
 
 
+@as_root
 async def test_another_user_that_had_sent(path: Path) -> None:
     """A denied client that has sent something sees a reset, or the end."""
-    as_root()
     async with (
         await open_unix_listener(path, policy=PeerPolicy.root(), mode=0o666) as listener,
         person(path, uid=STRANGER, gid=GROUP, groups=[]) as client,
@@ -704,9 +695,10 @@ async def test_another_user_that_had_sent(path: Path) -> None:
 ################################################################
 
 
+@user_namespaces
+@as_root
 async def test_user_from_outside_of_the_namespace(path: Path) -> None:
     """In a user namespace, a user from outside is shown as 65534, and no policy takes that id."""
-    as_root()
     async with looker("accept", path, under=unshared("-Ur")) as process:
         assert await Person(process).listen_to() == "listening"
         async with person(path, uid=STRANGER, gid=STRANGER, groups=[]):
@@ -715,6 +707,7 @@ async def test_user_from_outside_of_the_namespace(path: Path) -> None:
     assert seen["admitted"] == []
 
 
+@user_namespaces
 async def test_user_that_a_namespace_maps(path: Path) -> None:
     """In a user namespace, the user that it maps to 0 is 0 to its policies."""
     async with looker("accept", path, under=unshared("-Ur")) as process:
@@ -725,6 +718,7 @@ async def test_user_that_a_namespace_maps(path: Path) -> None:
     assert seen["admitted"] == ["uids 0", "gids 0"]
 
 
+@user_namespaces
 async def test_user_that_nobody_maps(path: Path) -> None:
     """In a user namespace without a map nobody is anybody, not even this process itself."""
     async with (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import Peer, free_descriptors, stdlib_peer
-from people import unable
+from people import SO_PASSPIDFD, message_pidfds, passrights
 
 from trio_unixconn import (
     Credentials,
@@ -30,32 +30,6 @@ from trio_unixconn import (
     open_unix_listener,
 )
 
-SO_PASSPIDFD = 76
-SO_PASSRIGHTS = 83
-
-
-def kernel_has(option: int) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock:
-        try:
-            sock.getsockopt(socket.SOL_SOCKET, option)
-        except OSError:
-            return False
-    return True
-
-
-@pytest.fixture
-def passrights() -> None:
-    """Skip the test on a kernel without SO_PASSRIGHTS."""
-    if not kernel_has(SO_PASSRIGHTS):
-        unable("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
-
-
-@pytest.fixture
-def passpidfd() -> None:
-    """Skip the test on a kernel without SO_PASSPIDFD."""
-    if not kernel_has(SO_PASSPIDFD):
-        unable("this kernel has no SO_PASSPIDFD (Linux 6.5)")
-
 
 @pytest.fixture(params=["none", "unknown"])
 def no_passrights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +43,7 @@ def no_passrights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 ################################################################
 
 
-@pytest.mark.usefixtures("passrights")
+@passrights
 async def test_refused_by_the_kernel(tmp_path: Path) -> None:
     """Who sends descriptors to one who takes none is told so, and bytes still flow."""
     path = tmp_path / "s"
@@ -92,7 +66,7 @@ async def test_refused_by_the_kernel(tmp_path: Path) -> None:
         os.close(await server.receive_fd())
 
 
-@pytest.mark.usefixtures("passrights")
+@passrights
 async def test_refused_before_it_is_accepted(tmp_path: Path) -> None:
     """Connections inherit it from the listener, before they are accepted."""
     path = tmp_path / "s"
@@ -107,7 +81,7 @@ async def test_refused_before_it_is_accepted(tmp_path: Path) -> None:
             assert await server.receive_some() == b"bytes"
 
 
-@pytest.mark.usefixtures("passrights")
+@passrights
 async def test_refused_from_the_first_moment(tmp_path: Path) -> None:
     """A client refuses before it is connected, so that nothing can be on its way already."""
     path = tmp_path / "s"
@@ -129,7 +103,7 @@ async def test_refused_from_the_first_moment(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.usefixtures("passrights")
+@passrights
 async def test_refused_by_each_constructor(tmp_path: Path) -> None:
     """Every way to make a connection or a listener can refuse."""
     makers: list[Callable[[socket.socket], UnixConnection]] = [
@@ -285,7 +259,7 @@ async def connected(
         yield (server, client) if at == "listener" else (client, server)
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 @pytest.mark.parametrize("at", ["listener", "client"])
 @pytest.mark.parametrize("pidfds", [False, True])
 @pytest.mark.parametrize("credentials", [False, True])
@@ -373,7 +347,7 @@ async def test_options_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ################################################################
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 async def test_pidfd_of_the_sender() -> None:
     """A message has a pidfd of who sent it while it was waited for; the option is off again."""
     async with stdlib_peer() as peer:
@@ -397,7 +371,7 @@ async def test_pidfd_of_the_sender() -> None:
         assert peer.conn.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD) == 0
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 async def test_pidfd_of_what_was_sent_before() -> None:
     """What was sent before it was asked for has none, unless its sender attached credentials."""
     async with stdlib_peer() as peer:
@@ -416,7 +390,7 @@ async def test_pidfd_of_what_was_sent_before() -> None:
             assert message.data == b""
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 async def test_pidfd_for_a_refusing_connection() -> None:
     """A connection that takes no descriptors takes the pidfds that it has asked for."""
     async with refusing_peer() as (peer, conn):
@@ -426,7 +400,7 @@ async def test_pidfd_for_a_refusing_connection() -> None:
             assert message.pidfd is not None
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 async def test_pidfd_is_asked_for_until_a_cancellation() -> None:
     """A cancellation switches the option off again; so does closing."""
     one, two = connection_pair()
@@ -451,7 +425,7 @@ async def test_pidfd_is_asked_for_until_a_cancellation() -> None:
         shared.close()
 
 
-@pytest.mark.usefixtures("passpidfd")
+@message_pidfds
 async def test_pidfd_without_a_free_descriptor() -> None:
     """Where no descriptor is free for the pidfd, the message comes without; all else is there."""
     async with stdlib_peer() as peer:
