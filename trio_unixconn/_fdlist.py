@@ -55,7 +55,7 @@ class UnixFDList:
     def owning(cls, fds: list[int]) -> UnixFDList:
         """Make a list that owns what the kernel has given, and keeps that list."""
         fd_list = cls.__new__(cls)
-        fd_list._fds = fds
+        fd_list._fds = fds  # noqa: SLF001 - its own class
         return fd_list
 
     def append(self, fd: int) -> int:

@@ -22,6 +22,7 @@ from ._listener import UnixListener, open_unix_listener
 if TYPE_CHECKING:
     from ._address import UnixSocketAddress
     from ._connection import UnixConnection
+    from ._credentials import Credentials
     from ._policy import PeerPolicy
 
 Handler = Callable[["UnixConnection"], Awaitable[Any]]
@@ -37,7 +38,8 @@ class UnixServer:
         asked about among them.
       accepted: how many it has accepted.
       denied: how many of those its policy has denied.
-      crashed: how many handlers have ended with an exception that was logged.
+      crashed: how many handlers, or checks of its policy, have ended with an exception that was
+        logged.
       drained: set when a drain has come to its end.
     """
 
@@ -126,7 +128,19 @@ class UnixServer:
             if conn is None:
                 self._slots.release_on_behalf_of(slot)
                 return
+            if not await self._is_admitted_waiting(conn, slot):
+                continue
             self._start(handlers, conn, slot)
+
+    async def _is_admitted_waiting(self, conn: UnixConnection, slot: object) -> bool:
+        """Ask the listener's own policy, as its accept() does."""
+        admitted = False
+        try:
+            admitted = await self.listener._admits(conn)  # noqa: SLF001 - they are one
+        finally:
+            if not admitted:
+                self._slots.release_on_behalf_of(slot)
+        return admitted
 
     def _start(self, handlers: trio.Nursery, conn: UnixConnection, slot: object) -> None:
         self.accepted += 1
@@ -134,9 +148,11 @@ class UnixServer:
         handlers.start_soon(self._handle, conn, slot, name=self._handler)
 
     async def _handle(self, conn: UnixConnection, slot: object) -> None:
-        peer = conn.get_peer_credentials() if self._logs_errors else None
+        peer: Credentials | None = None
         try:
             async with conn:
+                # Before a policy's check, which can raise, too.
+                peer = conn.get_peer_credentials() if self._logs_errors else None
                 if self._policy is not None and not await is_admitted(conn, self._policy):
                     self.denied += 1
                     return
