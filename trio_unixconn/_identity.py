@@ -202,7 +202,7 @@ class PeerIdentity:
         if self.gone:
             raise PeerGoneError(errno.ESRCH, _GONE)
         pidfd = self._held()
-        pid = _pid_of(pidfd)
+        pid = pid_of(pidfd)
         try:
             answer = read(f"/proc/{pid}")
         except (FileNotFoundError, ProcessLookupError) as exc:
@@ -238,7 +238,13 @@ class PeerIdentity:
         return f"pid {ids.pid} uid {ids.uid} gid {ids.gid} groups {groups}{label}"
 
 
-def _pid_of(pidfd: int) -> int:
+def pid_of(pidfd: int) -> int:
+    """Return the pid of the process that a pidfd stands for.
+
+    Raises:
+      PeerGoneError: it was reaped.
+      NotSupportedError: it is in a pid namespace that cannot be seen from here.
+    """
     with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
         for line in file:
             if line.startswith("Pid:"):
