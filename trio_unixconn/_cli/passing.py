@@ -94,7 +94,7 @@ AnyUser = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(min=0, metavar="SECONDS", help="Give up after so long; never if left out."),
+    typer.Option(metavar="SECONDS", help="Give up after so long; never if left out."),
 ]
 
 
@@ -102,7 +102,7 @@ def send_fd(
     path: SocketArgument,
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE...", help="What to open and send; - is standard input."),
+        typer.Argument(metavar="[FILE]...", help="What to open and send; - is standard input."),
     ] = None,
     *,
     mode: Annotated[Mode, typer.Option(help="How to open each FILE.")] = Mode.READ,
@@ -135,7 +135,7 @@ def receive_fd(
     command: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- COMMAND...", help="What to run with the descriptors, from 3 on."
+            metavar="[-- COMMAND...]", help="What to run with the descriptors, from 3 on."
         ),
     ] = None,
     *,

@@ -40,9 +40,7 @@ def peer(
     ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    timeout: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Give up after so long.")
-    ] = 10,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after so long.")] = 10,
 ) -> None:
     """Say which process listens at PATH, as the kernel knows it.
 

@@ -75,8 +75,9 @@ def seconds(timeout: float | None) -> float:
     """Return what was said to ``--timeout``, infinity if nothing was."""
     if timeout is None:
         return math.inf
-    if math.isnan(timeout):
-        fail("--timeout is a number of seconds", status=2)
+    # Which no number is that is none (nan).
+    if not timeout >= 0:
+        fail("--timeout is a number of seconds, 0 or more", status=2)
     return timeout
 
 

@@ -43,6 +43,15 @@ def expect(condition: bool, otherwise: str) -> None:  # noqa: FBT001 - as assert
         raise UnexpectedError(otherwise)
 
 
+def expect_error(kind: type[Exception], do: Callable[[], object], otherwise: str) -> None:
+    """Raise UnexpectedError unless ``do`` raises an error of this kind."""
+    try:
+        do()
+    except kind:
+        return
+    raise UnexpectedError(otherwise)
+
+
 class Lab:
     """A block in which things are tried."""
 

@@ -17,7 +17,7 @@ from .._paths import LONGEST
 from .lab import Lab
 from .report import Limit
 
-_SETTINGS: Final = {
+SETTINGS: Final = {
     "net.core.somaxconn": "connections that may wait at a listener, whatever backlog it asks for",
     "net.unix.max_dgram_qlen": "messages that may wait at a socket for datagrams",
     "net.core.wmem_default": "bytes that may be on their way in one direction of a connection",
@@ -35,7 +35,7 @@ def limits() -> list[Limit]:
         *_descriptors(),
         _most_in_a_message(),
         Limit("sun_path", LONGEST, "bytes of a path that fit into a socket's address"),
-        *(_setting(name, meaning) for name, meaning in _SETTINGS.items()),
+        *(_setting(name, meaning) for name, meaning in SETTINGS.items()),
     ]
 
 

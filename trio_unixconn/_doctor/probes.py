@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 import attrs
@@ -24,7 +23,9 @@ from .._credentials import Credentials, peer_credentials
 from .._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
 from .._paths import LONGEST, bindable, connectable
 from ..errors import PeerGoneError
-from .lab import PATIENCE, Lab, UnexpectedError, expect
+from .lab import PATIENCE, Lab, expect, expect_error
+
+SECURITY_MODULES: Final = "/sys/kernel/security/lsm"
 
 
 @attrs.frozen
@@ -103,9 +104,11 @@ def refused_descriptors(lab: Lab) -> str:
     option = _kernel.required(_kernel.SO_PASSRIGHTS, "SO_PASSRIGHTS")
     one, two = lab.pair()
     two.setsockopt(_kernel.SOL_SOCKET, option, 0)
-    with suppress(PermissionError):
-        lab.send(one, _control.rights(lab.file()))
-        raise UnexpectedError("a descriptor was taken all the same")
+    expect_error(
+        PermissionError,
+        lambda: lab.send(one, _control.rights(lab.file())),
+        "a descriptor was taken all the same",
+    )
     lab.send(one)
     expect(not lab.receive(two).fds, "a descriptor arrived all the same")
     return "the sender got EPERM, and plain bytes pass"
@@ -156,14 +159,15 @@ def security_context(lab: Lab) -> str:
     one, _ = lab.pair()
     _kernel.required(_kernel.SO_PEERSEC, "SO_PEERSEC")
     label = get_peer_security_context(one)
-    modules = _security_modules()
+    modules = security_modules()
     expect(label is not None, f"no security module gives labels (active: {modules})")
     return f"{label!r} (active: {modules})"
 
 
-def _security_modules() -> str:
+def security_modules() -> str:
+    """Return the names of the active security modules, with commas between them."""
     try:
-        with open("/sys/kernel/security/lsm", encoding="ascii") as file:
+        with open(SECURITY_MODULES, encoding="ascii") as file:
             return file.read().strip() or "none"
     except OSError as exc:
         return f"unknown, {exc.strerror}"
@@ -204,9 +208,11 @@ def reaped_peer(lab: Lab) -> str:
         seen = "the kernel gives a pidfd of nobody"
     except OSError as exc:
         seen = f"the kernel says {exc.strerror}"
-    with suppress(PeerGoneError):
-        lab.own(_kernel.required(open_peer_pidfd(sock), "answer"))
-        raise UnexpectedError(f"{seen}, which was taken for a living process")
+    expect_error(
+        PeerGoneError,
+        lambda: open_peer_pidfd(sock),
+        f"{seen}, which was taken for a living process",
+    )
     return f"{seen}; reported as gone"
 
 
@@ -260,9 +266,11 @@ def silent_until_listen(lab: Lab) -> str:
     sock = lab.socket()
     sock.bind(path)
     os.chmod(path, 0o600)
-    with suppress(ConnectionRefusedError):
-        lab.socket().connect(path)
-        raise UnexpectedError("a connect passed before listen")
+    expect_error(
+        ConnectionRefusedError,
+        lambda: lab.socket().connect(path),
+        "a connect passed before listen",
+    )
     sock.listen()
     lab.socket().connect(path)
     return "refused before listen, connected after"
@@ -277,9 +285,11 @@ def lock(lab: Lab) -> str:
         lab.own(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) for _ in range(2)
     )
     fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with suppress(BlockingIOError):
-        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        raise UnexpectedError("two had the same lock")
+    expect_error(
+        BlockingIOError,
+        lambda: fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        "two had the same lock",
+    )
     return "locked once, and refused the second time"
 
 
@@ -287,9 +297,7 @@ def sealed(lab: Lab) -> str:
     """Memory can be sealed against any change."""
     fd = lab.own(_sealed.sealed_memory(b"sealed"))
     _sealed.check_sealed(fd)
-    with suppress(PermissionError):
-        os.pwrite(fd, b"x", 0)
-        raise UnexpectedError("sealed memory was written to")
+    expect_error(PermissionError, lambda: os.pwrite(fd, b"x", 0), "sealed memory was written to")
     return "sealed memory was made, and a write refused"
 
 
