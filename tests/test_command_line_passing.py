@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import typer
 from commands import ended, run, started, wait_for_socket
+
+from trio_unixconn._cli import passing, running
 
 ABSTRACT = f"@trio-unixconn-test-{os.getpid()}"
 
@@ -449,3 +453,41 @@ def deaf_to(*signals: signal.Signals) -> Any:
             signal.signal(number, signal.SIG_IGN if number in signals else signal.SIG_DFL)
 
     return prepare
+
+
+################################################################
+# In this process, to see what a user does not
+################################################################
+
+
+def test_interrupted_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control-C is exit status 130 also before, or after, a signal would be heard."""
+
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as caught:
+        running.run(interrupted)
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "trio-unixconn: interrupted\n"
+
+
+def test_several_mistakes() -> None:
+    """Several errors that nobody expects are all shown."""
+
+    async def mistaken() -> None:
+        raise ZeroDivisionError
+
+    async def twice() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mistaken)
+            nursery.start_soon(mistaken)
+
+    with pytest.raises(BaseException) as caught:
+        running.run(twice)
+    assert len(list(running._causes(caught.value))) == 2
+
+
+def test_where_nothing_is_shown() -> None:
+    """Where the system does not show what is behind a descriptor, there is a dash."""
+    assert passing._link_of(-1) == "-"

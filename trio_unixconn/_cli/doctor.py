@@ -25,8 +25,8 @@ def doctor(
 ) -> None:
     """Try what this library needs of the kernel and Python, and list the limits in force.
 
-    Exit status 1 if descriptors or credentials do not pass. What is missing otherwise costs
-    only what the table says.
+    Exit status 1 if descriptors or credentials do not pass.
+    What is missing otherwise costs only what the table says.
     """
     from .._doctor.examination import examine  # noqa: PLC0415 - --help needs none of it
 

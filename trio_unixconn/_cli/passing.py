@@ -102,7 +102,7 @@ def send_fd(
     path: SocketArgument,
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE]...", help="What to open and send; - is standard input."),
+        typer.Argument(metavar="FILE", help="What to open and send; - is standard input."),
     ] = None,
     *,
     mode: Annotated[Mode, typer.Option(help="How to open each FILE.")] = Mode.READ,
@@ -120,8 +120,8 @@ def send_fd(
 ) -> None:
     """Open files and send their descriptors to whoever listens at PATH.
 
-    Each goes in a message of its own, in order; then the stream ends. Exit status 0 as soon as
-    the kernel has them all.
+    Each goes in a message of its own, in order; then the stream ends.
+    Exit status 0 as soon as the kernel has them all.
     """
     meeting = _meeting(path, listen=listen, any_user=any_user, timeout=timeout)
     if not files and not fd:
@@ -134,9 +134,7 @@ def receive_fd(
     path: SocketArgument,
     command: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[-- COMMAND...]", help="What to run with the descriptors, from 3 on."
-        ),
+        typer.Argument(metavar="-- COMMAND", help="What to run with the descriptors, from 3 on."),
     ] = None,
     *,
     count: Annotated[
@@ -155,8 +153,9 @@ def receive_fd(
 ) -> None:
     """Wait at PATH for descriptors, and become COMMAND with them.
 
-    They come until the sender ends the stream. COMMAND gets them from 3 on, with LISTEN_FDS,
-    LISTEN_PID and LISTEN_FDNAMES as systemd sets them. Without COMMAND, what came is listed.
+    They come until the sender ends the stream. COMMAND gets them from 3 on,
+    with LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES as systemd sets them.
+    Without COMMAND, what came is listed.
     """
     meeting = _meeting(path, listen=not connect, any_user=any_user, timeout=timeout)
     names = name or []

@@ -44,8 +44,8 @@ def peer(
 ) -> None:
     """Say which process listens at PATH, as the kernel knows it.
 
-    It is the process that called listen(2); who accepts may be another, which inherited or
-    received the socket.
+    It is the process that called listen(2); who accepts may be another,
+    which inherited or received the socket.
     """
     facts = run(partial(_ask, address_of(path), seconds(timeout)))
     if as_json:
