@@ -163,7 +163,12 @@ def test_what_a_shell_would_have_left(folder: Path, path: Path) -> None:
     with started("receive-fd", path, *shell(ignored)) as receiver:
         wait_for_socket(path, receiver)
         assert run("send-fd", path, folder / "one").returncode == 0
-        assert ended(receiver).stdout == due.stdout
+        assert standard(ended(receiver).stdout) == standard(due.stdout)
+
+
+def standard(line: str) -> int:
+    """Return which of the signals below 32 are ignored; libc's own depend on who started it."""
+    return int(line.split()[1], 16) & 0x7FFFFFFF
 
 
 @pytest.mark.parametrize(
