@@ -32,8 +32,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
-        **options,
+        **{"env": {**os.environ, "COLUMNS": "200"}, **options},
     )
 
 
@@ -57,6 +56,20 @@ def test_demo_of_the_package() -> None:
         found = re.search(rf"{process}: (\d+) descriptors open before, (\d+) after", done.stdout)
         assert found
         assert found[1] == found[2]
+
+
+def test_demo_in_80_columns(folder: Path) -> None:
+    """In 80 columns nothing but names is folded."""
+    done = run("demo", str(folder), env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    rows = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("\N{BOX DRAWINGS LIGHT VERTICAL}")
+    ]
+    assert max(map(len, rows)) <= 80
+    assert sum(" TCP connection " in row for row in rows) == 2
+    assert sum(" the worker " in row for row in rows) == 4
 
 
 def test_demo_as_json(folder: Path) -> None:
@@ -342,8 +355,14 @@ def is_worker(pid: str) -> bool:
     return False
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    """Control-C ends it at once with one line and status 130, and no worker is left."""
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")],
+)
+def test_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: str) -> None:
+    """A signal ends it at once with one line and its status; no worker and no file is left."""
+    temporary = tmp_path / "t"
+    temporary.mkdir()
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 40)
     with subprocess.Popen(
@@ -353,7 +372,8 @@ def test_interrupted(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
         # Whoever started these tests in the background may have had it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
+        env={**os.environ, "TMPDIR": str(temporary)},
     ) as process:
         tasks = Path(f"/proc/{process.pid}/task")
         workers: list[str] = []
@@ -362,15 +382,16 @@ def test_interrupted(tmp_path: Path) -> None:
             lists = [file.read_text().split() for file in tasks.glob("*/children")]
             workers = [pid for pids in lists for pid in pids if is_worker(pid)]
         # The starter is in trio by then: it has started both.
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         try:
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130, errors
-    assert "trio-unixconn: interrupted" in errors.splitlines()
+    assert process.returncode == status, errors
+    assert f"trio-unixconn: {said}" in errors.splitlines()
     assert "Traceback" not in errors
     assert not any(map(is_worker, workers))
+    assert os.listdir(temporary) == []
 
 
 def test_a_worker_ends_with_its_starter(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ async def test_pidfd_where_nothing_tells(
     def missing(_: int) -> int:
         raise FileNotFoundError
 
-    monkeypatch.setattr(_identity, "_pid_of", missing)
+    monkeypatch.setattr(_identity, "pid_of", missing)
     async with person(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn) as pidfd:
             assert not select.select([pidfd], [], [], 0)[0]
@@ -589,7 +589,7 @@ async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) 
 
     async with person(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
-            monkeypatch.setattr(_identity, "_pid_of", missing)
+            monkeypatch.setattr(_identity, "pid_of", missing)
             for ask in looks(peer):
                 with pytest.raises(NotSupportedError, match="not mounted"):
                     ask()

@@ -27,6 +27,7 @@ from ._passing import DescriptorStream as DescriptorStream, FileDescriptor as Fi
 from ._policy import PeerPolicy as PeerPolicy
 from ._results import AsyncReadyCallback as AsyncReadyCallback, AsyncResult as AsyncResult
 from ._server import UnixServer as UnixServer, serve_unix as serve_unix
+from ._version import __version__ as __version__
 from .errors import (
     AddressInUseError as AddressInUseError,
     ConnectionBrokenError as ConnectionBrokenError,
@@ -46,8 +47,6 @@ from .errors import (
     UnsafeBufferError as UnsafeBufferError,
     WrongDescriptorKindError as WrongDescriptorKindError,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AddressInUseError",

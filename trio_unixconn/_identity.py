@@ -83,7 +83,7 @@ def _check_there(pidfd: int) -> None:
         # Another user's (EPERM), outside of this pid namespace (EINVAL), or a filter of system
         # calls said no: none of them says whether it is there.
         try:
-            pid = _pid_of(pidfd)
+            pid = pid_of(pidfd)
         except (FileNotFoundError, PermissionError):
             # Without /proc nobody can tell; the pidfd is the right one all the same.
             return
@@ -196,6 +196,20 @@ class PeerIdentity:
         return self._read(lambda folder: os.readlink(f"{folder}/exe"))
 
     @property
+    def command_line(self) -> list[str]:
+        """Its arguments, from ``/proc/PID/cmdline``; the process may have changed them.
+
+        Raises:
+          PeerGoneError, PermissionError, NotSupportedError: as :attr:`exe`.
+        """
+
+        def read(folder: str) -> list[str]:
+            with open(f"{folder}/cmdline", "rb") as file:
+                return [os.fsdecode(each) for each in file.read().split(b"\0")[:-1]]
+
+        return self._read(read)
+
+    @property
     def cgroup(self) -> str:
         """The path of its control group (version 2), from ``/proc/PID/cgroup``.
 
@@ -228,7 +242,7 @@ class PeerIdentity:
             raise PeerGoneError(errno.ESRCH, _GONE)
         pidfd = self._held()
         try:
-            pid = _pid_of(pidfd)
+            pid = pid_of(pidfd)
         except FileNotFoundError as exc:
             raise NotSupportedError("/proc is not mounted, and tells nothing about a peer") from exc
         if pid == _UNSEEN:
@@ -274,7 +288,7 @@ class PeerIdentity:
         return f"pid {ids.pid} uid {ids.uid} gid {ids.gid} groups {groups}{label}"
 
 
-def _pid_of(pidfd: int) -> int:
+def pid_of(pidfd: int) -> int:
     """Return the pid of a process in the pid namespace of /proc, or _REAPED, or _UNSEEN.
 
     Raises:

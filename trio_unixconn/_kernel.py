@@ -221,3 +221,21 @@ def group_named(name: str) -> int:
         return int(database.getgrnam(name).gr_gid)
     except KeyError:
         raise ValueError(f"no group is called {name!r}") from None
+
+
+def name_of_user(uid: int) -> str | None:
+    """Return the name of a user, None without one."""
+    database = _database("pwd")
+    try:
+        return None if database is None else str(database.getpwuid(uid).pw_name)
+    except (KeyError, OverflowError):
+        return None
+
+
+def name_of_group(gid: int) -> str | None:
+    """Return the name of a group, None without one."""
+    database = _database("grp")
+    try:
+        return None if database is None else str(database.getgrgid(gid).gr_name)
+    except (KeyError, OverflowError):
+        return None

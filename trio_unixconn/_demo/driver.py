@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -186,24 +185,14 @@ async def run(files: list[Path], on_progress: Callable[[int, int], None]) -> Rep
     begin, before = time.perf_counter(), wire.count_descriptors()
     progress = Progress(WORKERS * (len(files) + 2), on_progress)
     with short_folder() as folder:
-        async with trio.open_nursery() as watching:
-            watching.start_soon(raise_when_interrupted)
-            async with trio.open_nursery() as nursery:
-                for number in range(1, WORKERS + 1):
-                    path = os.path.join(folder, f"worker-{number}.sock")
-                    nursery.start_soon(one_worker, number, path, files, report, progress)
-            watching.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            for number in range(1, WORKERS + 1):
+                path = os.path.join(folder, f"worker-{number}.sock")
+                nursery.start_soon(one_worker, number, path, files, report, progress)
     after = wire.count_descriptors()
     report.descriptors.insert(0, Descriptors("this process", before, after))
     report.seconds = time.perf_counter() - begin
     return report
-
-
-async def raise_when_interrupted() -> None:
-    """Turn control-C into an exception of this task, and not of whatever runs just then."""
-    with trio.open_signal_receiver(signal.SIGINT) as signals:
-        await signals.__anext__()
-        raise KeyboardInterrupt
 
 
 @attrs.define

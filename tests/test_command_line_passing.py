@@ -1,0 +1,498 @@
+"""``trio-unixconn send-fd`` and ``receive-fd``, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import typer
+from commands import ended, run, started, wait_for_socket
+
+from trio_unixconn._cli import passing, running
+
+ABSTRACT = f"@trio-unixconn-test-{os.getpid()}"
+
+
+@pytest.fixture
+def folder() -> Generator[Path, None, None]:
+    """Make a folder with a short name and some files."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tu-") as name:
+        for each in ("one", "two", "three"):
+            Path(name, each).write_text(f"{each}\n")
+        yield Path(name)
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """Name a socket that is not there yet."""
+    return folder / "socket"
+
+
+def shell(script: str) -> list[str]:
+    return ["--", "sh", "-c", script]
+
+
+def program(text: str) -> list[str]:
+    return ["--", sys.executable, "-c", text]
+
+
+def test_files_reach_a_command(folder: Path, path: Path) -> None:
+    """The command has the files from 3 on, in order, and systemd's variables."""
+    script = 'cat <&3; cat <&4; cat <&5; echo "$$"; env | grep ^LISTEN_ | sort'
+    stale = {**os.environ, "LISTEN_PIDFDID": "1", "LISTEN_FDS": "9", "LISTEN_FDNAMES": "x"}
+    names = ("--name", "first", "--name", "second")
+    with started("receive-fd", path, *names, *shell(script), env=stale) as receiver:
+        wait_for_socket(path, receiver)
+        with open(folder / "two") as two:
+            sent = run("send-fd", path, folder / "one", "-", folder / "three", stdin=two)
+        assert (sent.returncode, sent.stdout, sent.stderr) == (0, "", "")
+        done = ended(receiver)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    *contents, pid, names_seen, count, listen_pid = done.stdout.splitlines()
+    assert contents == ["one", "two", "three"]
+    assert names_seen == "LISTEN_FDNAMES=first:second:unknown"
+    assert count == "LISTEN_FDS=3"
+    assert listen_pid == f"LISTEN_PID={pid}"
+    assert int(pid) == receiver.pid
+    assert not path.exists()
+
+
+def test_a_listening_socket_reaches_a_command(path: Path) -> None:
+    """A descriptor that the sender inherited is passed; a program accepts on the socket."""
+    accept = (
+        "import socket; server = socket.socket(fileno=3); conn, _ = server.accept(); "
+        "conn.sendall(b'hello'); print(conn.recv(9))"
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        started("receive-fd", path, *program(accept)) as receiver,
+    ):
+        wait_for_socket(path, receiver)
+        number = server.fileno()
+        sent = run("send-fd", path, "--fd", str(number), pass_fds=[number])
+        assert sent.returncode == 0, sent.stderr
+        with socket.create_connection(server.getsockname()) as client:
+            assert client.recv(9) == b"hello"
+            client.sendall(b"thanks")
+            done = ended(receiver)
+    assert done.stdout == "b'thanks'\n", done.stderr
+
+
+def test_many_and_no_other(folder: Path, path: Path) -> None:
+    """Many arrive at their places, also where places overlap, and nothing else is inherited."""
+    files = [folder / f"file{number}" for number in range(40)]
+    for file in files:
+        file.write_text(file.name)
+    look = (
+        "import os; print([os.read(fd, 99).decode() for fd in range(3, 43)]); "
+        "print(sorted(os.listdir('/proc/self/fd'), key=int))"
+    )
+    reading, writing = os.pipe()
+    try:
+        with started("receive-fd", path, *program(look), pass_fds=[reading, writing]) as receiver:
+            wait_for_socket(path, receiver)
+            assert run("send-fd", path, *files).returncode == 0
+            done = ended(receiver)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    contents, descriptors = done.stdout.splitlines()
+    assert contents == str([file.name for file in files])
+    # One more is that of the listing.
+    assert descriptors == str([str(number) for number in range(44)])
+
+
+@pytest.mark.parametrize("order", [(3, 4, 5), (5, 4, 3), (4, 5, 3), (9, 3, 4), (3,)])
+def test_every_order(order: tuple[int, ...], folder: Path) -> None:
+    """Wherever descriptors are, each gets its place."""
+    text = (
+        "import os\n"
+        "from trio_unixconn._cli.execution import become\n"
+        f"order = {order}\n"
+        "for number in order:\n"
+        f"    name = os.path.join({str(folder)!r}, str(number))\n"
+        "    with open(name, 'w+') as file: pass\n"
+        "    fd = os.open(name, os.O_RDWR)\n"
+        "    os.write(fd, b'%d' % number)\n"
+        "    os.dup2(fd, number + 30, inheritable=False)\n"
+        "    os.close(fd)\n"
+        "for number in order: os.dup2(number + 30, number, inheritable=False)\n"
+        "become(['sh', '-c', 'for fd in /proc/self/fd/*; do readlink $fd; done; :'], order, [])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    came = [line for line in done.stdout.splitlines() if line.startswith(str(folder))]
+    assert came == [str(folder / str(number)) for number in order]
+
+
+def test_no_room() -> None:
+    """Descriptors for which no place is free are a clear line."""
+    text = (
+        "import resource, typer\n"
+        "from trio_unixconn._cli.execution import become\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))\n"
+        "try: become(['true'], [0], [])\n"
+        "except typer.Exit as exc: print(exc.exit_code)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout == "1\n"
+    assert done.stderr.startswith("trio-unixconn: no room for 1 descriptors from 3 on: ")
+
+
+def test_what_a_shell_would_have_left(folder: Path, path: Path) -> None:
+    """The command finds the signals that Python ignores at their default."""
+    ignored = "grep SigIgn /proc/$$/status"
+    due = subprocess.run(["sh", "-c", ignored], capture_output=True, text=True, check=True)
+    with started("receive-fd", path, *shell(ignored)) as receiver:
+        wait_for_socket(path, receiver)
+        assert run("send-fd", path, folder / "one").returncode == 0
+        assert standard(ended(receiver).stdout) == standard(due.stdout)
+
+
+def standard(line: str) -> int:
+    """Return which of the signals below 32 are ignored; libc's own depend on who started it."""
+    return int(line.split()[1], 16) & 0x7FFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("r", os.O_RDONLY),
+        ("w", os.O_WRONLY),
+        ("a", os.O_WRONLY | os.O_APPEND),
+        ("r+", os.O_RDWR),
+    ],
+)
+def test_modes(mode: str, flags: int, folder: Path, path: Path) -> None:
+    """--mode says how the files are opened; the command gets them just so."""
+    look = (
+        "import fcntl, os; "
+        "print(fcntl.fcntl(3, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND), os.fstat(3).st_size)"
+    )
+    with started("receive-fd", path, *program(look)) as receiver:
+        wait_for_socket(path, receiver)
+        assert run("send-fd", "--mode", mode, path, folder / "one").returncode == 0
+        assert ended(receiver).stdout == f"{flags} {0 if mode == 'w' else 4}\n"
+
+
+def test_the_sender_listens(folder: Path) -> None:
+    """With --listen the sender waits, and with --connect the receiver comes to it."""
+    with started("send-fd", "--listen", ABSTRACT, folder / "one") as sender:
+        wait_for_socket(ABSTRACT, sender)
+        uri = f"unix:abstract={ABSTRACT[1:]}"
+        done = run("receive-fd", "--connect", uri, *shell("cat <&3"))
+        assert ended(sender).returncode == 0
+    assert done.stdout == "one\n", done.stderr
+
+
+def test_without_a_command(folder: Path, path: Path) -> None:
+    """Without a command, what came is listed and closed."""
+    with started("receive-fd", path) as receiver:
+        wait_for_socket(path, receiver)
+        assert run("send-fd", f"unix:{path}", folder / "one", folder).returncode == 0
+        done = ended(receiver)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(maxsplit=1) for line in done.stdout.splitlines()] == [
+        ["3", f"regular file      {folder / 'one'}"],
+        ["4", f"directory         {folder}"],
+    ]
+
+
+################################################################
+# Peers of the standard library
+################################################################
+
+
+def test_stdlib_receives(folder: Path, path: Path) -> None:
+    """Each file comes in a message of its own with one byte; then the stream ends."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        with started("send-fd", path, folder / "one", folder / "two") as sender:
+            conn, _ = server.accept()
+            with conn:
+                for due in ("one\n", "two\n"):
+                    data, fds, _, _ = socket.recv_fds(conn, 100, 10)
+                    assert data == b"\0"
+                    (fd,) = fds
+                    with open(fd) as file:
+                        assert file.read() == due
+                assert conn.recv(1) == b""
+            assert ended(sender).returncode == 0
+
+
+def test_stdlib_sends(folder: Path, path: Path) -> None:
+    """Messages with several descriptors are taken as well."""
+    with started("receive-fd", path, *shell("cat <&3; cat <&4")) as receiver:
+        wait_for_socket(path, receiver)
+        with (
+            socket.socket(socket.AF_UNIX) as client,
+            open(folder / "one") as one,
+            open(folder / "two") as two,
+        ):
+            client.connect(str(path))
+            socket.send_fds(client, [b"x"], [one.fileno(), two.fileno()])
+        assert ended(receiver).stdout == "one\ntwo\n"
+
+
+def test_count(folder: Path, path: Path) -> None:
+    """With --count the command begins as soon as so many are there."""
+    with started("receive-fd", "--count", "2", path, *shell("cat <&3; cat <&4")) as receiver:
+        wait_for_socket(path, receiver)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            for name in ("one", "two"):
+                with open(folder / name) as file:
+                    socket.send_fds(client, [b"x"], [file.fileno()])
+            assert ended(receiver).stdout == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_too_many_or_too_few(count: int, path: Path) -> None:
+    """A message without a descriptor, or with more than --count, is an error."""
+    with started("receive-fd", "--count", "1", path, *shell("echo ran")) as receiver:
+        wait_for_socket(path, receiver)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            socket.send_fds(client, [b"x"], [0] * count)
+            done = ended(receiver)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("trio-unixconn: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_came(path: Path) -> None:
+    """A stream that ends without a descriptor is an error, and the command is not run."""
+    with started("receive-fd", path, *shell("echo ran")) as receiver:
+        wait_for_socket(path, receiver)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        done = ended(receiver)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"trio-unixconn: {path}: the stream ended before a descriptor came\n"
+
+
+################################################################
+# Who is let in
+################################################################
+
+
+@pytest.mark.parametrize(("options", "mode"), [((), 0o600), (("--any-user",), 0o666)])
+def test_mode_of_the_path(options: tuple[str, ...], mode: int, folder: Path, path: Path) -> None:
+    """The path is for the same user alone, unless any user may come."""
+    with started("receive-fd", *options, path) as receiver:
+        wait_for_socket(path, receiver)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        assert run("send-fd", path, folder / "one").returncode == 0
+        assert ended(receiver).returncode == 0
+
+
+def send_as_nobody() -> None:
+    """Connect under another user id, and send a descriptor."""
+    if os.geteuid() != 0:
+        assert "CI" not in os.environ
+        pytest.skip("only root can be another user")
+    with socket.socket(socket.AF_UNIX) as client:
+        os.seteuid(65534)
+        try:
+            client.connect("\0" + ABSTRACT[1:])
+        finally:
+            os.seteuid(0)
+        # A server that denies may have closed it already.
+        try:
+            socket.send_fds(client, [b"x"], [0])
+            assert client.recv(1) == b""
+        except OSError:
+            pass
+
+
+def test_another_user_is_denied(folder: Path) -> None:
+    """Another user is sent away, said so, and does not count as the one connection."""
+    with started("receive-fd", ABSTRACT, *shell("cat <&3")) as receiver:
+        wait_for_socket(ABSTRACT, receiver)
+        send_as_nobody()
+        assert run("send-fd", ABSTRACT, folder / "one").returncode == 0
+        done = ended(receiver)
+    assert done.stdout == "one\n"
+    assert "denied pid" in done.stderr
+
+
+def test_another_user_is_let_in() -> None:
+    """With --any-user another user may send."""
+    with started("receive-fd", "--any-user", "--count", "1", ABSTRACT) as receiver:
+        wait_for_socket(ABSTRACT, receiver)
+        send_as_nobody()
+        done = ended(receiver)
+    assert done.stdout.startswith("3 ")
+
+
+################################################################
+# What goes wrong
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["send-fd", "{path}"], 2, "nothing to send: give a FILE, or --fd N"),
+        (["send-fd", "{path}", "{folder}/none"], 1, "{folder}/none: No such file or directory"),
+        (["send-fd", "{path}", "{folder}/one", "--fd", "99"], 1, "descriptor 99 is not open"),
+        (["send-fd", "{path}", "--fd", "99999999999"], 1, "descriptor 99999999999 is not open"),
+        (["send-fd", "{path}", "{folder}/one"], 1, "{path}: No such file or directory: nothing"),
+        (["send-fd", "{folder}/one", "{folder}/one"], 1, "{folder}/one: Connection refused: it is"),
+        (["send-fd", "--any-user", "{path}", "{folder}/one"], 2, "--any-user is about who may"),
+        (["send-fd", "--timeout", "nan", "{path}", "-"], 2, "--timeout is a number of seconds"),
+        (["send-fd", "@", "-"], 2, "'@' is an abstract name without a character"),
+        (["send-fd", "unix:nowhere", "-"], 2, "'unix:nowhere' is not the address of a Unix"),
+        (["send-fd", "", "-"], 2, "a socket's path must not be empty"),
+        (["receive-fd", "{folder}/one"], 1, "{folder}/one: Address already in use: a regular"),
+        (["receive-fd", "{path}", "--name", "a:b"], 2, "'a:b': a name has 1 to 255 characters"),
+        (["receive-fd", "{path}", "--name", ""], 2, "'': a name has 1 to 255 characters"),
+        (["receive-fd", "--connect", "--any-user", "{path}"], 2, "--any-user is about who may"),
+        (["receive-fd", "--timeout", "0.01", "{path}"], 1, "{path}: not done within 0.01 seconds"),
+        (["receive-fd", "{path}", "--", "no-such-program"], 127, "no-such-program: command not"),
+        (["receive-fd", "{path}", "--", "{path}"], 127, "{path}: command not found"),
+        (["receive-fd", "{path}", "--", "{folder}/one"], 126, "{folder}/one: Permission denied"),
+    ],
+)
+def test_errors(arguments: list[str], status: int, said: str, folder: Path, path: Path) -> None:
+    """What goes wrong is a line and an exit status, and nothing is left at the path."""
+    names = {"folder": str(folder), "path": str(path)}
+    done = run(*(each.format(**names) for each in arguments))
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("trio-unixconn: " + said.format(**names))
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert sorted(os.listdir(folder)) == ["one", "three", "two"]
+
+
+def test_a_missing_file_is_seen_first(folder: Path, path: Path) -> None:
+    """Nobody is connected to if one of the files cannot be opened."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        assert run("send-fd", path, folder / "one", folder / "none").returncode == 1
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [("no shebang", 126, "Exec format error"), ("#!/no/such/program", 127, "No such file")],
+)
+def test_a_program_that_does_not_start(
+    text: str, status: int, said: str, folder: Path, path: Path
+) -> None:
+    """A program that cannot be run has the shell's exit status."""
+    script = folder / "script"
+    script.write_text(text)
+    script.chmod(0o755)
+    with started("receive-fd", path, "--", script) as receiver:
+        wait_for_socket(path, receiver)
+        assert run("send-fd", path, folder / "one").returncode == 0
+        done = ended(receiver)
+    assert done.returncode == status
+    assert done.stderr.startswith(f"trio-unixconn: {script}: {said}")
+
+
+################################################################
+# Signals
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGHUP, 129, "ended by SIGHUP"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_ended_by_a_signal(number: signal.Signals, status: int, said: str, path: Path) -> None:
+    """A signal ends a command that waits, and the path is taken away."""
+    with started("receive-fd", path, preexec_fn=deaf_to()) as receiver:
+        wait_for_socket(path, receiver)
+        receiver.send_signal(number)
+        done = ended(receiver)
+    assert (done.returncode, done.stderr) == (status, f"trio-unixconn: {said}\n")
+    assert sorted(os.listdir(path.parent)) == ["one", "three", "two"]
+
+
+def test_ignored_signals_stay_ignored(folder: Path, path: Path) -> None:
+    """What whoever started it has ignored is ignored, here and in the command."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    script = "kill -INT $$; kill -TERM $$; kill -HUP $$; echo still here"
+    with started("receive-fd", path, *shell(script), preexec_fn=deaf_to(*signals)) as receiver:
+        wait_for_socket(path, receiver)
+        for number in signals:
+            receiver.send_signal(number)
+        assert run("send-fd", path, folder / "one").returncode == 0
+        assert ended(receiver).stdout == "still here\n"
+
+
+def deaf_to(*signals: signal.Signals) -> Any:
+    """Return what ignores these and hears the others, as the tests' own starter may not."""
+
+    def prepare() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in signals else signal.SIG_DFL)
+
+    return prepare
+
+
+################################################################
+# In this process, to see what a user does not
+################################################################
+
+
+def test_interrupted_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control-C is exit status 130 also before, or after, a signal would be heard."""
+
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as caught:
+        running.run(interrupted)
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "trio-unixconn: interrupted\n"
+
+
+def test_several_mistakes() -> None:
+    """Several errors that nobody expects are all shown."""
+
+    async def mistaken() -> None:
+        raise ZeroDivisionError
+
+    async def twice() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mistaken)
+            nursery.start_soon(mistaken)
+
+    with pytest.raises(BaseException) as caught:
+        running.run(twice)
+    assert len(list(running._causes(caught.value))) == 2
+
+
+def test_where_nothing_is_shown() -> None:
+    """Where the system does not show what is behind a descriptor, there is a dash."""
+    assert passing._link_of(-1) == "-"

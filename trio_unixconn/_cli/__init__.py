@@ -1,0 +1,1 @@
+"""The commands of ``trio-unixconn``, which ``__main__`` puts together."""

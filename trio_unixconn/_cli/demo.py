@@ -1,0 +1,143 @@
+"""``trio-unixconn demo``: what the demonstration found, as tables.
+
+The rule of this file: it says what the report says; the work is done in ``_demo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import attrs
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .printing import fail, printable, say, say_json
+from .running import run
+
+if TYPE_CHECKING:
+    from .._demo.driver import Report, Transfer
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def demo(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files and folders to hand over; files of this package if left out."),
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    rows: Annotated[
+        int, typer.Option(min=0, help="How many files to list; those that differ always are.")
+    ] = 20,
+) -> None:
+    """Hand open files, a pipe and a TCP connection to two processes, and compare.
+
+    Both sides read to the end, and say what they read; they exchange credentials, by await
+    and by callback. Exit status 1 if anything differs.
+    """
+    from .._demo import driver  # noqa: PLC0415 - --help needs none of it
+
+    try:
+        files, problems = driver.files_in(paths or sorted(_PACKAGE.rglob("*.py")))
+    except OSError as exc:
+        fail(f"{exc.filename}: {exc.strerror}", status=2)
+    with Progress(
+        TextColumn("handing over"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_progress(done: int, due: int) -> None:
+            bar.update(task, completed=done, total=due)
+
+        report = run(partial(driver.run, files, on_progress))
+    report.skipped += problems
+    if as_json:
+        differences = report.differences()
+        say_json({**attrs.asdict(report), "same": not differences, "differences": differences})
+    else:
+        _print_tables(report, rows)
+    if report.differences():
+        fail(*report.differences())
+
+
+def _print_tables(report: Report, rows: int) -> None:
+    console = Console()
+    shown = [each for i, each in enumerate(report.transfers) if i < rows or not each.same]
+    # A table for each worker, so that who it is takes no room beside each file.
+    for worker, peer in sorted({(each.worker, tuple(each.peer)) for each in shown}):
+        table = Table(
+            title=f"Handed over to worker {worker} (pid uid gid: {_spaced(peer)})",
+            title_justify="left",
+        )
+        table.add_column("what", overflow="fold")
+        for name in ("device:inode", "bytes", "sha256"):
+            table.add_column(f"{name}\nhere / there", justify="right", no_wrap=True)
+        table.add_column("ms", justify="right", no_wrap=True)
+        for each in shown:
+            if each.worker == worker:
+                _add_row(table, each)
+        console.print(table)
+    if len(shown) < len(report.transfers):
+        say(f"... and {len(report.transfers) - len(shown)} more, the same on both sides")
+    console.print(_exchanges(report))
+    say(
+        f"{sum(report.cancelled)} of {len(report.cancelled)} receives were cancelled by a thread; "
+        "what came after them arrived all the same"
+    )
+    for process in report.descriptors:
+        say(f"{process.process}: {process.before} descriptors open before, {process.after} after")
+    for line in report.skipped:
+        say(f"not handed over: {line}")
+    count = len(report.transfers)
+    say(
+        f"{count} descriptors handed over in {report.seconds:.2f} s; "
+        + (f"{len(report.differences())} differences" if report.differences() else "all the same")
+    )
+
+
+def _exchanges(report: Report) -> Table:
+    table = Table(title="Credentials (pid uid gid)", title_justify="left")
+    for name in ("worker", "by", "sent by", "who is", "arrived as"):
+        table.add_column(name)
+    for exchange in report.exchanges:
+        for sender, sent, received in (
+            ("this process", exchange.ours, exchange.they_received),
+            ("the worker", exchange.theirs, exchange.we_received),
+        ):
+            table.add_row(
+                str(exchange.worker),
+                exchange.form,
+                sender,
+                _spaced(sent),
+                _spaced(received),
+                style="" if sent == received else "red",
+            )
+    return table
+
+
+def _add_row(table: Table, each: Transfer) -> None:
+    here, there = each.here, each.there
+    table.add_row(
+        escape(printable(each.what)),
+        f"{here.identity}\n{there.identity}",
+        f"{here.bytes}\n{there.bytes}",
+        f"{here.sha256[:12]}\n{there.sha256[:12]}",
+        f"{each.seconds * 1000:.1f}",
+        style="" if each.same else "red",
+    )
+
+
+def _spaced(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))

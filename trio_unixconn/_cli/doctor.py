@@ -1,0 +1,81 @@
+"""``trio-unixconn doctor``: what this kernel and Python offer, as tables.
+
+The rule of this file: it says what the examination says; the work is done in ``_doctor``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import attrs
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .printing import fail, printable, say, say_json
+
+if TYPE_CHECKING:
+    from .._doctor.report import Examination
+
+
+def doctor(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Try what this library needs of the kernel and Python, and list the limits in force.
+
+    Exit status 1 if descriptors or credentials do not pass.
+    What is missing otherwise costs only what the table says.
+    """
+    from .._doctor.examination import examine  # noqa: PLC0415 - --help needs none of it
+
+    found = examine()
+    if as_json:
+        say_json({**attrs.asdict(found), "works": found.works})
+    else:
+        _print_tables(found)
+    if not found.works:
+        fail(
+            *(
+                f"{each.name}: {each.seen}"
+                for each in found.features
+                if each.is_core and not each.works
+            )
+        )
+
+
+def _print_tables(found: Examination) -> None:
+    console = Console()
+    for name, version in found.versions.items():
+        say(f"{name}: {version}")
+    table = Table(title="Features", title_justify="left")
+    table.add_column("feature", overflow="fold", max_width=20)
+    table.add_column("since", max_width=12)
+    table.add_column("works")
+    table.add_column("what was seen", overflow="fold")
+    for feature in found.features:
+        seen = printable(feature.seen)
+        if not feature.works:
+            seen += f"\nwithout it: {feature.otherwise}"
+        table.add_row(
+            feature.name,
+            feature.since,
+            "yes" if feature.works else "no",
+            escape(seen),
+            style="" if feature.works else "red" if feature.is_core else "yellow",
+        )
+    console.print(table)
+    table = Table(title="Limits", title_justify="left")
+    table.add_column("limit", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("what it limits", overflow="fold")
+    for limit in found.limits:
+        value = "unknown" if limit.value is None else str(limit.value)
+        table.add_row(limit.name, value, escape(printable(limit.meaning)))
+    console.print(table)
+    say(
+        "descriptors and credentials pass: this library works here"
+        if found.works
+        else "descriptors or credentials do not pass: this library does not work here"
+    )

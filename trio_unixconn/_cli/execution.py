@@ -1,0 +1,94 @@
+"""Becoming another program that gets descriptors, as systemd starts one.
+
+The rule of this file: the program gets standard input, output and error, the descriptors from
+3 on, in order, and no other; of the process it finds what a shell would have left it.
+
+Sources: sd_listen_fds(3), execve(2), dup2(2), signal(7); of Python, PEP 446 and the
+``restore_signals`` of subprocess
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, NoReturn
+
+from .printing import fail
+
+FIRST: Final = 3
+# What a shell says of a program that it does not find, or cannot start.
+_NOT_FOUND: Final = 127
+_NOT_STARTED: Final = 126
+# systemd's word for a descriptor that nobody has named.
+UNNAMED: Final = "unknown"
+
+
+def check_command(command: Sequence[str]) -> None:
+    """End with the shell's exit status if there is no such program."""
+    name = command[0]
+    if shutil.which(name) is None:
+        if os.sep in name and os.path.exists(name):
+            fail(f"{name}: Permission denied", status=_NOT_STARTED)
+        fail(f"{name}: command not found", status=_NOT_FOUND)
+
+
+def become(command: Sequence[str], fds: Sequence[int], names: Sequence[str]) -> NoReturn:
+    """Replace this process by ``command``, with ``fds`` from 3 on.
+
+    The descriptors stay as they are otherwise; whether they block is left alone.
+
+    Args:
+      names: of the first of them; the others are called "unknown".
+    """
+    environment = dict(os.environ)
+    environment["LISTEN_PID"] = str(os.getpid())
+    environment["LISTEN_FDS"] = str(len(fds))
+    environment["LISTEN_FDNAMES"] = ":".join([*names, *[UNNAMED] * len(fds)][: len(fds)])
+    # Newer systemd names the process by its pidfd's inode too; an inherited one is another's.
+    environment.pop("LISTEN_PIDFDID", None)
+    try:
+        _arrange(fds)
+    except OSError as exc:
+        fail(f"no room for {len(fds)} descriptors from {FIRST} on: {exc.strerror}")
+    # Python ignores these from its start on, and exec(2) would leave it at that.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], [*command], environment)  # noqa: S606 - what the user said
+    except OSError as exc:
+        status = _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_STARTED
+        fail(f"{command[0]}: {exc.strerror}", status=status)
+
+
+def _arrange(fds: Sequence[int]) -> None:
+    """Have ``fds`` at their places, inheritable, and nothing else above standard error."""
+    import fcntl  # noqa: PLC0415 - not on Windows
+
+    places = range(FIRST, FIRST + len(fds))
+    # First everything out of the way: a place may be held by one that belongs elsewhere.
+    aside = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, places.stop) if fd in places and fd != place else fd
+        for place, fd in zip(places, fds, strict=True)
+    ]
+    for place, fd in zip(places, aside, strict=True):
+        if fd == place:
+            os.set_inheritable(fd, True)
+        else:
+            os.dup2(fd, place)
+    # Python's own are close-on-exec; those that whoever started this process left open are not.
+    for number in _open_descriptors():
+        if number >= places.stop:
+            # The one of the listing is gone by now.
+            with suppress(OSError):
+                os.set_inheritable(number, False)
+
+
+def _open_descriptors() -> list[int]:
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    return [int(name) for name in os.listdir(folder)]

@@ -1,0 +1,37 @@
+"""What the commands print, and how they end.
+
+The rule of this file: what was found goes to standard output and what went wrong to standard
+error, and nothing in either acts on a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+
+def say(line: str) -> None:
+    """Print a line, which somebody may search or cut: it is not folded."""
+    print(printable(line))  # noqa: T201 - a command line's work
+
+
+def say_json(value: Any) -> None:
+    """Print for machines."""
+    print(json.dumps(value, indent=1))  # noqa: T201 - as above
+
+
+def fail(*lines: str, status: int = 1) -> NoReturn:
+    """Say what went wrong, and end."""
+    for line in lines:
+        print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - as above
+    raise typer.Exit(status)
+
+
+def printable(text: str) -> str:
+    """Show what a terminal would act on, and what is no text, as escapes."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )

@@ -1,0 +1,117 @@
+"""Running what a command does, until it is done or a signal ends it.
+
+The rule of this file: however it ends, what it made is cleaned up first, and whoever ran it
+gets a line and an exit status; only a mistake in this library is a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+from ..errors import UnixConnectionError
+from .printing import fail
+
+if TYPE_CHECKING:
+    from .._address import UnixSocketAddress
+
+T = TypeVar("T")
+
+# Windows has no SIGHUP.
+_SIGNALS: Final = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class Signalled(BaseException):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(function: Callable[[], Awaitable[T]]) -> T:
+    """Run an async function and return its result, or end with an exit status.
+
+    1 for what a user can do something about, 128 and its number for a signal, as in a shell.
+    """
+    try:
+        return trio.run(_until_signalled, function)
+    except BaseException as exc:
+        causes = list(_causes(exc))
+        for cause in causes:
+            if isinstance(cause, KeyboardInterrupt):
+                # It came before anything was running.
+                cause = Signalled(signal.SIGINT)  # noqa: PLW2901 - the same thing
+            if isinstance(cause, Signalled):
+                number = signal.Signals(cause.number)
+                said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+                fail(said, status=128 + number)
+        expected = (OSError, EOFError, trio.TooSlowError, UnixConnectionError)
+        if not all(isinstance(cause, expected) for cause in causes):
+            if len(causes) > 1:
+                raise
+            # Without the groups around it, and with what it says of its own origin.
+            raise causes[0] from causes[0].__cause__
+        fail(*map(described, causes))
+
+
+def described(exc: BaseException) -> str:
+    """Say in a line what went wrong."""
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return f"{exc.filename}: {exc.strerror}"
+    if isinstance(exc, UnixConnectionError):
+        return str(exc)
+    return f"{type(exc).__name__}: {exc}"
+
+
+def seconds(timeout: float | None) -> float:
+    """Return what was said to ``--timeout``, infinity if nothing was."""
+    if timeout is None:
+        return math.inf
+    # Which no number is that is none (nan).
+    if not timeout >= 0:
+        fail("--timeout is a number of seconds, 0 or more", status=2)
+    return timeout
+
+
+def too_slow(timeout: float, address: UnixSocketAddress) -> OSError:
+    """Return the error for what took longer than ``timeout``."""
+    return TimeoutError(errno.ETIMEDOUT, f"not done within {timeout:g} seconds", str(address))
+
+
+async def _until_signalled(function: Callable[[], Awaitable[T]]) -> T:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_raise_when_signalled)
+        result = await function()
+        nursery.cancel_scope.cancel()
+    return result
+
+
+async def _raise_when_signalled(
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Turn a signal into an exception of this task, and not of whatever runs just then."""
+    # What whoever started this process has ignored (nohup, or a shell for what it runs in the
+    # background) stays ignored.
+    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    if not heard:
+        task_status.started()
+        return
+    with trio.open_signal_receiver(*heard) as signals:
+        task_status.started()
+        raise Signalled(await signals.__anext__())
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    for each in inner:
+        yield from _causes(each)
+    if not inner:
+        yield exc

@@ -1,0 +1,54 @@
+"""The examination: every feature tried, every limit looked up.
+
+The rule of this file: nothing is raised, whatever the system lacks or forbids; that is what
+the report is for.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import attrs
+import trio
+
+from .._version import __version__
+from .lab import Lab
+from .limits import limits
+from .probes import PROBES, Probe
+from .report import Examination, Feature
+
+
+def examine() -> Examination:
+    """Try everything, one after another; nothing is left behind.
+
+    It blocks, for a fraction of a second if nothing hangs. While one feature is tried the soft
+    limit RLIMIT_NOFILE is lowered, so that other threads must not need a descriptor meanwhile.
+    """
+    return Examination(_versions(), [_tried(probe) for probe in PROBES], limits())
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "trio_unixconn": __version__,
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "trio": trio.__version__,
+        "attrs": attrs.__version__,
+        "executable": sys.executable,
+    }
+
+
+def _tried(probe: Probe) -> Feature:
+    try:
+        with Lab() as lab:
+            works, seen = True, probe.attempt(lab)
+    except Exception as exc:  # noqa: BLE001 - a system that forbids something chooses the error
+        works, seen = False, _reason(exc)
+    return Feature(probe.name, probe.since, works, seen, probe.otherwise, probe.is_core)
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return str(exc) or type(exc).__name__

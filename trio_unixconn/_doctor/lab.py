@@ -1,0 +1,144 @@
+"""What the examination tries things on: sockets, files, a process.
+
+The rule of this file: whatever it makes is gone when its block is left, and nothing waits
+for longer than :data:`PATIENCE`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket as stdlib_socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from .. import _control, _kernel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .._control import ControlMessage, Parsed
+
+PATIENCE: Final = 10.0
+
+_CHILD: Final = """
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sys.stdin.read()
+"""
+
+
+class UnexpectedError(Exception):
+    """Something does not do what it is there for."""
+
+
+def expect(condition: bool, otherwise: str) -> None:  # noqa: FBT001 - as assert has it
+    """Raise UnexpectedError unless ``condition``."""
+    if not condition:
+        raise UnexpectedError(otherwise)
+
+
+def expect_error(kind: type[Exception], do: Callable[[], object], otherwise: str) -> None:
+    """Raise UnexpectedError unless ``do`` raises an error of this kind."""
+    try:
+        do()
+    except kind:
+        return
+    raise UnexpectedError(otherwise)
+
+
+class Lab:
+    """A block in which things are tried."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def afterwards(self, undo: Callable[[], object]) -> None:
+        """Have ``undo`` called at the end."""
+        self._stack.callback(undo)
+
+    def own(self, fd: int) -> int:
+        """Close ``fd`` at the end."""
+        self._stack.callback(os.close, fd)
+        return fd
+
+    def socket(self) -> stdlib_socket.socket:
+        """Make a Unix stream socket."""
+        family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+        return self._tamed(stdlib_socket.socket(family))
+
+    def pair(self) -> tuple[stdlib_socket.socket, stdlib_socket.socket]:
+        """Make two that are connected."""
+        family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+        one, two = stdlib_socket.socketpair(family)
+        return self._tamed(one), self._tamed(two)
+
+    def accept(self, listener: stdlib_socket.socket) -> stdlib_socket.socket:
+        """Accept a connection."""
+        return self._tamed(listener.accept()[0])
+
+    def _tamed(self, sock: stdlib_socket.socket) -> stdlib_socket.socket:
+        self._stack.enter_context(sock)
+        sock.settimeout(PATIENCE)
+        return sock
+
+    def send(self, sock: stdlib_socket.socket, *messages: ControlMessage) -> None:
+        """Send a byte with control messages."""
+        sock.sendmsg([b"x"], messages)
+
+    def receive(self, sock: stdlib_socket.socket, flags: int = _kernel.MSG_CMSG_CLOEXEC) -> Parsed:
+        """Receive a byte and what came with it, which is closed at the end."""
+        data, ancdata, came, _ = sock.recvmsg(1, _kernel.CONTROL_ROOM, flags)
+        parsed = _control.parse(ancdata, came)
+        self._stack.callback(parsed.close)
+        expect(data == b"x", f"{data!r} came where b'x' was sent")
+        return parsed
+
+    def file(self) -> int:
+        """Open a file that has no name."""
+        return self.own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+    def folder(self) -> str:
+        """Make a folder, which is removed at the end with all that is in it."""
+        # Not below what TMPDIR says if that is too long for the paths of sockets.
+        parent = tempfile.gettempdir()
+        parent = parent if len(parent) < 40 else "/tmp"  # noqa: S108 - a private folder in it
+        folder = tempfile.TemporaryDirectory(prefix="trio-unixconn-", dir=parent)
+        return self._stack.enter_context(folder)
+
+    def listener(self, path: str | bytes) -> stdlib_socket.socket:
+        """Listen at a path or an abstract name."""
+        sock = self.socket()
+        sock.bind(path)
+        sock.listen()
+        return sock
+
+    def child(self) -> tuple[subprocess.Popen[bytes], stdlib_socket.socket]:
+        """Start a process that connects, and return the accepted connection with it.
+
+        It ends once its standard input does.
+        """
+        path = os.path.join(self.folder(), "socket")
+        listener = self.listener(path)
+        process = subprocess.Popen(  # noqa: S603 - this Python and the program above
+            [sys.executable, "-ISc", _CHILD, path], stdin=subprocess.PIPE
+        )
+        self._stack.enter_context(process)
+        self.afterwards(process.kill)
+        return process, self.accept(listener)

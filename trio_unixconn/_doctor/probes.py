@@ -1,0 +1,438 @@
+"""How each feature is tried.
+
+The rule of this file: each is used as it is meant to be used, on real sockets, and works only
+if what it is there for was seen to happen; a version number proves nothing.
+
+Sources: unix(7), socket(7), recvmsg(2), memfd_create(2), pidfd_open(2), pidfd_send_signal(2),
+flock(2), rename(2), proc_pid_fd(5); of Linux, the commits that added SO_PEERGROUPS (4.13),
+SO_PEERPIDFD and SO_PASSPIDFD (6.5) and SO_PASSRIGHTS (6.16)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+
+from .. import _control, _kernel, _sealed
+from .._address import UnixSocketAddress
+from .._credentials import Credentials, peer_credentials
+from .._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
+from .._paths import LONGEST, bindable, connectable
+from ..errors import PeerGoneError
+from .lab import PATIENCE, Lab, expect, expect_error
+
+SECURITY_MODULES: Final = "/sys/kernel/security/lsm"
+
+
+@attrs.frozen
+class Probe:
+    """How one feature is tried.
+
+    Attributes:
+      attempt: says what was seen, or raises.
+    """
+
+    name: str
+    since: str
+    otherwise: str
+    attempt: Callable[[Lab], str]
+    is_core: bool = False
+
+
+def sendmsg(lab: Lab) -> str:
+    """Python can send and receive control messages at all."""
+    expect(_kernel.HAS_SENDMSG, "this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
+    one, two = lab.pair()
+    lab.send(one)
+    lab.receive(two)
+    return "a byte passed"
+
+
+def descriptor(lab: Lab) -> str:
+    """A descriptor arrives, on the same open file."""
+    one, two = lab.pair()
+    sent = lab.file()
+    lab.send(one, _control.rights(sent))
+    (came,) = lab.receive(two).fds
+    expect(os.path.sameopenfile(sent, came), "another file arrived")
+    return "an open file passed"
+
+
+def most_descriptors(lab: Lab) -> str:
+    """As many descriptors as the library counts on go in one message."""
+    one, _ = lab.pair()
+    most = _kernel.SCM_MAX_FD
+    lab.send(one, _control.rights(*[lab.file()] * most))
+    return f"a message with {most} was taken"
+
+
+def close_on_exec(lab: Lab) -> str:
+    """A descriptor arrives close-on-exec in one step."""
+    expect(_kernel.MSG_CMSG_CLOEXEC != 0, "this Python has no MSG_CMSG_CLOEXEC")
+    one, two = lab.pair()
+    lab.send(one, _control.rights(lab.file()))
+    (came,) = lab.receive(two, _kernel.MSG_CMSG_CLOEXEC).fds
+    expect(not os.get_inheritable(came), "a descriptor arrived inheritable")
+    return "a descriptor arrived close-on-exec"
+
+
+def truncation(lab: Lab) -> str:
+    """The kernel says so when a descriptor finds no free slot."""
+    import resource  # noqa: PLC0415 - not on Windows
+
+    one, two = lab.pair()
+    lab.send(one, _control.rights(lab.file()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(one.fileno())
+    os.close(lowest)
+    # All below the lowest that is free are taken.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        came = lab.receive(two)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    expect(came.truncated and not came.fds, f"{came} came with a full table, and nothing was said")
+    return "with a full table, MSG_CTRUNC came"
+
+
+def refused_descriptors(lab: Lab) -> str:
+    """Whoever sends a descriptor where none is wanted gets EPERM, and the byte stays out."""
+    option = _kernel.required(_kernel.SO_PASSRIGHTS, "SO_PASSRIGHTS")
+    one, two = lab.pair()
+    two.setsockopt(_kernel.SOL_SOCKET, option, 0)
+    expect_error(
+        PermissionError,
+        lambda: lab.send(one, _control.rights(lab.file())),
+        "a descriptor was taken all the same",
+    )
+    lab.send(one)
+    expect(not lab.receive(two).fds, "a descriptor arrived all the same")
+    return "the sender got EPERM, and plain bytes pass"
+
+
+def peer(lab: Lab) -> str:
+    """A socket says who is at its other end."""
+    one, _ = lab.pair()
+    found = peer_credentials(one.getsockopt)
+    expect(found == Credentials(), f"{found} came where {Credentials()} was due")
+    return f"pid {found.pid}, uid {found.uid}, gid {found.gid}: this process"
+
+
+def sent_credentials(lab: Lab) -> str:
+    """Credentials that a process sends arrive."""
+    one, two = lab.pair()
+    two.setsockopt(_kernel.SOL_SOCKET, _passcred(), 1)
+    lab.send(one, _control.credentials(Credentials()))
+    came = lab.receive(two).credentials
+    expect(came == [Credentials()], f"{came} came where {Credentials()} was sent")
+    return f"pid {came[0].pid}, uid {came[0].uid}, gid {came[0].gid} came with a byte"
+
+
+def attached_credentials(lab: Lab) -> str:
+    """The kernel attaches the sender's credentials to a byte that came without."""
+    one, two = lab.pair()
+    two.setsockopt(_kernel.SOL_SOCKET, _passcred(), 1)
+    lab.send(one)
+    came = lab.receive(two).credentials
+    expect(came == [Credentials()], f"{came} came where {Credentials()} was due")
+    return "the kernel attached the sender's"
+
+
+def _passcred() -> int:
+    return _kernel.required(_kernel.SO_PASSCRED, "SO_PASSCRED")
+
+
+def groups(lab: Lab) -> str:
+    """A socket says in which groups its peer is."""
+    one, _ = lab.pair()
+    found = get_peer_groups(one)
+    expect(set(found) == set(os.getgroups()), f"{found} came where {os.getgroups()} was due")
+    return f"{len(found)} supplementary groups of this process"
+
+
+def security_context(lab: Lab) -> str:
+    """A socket says under which label its peer runs."""
+    one, _ = lab.pair()
+    _kernel.required(_kernel.SO_PEERSEC, "SO_PEERSEC")
+    label = get_peer_security_context(one)
+    modules = security_modules()
+    expect(label is not None, f"no security module gives labels (active: {modules})")
+    return f"{label!r} (active: {modules})"
+
+
+def security_modules() -> str:
+    """Return the names of the active security modules, with commas between them."""
+    try:
+        with open(SECURITY_MODULES, encoding="ascii") as file:
+            return file.read().strip() or "none"
+    except OSError as exc:
+        return f"unknown, {exc.strerror}"
+
+
+def sent_pidfd(lab: Lab) -> str:
+    """The kernel attaches a pidfd of the sender."""
+    option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")
+    one, two = lab.pair()
+    two.setsockopt(_kernel.SOL_SOCKET, option, 1)
+    lab.send(one)
+    (pidfd,) = lab.receive(two).pidfds
+    _check_own(pid_of(pidfd))
+    return "a pidfd of the sender came with a byte"
+
+
+def peer_pidfd(lab: Lab) -> str:
+    """A socket gives a pidfd of its peer."""
+    option = _kernel.required(_kernel.SO_PEERPIDFD, "SO_PEERPIDFD")
+    one, _ = lab.pair()
+    _check_own(pid_of(lab.own(one.getsockopt(_kernel.SOL_SOCKET, option))))
+    return "a pidfd of the peer"
+
+
+def _check_own(pid: int) -> None:
+    expect(pid == os.getpid(), f"a pidfd of process {pid} came, and this is {os.getpid()}")
+
+
+def reaped_peer(lab: Lab) -> str:
+    """A peer that has ended and was reaped is told from whoever gets its pid."""
+    option = _kernel.required(_kernel.SO_PEERPIDFD, "SO_PEERPIDFD")
+    process, sock = lab.child()
+    pidfd = open_peer_pidfd(sock)
+    lab.own(_kernel.required(pidfd, "SO_PEERPIDFD in this kernel"))
+    process.communicate(timeout=PATIENCE)
+    try:
+        lab.own(sock.getsockopt(_kernel.SOL_SOCKET, option))
+        seen = "the kernel gives a pidfd of nobody"
+    except OSError as exc:
+        seen = f"the kernel says {exc.strerror}"
+    expect_error(
+        PeerGoneError,
+        lambda: open_peer_pidfd(sock),
+        f"{seen}, which was taken for a living process",
+    )
+    return f"{seen}; reported as gone"
+
+
+def signal_by_pidfd(lab: Lab) -> str:
+    """A process can be asked by pidfd whether it is there."""
+    pidfd = lab.own(os.pidfd_open(os.getpid()))
+    signal.pidfd_send_signal(pidfd, 0)
+    return "this process was there"
+
+
+def abstract_name(lab: Lab) -> str:
+    """A socket can have a name without a file."""
+    name = b"\0trio-unixconn-%d-%s" % (os.getpid(), os.urandom(8).hex().encode())
+    listener = lab.listener(name)
+    lab.socket().connect(name)
+    lab.accept(listener)
+    return "listened and connected"
+
+
+def long_path(lab: Lab) -> str:
+    """A path that is too long for a socket's address can be bound and connected to."""
+    folder = os.fsencode(os.path.join(lab.folder(), "x" * LONGEST))
+    os.mkdir(folder)
+    fd = lab.own(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    with bindable(folder, fd, b"socket") as name:
+        listener = lab.listener(name)
+    path = os.path.join(folder, b"socket")
+    with connectable(UnixSocketAddress(path)) as name:
+        lab.socket().connect(name)
+    lab.accept(listener)
+    return f"a path of {len(path)} bytes was bound and connected to"
+
+
+def renamed_path(lab: Lab) -> str:
+    """A socket that listens can be given its path in one step, over another."""
+    folder = lab.folder()
+    path, new = os.path.join(folder, "socket"), os.path.join(folder, "new")
+    old = lab.listener(path)
+    listener = lab.listener(new)
+    os.rename(new, path)
+    old.close()
+    lab.socket().connect(path)
+    lab.accept(listener)
+    os.link(path, new)
+    return "renamed over another, linked, and connected to"
+
+
+def silent_until_listen(lab: Lab) -> str:
+    """Nobody can connect to a path before listen, so that its mode is set in time."""
+    path = os.path.join(lab.folder(), "socket")
+    sock = lab.socket()
+    sock.bind(path)
+    os.chmod(path, 0o600)
+    expect_error(
+        ConnectionRefusedError,
+        lambda: lab.socket().connect(path),
+        "a connect passed before listen",
+    )
+    sock.listen()
+    lab.socket().connect(path)
+    return "refused before listen, connected after"
+
+
+def lock(lab: Lab) -> str:
+    """A lock on a file keeps a second one out."""
+    import fcntl  # noqa: PLC0415 - not on Windows
+
+    path = os.path.join(lab.folder(), "lock")
+    first, second = (
+        lab.own(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) for _ in range(2)
+    )
+    fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    expect_error(
+        BlockingIOError,
+        lambda: fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        "two had the same lock",
+    )
+    return "locked once, and refused the second time"
+
+
+def sealed(lab: Lab) -> str:
+    """Memory can be sealed against any change."""
+    fd = lab.own(_sealed.sealed_memory(b"sealed"))
+    _sealed.check_sealed(fd)
+    expect_error(PermissionError, lambda: os.pwrite(fd, b"x", 0), "sealed memory was written to")
+    return "sealed memory was made, and a write refused"
+
+
+def descriptor_folder(lab: Lab) -> str:
+    """The system shows which descriptors this process has."""
+    fd = lab.file()
+    shown = os.readlink(f"/proc/self/fd/{fd}")
+    expect(shown == os.devnull, f"{shown!r} is shown where {os.devnull} is open")
+    return f"{len(os.listdir('/proc/self/fd')) - 1} descriptors are open"
+
+
+_NO_CREDENTIALS: Final = "NotSupportedError where credentials are asked for"
+_NO_PIDFD: Final = (
+    "open_peer_pidfd() gives None; is_alive(), exe and cgroup of a PeerIdentity raise "
+    "NotSupportedError, because a pid alone may be another process's by then"
+)
+
+PROBES: Final = (
+    Probe(
+        "sendmsg, recvmsg",
+        "Python 3.3",
+        "NotSupportedError when a connection is made",
+        sendmsg,
+        is_core=True,
+    ),
+    Probe(
+        "SCM_RIGHTS",
+        "every Linux",
+        "NotSupportedError where descriptors are sent",
+        descriptor,
+        is_core=True,
+    ),
+    Probe(
+        "253 descriptors a message",
+        "Linux 2.6.38",
+        "OSError (EINVAL) from send_fds(); a smaller per_message passes",
+        most_descriptors,
+    ),
+    Probe(
+        "MSG_CMSG_CLOEXEC",
+        "Linux 2.6.23",
+        "descriptors are made close-on-exec as soon as they are here; a program that another "
+        "thread starts just then inherits them",
+        close_on_exec,
+    ),
+    Probe(
+        "MSG_CTRUNC",
+        "every Linux",
+        "a lost descriptor is an UnexpectedControlMessageError instead of a "
+        "DescriptorsTruncatedError",
+        truncation,
+    ),
+    Probe(
+        "SO_PASSRIGHTS = 0",
+        "Linux 6.16",
+        "with receive_descriptors=False, those that come are closed, and "
+        "UnexpectedDescriptorsError is raised",
+        refused_descriptors,
+    ),
+    Probe("SO_PEERCRED", "Linux 2.2", _NO_CREDENTIALS, peer, is_core=True),
+    Probe(
+        "SCM_CREDENTIALS",
+        "Linux 2.2",
+        "NotSupportedError from send_credentials(); receive_credentials() answers what the socket "
+        "knows of its peer",
+        sent_credentials,
+        is_core=True,
+    ),
+    Probe(
+        "SO_PASSCRED",
+        "Linux 2.2",
+        "receive_credentials() answers what the socket knows of its peer",
+        attached_credentials,
+    ),
+    Probe(
+        "SO_PEERGROUPS",
+        "Linux 4.13",
+        "get_peer_groups() raises NotSupportedError; a PeerPolicy sees only the primary group",
+        groups,
+    ),
+    Probe(
+        "SO_PEERSEC",
+        "Linux 2.6.2",
+        "get_peer_security_context() gives None",
+        security_context,
+    ),
+    Probe("SO_PASSPIDFD", "Linux 6.5", "pidfd=True raises NotSupportedError", sent_pidfd),
+    Probe("SO_PEERPIDFD", "Linux 6.5", _NO_PIDFD, peer_pidfd),
+    Probe("SO_PEERPIDFD of a reaped peer", "Linux 6.5", _NO_PIDFD, reaped_peer),
+    Probe(
+        "pidfd_send_signal",
+        "Linux 5.1, Python 3.9",
+        "a peer that was reaped cannot be told from a living one",
+        signal_by_pidfd,
+    ),
+    Probe(
+        "abstract names",
+        "Linux 2.2",
+        "OSError for an abstract name; paths work",
+        abstract_name,
+    ),
+    Probe(
+        f"paths over {LONGEST} bytes",
+        "Linux 2.6.39",
+        "OSError (ENAMETOOLONG); shorter paths work",
+        long_path,
+    ),
+    Probe(
+        "rename and link of a socket",
+        "every Linux",
+        "open_unix_listener() raises OSError; abstract names work",
+        renamed_path,
+    ),
+    Probe(
+        "no connect before listen",
+        "every Linux",
+        "others might connect before the mode of a path is set",
+        silent_until_listen,
+    ),
+    Probe(
+        "flock",
+        "Linux 2.0",
+        "open_unix_listener() raises OSError; abstract names work",
+        lock,
+    ),
+    Probe(
+        "memfd_create, seals",
+        "Linux 3.17, Python 3.8",
+        "NotSupportedError from send_buffer()",
+        sealed,
+    ),
+    Probe(
+        "/proc/self/fd",
+        "Linux 2.2",
+        "paths that are too long for a socket's address are ENAMETOOLONG",
+        descriptor_folder,
+    ),
+)
