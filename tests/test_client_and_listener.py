@@ -174,6 +174,8 @@ async def test_listener_that_cannot_be_made(path: Path) -> None:
     for mode in (-1, 0o10000):
         with pytest.raises(ValueError, match="permission bits"):
             await open_unix_listener(path, mode=mode)
+    with pytest.raises(ValueError, match="backlog must be 0 or more"):
+        await open_unix_listener(path, backlog=-1)
 
 
 async def test_no_free_descriptor(path: Path) -> None:

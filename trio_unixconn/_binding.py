@@ -74,14 +74,13 @@ def bind(
       AddressInUseError: something is there that is not to be replaced.
       OSError: from the file system; nothing is left behind.
     """
-    # The working folder may be another one when the path is taken away.
-    path = os.path.abspath(path)
+    # The working folder may be another one when the path is taken away. Not abspath: ".." behind
+    # a symbolic link leads elsewhere for those who connect.
+    path = os.path.join(os.getcwdb(), path)
     with _folder_of(path) as (folder, fd, name), _locked(fd, name):
         is_free = _check_replaceable(fd, name, path, replace=replace)
         temporary = _beside(name, b".new")
-        # Left behind by one that was killed: whoever makes one holds the lock, as we do.
-        with suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=fd)
+        _clear_away(temporary, fd, path)
         with bindable(folder, fd, temporary) as address:
             sock.bind(address)
         try:
@@ -120,6 +119,8 @@ def unbind(binding: Binding) -> None:
 @contextmanager
 def _folder_of(path: bytes) -> Generator[tuple[bytes, int, bytes], None, None]:
     folder, name = os.path.split(path)
+    # A path with a slash behind it is that of a folder.
+    name = name or b"."
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder, fd, name
@@ -152,7 +153,9 @@ def _locked(folder: int, name: bytes) -> Generator[None, None, None]:
                 yield
                 return
             finally:
-                with suppress(FileNotFoundError):
+                # Somebody may have taken it away, or in a sticky folder it may be another
+                # user's. It only matters while it is locked.
+                with suppress(OSError):
                     os.unlink(lock, dir_fd=folder)
         finally:
             # A process that was forked meanwhile may hold a copy; closing ours is not enough.
@@ -183,6 +186,21 @@ def _is_still(fd: int, name: bytes, folder: int) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(fd))
+
+
+def _clear_away(temporary: bytes, folder: int, path: bytes) -> None:
+    """Remove what one that was killed left: whoever makes one holds the lock, as we do."""
+    try:
+        status = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise _in_use(
+            path,
+            f"{what_is(status)} is at {os.fsdecode(temporary)} beside it, where the socket is made "
+            "before it gets the path; remove it, or choose another path",
+        )
+    os.unlink(temporary, dir_fd=folder)
 
 
 def _check_replaceable(folder: int, name: bytes, path: bytes, *, replace: bool) -> bool:
