@@ -156,6 +156,20 @@ async def test_no_socket_at_the_path(path: Path, what: str, *, replace: bool) ->
     assert f"a {what} is there" in str(await refused(path, replace=replace))
 
 
+async def test_mode_before_anybody_can_connect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the socket has its mode, nobody can connect, whatever the umask."""
+    real, refused = os.chmod, []
+
+    def chmod(*arguments: Any, **options: Any) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            refused.append(client.connect_ex(str(path.with_name(".s.new"))))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    async with await open_unix_listener(path):
+        assert refused == [errno.ECONNREFUSED]
+
+
 async def test_stale_socket(path: Path) -> None:
     """A socket on which nobody listens any more is replaced."""
     listen_at(path).close()
@@ -296,6 +310,35 @@ async def test_lock_that_cannot_be_removed(path: Path) -> None:
         async with await open_unix_listener(path), await open_unix_connection(path):
             pass
     assert os.listdir(path.parent) == [".s.lock"]
+
+
+async def test_lock_that_a_forked_process_has_copied(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the lock's descriptor, as a fork at that moment makes one, holds no lock."""
+    real, copies = fcntl.flock, []
+
+    def flock(fd: int, operation: int) -> None:
+        real(fd, operation)
+        if operation & fcntl.LOCK_EX:
+            copies.append(os.dup(fd))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    # One that is removed in the end would be nobody's hindrance in any case.
+    lock = path.with_name(".s.lock")
+    lock.touch()
+    lock.chmod(0o666)
+    path.parent.chmod(0o1777)
+    try:
+        with as_nobody(path.parent), trio.fail_after(30):
+            for _ in range(2):
+                async with await open_unix_listener(path):
+                    pass
+        assert not path.exists()
+    finally:
+        for copy in copies:
+            os.close(copy)
+    assert len(copies) == 4
 
 
 async def test_closing_twice_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

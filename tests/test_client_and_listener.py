@@ -314,6 +314,27 @@ async def test_full_backlog(path: Path) -> None:
                 assert await conn.receive_some() == b"x"
 
 
+async def test_pauses_while_the_backlog_is_full(
+    path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The pauses grow from 1 to 100 ms, and clients do not all make the same ones."""
+    real, pauses = trio.sleep, []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(seconds)
+
+    monkeypatch.setattr(trio, "sleep", sleep)
+    async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
+        pauses.clear()
+        with trio.move_on_after(2):
+            await open_unix_connection(path)
+    shares = [pause / min(0.001 * 2**i, 0.1) for i, pause in enumerate(pauses)]
+    assert len(shares) > 15
+    assert all(0.5 <= share <= 1 for share in shares)
+    assert len(set(shares)) > 10
+
+
 async def test_cancelled_while_the_backlog_is_full(path: Path) -> None:
     """A connect that waits for room in the backlog can be cancelled, and leaks nothing."""
     async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -19,6 +20,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_unixconn import (
     AddressInUseError,
+    ConnectionBrokenError,
     ConnectionClosedError,
     NotSupportedError,
     PeerPolicy,
@@ -128,6 +130,32 @@ async def test_draining_serves_who_waits_in_the_queue(path: Path) -> None:
             async with conn:
                 await ask(conn)
     assert server.accepted == 6
+
+
+async def test_drain_of_a_name_that_stays() -> None:
+    """A drain comes to its end though an abstract name cannot be taken from busy clients."""
+    name = f"\0trio-unixconn-drain-{os.getpid()}"
+
+    async def handler(conn: UnixConnection) -> None:
+        await trio.sleep(0.001)
+
+    async def client() -> None:
+        with contextlib.suppress(ConnectionRefusedError, ConnectionBrokenError):
+            while True:
+                async with await open_unix_connection(name) as conn:
+                    await conn.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, handler, name, max_connections=1, backlog=3)
+        for _ in range(8):
+            nursery.start_soon(client)
+        await until(lambda: server.accepted > 8)
+        before = server.accepted
+        server.drain()
+        with trio.fail_after(30):
+            await server.drained.wait()
+        # What was accepted already when the drain began does not count.
+        assert server.accepted - before <= 5
 
 
 async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> None:

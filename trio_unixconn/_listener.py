@@ -87,8 +87,8 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         self._address = address or UnixSocketAddress.from_native(socket.getsockname())
         self._binding: _binding.Binding | None = None
         self._leaving = trio.Lock()
-        # Whether nobody else accepts from the same queue.
-        self._is_only_one = False
+        # How many connections may wait at a time; 0 if others accept from the same queue.
+        self._longest_queue = 0
 
     @classmethod
     def from_fd(
@@ -183,7 +183,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
 
         None if none does, or if the queue is not this listener's alone.
         """
-        if not self._is_only_one:
+        if not self._longest_queue:
             return None
         raw = stdlib_socket_of(self.socket)
         while True:
@@ -271,10 +271,10 @@ def _check_listening(sock: trio.socket.SocketType | stdlib_socket.socket) -> Non
         raise ValueError(f"{due}, but this socket does not listen; call listen() first")
 
 
-def _check_options(mode: int, backlog: int | None) -> None:
+def _check_options(mode: int, backlog: int) -> None:
     if not 0 <= operator.index(mode) <= 0o7777:
         raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
-    if backlog is not None and operator.index(backlog) < 0:
+    if operator.index(backlog) < 0:
         raise ValueError(f"backlog must be 0 or more, or None, not {backlog}")
 
 
@@ -349,6 +349,7 @@ async def open_unix_listener(
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
+    backlog = 0xFFFF if backlog is None else backlog
     _check_options(mode, backlog)
     if name.get_is_anonymous():
         raise ValueError("a listener needs a name: a path or an abstract name")
@@ -359,7 +360,7 @@ async def open_unix_listener(
         set_options(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
             refuse_descriptors(sock)
-        sock.listen(0xFFFF if backlog is None else backlog)
+        sock.listen(backlog)
 
     binding = None
     try:
@@ -386,7 +387,7 @@ async def open_unix_listener(
     except BaseException:
         sock.close()
         raise
-    listener._is_only_one = True  # noqa: SLF001 - its other constructor
+    listener._longest_queue = backlog + 1  # noqa: SLF001 - its other constructor
     if unlink_on_close:
         listener._binding = binding  # noqa: SLF001 - as above
     return listener

@@ -68,6 +68,11 @@ class UnixServer:
         are still handled, so that no client is turned away in the middle. After that
         :func:`serve_unix` returns. Asking again can only make the deadline earlier.
 
+        Where the name stays (it is abstract, or the listener has ``unlink_on_close=False``),
+        clients can connect until the queue is empty for a moment, or as many were handled as
+        it can hold; whoever waits in it then is reset. The queue of a listener that was made
+        from a descriptor is left to the others who hold it.
+
         Args:
           timeout: after so many seconds, handlers that are still at work are cancelled.
 
@@ -134,7 +139,10 @@ class UnixServer:
 
     async def _handle_waiting(self, handlers: trio.Nursery) -> None:
         """Handle those that waited in the queue when nobody new could connect any more."""
-        while True:
+        # More were not in the queue. An abstract name cannot be taken away, and its clients may
+        # go on connecting for ever.
+        left = self.listener._longest_queue  # noqa: SLF001 - as above
+        while left:
             slot = object()
             await self._slots.acquire_on_behalf_of(slot)
             try:
@@ -148,6 +156,7 @@ class UnixServer:
             if conn is None:
                 self._slots.release_on_behalf_of(slot)
                 return
+            left -= 1
             self._start(handlers, conn, slot)
 
     def _start(self, handlers: trio.Nursery, conn: UnixConnection, slot: object) -> None:
