@@ -191,10 +191,11 @@ async def test_no_free_descriptor(path: Path) -> None:
             pass
 
 
-async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
+async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Accept passes over a connection that is gone, and returns the next."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
-        real, failures = listener.socket.accept, [OSError(errno.ECONNABORTED, "gone")]
+        real, failures = listener.socket.accept, [OSError(number, "gone")]
 
         async def accept() -> Any:
             if failures:

@@ -139,28 +139,27 @@ def _locked(folder: int, name: bytes) -> Generator[None, None, None]:
     import fcntl  # noqa: PLC0415 - not on Windows
 
     lock = _beside(name, b".lock")
-    while True:
-        fd = _open_lock(lock, folder)
+    fd = _open_lock(lock, folder)
+    try:
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LockHeldError from None
-            if not _is_still(fd, lock, folder):
-                # Whoever held it before has taken the file away: this locks nobody out.
-                continue
-            try:
-                yield
-                return
-            finally:
-                # Somebody may have taken it away, or in a sticky folder it may be another
-                # user's. It only matters while it is locked.
-                with suppress(OSError):
-                    os.unlink(lock, dir_fd=folder)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockHeldError from None
+        if not _is_still(fd, lock, folder):
+            # Whoever held it before has taken the file away: this locks nobody out. Not tried
+            # again here, where it could not be cancelled.
+            raise LockHeldError
+        try:
+            yield
         finally:
-            # A process that was forked meanwhile may hold a copy; closing ours is not enough.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            # Somebody may have taken it away, or in a sticky folder it may be another user's.
+            # It only matters while it is locked.
+            with suppress(OSError):
+                os.unlink(lock, dir_fd=folder)
+    finally:
+        # A process that was forked meanwhile may hold a copy; closing ours is not enough.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def _open_lock(lock: bytes, folder: int) -> int:
