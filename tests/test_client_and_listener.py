@@ -18,6 +18,7 @@ from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 from trio_unixconn import (
     ConnectionBusyError,
     ConnectionClosedError,
+    NotSupportedError,
     UnixConnection,
     UnixListener,
     UnixSocketAddress,
@@ -81,6 +82,28 @@ async def test_served_by_trio(path: Path) -> None:
                 await client.send_all(text)
                 assert await client.receive_some() == text.upper()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("options", [{}, {"credentials": True}, {"pidfds": True}])
+async def test_what_comes_with_every_message(path: Path, options: Any) -> None:
+    """What was asked for when a connection was opened comes with every message, to both ends."""
+    try:
+        listener = await open_unix_listener(path, **options)
+    except NotSupportedError:
+        assert "pidfds" in options
+        pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+    async with (
+        listener,
+        await open_unix_connection(path, **options) as client,
+        await listener.accept() as server,
+    ):
+        for one, two in ((client, server), (server, client)) * 2:
+            await one.send_all(b"x")
+            with await two.receive_message(1) as message:
+                assert (message.credentials is not None) == ("credentials" in options)
+                assert (message.pidfd is not None) == ("pidfds" in options)
+                if message.credentials is not None:
+                    assert message.credentials.pid == os.getpid()
 
 
 async def test_closing(path: Path) -> None:

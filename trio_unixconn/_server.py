@@ -259,8 +259,10 @@ async def serve_unix(
       clients can connect.
 
     Raises:
-      TypeError, ValueError, OSError: as :func:`open_unix_listener`.
-      ExceptionGroup: of what a handler, or a policy's check, raised.
+      TypeError, ValueError, OSError: as :func:`open_unix_listener`; a listener that was given
+        stays the caller's then.
+      ExceptionGroup: of what a handler, a policy's check, or accepting raised
+        (:class:`ConnectionClosedError`, if somebody else has closed the listener).
     """
     if max_connections is not None and max_connections < 1:
         raise ValueError(f"max_connections must be at least 1, or None, not {max_connections}")
