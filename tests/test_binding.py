@@ -248,6 +248,22 @@ async def test_waiting_for_the_lock(path: Path) -> None:
     assert os.listdir(path.parent) == []
 
 
+async def test_threads_that_are_all_busy(path: Path) -> None:
+    """A listener opens and closes also while the program's threads all wait for something."""
+    limiter = trio.to_thread.current_default_thread_limiter()
+    holders = [object() for _ in range(int(limiter.total_tokens))]
+    for holder in holders:
+        limiter.acquire_on_behalf_of_nowait(holder)
+    try:
+        with trio.fail_after(30):
+            async with await open_unix_listener(path):
+                pass
+    finally:
+        for holder in holders:
+            limiter.release_on_behalf_of(holder)
+    assert not path.exists()
+
+
 async def test_cancelled_while_waiting_for_the_lock(path: Path) -> None:
     """A start that waits for the lock can be cancelled, and leaves nothing."""
     with held_lock(path) as lock:

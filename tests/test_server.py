@@ -34,7 +34,7 @@ from trio_unixconn import (
 )
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 
 @pytest.fixture
@@ -377,6 +377,26 @@ async def test_handler_that_crashes_when_cancelled(
         assert raised is None
         assert server.crashed == 1
         assert "crashed at the end" in caplog.text
+
+
+async def test_handler_that_ends_the_program(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no Exception ends the server also with handler_errors="log", and is not logged."""
+
+    async def handler(conn: UnixConnection) -> None:
+        raise SystemExit(7)
+
+    ended = None
+    try:
+        async with trio.open_nursery() as nursery:
+            server = await start(nursery, handler, path, handler_errors="log")
+            async with await open_unix_connection(path):
+                await trio.sleep_forever()
+    except BaseExceptionGroup as exc:
+        ended = exc
+    assert ended is not None
+    assert [type(leaf) for leaf in leaves(ended)] == [SystemExit]
+    assert server.crashed == 0
+    assert not caplog.records
 
 
 async def test_crash_where_peers_are_unknown(
