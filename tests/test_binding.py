@@ -328,6 +328,15 @@ async def test_lock_that_cannot_be_removed(path: Path) -> None:
     assert os.listdir(path.parent) == [".s.lock"]
 
 
+async def test_folder_that_may_not_be_listed(path: Path) -> None:
+    """To listen takes no right to read the folder, only to write to it."""
+    path.parent.chmod(0o733)
+    with as_nobody(path.parent):
+        async with await open_unix_listener(path), await open_unix_connection(path):
+            pass
+    assert os.listdir(path.parent) == []
+
+
 async def test_lock_that_a_forked_process_has_copied(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

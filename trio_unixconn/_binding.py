@@ -34,6 +34,8 @@ from .errors import AddressInUseError, NotSupportedError
 
 # Names of files have at most 255 bytes; a longer one than this gets a digest for a companion.
 _LONGEST_NAME: Final = 60
+# Opens a folder that may be passed and written to, but not listed.
+_TO_PASS: Final[int] = getattr(os, "O_PATH", os.O_RDONLY)
 
 
 class LockHeldError(Exception):
@@ -121,7 +123,7 @@ def _folder_of(path: bytes) -> Generator[tuple[bytes, int, bytes], None, None]:
     folder, name = os.path.split(path)
     # A path with a slash behind it is that of a folder.
     name = name or b"."
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, _TO_PASS | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder, fd, name
     finally:

@@ -181,10 +181,8 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     def _accept_waiting(self) -> UnixConnection | None:
         """Accept a connection that waits in the queue already, without asking the policy.
 
-        None if none does, or if the queue is not this listener's alone.
+        None if none does.
         """
-        if not self._longest_queue:
-            return None
         raw = stdlib_socket_of(self.socket)
         while True:
             try:
