@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import socket
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -76,6 +77,7 @@ async def test_serving(path: Path) -> None:
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         assert server.listener.get_local_address().get_path() == str(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
         async with await open_unix_connection(path) as one, await open_unix_connection(path) as two:
             for conn in (one, two, one):
                 await ask(conn)
@@ -416,6 +418,9 @@ async def test_crash_where_peers_are_unknown(
         server.drain()
     assert server.crashed == 2
     assert "its peer was unknown" in caplog.text
+    for record in caplog.records:
+        assert record.exc_info is not None
+        assert record.exc_info[0] is RuntimeError
 
 
 async def test_control_c_reaches_handlers(path: Path) -> None:
@@ -661,6 +666,29 @@ async def test_options_that_a_listener_has_already(path: Path, options: Any) -> 
         with pytest.raises(ValueError, match=next(iter(options))):
             await serve_unix(echo, listener, **options)
         assert path.exists()
+
+
+async def test_options_of_the_listener(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for the listener is what the listener is opened with."""
+    given: dict[str, Any] = {}
+    wanted = {
+        "mode": 0o640,
+        "backlog": 7,
+        "credentials": True,
+        "pidfds": True,
+        "receive_descriptors": False,
+        "replace": True,
+    }
+
+    async def open_listener(address: Path, **options: Any) -> UnixListener:
+        given.update(options)
+        return await open_unix_listener(address)
+
+    monkeypatch.setattr("trio_unixconn._server.open_unix_listener", open_listener)
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, **wanted)
+        server.drain()
+    assert given == wanted
 
 
 async def test_path_in_use(path: Path) -> None:
