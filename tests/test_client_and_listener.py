@@ -305,6 +305,15 @@ async def test_long_path(path: Path, length: int) -> None:
     assert not list(path.parent.iterdir())
 
 
+@pytest.mark.parametrize("length", range(100, 111))
+async def test_path_at_the_limit(path: Path, length: int) -> None:
+    """Where the path, or the temporary one, is as long as fits, or a byte longer, it works."""
+    path = path.with_name("x" * (length - len(os.fsencode(path.parent)) - 1))
+    assert len(os.fsencode(path)) == length
+    async with await open_unix_listener(path), await open_unix_connection(path):
+        pass
+
+
 async def test_name_too_long(path: Path) -> None:
     """A name that no folder takes is ENAMETOOLONG with the limits, and nothing is made."""
     path = path.with_name("x" * 256)

@@ -423,9 +423,16 @@ async def test_crash_where_peers_are_unknown(
         assert record.exc_info[0] is RuntimeError
 
 
-async def test_control_c_reaches_handlers(path: Path) -> None:
-    """Handlers run unprotected from Control-C, as any task of a program."""
+async def test_control_c_reaches_handlers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers run unprotected from Control-C, as any task; what hands them connections not."""
     protected: list[bool] = []
+    real = UnixServer._start
+
+    def begin(*arguments: Any) -> None:
+        protected.append(trio.lowlevel.currently_ki_protected())
+        real(*arguments)
+
+    monkeypatch.setattr(UnixServer, "_start", begin)
 
     async def handler(conn: UnixConnection) -> None:
         protected.append(trio.lowlevel.currently_ki_protected())
@@ -435,7 +442,7 @@ async def test_control_c_reaches_handlers(path: Path) -> None:
         async with await open_unix_connection(path) as client:
             assert await client.receive_some() == b""
         server.drain()
-    assert protected == [False]
+    assert protected == [True, False]
 
 
 async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
