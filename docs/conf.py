@@ -34,6 +34,7 @@ nitpick_ignore = [
     ("py:class", "Buffer"),
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
+    ("py:class", "Handler"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
@@ -50,9 +51,19 @@ _MADE_BY_THE_LIBRARY = {
         "CallbackConnection",
         "CancellableScope",
         "DescriptorStream",
+        "PeerIdentity",
+        "UnixServer",
     )
 }
-_OTHER_PROJECTS = ("trio.", "collections.abc.", "contextlib.", "enum.", "os.", "socket.")
+_OTHER_PROJECTS = (
+    "trio.",
+    "collections.abc.",
+    "contextlib.",
+    "enum.",
+    "os.",
+    "socket.",
+    "stdlib_socket.",
+)
 
 
 def _hide_constructor(

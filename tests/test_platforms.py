@@ -79,7 +79,10 @@ ALL = (
 )
 EVERYTHING = [
     "pair ok",
-    "connect FileNotFoundError(2, 'No such file or directory')",
+    (
+        "connect FileNotFoundError(2, 'No such file or directory: nothing is there; "
+        "is the server running, and is this its path?')"
+    ),
     "listen ok",
     "credentials ok",
     "peer ok",

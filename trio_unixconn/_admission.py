@@ -11,8 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 import trio
-
-from ._identity import identify
+from trio.lowlevel import enable_ki_protection
 
 if TYPE_CHECKING:
     from ._connection import UnixConnection
@@ -27,20 +26,25 @@ NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOB
 PAUSE: Final = 0.1
 
 
+@enable_ki_protection
 async def is_admitted(conn: UnixConnection, policy: PeerPolicy) -> bool:
     """Whether ``policy`` admits the peer; if not, it is logged and ``conn`` is closed."""
+    admitted = False
     try:
         peer = await denied_peer(conn, policy)
         if peer is None:
-            return True
-        logger.warning("%s: denied %s by %r", conn.get_local_address(), peer, policy)
-    except BaseException:
-        await trio.aclose_forcefully(conn)
-        raise
-    await trio.aclose_forcefully(conn)
-    return False
+            admitted = True
+        else:
+            logger.warning("%s: denied %s by %r", conn.get_local_address(), peer, policy)
+    finally:
+        if not admitted:
+            # Closing does not wait; shielded, a cancellation does not hide what was decided.
+            with trio.CancelScope(shield=True):
+                await conn.aclose()
+    return admitted
 
 
+@enable_ki_protection
 async def denied_peer(conn: UnixConnection, policy: PeerPolicy) -> PeerIdentity | None:
     """Return who was denied, None if the peer is admitted."""
     with await _identified(conn, with_pidfd=policy.needs_pidfd) as peer:
@@ -48,12 +52,20 @@ async def denied_peer(conn: UnixConnection, policy: PeerPolicy) -> PeerIdentity 
 
 
 async def _identified(conn: UnixConnection, *, with_pidfd: bool) -> PeerIdentity:
+    was_said = False
     while True:
-        conn._receiver.check_open()  # noqa: SLF001 - part of the connection
         try:
-            return identify(conn._receiver.raw, with_pidfd=with_pidfd)  # noqa: SLF001 - as above
+            return conn.get_peer_identity(with_pidfd=with_pidfd)
         except OSError as exc:
             if exc.errno not in NO_ROOM:
                 raise
-            logger.warning("no descriptor is free to identify a peer with; waiting for one")
+            if not was_said:
+                logger.warning(
+                    "%s: cannot look at the process of a peer now (%s); trying again every %s "
+                    "seconds",
+                    conn.get_local_address(),
+                    exc.strerror,
+                    PAUSE,
+                )
+            was_said = True
         await trio.sleep(PAUSE)

@@ -270,15 +270,16 @@ class Cancellable:
         Raises:
           OperationCancelled: this has fired already.
         """
-        with self._changed:
-            if self._cancelled:
-                raise OperationCancelled(FIRED)
-            self._scopes.add(scope)
+        # No lock: cancel() sets the flag and then copies the set, this adds and then looks at
+        # the flag, so that at least one of the two sees the other; both may.
+        self._scopes.add(scope)
+        if self._cancelled:
+            self._scopes.discard(scope)
+            raise OperationCancelled(FIRED)
 
     def detach(self, scope: CancellableScope) -> None:
         """Undo :meth:`attach`."""
-        with self._changed:
-            self._scopes.discard(scope)
+        self._scopes.discard(scope)
 
     def _close_pipe(self) -> None:
         if self._pipe is not None:

@@ -23,6 +23,7 @@ from ._admission import denied_peer
 from ._connection import UnixConnection
 from ._options import set_options
 from ._paths import connectable, explained
+from ._receiving import refuse_descriptors
 from .errors import PeerDeniedError
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ async def open_unix_connection(
     try:
         sock.setblocking(False)
         set_options(sock, credentials=credentials, pidfds=pidfds)
+        if not receive_descriptors:
+            # Before the server can send the first one.
+            refuse_descriptors(sock)
         await _connect(sock, name)
         conn = UnixConnection.from_stdlib_socket(
             sock, receive_descriptors=receive_descriptors, remote_address=name

@@ -130,7 +130,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         )
 
     @classmethod
-    def from_fd(cls, fd: int) -> UnixConnection:
+    def from_fd(cls, fd: int, *, receive_descriptors: bool = True) -> UnixConnection:
         """Make one from the descriptor of a connected Unix stream socket.
 
         The connection owns the descriptor from now on, makes it close-on-exec, and makes the
@@ -151,7 +151,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
             what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
             raise ValueError(f"descriptor {number} {what}: a connected Unix socket is due") from exc
         try:
-            connection = cls.from_stdlib_socket(sock)
+            connection = cls.from_stdlib_socket(sock, receive_descriptors=receive_descriptors)
         except BaseException:
             sock.detach()
             raise
@@ -176,7 +176,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._sender.send(NUL, [_control.credentials(Credentials())], cancellable)
+        await self._sender.send(NUL, [_control.own_credentials()], cancellable)
         return True
 
     @enable_ki_protection
@@ -290,7 +290,8 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         Args:
           max_fds: 0 to 253; more are an error, and closed.
           credentials: whether to ask for the sender's (``SO_PASSCRED``), for this time.
-          pidfd: whether to ask for one of the sender (``SO_PASSPIDFD``), for this time.
+          pidfd: whether to ask for one of the sender (``SO_PASSPIDFD``), for this time. What was
+            sent before, without credentials, comes without.
 
         Returns:
           A message that owns its descriptors. Its data is empty at the end of the stream.
@@ -314,9 +315,9 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         parsed = _control.whole_message(received, most)
         return Message(
             received[0],
-            UnixFDList(parsed.fds),
+            UnixFDList.owning(parsed.fds),
             parsed.credentials[0] if parsed.credentials else None,
-            UnixFDList(parsed.pidfds),
+            UnixFDList.owning(parsed.pidfds),
         )
 
     ################################################################

@@ -51,6 +51,13 @@ class UnixFDList:
         """Make a list that owns ``fds``; Gio's name for the constructor."""
         return cls(fds)
 
+    @classmethod
+    def owning(cls, fds: list[int]) -> UnixFDList:
+        """Make a list that owns what the kernel has given, and keeps that list."""
+        fd_list = cls.__new__(cls)
+        fd_list._fds = fds  # noqa: SLF001 - its own class
+        return fd_list
+
     def append(self, fd: int) -> int:
         """Add a duplicate of ``fd``, which stays the caller's.
 
@@ -88,8 +95,8 @@ class UnixFDList:
         Returns:
           Descriptors that the caller owns.
         """
-        fds, self._fds = list(self), []
-        return fds
+        fds, self._fds = self._fds, []
+        return [fd for fd in fds if fd != _TAKEN] if _TAKEN in fds else fds
 
     def take(self, index: SupportsIndex) -> int:
         """Take out one descriptor, which the caller owns from now on.
@@ -160,9 +167,10 @@ class UnixFDList:
           OSError: the first error of close(2); all have been closed by then.
         """
         first: OSError | None = None
+        close = os.close
         for fd in self.steal_fds():
             try:
-                os.close(fd)
+                close(fd)
             except OSError as exc:
                 first = first or exc
         if first is not None:
@@ -199,7 +207,7 @@ class UnixFDList:
 
     def __del__(self) -> None:
         # Not there when the constructor was called wrongly.
-        fds = list(self) if hasattr(self, "_fds") else []
+        fds = list(self) if getattr(self, "_fds", None) else []
         if fds:
             # First closed, because a warning may be an exception.
             with suppress(OSError):

@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import struct
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -37,7 +36,12 @@ _gid: Final = struct.Struct("I")
 # What Python's getsockopt takes; more than 256 groups need more.
 _MOST_OF_PYTHON: Final = 1024
 _NGROUPS_MAX: Final = 65536
-_GONE: Final = "the peer has ended and was reaped; its pid may be another process's by now"
+# A label of SELinux, with categories, is longer than those of the others, and is kept in a page.
+_MOST_OF_LABELS: Final = 65536
+_GONE: Final = "the peer has ended, and its pid may be another process's by now"
+# What fdinfo says of a process that was reaped, and of one outside of this pid namespace.
+_REAPED: Final = -1
+_UNSEEN: Final = 0
 
 
 def open_peer_pidfd(sock: socket.socket) -> int | None:
@@ -52,7 +56,7 @@ def open_peer_pidfd(sock: socket.socket) -> int | None:
     try:
         pidfd = sock.getsockopt(_kernel.SOL_SOCKET, _kernel.SO_PEERPIDFD)
     except OSError as exc:
-        # Linux 6.5 to 6.14 says EINVAL of a peer that was reaped, newer ones give a pidfd.
+        # Linux before 6.16 says EINVAL of a peer that was reaped, newer ones give a pidfd.
         if exc.errno in (errno.EINVAL, errno.ESRCH):
             raise PeerGoneError(errno.ESRCH, _GONE) from exc
         if exc.errno in (errno.ENOPROTOOPT, errno.ENODATA):
@@ -67,14 +71,30 @@ def open_peer_pidfd(sock: socket.socket) -> int | None:
 
 
 def _check_there(pidfd: int) -> None:
-    """Raise PeerGoneError if the process was reaped; until then its pid is its own."""
+    """Raise PeerGoneError if the process was reaped."""
+    if not _has_ended(pidfd):
+        return
     try:
+        # Not there in a Python that was built with headers of before Linux 5.1.
         signal.pidfd_send_signal(pidfd, 0)
     except ProcessLookupError as exc:
         raise PeerGoneError(errno.ESRCH, _GONE) from exc
-    except PermissionError:
-        # It is there, and another user's.
-        return
+    except (OSError, AttributeError):
+        # Another user's (EPERM), outside of this pid namespace (EINVAL), or a filter of system
+        # calls said no: none of them says whether it is there.
+        try:
+            pid = _pid_of(pidfd)
+        except (FileNotFoundError, PermissionError):
+            # Without /proc nobody can tell; the pidfd is the right one all the same.
+            return
+        if pid == _REAPED:
+            raise PeerGoneError(errno.ESRCH, _GONE) from None
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def get_peer_groups(sock: socket.socket) -> tuple[int, ...]:
@@ -84,16 +104,12 @@ def get_peer_groups(sock: socket.socket) -> tuple[int, ...]:
       NotSupportedError: the kernel cannot tell.
     """
     option = _kernel.required(_kernel.SO_PEERGROUPS, "SO_PEERGROUPS")
-    level = _kernel.SOL_SOCKET
     try:
-        data = sock.getsockopt(level, option, _MOST_OF_PYTHON)
+        data = _option(sock, option, _NGROUPS_MAX * _gid.size)
     except OSError as exc:
-        if exc.errno == errno.ENOPROTOOPT:
-            raise NotSupportedError("this kernel has no SO_PEERGROUPS (Linux 4.13)") from exc
-        if exc.errno != errno.ERANGE:
+        if exc.errno != errno.ENOPROTOOPT:
             raise
-        room = _NGROUPS_MAX * _gid.size
-        data = _kernel.getsockopt_of_any_length(sock.fileno(), level, option, room)
+        raise NotSupportedError("this kernel has no SO_PEERGROUPS (Linux 4.13)") from exc
     return tuple(gid for (gid,) in _gid.iter_unpack(data))
 
 
@@ -102,12 +118,21 @@ def get_peer_security_context(sock: socket.socket) -> str | None:
     if _kernel.SO_PEERSEC is None:
         return None
     try:
-        label = sock.getsockopt(_kernel.SOL_SOCKET, _kernel.SO_PEERSEC, _MOST_OF_PYTHON)
+        label = _option(sock, _kernel.SO_PEERSEC, _MOST_OF_LABELS)
     except OSError as exc:
         if exc.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
             return None
         raise
-    return os.fsdecode(label.rstrip(b"\0"))
+    return os.fsdecode(label.rstrip(b"\0")) or None
+
+
+def _option(sock: socket.socket, option: int, most: int) -> bytes:
+    try:
+        return sock.getsockopt(_kernel.SOL_SOCKET, option, _MOST_OF_PYTHON)
+    except OSError as exc:
+        if exc.errno != errno.ERANGE:
+            raise
+    return _kernel.getsockopt_of_any_length(sock.fileno(), _kernel.SOL_SOCKET, option, most)
 
 
 @attrs.frozen(eq=False)
@@ -151,22 +176,22 @@ class PeerIdentity:
         """
         if self.gone:
             return False
-        poll = select.poll()
-        poll.register(self._held(), select.POLLIN)
-        return not poll.poll(0)
+        return not _has_ended(self._held())
 
     @property
     def exe(self) -> str:
         """The path of the program that the process runs now, from ``/proc/PID/exe``.
 
         The process can run another program, and its file can be replaced, at any time: to
-        look at it is for logs, to decide by it is not safe.
+        look at it is for logs, to decide by it is not safe. Of a file that was removed it ends
+        in ``" (deleted)"``.
 
         Raises:
           PeerGoneError: the process has ended.
           PermissionError: this process may not look (ptrace(2)).
           NotSupportedError: without a pidfd the answer might be about another process; or the
-            process belongs to a pid namespace that this one cannot see.
+            process belongs to a pid namespace that this one cannot see; or there is no /proc.
+          OSError: EMFILE.
         """
         return self._read(lambda folder: os.readlink(f"{folder}/exe"))
 
@@ -175,15 +200,15 @@ class PeerIdentity:
         """The path of its control group (version 2), from ``/proc/PID/cgroup``.
 
         Raises:
-          PeerGoneError, PermissionError, NotSupportedError: as :attr:`exe`; or only control
-            groups of version 1 are in use.
+          PeerGoneError, PermissionError, NotSupportedError, OSError: as :attr:`exe`; or only
+            control groups of version 1 are in use.
         """
 
         def read(folder: str) -> str:
-            with open(f"{folder}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            with open(f"{folder}/cgroup", "rb") as file:
                 for line in file:
-                    if line.startswith("0::"):
-                        return line[3:].rstrip("\n")
+                    if line.startswith(b"0::"):
+                        return os.fsdecode(line[3:].rstrip(b"\n"))
             raise NotSupportedError("the system has no control groups of version 2")
 
         return self._read(read)
@@ -202,17 +227,28 @@ class PeerIdentity:
         if self.gone:
             raise PeerGoneError(errno.ESRCH, _GONE)
         pidfd = self._held()
-        pid = _pid_of(pidfd)
         try:
-            answer = read(f"/proc/{pid}")
+            pid = _pid_of(pidfd)
+        except FileNotFoundError as exc:
+            raise NotSupportedError("/proc is not mounted, and tells nothing about a peer") from exc
+        if pid == _UNSEEN:
+            raise NotSupportedError(
+                "the peer is in a pid namespace that cannot be seen from here, so that /proc "
+                "tells nothing about it"
+            )
+        folder = f"/proc/{pid}"
+        try:
+            answer = read(folder)
         except (FileNotFoundError, ProcessLookupError) as exc:
-            if not self.is_alive():
-                raise PeerGoneError(errno.ESRCH, _GONE) from exc
-            raise PermissionError(
-                errno.EACCES, "the peer is alive, but hidden from this process in /proc"
-            ) from exc
-        # Until it is reaped nobody else can get its pid, so that this was about the process.
-        _check_there(pidfd)
+            # What has a folder, but no program any more, is about to end.
+            if pid != _REAPED and self.is_alive() and not os.path.isdir(folder):
+                raise PermissionError(
+                    errno.EACCES, "the peer is alive, but hidden from this process in /proc"
+                ) from exc
+            raise PeerGoneError(errno.ESRCH, _GONE) from exc
+        # Until it has ended nobody else can get its pid, so that this was about the process.
+        if not self.is_alive():
+            raise PeerGoneError(errno.ESRCH, _GONE)
         return answer
 
     def close(self) -> None:
@@ -239,18 +275,14 @@ class PeerIdentity:
 
 
 def _pid_of(pidfd: int) -> int:
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("Pid:"):
-                pid = int(line[4:])
-                if pid == -1:
-                    raise PeerGoneError(errno.ESRCH, _GONE)
-                if pid:
-                    return pid
-    raise NotSupportedError(
-        f"{sys.platform} shows no pid of the peer: it is in a pid namespace that cannot be seen "
-        "from here"
-    )
+    """Return the pid of a process in the pid namespace of /proc, or _REAPED, or _UNSEEN.
+
+    Raises:
+      OSError: EMFILE; ENOENT if /proc is not mounted; EACCES if it is another user's.
+    """
+    # As bytes: a process that went to another root or user cannot load an encoding any more.
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return next(int(line[4:]) for line in file if line.startswith(b"Pid:"))
 
 
 def identify(sock: socket.socket, *, with_pidfd: bool = True) -> PeerIdentity:

@@ -133,32 +133,43 @@ def effective_group() -> int:
     return int(required(getattr(os, "getegid", None), "group ids (os.getegid)")())
 
 
+# How many ids there are, and which one stands for those that are mapped to none.
+_ALL_IDS: Final = 2**32 - 1
+_OVERFLOW: Final = 65534
+
+
 def is_own_user_id(uid: int) -> bool:
     """Whether a user id that the kernel told is the id of one user.
 
-    In a user namespace, every user from outside is shown as the overflow id (65534), which
-    may be mapped to nobody: then it says nothing about who that is.
+    In a user namespace, every user from outside is shown as the overflow id (65534). There it
+    says nothing about who that is, also if it is mapped to somebody.
 
-    Source: user_namespaces(7), proc_pid_uid_map(5)
+    Source: user_namespaces(7), proc_pid_uid_map(5), proc_sys_kernel(5)
     """
-    return _is_mapped(uid, "/proc/self/uid_map")
+    return _is_mapped(uid, "/proc/self/uid_map", "/proc/sys/kernel/overflowuid")
 
 
 def is_own_group_id(gid: int) -> bool:
     """Whether a group id that the kernel told is the id of one group; see above."""
-    return _is_mapped(gid, "/proc/self/gid_map")
+    return _is_mapped(gid, "/proc/self/gid_map", "/proc/sys/kernel/overflowgid")
 
 
-def _is_mapped(number: int, path: str) -> bool:
-    if number < 0:
-        return False
+def _is_mapped(number: int, map_path: str, overflow_path: str) -> bool:
     try:
-        with open(path, encoding="ascii") as file:
+        with open(map_path, "rb") as file:
             ranges = [[int(field) for field in line.split()] for line in file]
     except OSError:
         # No Linux, or no /proc: there are no user namespaces to be seen.
         return True
-    return any(start <= number < start + count for start, _, count in ranges)
+    if [0, _ALL_IDS] in [[start, count] for start, _, count in ranges]:
+        # Nobody is outside.
+        return True
+    try:
+        with open(overflow_path, "rb") as file:
+            overflow = int(file.read())
+    except OSError:
+        overflow = _OVERFLOW
+    return number != overflow and any(start <= number < start + count for start, _, count in ranges)
 
 
 def getsockopt_of_any_length(fd: int, level: int, option: int, length: int) -> bytes:

@@ -140,6 +140,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         self._check_open()
         return self._address
 
+    @enable_ki_protection
     async def accept(self) -> UnixConnection:
         """Accept one connection whose peer the policy admits.
 
@@ -156,9 +157,15 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         """
         while True:
             conn = await self._accept_any()
-            if self._policy is None or await is_admitted(conn, self._policy):
+            if await self._admits(conn):
                 return conn
-            self.denied += 1
+
+    async def _admits(self, conn: UnixConnection) -> bool:
+        """Whether the policy admits the peer; if not, that is counted and ``conn`` closed."""
+        if self._policy is None or await is_admitted(conn, self._policy):
+            return True
+        self.denied += 1
+        return False
 
     @enable_ki_protection
     async def _accept_any(self) -> UnixConnection:

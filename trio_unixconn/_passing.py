@@ -188,7 +188,7 @@ class DescriptorPassing:
         fds = _control.up_to_descriptors(received, most)
         for more in self._receiver.ahead_that_fits(most - len(fds)):
             fds += _control.up_to_descriptors(more, most)
-        return UnixFDList(fds)
+        return UnixFDList.owning(fds)
 
     def fds(self, *, read_ahead: int = DEFAULT_READ_AHEAD) -> DescriptorStream:
         """Iterate over descriptors: ``async for fd in conn.fds()``.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import _identity
 from ._address import UnixSocketAddress
 from ._credentials import peer_credentials
+from ._identity import get_peer_groups, get_peer_security_context, identify, open_peer_pidfd
 
 if TYPE_CHECKING:
     import socket
@@ -61,7 +61,7 @@ class KnownPeer:
 
         Source: ``SO_PEERPIDFD`` of Linux 6.5, pidfd_open(2)
         """
-        return _identity.open_peer_pidfd(self._asked())
+        return open_peer_pidfd(self._asked())
 
     def get_peer_groups(self) -> tuple[int, ...]:
         """Return the supplementary groups that the peer had when the connection was made.
@@ -72,7 +72,7 @@ class KnownPeer:
 
         Source: ``SO_PEERGROUPS`` of Linux 4.13
         """
-        return _identity.get_peer_groups(self._asked())
+        return get_peer_groups(self._asked())
 
     def get_peer_security_context(self) -> str | None:
         """Return the peer's SELinux, AppArmor or Smack label; None if the kernel gives none.
@@ -82,10 +82,14 @@ class KnownPeer:
 
         Source: socket(7) (``SO_PEERSEC``)
         """
-        return _identity.get_peer_security_context(self._asked())
+        return get_peer_security_context(self._asked())
 
-    def get_peer_identity(self) -> PeerIdentity:
+    def get_peer_identity(self, *, with_pidfd: bool = True) -> PeerIdentity:
         """Gather all of these at once, and hold on to the process.
+
+        Args:
+          with_pidfd: whether to hold on to it, which takes a descriptor. Without one, nothing
+            can be told about the process as it is now.
 
         Returns:
           An identity that the caller owns: it holds a pidfd, so use it in a ``with`` block.
@@ -95,7 +99,7 @@ class KnownPeer:
           OSError: EMFILE.
           ConnectionClosedError: this side closed the connection.
         """
-        return _identity.identify(self._asked())
+        return identify(self._asked(), with_pidfd=with_pidfd)
 
     def get_local_address(self) -> UnixSocketAddress:
         """Return the name of this end; unnamed unless it was bound or accepted.

@@ -12,10 +12,15 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
+from trio.lowlevel import disable_ki_protection
+
 from . import _kernel
 from ._identity import PeerIdentity
 
 PeerCheck = Callable[[PeerIdentity], Awaitable[bool]]
+
+# The next one is (uid_t)-1, every kernel's word for "no such id".
+_LARGEST_ID: Final = 2**32 - 2
 
 
 class PeerPolicy:
@@ -27,9 +32,9 @@ class PeerPolicy:
     either admits, ``a & b`` whom both admit; ``b`` is asked only if ``a`` leaves it open.
 
     Names are looked up once, here, and may wait for a directory service. In a user namespace
-    the kernel shows every user from outside as 65534 (overflowuid): an id that is mapped to
-    nobody when the policy is made matches nobody. Where the kernel cannot tell supplementary
-    groups, only the primary group matches.
+    the kernel shows every user from outside as 65534 (overflowuid): there that id matches
+    nobody, and neither does one that is mapped to nobody when the policy is made. Where the
+    kernel cannot tell supplementary groups, only the primary group matches.
 
     Args:
       uids: user ids.
@@ -41,7 +46,7 @@ class PeerPolicy:
         was to decide, and the peer is not admitted.
 
     Raises:
-      ValueError: nothing given; or no user or group has that name.
+      ValueError: nothing given; an id out of range; or no user or group has that name.
       TypeError: an id that is no int, or a check that cannot be called.
     """
 
@@ -140,13 +145,13 @@ class _Composed(PeerPolicy):
         return f"({self._left!r} {self._sign} {self._right!r})"
 
 
+@disable_ki_protection
 async def _asked(check: PeerCheck, peer: PeerIdentity) -> bool:
     answer: object = check(peer)
-    if inspect.isawaitable(answer):
-        answer = await answer
-    else:
+    if not inspect.isawaitable(answer):
         raise TypeError(f"the check {check!r} of a policy is not async: it returned {answer!r}")
-    if not isinstance(answer, bool):
+    answer = await answer
+    if not isinstance(answer, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the check {check!r} of a policy must return a bool, not {answer!r}")
     return answer
 
@@ -156,8 +161,8 @@ def _ids(given: Iterable[int], what: str) -> frozenset[int]:
     for each in ids:
         if type(each) is not int:
             raise TypeError(f"{what} are ints, not {type(each).__name__} ({each!r})")
-        if each < 0:
-            raise ValueError(f"{what} are from 0 on; {each} is nobody's")
+        if not 0 <= each <= _LARGEST_ID:
+            raise ValueError(f"{what} are from 0 to {_LARGEST_ID}; {each} is nobody's")
     return ids
 
 

@@ -108,10 +108,15 @@ class Receiver(ConnectedSocket):
         """Return one byte that was read ahead, with what came with it; None without any."""
         if self.busy:
             raise ConnectionBusyError("another task is receiving from this connection")
-        if not self._ahead or isinstance(self._ahead[0], OSError):
-            # An error is raised, and translated, by receive().
+        ahead = self._ahead
+        if not ahead:
             return None
-        return self._take_ahead()
+        first = ahead.popleft()
+        if isinstance(first, OSError):
+            # It is raised, and translated, by receive().
+            ahead.appendleft(first)
+            return None
+        return first
 
     def read_ahead(self, count: int) -> None:
         """Read up to ``count`` single bytes that are there already, each with what it brings.
@@ -126,10 +131,11 @@ class Receiver(ConnectedSocket):
             return
         ahead = self._ahead = self._ahead or deque()
         self._lend_passcred()
+        recvmsg = self.raw.recvmsg
         try:
             for _ in range(count):
                 try:
-                    received: Received = self.raw.recvmsg(1, _ROOM, _FLAGS)
+                    received: Received = recvmsg(1, _ROOM, _FLAGS)
                 except BlockingIOError:
                     return
                 except OSError as exc:
@@ -213,7 +219,7 @@ class Receiver(ConnectedSocket):
         """Switch off what was switched on here: other processes may hold the same socket."""
         while self._lent:
             option = self._lent.pop()
-            if not self.is_closed():
+            if self.raw.fileno() != -1:
                 self.raw.setsockopt(_kernel.SOL_SOCKET, option, 0)
 
 

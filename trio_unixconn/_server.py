@@ -44,7 +44,8 @@ class UnixServer:
         asked about among them.
       accepted: how many it has accepted.
       denied: how many of those a policy has denied, its own or the listener's.
-      crashed: how many handlers have ended with an exception that was logged.
+      crashed: how many handlers, or checks of a policy, have ended with an exception that was
+        logged.
       drained: set when a drain has come to its end.
     """
 
@@ -195,10 +196,10 @@ class UnixServer:
             self._slots.release_on_behalf_of(slot)
 
     async def _admits(self, conn: UnixConnection) -> bool:
-        of_listener = self.listener._policy  # noqa: SLF001 - as above
-        if of_listener is not None and not await is_admitted(conn, of_listener):
-            self.listener.denied += 1
-        elif self._policy is None or await is_admitted(conn, self._policy):
+        # The listener's own policy first, as its accept() asks it.
+        if await self.listener._admits(conn) and (  # noqa: SLF001 - as above
+            self._policy is None or await is_admitted(conn, self._policy)
+        ):
             return True
         self.denied += 1
         return False

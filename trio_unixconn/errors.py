@@ -233,7 +233,7 @@ class AddressInUseError(UnixConnectionError, OSError):
 
 
 class PeerGoneError(UnixConnectionError, ProcessLookupError):
-    """The process at the other end has ended and was reaped; its pid may be another's by now."""
+    """The process at the other end has ended; its pid may be another's by now."""
 
     code = IOErrorEnum.NOT_FOUND
 

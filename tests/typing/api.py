@@ -15,14 +15,21 @@ from trio_unixconn import (
     Cancellable,
     Credentials,
     IOErrorEnum,
+    Message,
     OperationCancelled,
+    PeerDeniedError,
+    PeerGoneError,
+    PeerIdentity,
+    PeerPolicy,
     UnixConnection,
     UnixListener,
+    UnixServer,
     UnixSocketAddress,
     connection_pair,
     open_callback_adapter,
     open_unix_connection,
     open_unix_listener,
+    serve_unix,
 )
 from trio_unixconn.testing import (
     assert_no_fd_leak,
@@ -66,6 +73,50 @@ async def listening() -> None:
     assert_type(await open_unix_connection(b"x"), UnixConnection)
     await open_unix_connection(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await trio.serve_listeners(serve, [listener])
+
+
+async def identity(conn: UnixConnection) -> None:
+    assert_type(conn.open_peer_pidfd(), int | None)
+    assert_type(conn.get_peer_groups(), tuple[int, ...])
+    assert_type(conn.get_peer_security_context(), str | None)
+    assert_type(await conn.receive_message(3, pidfd=True, credentials=True), Message)
+    with conn.get_peer_identity() as peer:
+        assert_type(peer, PeerIdentity)
+        assert_type(peer.credentials, Credentials)
+        assert_type(peer.groups, tuple[int, ...] | None)
+        assert_type(peer.security_context, str | None)
+        assert_type(peer.pidfd, int | None)
+        assert_type(peer.gone, bool)
+        assert_type(peer.is_alive(), bool)
+        assert_type(peer.exe, str)
+        assert_type(peer.cgroup, str)
+        peer.gone = True  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    conn.get_peer_identity(with_pidfd=False).close()
+
+
+async def is_fine(peer: PeerIdentity) -> bool:
+    return peer.is_alive()
+
+
+def is_not_async(peer: PeerIdentity) -> bool:
+    return peer.is_alive()
+
+
+async def policies() -> None:
+    policy = PeerPolicy(uids=[1], gids={2}, users=("a",), groups=["b"], check=is_fine)
+    assert_type(policy | PeerPolicy.same_user(), PeerPolicy)
+    assert_type(policy & PeerPolicy.root(), PeerPolicy)
+    PeerPolicy(uids=["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    PeerPolicy(check=is_not_async)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    policy | 3  # type: ignore[operator]  # pyright: ignore[reportOperatorIssue,reportUnusedExpression]
+    listener = await open_unix_listener("x", policy=policy, receive_descriptors=False)
+    assert_type(listener.denied, int)
+    await open_unix_connection("x", policy=policy, credentials=True, pidfds=True)
+    async with trio.open_nursery() as nursery:
+        server: UnixServer = await nursery.start(serve_unix, serve, "x")
+        assert_type(server.denied, int)
+    assert_type(PeerDeniedError().code, IOErrorEnum)
+    assert_type(PeerGoneError().code, IOErrorEnum)
 
 
 def on_ready(source: CallbackConnection, result: AsyncResult) -> None:

@@ -1,0 +1,79 @@
+"""A server and a client that decide who the other may be, before a byte is exchanged."""
+
+import logging
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from functools import partial
+
+import trio
+
+from trio_unixconn import (
+    ConnectionBrokenError,
+    PeerDeniedError,
+    PeerIdentity,
+    PeerPolicy,
+    UnixConnection,
+    UnixServer,
+    open_unix_connection,
+    serve_unix,
+)
+
+STRANGER = 12345
+
+
+async def is_not_a_zombie(peer: PeerIdentity) -> bool:
+    return peer.pidfd is None or peer.is_alive()  # None before Linux 6.5
+
+
+async def greet(conn: UnixConnection) -> None:
+    with suppress(ConnectionBrokenError):  # of the client that did not want this server
+        await conn.send_all(b"hello, user %d" % conn.get_peer_credentials().uid)
+
+
+def become_a_stranger() -> None:
+    if os.getuid() == 0:  # only root can; the others are admitted as themselves
+        os.setgroups([])
+        os.setgid(STRANGER)
+        os.setuid(STRANGER)
+
+
+async def server(path: str) -> None:
+    ours = PeerPolicy.same_user() & PeerPolicy(check=is_not_a_zombie)
+    async with trio.open_nursery() as nursery:
+        started: UnixServer = await nursery.start(
+            partial(serve_unix, greet, path, policy=ours, mode=0o666)
+        )
+
+        print("as ourselves:", await client(path))
+        await trio.run_process([sys.executable, __file__, path])
+        print("denied:", started.denied)
+        assert started.denied == (os.getuid() == 0)
+
+        try:
+            await open_unix_connection(path, policy=PeerPolicy(uids=[os.getuid() + 1]))
+        except PeerDeniedError as exc:
+            print("the client wants another server:", exc.strerror)
+        else:
+            raise AssertionError
+        started.drain()
+
+
+async def client(path: str) -> str:
+    async with await open_unix_connection(path) as conn:
+        return (await conn.receive_some()).decode() or "nothing, and the end"
+
+
+async def main() -> None:
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)  # noqa: S103 - so that others can try
+        await server(os.path.join(folder, "socket"))
+
+
+if len(sys.argv) == 1:
+    trio.run(main)
+else:
+    become_a_stranger()
+    print(f"as user {os.getuid()}:", trio.run(client, sys.argv[1]), flush=True)

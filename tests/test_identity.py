@@ -1,0 +1,731 @@
+"""Who is at the other end: credentials, pidfds, groups, labels, and what /proc says of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from helpers import free_descriptors
+from people import (
+    STRANGER,
+    Person,
+    as_root,
+    in_a_container,
+    looker,
+    mount_namespaces,
+    peer_pidfds,
+    person,
+    pid_namespaces,
+    seen_by,
+    shared_folder,
+    unshared,
+)
+
+from trio_unixconn import (
+    ConnectionClosedError,
+    Credentials,
+    IOErrorEnum,
+    NotSupportedError,
+    PeerGoneError,
+    PeerIdentity,
+    UnixConnection,
+    UnixListener,
+    _identity,
+    _kernel,
+    connection_pair,
+    open_unix_connection,
+    open_unix_listener,
+)
+
+NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[UnixListener]:
+    """A listener that every user may connect to."""
+    with shared_folder() as folder:
+        async with await open_unix_listener(folder / "s", mode=0o666) as listener:
+            yield listener
+
+
+def path_of(listener: UnixListener) -> str:
+    return str(listener.get_local_address().get_path())
+
+
+@contextmanager
+def opened_pidfd(conn: UnixConnection) -> Iterator[int]:
+    pidfd = conn.open_peer_pidfd()
+    assert pidfd is not None
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def looks(peer: PeerIdentity) -> list[Callable[[], object]]:
+    """Return what looks into /proc."""
+    return [lambda: peer.exe, lambda: peer.cgroup]
+
+
+@attrs.define
+class Simulated:
+    """A socket whose getsockopt answers as another kernel's would."""
+
+    answer: Callable[..., Any]
+
+    def getsockopt(self, *arguments: int) -> Any:
+        return self.answer(*arguments)
+
+    @classmethod
+    def that_fails(cls, number: int) -> Any:
+        def fail(*_: int) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        return cls(fail)
+
+
+################################################################
+# open_peer_pidfd
+################################################################
+
+
+@peer_pidfds
+async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
+    """The pidfd names the process that connected, is close-on-exec, and tells of its end."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with opened_pidfd(conn) as pidfd:
+            assert not os.get_inheritable(pidfd)
+            with open(f"/proc/self/fdinfo/{pidfd}") as file:
+                assert f"Pid:\t{client.pid}\n" in file.read()
+            assert not select.select([pidfd], [], [], 0)[0]
+            await client.end()
+            with trio.fail_after(30):
+                await trio.lowlevel.wait_readable(pidfd)
+
+
+@peer_pidfds
+async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
+    """To a client it names the process that listens."""
+    async with await open_unix_connection(path_of(listener)) as conn:
+        with opened_pidfd(conn) as pidfd, open(f"/proc/self/fdinfo/{pidfd}") as file:
+            assert f"Pid:\t{os.getpid()}\n" in file.read()
+
+
+@peer_pidfds
+async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
+    """A peer that has ended is there until it is reaped; then it is PeerGoneError."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        await client.end()
+        with opened_pidfd(conn) as pidfd:
+            assert select.select([pidfd], [], [], 0)[0]
+        client.reap()
+        with pytest.raises(PeerGoneError, match="has ended") as caught:
+            conn.open_peer_pidfd()
+        assert caught.value.errno == errno.ESRCH
+        assert isinstance(caught.value, ProcessLookupError)
+        assert conn.get_local_address() == listener.get_local_address()
+        assert conn.get_remote_address().get_is_anonymous()
+        assert caught.value.code is IOErrorEnum.NOT_FOUND
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ESRCH])
+def test_gone_as_older_kernels_say_it(number: int) -> None:
+    """EINVAL, as Linux 6.5 says of a peer that was reaped, is PeerGoneError, too."""
+    with pytest.raises(PeerGoneError) as caught:
+        _identity.open_peer_pidfd(Simulated.that_fails(number))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("number", [errno.ENOPROTOOPT, errno.ENODATA])
+def test_no_pidfds_in_this_kernel(number: int) -> None:
+    """Where the kernel has no SO_PEERPIDFD there is none."""
+    assert _identity.open_peer_pidfd(Simulated.that_fails(number)) is None
+
+
+def test_no_pidfds_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the option has no number there is none."""
+    monkeypatch.setattr(_kernel, "SO_PEERPIDFD", None)
+    assert _identity.open_peer_pidfd(Simulated.that_fails(errno.EIO)) is None
+
+
+def test_other_errors_come_out() -> None:
+    """What is neither is not hidden."""
+    with pytest.raises(OSError, match="Input/output") as caught:
+        _identity.open_peer_pidfd(Simulated.that_fails(errno.EIO))
+    assert caught.value.errno == errno.EIO
+
+
+@peer_pidfds
+async def test_pidfd_without_a_free_descriptor() -> None:
+    """Without a free descriptor it is EMFILE, also when all are gathered; groups need none."""
+    one, two = connection_pair()
+    async with one, two:
+        for ask in (one.open_peer_pidfd, one.get_peer_identity):
+            with free_descriptors(0), pytest.raises(OSError, match="Too many open") as caught:
+                ask()
+            assert caught.value.errno == errno.EMFILE
+        with free_descriptors(0):
+            assert one.get_peer_groups() == tuple(os.getgroups())
+            assert one.get_peer_identity(with_pidfd=False).pidfd is None
+
+
+def failing_signal(number: int) -> Callable[..., None]:
+    def fail(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EINVAL, errno.ENOSYS, None])
+def no_signals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals to the peer are refused; or this Python was built without pidfd_send_signal."""
+    if request.param is None:
+        monkeypatch.delattr(signal, "pidfd_send_signal")
+    else:
+        monkeypatch.setattr(signal, "pidfd_send_signal", failing_signal(request.param))
+
+
+@peer_pidfds
+@pytest.mark.usefixtures("no_signals")
+async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> None:
+    """A peer that cannot be sent a signal is there until it is reaped, nevertheless."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with opened_pidfd(conn):
+            await client.end()
+        with opened_pidfd(conn):
+            client.reap()
+        with pytest.raises(PeerGoneError):
+            conn.open_peer_pidfd()
+
+
+@peer_pidfds
+@pytest.mark.usefixtures("no_signals")
+async def test_pidfd_where_nothing_tells(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With neither signals nor /proc, a pidfd of what has ended is returned all the same."""
+
+    def missing(_: int) -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_identity, "_pid_of", missing)
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with opened_pidfd(conn) as pidfd:
+            assert not select.select([pidfd], [], [], 0)[0]
+        await client.end()
+        with opened_pidfd(conn) as pidfd:
+            assert select.select([pidfd], [], [], 0)[0]
+
+
+async def test_a_connection_that_is_closed() -> None:
+    """Nothing is told about the peer of a connection that this side has closed."""
+    one, two = connection_pair()
+    await one.aclose()
+    await two.aclose()
+    for ask in (
+        one.get_peer_credentials,
+        one.open_peer_pidfd,
+        one.get_peer_groups,
+        one.get_peer_security_context,
+        one.get_peer_identity,
+        one.get_local_address,
+        one.get_remote_address,
+    ):
+        with pytest.raises(ConnectionClosedError):
+            ask()
+
+
+################################################################
+# Groups and labels
+################################################################
+
+
+@as_root
+@pytest.mark.parametrize(
+    "groups",
+    [[], [4711], [1, 2, 70000], list(range(20000, 20256)), list(range(20000, 20300))],
+    ids=len,
+)
+async def test_groups(listener: UnixListener, groups: list[int]) -> None:
+    """The supplementary groups are those that the peer had, however many; Python takes 256."""
+    async with (
+        person(path_of(listener), uid=STRANGER, gid=54321, groups=groups) as client,
+        await listener.accept() as conn,
+        await open_unix_connection(path_of(listener)) as own,
+    ):
+        assert conn.get_peer_credentials() == Credentials(client.pid or 0, STRANGER, 54321)
+        assert conn.get_peer_groups() == tuple(groups)
+        assert own.get_peer_groups() == tuple(os.getgroups())
+        with conn.get_peer_identity() as peer:
+            assert peer.groups == tuple(groups)
+
+
+def test_no_groups_in_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel cannot tell groups it is NotSupportedError; other errors come out."""
+    with pytest.raises(NotSupportedError, match=r"4\.13"):
+        _identity.get_peer_groups(Simulated.that_fails(errno.ENOPROTOOPT))
+    with pytest.raises(OSError, match="Input/output"):
+        _identity.get_peer_groups(Simulated.that_fails(errno.EIO))
+    monkeypatch.setattr(_kernel, "SO_PEERGROUPS", None)
+    with pytest.raises(NotSupportedError, match="SO_PEERGROUPS"):
+        _identity.get_peer_groups(Simulated.that_fails(errno.EIO))
+
+
+async def test_no_groups_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An identity can be gathered without groups; they are None then, and not none."""
+    monkeypatch.setattr(_kernel, "SO_PEERGROUPS", None)
+    one, two = connection_pair()
+    async with one, two:
+        with one.get_peer_identity() as peer:
+            assert peer.groups is None
+            assert "groups unknown" in str(peer)
+
+
+def test_an_option_that_takes_more_than_there_is() -> None:
+    """Options of any length say what is wrong with errno, as Python's getsockopt does."""
+    one, two = socket.socketpair()
+    with one, two:
+        with pytest.raises(OSError, match="not available") as caught:
+            _kernel.getsockopt_of_any_length(one.fileno(), socket.SOL_SOCKET, 12345, 8)
+        assert caught.value.errno == errno.ENOPROTOOPT
+        data = _kernel.getsockopt_of_any_length(
+            one.fileno(), socket.SOL_SOCKET, socket.SO_PEERCRED, 4096
+        )
+        assert data == one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 1024)
+
+
+def test_security_context_here() -> None:
+    """The label is what the kernel says, or None where no security module gives one."""
+    one, two = socket.socketpair()
+    with one, two:
+        try:
+            label = one.getsockopt(socket.SOL_SOCKET, 31, 1024)
+        except OSError:
+            label = b""
+        assert (_identity.get_peer_security_context(one) or "") == label.rstrip(b"\0").decode()
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        (b"unconfined", "unconfined"),
+        (b"system_u:system_r:sshd_t:s0\0", "system_u:system_r:sshd_t:s0"),
+        (b"\xff\0", "\udcff"),
+        (b"", None),
+        (b"\0", None),
+    ],
+)
+def test_security_context(label: bytes, text: str | None) -> None:
+    """A label is text, without the NUL that SELinux puts behind it; an empty one is none."""
+    sock: Any = Simulated(lambda *_: label)
+    assert _identity.get_peer_security_context(sock) == text
+
+
+def test_no_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no security module gives a label it is None; other errors come out."""
+    for number in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+        assert _identity.get_peer_security_context(Simulated.that_fails(number)) is None
+    with pytest.raises(OSError, match="Input/output"):
+        _identity.get_peer_security_context(Simulated.that_fails(errno.EIO))
+    monkeypatch.setattr(_kernel, "SO_PEERSEC", None)
+    assert _identity.get_peer_security_context(Simulated.that_fails(errno.EIO)) is None
+
+
+def test_long_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label that is longer than Python's getsockopt takes is asked for again, in full."""
+    asked: list[int] = []
+
+    def whole(_fd: int, _level: int, option: int, length: int) -> bytes:
+        asked.append(option)
+        return b"x" * min(2000, length)
+
+    monkeypatch.setattr(_kernel, "getsockopt_of_any_length", whole)
+    sock = Simulated.that_fails(errno.ERANGE)
+    monkeypatch.setattr(Simulated, "fileno", lambda _: 3, raising=False)
+    assert _identity.get_peer_security_context(sock) == "x" * 2000
+    assert asked == [_kernel.SO_PEERSEC]
+
+
+async def test_label_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods of a connection and its identity tell the label, and a log shows it quoted."""
+    monkeypatch.setattr(_kernel, "SO_PEERGROUPS", None)
+    monkeypatch.setattr(_identity, "_option", lambda *_: b"a b\n\0")
+    one, two = connection_pair()
+    async with one, two:
+        assert one.get_peer_security_context() == "a b\n"
+        with one.get_peer_identity(with_pidfd=False) as peer:
+            assert peer.security_context == "a b\n"
+            assert r"label 'a b\n'" in str(peer)
+
+
+################################################################
+# PeerIdentity
+################################################################
+
+
+@peer_pidfds
+async def test_identity_of_a_living_peer(listener: UnixListener) -> None:
+    """It says what the single methods say, is alive, and what the process runs and where."""
+    async with (
+        person(path_of(listener)) as client,
+        await listener.accept() as conn,
+    ):
+        with conn.get_peer_identity() as peer:
+            assert peer.credentials == conn.get_peer_credentials()
+            assert peer.credentials.pid == client.pid
+            assert peer.groups == conn.get_peer_groups()
+            assert peer.security_context == conn.get_peer_security_context()
+            assert not peer.gone
+            assert peer.is_alive()
+            assert peer.exe == os.path.realpath(f"/proc/{client.pid}/exe")
+            assert os.path.samefile(peer.exe, sys.executable)
+            assert cgroup_of(client.pid) == peer.cgroup
+            assert f"pid {client.pid} uid {os.getuid()} gid {os.getgid()} groups" in str(peer)
+
+
+def cgroup_of(pid: int | None) -> str | None:
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return next((line[3:] for line in lines if line.startswith("0::")), None)
+
+
+def test_described_for_a_log() -> None:
+    """Groups are numbers with commas, "none", or "unknown"."""
+    ids = Credentials(1, 2, 3)
+    assert str(PeerIdentity(ids, (5, 6))) == "pid 1 uid 2 gid 3 groups 5,6"
+    assert str(PeerIdentity(ids, ())) == "pid 1 uid 2 gid 3 groups none"
+    assert str(PeerIdentity(ids)) == "pid 1 uid 2 gid 3 groups unknown"
+    assert "fd" not in repr(PeerIdentity(ids))
+
+
+@peer_pidfds
+async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
+    """As a zombie and when reaped it is not alive, and is gone for all that /proc says."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with conn.get_peer_identity() as peer:
+            assert peer.is_alive()
+            await client.end()
+            for _ in range(2):
+                assert not peer.is_alive()
+                for ask in looks(peer):
+                    with pytest.raises(PeerGoneError):
+                        ask()
+                client.reap()
+            assert not peer.gone
+
+
+@peer_pidfds
+async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> None:
+    """Gathered after the peer was reaped, it says so; ids and groups are still known."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        await client.end()
+        with conn.get_peer_identity() as zombie:
+            assert not zombie.gone
+            assert not zombie.is_alive()
+        client.reap()
+        with conn.get_peer_identity() as peer:
+            assert peer.gone
+            assert peer.pidfd is None
+            assert not peer.is_alive()
+            assert peer.credentials.pid == client.pid
+            assert peer.groups == tuple(os.getgroups())
+            for ask in looks(peer):
+                with pytest.raises(PeerGoneError):
+                    ask()
+
+
+@peer_pidfds
+async def test_identity_that_is_closed() -> None:
+    """Closed, also twice, it keeps ids and groups, and leaves the rest open."""
+    one, two = connection_pair()
+    async with one, two:
+        with one.get_peer_identity() as peer:
+            pidfd = peer.pidfd
+            assert pidfd is not None
+        peer.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(pidfd)
+        assert peer.pidfd is None
+        assert peer.credentials == Credentials()
+        for ask in (peer.is_alive, *looks(peer)):
+            with pytest.raises(NotSupportedError, match="closed"):
+                ask()
+
+
+@peer_pidfds
+async def test_identity_that_is_dropped() -> None:
+    """One that nobody closes is closed when it is collected, with a ResourceWarning."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.warns(ResourceWarning, match="dropped with descriptors"):
+            one.get_peer_identity()
+
+
+async def test_identity_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pidfds, what would have to trust the pid is not told at all."""
+    monkeypatch.setattr(_kernel, "SO_PEERPIDFD", None)
+    one, two = connection_pair()
+    async with one, two:
+        assert one.open_peer_pidfd() is None
+        with one.get_peer_identity() as peer:
+            assert peer.pidfd is None
+            assert not peer.gone
+            assert peer.credentials == Credentials()
+            for ask in (peer.is_alive, *looks(peer)):
+                with pytest.raises(NotSupportedError, match=r"6\.5"):
+                    ask()
+
+
+################################################################
+# Never about another process
+################################################################
+
+
+def newcomer_with(pid: int) -> subprocess.Popen[bytes]:
+    """Start a process that has this pid."""
+    for _ in range(200):
+        Path(NS_LAST_PID).write_text(str(pid - 1))
+        process = subprocess.Popen(["sleep", "600"])
+        if process.pid == pid:
+            return process
+        process.kill()
+        process.wait()
+    pytest.fail(f"somebody else was faster, 200 times, or the pid {pid} is taken")
+
+
+@as_root
+@peer_pidfds
+async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
+    """When another process has the peer's pid, nothing is ever told about that one."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with conn.get_peer_identity() as early:
+            pid = client.pid or 0
+            await client.end()
+            client.reap()
+            newcomer = newcomer_with(pid)
+            try:
+                assert "sleep" in os.readlink(f"/proc/{pid}/exe")
+                assert early.credentials.pid == newcomer.pid
+                assert not early.is_alive()
+                with pytest.raises(PeerGoneError):
+                    conn.open_peer_pidfd()
+                with conn.get_peer_identity() as late:
+                    assert late.gone
+                    assert not late.is_alive()
+                    for peer in (early, late):
+                        for ask in looks(peer):
+                            with pytest.raises(PeerGoneError):
+                                ask()
+            finally:
+                newcomer.kill()
+                newcomer.wait()
+
+
+async def killed(client: Person) -> None:
+    await client.end()
+    client.reap()
+
+
+@peer_pidfds
+@pytest.mark.parametrize("newcomer", [False, True])
+async def test_peer_that_dies_while_it_is_looked_at(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch, *, newcomer: bool
+) -> None:
+    """One that dies between its pid and what /proc says is gone, and its successor is not told."""
+    async with person(path_of(listener)) as client, await listener.accept() as conn:
+        with conn.get_peer_identity() as peer:
+
+            def readlink(path: str) -> str:
+                assert path == f"/proc/{client.pid}/exe"
+                client.process.kill()
+                client.reap()
+                if not newcomer:
+                    raise FileNotFoundError(path)
+                return "/usr/bin/newcomer"
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "readlink", readlink)
+                with pytest.raises(PeerGoneError):
+                    assert peer.exe == "never"
+
+
+@peer_pidfds
+async def test_peer_that_is_about_to_end(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has a folder in /proc, but runs no program any more, is gone."""
+    async with person(path_of(listener)), await listener.accept() as conn:
+        with conn.get_peer_identity() as peer, monkeypatch.context() as patch:
+
+            def readlink(path: str) -> str:
+                raise FileNotFoundError(path)
+
+            patch.setattr(os, "readlink", readlink)
+            with pytest.raises(PeerGoneError):
+                assert peer.exe == "never"
+            # Without a folder it is hidden: it would take another user to see that.
+            patch.setattr(os.path, "isdir", lambda _: False)
+            with pytest.raises(PermissionError, match="hidden"):
+                assert peer.exe == "never"
+
+
+@peer_pidfds
+async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /proc is not mounted, what it would say is NotSupportedError; who lives is known."""
+
+    def missing(pidfd: int) -> int:
+        raise FileNotFoundError
+
+    async with person(path_of(listener)), await listener.accept() as conn:
+        with conn.get_peer_identity() as peer:
+            monkeypatch.setattr(_identity, "_pid_of", missing)
+            for ask in looks(peer):
+                with pytest.raises(NotSupportedError, match="not mounted"):
+                    ask()
+            assert peer.is_alive()
+
+
+@peer_pidfds
+async def test_no_unified_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where only control groups of version 1 are in use, it is NotSupportedError."""
+    file = tmp_path / "cgroup"
+    file.write_text("12:cpu:/x\n1:name=systemd:/x\n")
+    one, two = connection_pair()
+    real = open
+    async with one, two:
+        with one.get_peer_identity() as peer:
+
+            def opened(path: Any, *arguments: Any, **keywords: Any) -> Any:
+                ours = str(path).endswith(f"/{os.getpid()}/cgroup")
+                return real(file if ours else path, *arguments, **keywords)
+
+            monkeypatch.setattr(_identity, "open", opened, raising=False)
+            with pytest.raises(NotSupportedError, match="version 2"):
+                assert peer.cgroup == "never"
+            file.write_text("12:cpu:/x\n0::/a b\n")
+            assert peer.cgroup == "/a b"
+
+
+@peer_pidfds
+async def test_identity_without_a_free_descriptor() -> None:
+    """Without a free descriptor /proc cannot be read: EMFILE; who lives needs none."""
+    one, two = connection_pair()
+    async with one, two:
+        with one.get_peer_identity() as peer, free_descriptors(0):
+            for ask in looks(peer):
+                with pytest.raises(OSError, match="Too many open files"):
+                    ask()
+            assert peer.is_alive()
+
+
+################################################################
+# Other users and other namespaces
+################################################################
+
+
+@as_root
+@peer_pidfds
+async def test_another_user_s_process(listener: UnixListener) -> None:
+    """Of another user's process there is a pidfd; its program is not for us to see."""
+    async with looker("connect", path_of(listener), uid=str(STRANGER)) as process:
+        async with await listener.accept():
+            seen = await seen_by(process)
+        assert seen["ids"] == [os.getpid(), 0, 0]
+        assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
+        assert seen["exe"].startswith("PermissionError: [Errno 13] Permission denied")
+        assert seen["cgroup"] == cgroup_of(os.getpid())
+
+
+@mount_namespaces
+@as_root
+@peer_pidfds
+async def test_hidden_in_proc(listener: UnixListener) -> None:
+    """A peer that /proc hides (hidepid) is alive, and looking at it is PermissionError."""
+    under = unshared("-m", then="mount -t proc -o hidepid=invisible proc /proc && ")
+    async with looker("connect", path_of(listener), uid=str(STRANGER), under=under) as process:
+        async with await listener.accept():
+            seen = await seen_by(process)
+        assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
+        for each in ("exe", "cgroup"):
+            assert seen[each].startswith("PermissionError")
+            assert "hidden" in seen[each]
+
+
+@pid_namespaces
+@peer_pidfds
+async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
+    """A peer in a container is told of with the pid that it has out here."""
+    under = in_a_container()
+    async with person(path_of(listener), under=under) as client, await listener.accept() as conn:
+        # In there it is the first process.
+        assert client.pid == 1
+        with conn.get_peer_identity() as peer:
+            assert peer.credentials.pid not in {0, 1, client.process.pid}
+            assert peer.is_alive()
+            assert os.path.samefile(peer.exe, sys.executable)
+            assert peer.cgroup == cgroup_of(os.getpid())
+
+
+@pid_namespaces
+@peer_pidfds
+async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
+    """To a process in a container, a peer outside has no pid, and still lives and ends."""
+    under = in_a_container("--mount-proc")
+    async with looker("connect", path_of(listener), under=under) as process:
+        async with await listener.accept():
+            seen = await seen_by(process)
+        assert seen["ids"][0] == 0
+        assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
+        for each in ("exe", "cgroup"):
+            assert seen[each].startswith("NotSupportedError")
+            assert "pid namespace" in seen[each]
+
+
+@pid_namespaces
+@peer_pidfds
+async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
+    """To a process in a container, a peer outside that was reaped is gone."""
+    under = in_a_container("--mount-proc")
+    folder = Path(path_of(listener)).parent
+    async with looker("accept", folder / "inner", under=under) as process:
+        assert await Person(process).listen_to() == "listening"
+        # It stops before it can accept, and so before it can look.
+        await stopped(process.pid)
+        async with person(folder / "inner") as client:
+            await client.end()
+            client.reap()
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGCONT)
+        seen = await seen_by(process)
+        assert seen["gone"]
+        assert not seen["alive"]
+        assert seen["pidfd"].startswith("PeerGoneError")
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+async def stopped(pid: int) -> None:
+    """Stop a process and its children, and wait until they have."""
+    pids = family(pid)
+    for each in pids:
+        os.kill(each, signal.SIGSTOP)
+    with trio.fail_after(30):
+        for each in pids:
+            status = Path(f"/proc/{each}/status")
+            while "\nState:\tT" not in status.read_text():  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)

@@ -1,0 +1,808 @@
+"""PeerPolicy: who may talk to us, on both ends, and what becomes of the others."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import importlib
+import logging
+import os
+import pwd
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.lowlevel
+from helpers import free_descriptors
+from people import (
+    STRANGER,
+    Person,
+    as_root,
+    looker,
+    peer_pidfds,
+    person,
+    seen_by,
+    shared_folder,
+    unshared,
+    user_namespaces,
+)
+from trio.testing import assert_checkpoints, wait_all_tasks_blocked
+
+from trio_unixconn import (
+    Credentials,
+    IOErrorEnum,
+    NotSupportedError,
+    PeerDeniedError,
+    PeerIdentity,
+    PeerPolicy,
+    UnixConnection,
+    UnixListener,
+    UnixServer,
+    _identity,
+    _kernel,
+    open_unix_connection,
+    open_unix_listener,
+    serve_unix,
+)
+
+GROUP = 54321
+
+
+def somebody(uid: int = 1000, gid: int = 1000, groups: tuple[int, ...] | None = ()) -> PeerIdentity:
+    return PeerIdentity(Credentials(1, uid, gid), groups)
+
+
+def answering(answer: Any, asked: list[PeerIdentity] | None = None) -> Callable[..., Any]:
+    async def check(peer: PeerIdentity) -> Any:
+        if asked is not None:
+            asked.append(peer)
+        await trio.lowlevel.checkpoint()
+        return answer
+
+    return check
+
+
+@pytest.fixture
+async def path() -> AsyncIterator[Path]:
+    """A path in a folder that every user can look into."""
+    with shared_folder() as folder:
+        yield folder / "s"
+
+
+################################################################
+# Whom a policy admits
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("policy", "peer", "admitted"),
+    [
+        (PeerPolicy(uids=[1000]), somebody(1000), True),
+        (PeerPolicy(uids={1, 2}), somebody(3), False),
+        (PeerPolicy(uids=[1000]), somebody(1, 1000, (1000,)), False),
+        (PeerPolicy(gids=[5]), somebody(1, 5), True),
+        (PeerPolicy(gids=[5]), somebody(1, 6, (4, 5)), True),
+        (PeerPolicy(gids=[5]), somebody(5, 6, (7,)), False),
+        (PeerPolicy(gids=[5]), somebody(1, 6, None), False),
+        (PeerPolicy(gids=[5]), somebody(1, 5, None), True),
+        (PeerPolicy(uids=[1], gids=[5]), somebody(1, 1), True),
+        (PeerPolicy(uids=[1], gids=[5]), somebody(2, 5), True),
+        (PeerPolicy(uids=[1], gids=[5]), somebody(2, 2), False),
+        (PeerPolicy(uids=[0]), somebody(-1, -1), False),
+        (PeerPolicy.root(), somebody(0), True),
+        (PeerPolicy.root(), somebody(1, 0, (0,)), False),
+        (PeerPolicy.same_user(), somebody(os.geteuid()), True),
+        (PeerPolicy.same_user(), somebody(os.geteuid() + 1), False),
+        (PeerPolicy(users=["root"]), somebody(0), True),
+        (PeerPolicy(users=["root"]), somebody(1), False),
+        (PeerPolicy(users=["root"], uids=[1]), somebody(1), True),
+        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), somebody(1, 1, (0,)), True),
+        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), somebody(0, 1, (1,)), False),
+    ],
+)
+async def test_lists(policy: PeerPolicy, peer: PeerIdentity, *, admitted: bool) -> None:
+    """A user that is listed is admitted, and one with a listed group, primary or supplementary."""
+    assert await policy.admits(peer) is admitted
+    assert not policy.needs_pidfd
+
+
+async def test_check() -> None:
+    """A check alone decides; beside lists it is asked only about those who are listed."""
+    asked: list[PeerIdentity] = []
+    yes, no = somebody(1), somebody(2)
+    policy = PeerPolicy(uids=[1], check=answering(True, asked))
+    assert policy.needs_pidfd
+    assert await policy.admits(yes)
+    assert not await policy.admits(no)
+    assert asked == [yes]
+    assert not await PeerPolicy(uids=[1], check=answering(False)).admits(yes)
+    assert await PeerPolicy(check=answering(True)).admits(no)
+    assert not await PeerPolicy(check=answering(False)).admits(no)
+
+
+class Checker:
+    async def __call__(self, peer: PeerIdentity) -> bool:
+        return peer.credentials.uid == 1
+
+
+async def test_callables_as_checks() -> None:
+    """A check can be anything that gives an awaitable: an object, or a partial function."""
+
+    async def is_user(uid: int, peer: PeerIdentity) -> bool:
+        return peer.credentials.uid == uid
+
+    for check in (Checker(), partial(is_user, 1)):
+        assert await PeerPolicy(check=check).admits(somebody(1))
+        assert not await PeerPolicy(check=check).admits(somebody(2))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+async def test_composed(*, left: bool, right: bool) -> None:
+    """| and & do what they do to bools, and ask the right one only if the left leaves it open."""
+    for policy, answer, open_after in (
+        (PeerPolicy.__or__, left or right, False),
+        (PeerPolicy.__and__, left and right, True),
+    ):
+        asked: list[PeerIdentity] = []
+        one = PeerPolicy(check=answering(left))
+        two = PeerPolicy(check=answering(right, asked))
+        assert await policy(one, two).admits(somebody()) is answer
+        assert bool(asked) is (left is open_after)
+
+
+async def test_composed_of_composed() -> None:
+    """Compositions compose, and need a pidfd if any of them does."""
+    one, two, three = PeerPolicy(uids=[1]), PeerPolicy(gids=[2]), PeerPolicy(uids=[3])
+    policy = (one & two) | three
+    assert [uid for uid in (1, 2, 3) if await policy.admits(somebody(uid, 2))] == [1, 3]
+    assert [uid for uid in (1, 2, 3) if await policy.admits(somebody(uid, 1))] == [3]
+    assert not policy.needs_pidfd
+    checked = PeerPolicy(check=answering(True))
+    assert (policy | checked).needs_pidfd
+    assert (checked & policy).needs_pidfd
+
+
+def test_composed_with_something_else() -> None:
+    """Only policies compose."""
+    policy: Any = PeerPolicy.root()
+    for other in (None, True, [0]):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            policy | other
+        with pytest.raises(TypeError, match="unsupported operand"):
+            policy & other
+
+
+async def is_fine(_: PeerIdentity) -> bool:
+    return True
+
+
+def test_repr() -> None:
+    """A policy shows what it admits, as whoever reads a log wants to see it."""
+    lists = PeerPolicy(uids=[2, 1], gids=[10])
+    assert repr(lists) == "PeerPolicy(uids={1, 2}, gids={10})"
+    checked = PeerPolicy(uids=[1], check=is_fine)
+    assert repr(checked) == "PeerPolicy(uids={1}, check=is_fine)"
+    assert repr(PeerPolicy(check=Checker())).startswith("PeerPolicy(check=<")
+    assert repr(lists & checked | PeerPolicy.root()) == (
+        "((PeerPolicy(uids={1, 2}, gids={10}) & PeerPolicy(uids={1}, check=is_fine)) | "
+        "PeerPolicy(uids={0}))"
+    )
+    assert repr(PeerPolicy(users=[pwd.getpwuid(0).pw_name])) == "PeerPolicy(uids={0})"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({}, ValueError, "names nobody"),
+        ({"uids": []}, ValueError, "names nobody"),
+        ({"uids": ["0"]}, TypeError, "uids are ints, not str"),
+        ({"uids": "0"}, TypeError, "uids are ints, not str"),
+        ({"uids": [True]}, TypeError, "uids are ints, not bool"),
+        ({"uids": 0}, TypeError, "not iterable"),
+        ({"uids": [-1]}, ValueError, "uids are from 0 to 4294967294"),
+        ({"gids": [2**32 - 1]}, ValueError, "gids are from 0 to 4294967294"),
+        ({"gids": [1.5]}, TypeError, "gids are ints, not float"),
+        ({"users": "root"}, TypeError, r"write \['root'\]"),
+        ({"groups": "root"}, TypeError, r"write \['root'\]"),
+        ({"users": ["no such user"]}, ValueError, "no user is called 'no such user'"),
+        ({"groups": ["no such group"]}, ValueError, "no group is called 'no such group'"),
+        ({"users": [0]}, TypeError, "str"),
+        ({"check": 3}, TypeError, "async function, not int"),
+    ],
+)
+def test_bad_input(arguments: Any, error: type[Exception], text: str) -> None:
+    """What names nobody, or is no id, name or check, is refused at once."""
+    with pytest.raises(error, match=text):
+        PeerPolicy(**arguments)
+
+
+def test_no_databases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the platform has no databases of users and groups, names are NotSupportedError."""
+    real = importlib.import_module
+
+    def missing(name: str) -> Any:
+        if name in {"pwd", "grp"}:
+            raise ImportError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    for arguments in ({"users": ["root"]}, {"groups": ["root"]}):
+        with pytest.raises(NotSupportedError):
+            PeerPolicy(**arguments)  # type: ignore[arg-type]
+
+
+################################################################
+# Checks that go wrong
+################################################################
+
+
+def not_async(_: PeerIdentity) -> bool:
+    return True
+
+
+async def raising(_: PeerIdentity) -> bool:
+    await trio.lowlevel.checkpoint()
+    raise KeyError("the check's own")
+
+
+WRONG: list[Any] = [
+    (not_async, TypeError, "is not async: it returned True"),
+    (answering(1), TypeError, "must return a bool, not 1"),
+    (answering(None), TypeError, "must return a bool, not None"),
+    (raising, KeyError, "the check's own"),
+]
+
+
+@pytest.mark.parametrize(("check", "error", "text"), WRONG)
+async def test_wrong_check(
+    path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a check raises comes out where the policy decides; the connection is closed."""
+    policy = PeerPolicy(check=check)
+    async with (
+        await open_unix_listener(path, policy=policy) as listener,
+        await open_unix_connection(path) as client,
+    ):
+        with pytest.raises(error, match=text):
+            await listener.accept()
+        assert await client.receive_some() == b""
+        assert listener.denied == 0
+        assert caplog.records == []
+        listener._policy = None
+        with pytest.raises(error, match=text):
+            await open_unix_connection(path, policy=policy)
+        async with await listener.accept() as server:
+            assert await server.receive_some() == b""
+
+
+@pytest.mark.parametrize(("check", "error", "text"), WRONG)
+async def test_wrong_check_of_a_server(
+    path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server counts and logs a check that raises, as it does a handler, and goes on."""
+
+    async def handler(_: UnixConnection) -> None:
+        raise AssertionError
+
+    async with trio.open_nursery() as nursery:
+        server: UnixServer = await nursery.start(
+            partial(serve_unix, handler, path, policy=PeerPolicy(check=check), handler_errors="log")
+        )
+        for _ in range(2):
+            async with await open_unix_connection(path) as client:
+                assert await client.receive_some() == b""
+        await settled(lambda: server.connections == 0)
+        assert (server.accepted, server.denied, server.crashed) == (2, 0, 2)
+        server.drain()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert f"its peer was Credentials(pid={os.getpid()}" in messages[0]
+    with pytest.raises(BaseException) as caught:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve_unix, handler, path, policy=PeerPolicy(check=check)))
+            async with await open_unix_connection(path) as client:
+                await client.receive_some()
+                await trio.sleep_forever()
+    found: Any = caught.value
+    while hasattr(found, "exceptions"):
+        (found,) = found.exceptions
+    assert isinstance(found, error)
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; nothing else tells."""
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.001)
+
+
+async def accept_all(listener: UnixListener) -> None:
+    """Accept whoever waits, where all of them are denied."""
+
+    async def accept() -> None:
+        await listener.accept()
+        raise AssertionError
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
+async def test_check_that_is_cancelled(path: Path) -> None:
+    """A check that is cancelled takes its connection with it, on both ends; nothing is denied."""
+
+    async def forever(_: PeerIdentity) -> bool:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    policy = PeerPolicy(check=forever)
+    async with await open_unix_listener(path, policy=policy) as listener:
+        for accept in (listener.accept, lambda: open_unix_connection(path, policy=policy)):
+            async with await open_unix_connection(path) as client:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(accept)
+                    await wait_all_tasks_blocked()
+                    nursery.cancel_scope.cancel()
+                if accept == listener.accept:
+                    assert await client.receive_some() == b""
+                else:
+                    listener._policy = None
+                    async with await listener.accept(), await listener.accept() as server:
+                        assert await server.receive_some() == b""
+        assert listener.denied == 0
+
+
+async def test_denied_while_cancelled(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A denial that is decided when the task is being cancelled is closed, logged and counted."""
+    scope = trio.CancelScope()
+
+    async def late(_: PeerIdentity) -> bool:
+        scope.cancel()
+        return False
+
+    async with (
+        await open_unix_listener(path, policy=PeerPolicy(check=late)) as listener,
+        await open_unix_connection(path) as client,
+    ):
+        with scope:
+            await listener.accept()
+        assert scope.cancelled_caught
+        assert listener.denied == len(caplog.records) == 1
+        assert await client.receive_some() == b""
+
+
+async def test_check_looks_at_the_peer(path: Path) -> None:
+    """A check gets an identity with a pidfd, which is closed once it has answered."""
+    kept: list[PeerIdentity] = []
+
+    async def check(peer: PeerIdentity) -> bool:
+        kept.append(peer)
+        await trio.lowlevel.checkpoint()
+        return peer.pidfd is None or (peer.is_alive() and "python" in peer.exe)
+
+    async with (
+        await open_unix_listener(path, policy=PeerPolicy(check=check)) as listener,
+        await open_unix_connection(path),
+        await listener.accept(),
+    ):
+        assert [peer.credentials for peer in kept] == [Credentials()]
+        assert kept[0].pidfd is None
+
+
+################################################################
+# Denial
+################################################################
+
+NOBODY = PeerPolicy(uids=[STRANGER + 1])
+
+
+async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whom a policy does not admit is closed, logged once with who it was, and counted."""
+    async with await open_unix_listener(path, policy=NOBODY) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.accept)
+            async with person(path) as client:
+                assert await client.ask("receive") == "end"
+                await wait_all_tasks_blocked()
+                assert listener.denied == 1
+            nursery.cancel_scope.cancel()
+        (record,) = caplog.records
+        assert (record.name, record.levelno) == ("trio_unixconn", logging.WARNING)
+        said = record.getMessage()
+        assert said.startswith(f"{path}: denied pid {client.pid} uid {os.geteuid()} gid ")
+        assert said.endswith(f"by PeerPolicy(uids={{{STRANGER + 1}}})")
+
+
+async def test_denied_before_a_byte_is_read(path: Path) -> None:
+    """What a denied client had sent is not read: it is reset, and its descriptors are closed."""
+    reader, writer = os.pipe()
+    async with (
+        await open_unix_listener(path, policy=NOBODY) as listener,
+        await open_unix_connection(path) as client,
+    ):
+        await client.send_fd(writer)
+        os.close(writer)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def never(*_: object, **__: object) -> Any:
+                raise AssertionError
+
+            patch.setattr("trio_unixconn._receiving.Receiver.receive", never)
+            await accept_all(listener)
+        assert listener.denied == 1
+        # Nobody holds the writing end any more.
+        assert await trio.to_thread.run_sync(os.read, reader, 1) == b""
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+    os.close(reader)
+
+
+async def test_accept_goes_on_behind_a_denial(path: Path) -> None:
+    """Accept returns the next peer that is admitted."""
+    turn = [False, False, True]
+
+    async def check(_: PeerIdentity) -> bool:
+        return turn.pop(0)
+
+    async with await open_unix_listener(path, policy=PeerPolicy(check=check)) as listener:
+        clients = [await open_unix_connection(path) for _ in range(3)]
+        with assert_checkpoints():
+            conn = await listener.accept()
+        async with conn:
+            assert listener.denied == 2
+            await conn.send_all(b"hello")
+            assert [await client.receive_some() for client in clients] == [b"", b"", b"hello"]
+        for client in clients:
+            await client.aclose()
+
+
+async def test_denied_by_a_server(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server denies in the connection's own task: a check that waits holds up nobody else."""
+    go_on = trio.Event()
+    handled: list[UnixConnection] = []
+    order = iter([False, True])
+
+    async def check(_: PeerIdentity) -> bool:
+        first = next(order)
+        if first is False:
+            await go_on.wait()
+        return first
+
+    async def handler(conn: UnixConnection) -> None:
+        handled.append(conn)
+        await conn.send_all(b"hello")
+
+    async with trio.open_nursery() as nursery:
+        server: UnixServer = await nursery.start(
+            partial(serve_unix, handler, path, policy=PeerPolicy(check=check))
+        )
+        async with await open_unix_connection(path) as one, await open_unix_connection(path) as two:
+            assert await two.receive_some() == b"hello"
+            assert server.denied == 0
+            go_on.set()
+            assert await one.receive_some() == b""
+        await settled(lambda: server.connections == 0)
+        assert (server.accepted, server.denied, len(handled)) == (2, 1, 1)
+        server.drain()
+    assert len(caplog.records) == 1
+
+
+async def test_the_listener_s_own_policy_is_asked_of_those_who_wait(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A drain handles those in the queue only if the listener's own policy admits them."""
+    handled: list[UnixConnection] = []
+
+    async def handler(conn: UnixConnection) -> None:
+        handled.append(conn)
+
+    turn = iter([True, False, True])
+
+    async def check(_: PeerIdentity) -> bool:
+        return next(turn)
+
+    listener = await open_unix_listener(path, policy=PeerPolicy(check=check))
+    async with trio.open_nursery() as nursery:
+        server: UnixServer = await nursery.start(
+            partial(serve_unix, handler, listener, max_connections=1)
+        )
+        # Accept is stopped before it can see those who connect now.
+        server.drain()
+        clients = []
+        for _ in range(3):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(str(path))
+            clients.append(sock)
+    assert (server.accepted, len(handled), listener.denied, server.denied) == (3, 2, 1, 1)
+    assert len(caplog.records) == 1
+    for sock in clients:
+        sock.close()
+
+
+async def test_drain_that_is_cancelled_while_a_check_waits(path: Path) -> None:
+    """A drain whose time is up while the listener's check waits closes that connection."""
+
+    async def forever(_: PeerIdentity) -> bool:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def handler(_: UnixConnection) -> None:
+        raise AssertionError
+
+    listener = await open_unix_listener(path, policy=PeerPolicy(check=forever))
+    async with trio.open_nursery() as nursery:
+        server: UnixServer = await nursery.start(serve_unix, handler, listener)
+        server.drain(0.05)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            with trio.fail_after(30):
+                await server.drained.wait()
+            assert sock.recv(1) == b""
+    assert (server.accepted, server.connections) == (1, 0)
+
+
+################################################################
+# A full table
+################################################################
+
+
+async def test_lists_need_no_descriptor(path: Path) -> None:
+    """A policy without a check decides with a full table, to admit and to deny."""
+    async with await open_unix_listener(path) as listener:
+        clients = [await open_unix_connection(path) for _ in range(2)]
+        with free_descriptors(1):
+            listener._policy = PeerPolicy.same_user()
+            conn = await listener.accept()
+        async with conn:
+            listener._policy = NOBODY
+            with free_descriptors(1):
+                await accept_all(listener)
+            assert listener.denied == 1
+        for client in clients:
+            await client.aclose()
+
+
+async def test_check_waits_for_a_descriptor(
+    path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a descriptor to hold on to the peer with, a check waits for one, and says so once."""
+    admitted: list[PeerIdentity] = []
+    policy = PeerPolicy(check=answering(True, admitted))
+    real, failures = _identity.open_peer_pidfd, [errno.EMFILE, errno.ENFILE, errno.EMFILE]
+
+    def rarely(sock: socket.socket) -> int | None:
+        if failures:
+            raise OSError(failures.pop(), "none is free")
+        return real(sock)
+
+    async with await open_unix_listener(path, policy=policy) as listener:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_identity, "open_peer_pidfd", rarely)
+            async with await open_unix_connection(path), await listener.accept():
+                assert len(admitted) == 1
+        (record,) = caplog.records
+        assert "cannot look at the process of a peer now (none is free)" in record.getMessage()
+        with pytest.MonkeyPatch.context() as patch:
+            failures.append(errno.EIO)
+            patch.setattr(_identity, "open_peer_pidfd", rarely)
+            async with await open_unix_connection(path):
+                with pytest.raises(OSError, match="none is free"):
+                    await listener.accept()
+
+
+@peer_pidfds
+async def test_check_with_a_full_table(path: Path) -> None:
+    """With a table that is really full, a check is asked as soon as a descriptor is free."""
+    asked: list[PeerIdentity] = []
+    policy = PeerPolicy(check=answering(True, asked))
+    async with (
+        await open_unix_listener(path, policy=policy) as listener,
+        await open_unix_connection(path),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def accept() -> None:
+            async with await listener.accept():
+                assert asked
+
+        with free_descriptors(1):
+            nursery.start_soon(accept)
+            await wait_all_tasks_blocked()
+            assert not asked
+
+
+################################################################
+# Real users
+################################################################
+
+
+@asynccontextmanager
+async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]:
+    """Serve everybody whom the policy admits with a greeting."""
+
+    async def handler(conn: UnixConnection) -> None:
+        await conn.send_all(b"hello")
+
+    async with trio.open_nursery() as nursery:
+        yield await nursery.start(partial(serve_unix, handler, path, policy=policy, mode=0o666))
+        nursery.cancel_scope.cancel()
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("policy", "admitted"),
+    [
+        (PeerPolicy(uids=[STRANGER]), True),
+        (PeerPolicy(uids=[STRANGER + 1]), False),
+        (PeerPolicy.same_user(), False),
+        (PeerPolicy.root(), False),
+        (PeerPolicy(users=["root"]), False),
+        (PeerPolicy(gids=[GROUP]), True),
+        (PeerPolicy(gids=[4712]), True),
+        (PeerPolicy(gids=[0]), False),
+        (PeerPolicy(gids=[STRANGER]), False),
+        (PeerPolicy(uids=[STRANGER]) & PeerPolicy(gids=[4711]), True),
+        (PeerPolicy(uids=[STRANGER]) & PeerPolicy(gids=[4713]), False),
+        (PeerPolicy.root() | PeerPolicy(gids=[4711]), True),
+    ],
+    ids=repr,
+)
+async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -> None:
+    """Another user is admitted by its own id and groups, and by nothing else."""
+    async with (
+        accepting(path, policy) as server,
+        person(path, uid=STRANGER, gid=GROUP, groups=[4711, 4712]) as client,
+    ):
+        assert await client.ask("receive") == ("hello" if admitted else "end")
+        await settled(lambda: server.connections == 0)
+        assert server.denied == (not admitted)
+
+
+@as_root
+async def test_root_and_a_path_for_all(path: Path) -> None:
+    """Root is admitted where root may; a path with mode 0o600 keeps others out before a policy."""
+    async with accepting(path, PeerPolicy.root()), person(path) as client:
+        assert await client.ask("receive") == "hello"
+    async with (
+        await open_unix_listener(path, policy=PeerPolicy(uids=[STRANGER])),
+        person(path, uid=STRANGER, gid=GROUP, groups=[]) as client,
+    ):
+        assert client.said == "PermissionError"
+
+
+@as_root
+async def test_another_user_that_had_sent(path: Path) -> None:
+    """A denied client that has sent something sees a reset, or the end."""
+    async with (
+        await open_unix_listener(path, policy=PeerPolicy.root(), mode=0o666) as listener,
+        person(path, uid=STRANGER, gid=GROUP, groups=[]) as client,
+    ):
+        assert await client.ask("send secret") == "6"
+        await accept_all(listener)
+        assert listener.denied == 1
+        assert await client.ask("receive") in {"reset", "end"}
+
+
+################################################################
+# User namespaces
+################################################################
+
+
+@user_namespaces
+@as_root
+async def test_user_from_outside_of_the_namespace(path: Path) -> None:
+    """In a user namespace, a user from outside is shown as 65534, and no policy takes that id."""
+    async with looker("accept", path, under=unshared("-Ur")) as process:
+        assert await Person(process).listen_to() == "listening"
+        async with person(path, uid=STRANGER, gid=STRANGER, groups=[]):
+            seen = await seen_by(process)
+    assert seen["ids"][1:] == [65534, 65534]
+    assert seen["admitted"] == []
+
+
+@user_namespaces
+async def test_user_that_a_namespace_maps(path: Path) -> None:
+    """In a user namespace, the user that it maps to 0 is 0 to its policies."""
+    async with looker("accept", path, under=unshared("-Ur")) as process:
+        assert await Person(process).listen_to() == "listening"
+        async with person(path):
+            seen = await seen_by(process)
+    assert seen["ids"][1:] == [0, 0]
+    assert seen["admitted"] == ["uids 0", "gids 0"]
+
+
+@user_namespaces
+async def test_user_that_nobody_maps(path: Path) -> None:
+    """In a user namespace without a map nobody is anybody, not even this process itself."""
+    async with (
+        await open_unix_listener(path, mode=0o666) as listener,
+        looker("connect", path, under=unshared("-U")) as process,
+        await listener.accept(),
+    ):
+        seen = await seen_by(process)
+    assert seen["ids"][1:] == [65534, 65534]
+    assert seen["admitted"] == []
+
+
+WHOLE = "         0          0 4294967295\n"
+CONTAINER = "         0     100000      65536\n"
+OWN = "      1000          0          1\n"
+
+
+@pytest.mark.parametrize(
+    ("mapped", "own", "others"),
+    [
+        (WHOLE, [0, 1000, 65534, 2**32 - 2], []),
+        (CONTAINER, [0, 1000, 65533, 65535], [65534, 65536, -1]),
+        (OWN, [1000], [0, 999, 1001, 65534]),
+        ("", [], [0, 1000, 65534]),
+        (OWN + "     65530     165530         10\n", [1000, 65530, 65533, 65539], [65534, 65540]),
+    ],
+)
+def test_mapped_ids(tmp_path: Path, mapped: str, own: list[int], others: list[int]) -> None:
+    """An id is somebody's if it is mapped; 65534 stands for all others, also where it is mapped."""
+    ids, overflow = tmp_path / "uid_map", tmp_path / "overflowuid"
+    ids.write_text(mapped)
+    for _ in range(2):
+        # The second time without a file, and so with the number that Linux has had always.
+        for number in (*own, *others):
+            assert _kernel._is_mapped(number, str(ids), str(overflow)) is (number in own), number
+        overflow.write_text("65534\n")
+
+
+def test_another_overflow_id(tmp_path: Path) -> None:
+    """The id that stands for all others is the system's to choose."""
+    ids, overflow = tmp_path / "uid_map", tmp_path / "overflowuid"
+    ids.write_text(CONTAINER)
+    overflow.write_text("99\n")
+    mapped = [n for n in (98, 99, 65534) if _kernel._is_mapped(n, str(ids), str(overflow))]
+    assert mapped == [98, 65534]
+
+
+def test_no_namespaces(tmp_path: Path) -> None:
+    """Where there are no user namespaces to be seen, every id is somebody's."""
+    missing = str(tmp_path / "missing")
+    assert _kernel._is_mapped(65534, missing, missing)
+
+
+################################################################
+# The client's side
+################################################################
+
+
+async def test_server_that_is_denied(path: Path) -> None:
+    """A client's policy is asked before anything is sent; the server sees the end at once."""
+    async with await open_unix_listener(path) as listener:
+        with (
+            pytest.raises(PeerDeniedError, match="is not admitted by PeerPolicy") as caught,
+            assert_checkpoints(),
+        ):
+            await open_unix_connection(path, policy=NOBODY)
+        assert isinstance(caught.value, PermissionError)
+        assert caught.value.errno == errno.EACCES
+        assert caught.value.code is IOErrorEnum.PERMISSION_DENIED
+        assert caught.value.filename == str(path)
+        assert f"pid {os.getpid()} uid {os.geteuid()}" in str(caught.value)
+        async with await listener.accept() as conn:
+            assert await conn.receive_some() == b""
+
+
+async def test_server_that_is_admitted(path: Path) -> None:
+    """A client's policy that admits the server returns a connection to it."""
+    asked: list[PeerIdentity] = []
+    policy = PeerPolicy.same_user() & PeerPolicy(check=answering(True, asked))
+    async with (
+        await open_unix_listener(path) as listener,
+        await open_unix_connection(path, policy=policy) as client,
+        await listener.accept() as server,
+    ):
+        await client.send_all(b"x")
+        assert await server.receive_some() == b"x"
+        assert [peer.credentials for peer in asked] == [Credentials()]
