@@ -52,6 +52,8 @@ def test_no_path(bad: str | bytes) -> None:
     """An empty path and one with a NUL in it are refused."""
     with pytest.raises(ValueError, match="path must not be empty nor contain NUL"):
         UnixSocketAddress.from_any(bad)
+    with pytest.raises(ValueError, match="path must not contain NUL"):
+        UnixSocketAddress(b"/run/x\0y")
 
 
 def test_no_name() -> None:

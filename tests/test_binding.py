@@ -11,13 +11,14 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from helpers import PEERS, as_nobody
+from helpers import PEERS, as_nobody, free_descriptors
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -155,6 +156,20 @@ async def test_no_socket_at_the_path(path: Path, what: str, *, replace: bool) ->
     assert f"a {what} is there" in str(await refused(path, replace=replace))
 
 
+async def test_mode_before_anybody_can_connect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the socket has its mode, nobody can connect, whatever the umask."""
+    real, refused = os.chmod, []
+
+    def chmod(*arguments: Any, **options: Any) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            refused.append(client.connect_ex(str(path.with_name(".s.new"))))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    async with await open_unix_listener(path):
+        assert refused == [errno.ECONNREFUSED]
+
+
 async def test_stale_socket(path: Path) -> None:
     """A socket on which nobody listens any more is replaced."""
     listen_at(path).close()
@@ -233,6 +248,22 @@ async def test_waiting_for_the_lock(path: Path) -> None:
     assert os.listdir(path.parent) == []
 
 
+async def test_threads_that_are_all_busy(path: Path) -> None:
+    """A listener opens and closes also while the program's threads all wait for something."""
+    limiter = trio.to_thread.current_default_thread_limiter()
+    holders = [object() for _ in range(int(limiter.total_tokens))]
+    for holder in holders:
+        limiter.acquire_on_behalf_of_nowait(holder)
+    try:
+        with trio.fail_after(30):
+            async with await open_unix_listener(path):
+                pass
+    finally:
+        for holder in holders:
+            limiter.release_on_behalf_of(holder)
+    assert not path.exists()
+
+
 async def test_cancelled_while_waiting_for_the_lock(path: Path) -> None:
     """A start that waits for the lock can be cancelled, and leaves nothing."""
     with held_lock(path) as lock:
@@ -285,8 +316,91 @@ async def test_lock_that_cannot_be_opened(path: Path) -> None:
     assert os.listdir(path.parent) == [".s.lock"]
 
 
+async def test_lock_that_cannot_be_removed(path: Path) -> None:
+    """A lock file of another user in a folder like /tmp serves as well, and stays."""
+    lock = path.with_name(".s.lock")
+    lock.touch()
+    lock.chmod(0o666)
+    path.parent.chmod(0o1777)
+    with as_nobody(path.parent):
+        async with await open_unix_listener(path), await open_unix_connection(path):
+            pass
+    assert os.listdir(path.parent) == [".s.lock"]
+
+
+async def test_folder_that_may_not_be_listed(path: Path) -> None:
+    """To listen takes no right to read the folder, only to write to it."""
+    path.parent.chmod(0o733)
+    with as_nobody(path.parent):
+        async with await open_unix_listener(path), await open_unix_connection(path):
+            pass
+    assert os.listdir(path.parent) == []
+
+
+async def test_lock_that_a_forked_process_has_copied(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the lock's descriptor, as a fork at that moment makes one, holds no lock."""
+    real, copies = fcntl.flock, []
+
+    def flock(fd: int, operation: int) -> None:
+        real(fd, operation)
+        if operation & fcntl.LOCK_EX:
+            copies.append(os.dup(fd))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    # One that is removed in the end would be nobody's hindrance in any case.
+    lock = path.with_name(".s.lock")
+    lock.touch()
+    lock.chmod(0o666)
+    path.parent.chmod(0o1777)
+    try:
+        with as_nobody(path.parent), trio.fail_after(30):
+            for _ in range(2):
+                async with await open_unix_listener(path):
+                    pass
+        assert not path.exists()
+    finally:
+        for copy in copies:
+            os.close(copy)
+    assert len(copies) == 4
+
+
+async def test_closing_twice_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second task that closes does not close the socket before the path is away."""
+    listener = await open_unix_listener(path)
+    real, go, seen = _binding.unbind, threading.Event(), []
+
+    def unbind(binding: _binding.Binding) -> None:
+        go.wait(30)
+        seen.append(listener.socket.fileno())
+        real(binding)
+
+    monkeypatch.setattr(_binding, "unbind", unbind)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.aclose)
+        nursery.start_soon(listener.aclose)
+        await wait_all_tasks_blocked()
+        go.set()
+    assert -1 not in seen
+    assert len(seen) == 1
+    assert listener.socket.fileno() == -1
+    assert not path.exists()
+
+
+async def test_closing_without_free_descriptors(path: Path) -> None:
+    """Closing waits for a descriptor that it needs to take the path away."""
+    listener = await open_unix_listener(path)
+    async with trio.open_nursery() as nursery:
+        with free_descriptors(0):
+            nursery.start_soon(listener.aclose)
+            await trio.sleep(0.02)
+            assert path.exists()
+    assert not path.exists()
+
+
 async def test_closing_while_the_lock_is_held(
-    path: Path, autojump_clock: trio.testing.MockClock
+    path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A lock that stays held does not keep a listener from closing; its path stays."""
     listener = await open_unix_listener(path)
@@ -295,6 +409,7 @@ async def test_closing_while_the_lock_is_held(
         lock.unlink()
     assert listener.socket.fileno() == -1
     assert path.exists()
+    assert f"{path}: the path stays" in caplog.text
 
 
 async def test_closing_when_cancelled(path: Path) -> None:
@@ -325,6 +440,36 @@ async def test_socket_left_under_the_temporary_name(path: Path) -> None:
     listen_at(path.with_name(".s.new")).close()
     async with await open_unix_listener(path):
         assert os.listdir(path.parent) == ["s"]
+
+
+async def test_file_at_the_temporary_name(path: Path) -> None:
+    """What is no socket is not removed there, either."""
+    path.with_name(".s.new").write_text("precious")
+    with pytest.raises(AddressInUseError, match=r"a regular file is at \.s\.new beside it"):
+        await open_unix_listener(path)
+    assert path.with_name(".s.new").read_text() == "precious"
+    assert os.listdir(path.parent) == [".s.new"]
+
+
+async def test_folder_above_a_symbolic_link(path: Path) -> None:
+    """A path with ".." is the same to the listener as to those who connect."""
+    (path.parent / "a" / "b").mkdir(parents=True)
+    path.with_name("link").symlink_to("a/b")
+    there = path.parent / "link" / ".." / "s"
+    async with await open_unix_listener(there), await open_unix_connection(there):
+        assert (path.parent / "a" / "s").exists()
+    assert os.listdir(path.parent / "a") == ["b"]
+
+
+@pytest.mark.parametrize("what", ["/", ".", "..", "below/", "below/.", "below/.."])
+async def test_folders_by_other_names(
+    path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A folder is refused as one, however it is written."""
+    monkeypatch.chdir(path.parent)
+    path.with_name("below").mkdir()
+    with pytest.raises(AddressInUseError, match="a folder is there"):
+        await open_unix_listener(what)
 
 
 async def test_abstract_name_in_use() -> None:

@@ -18,6 +18,7 @@ from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 from trio_unixconn import (
     ConnectionBusyError,
     ConnectionClosedError,
+    NotSupportedError,
     UnixConnection,
     UnixListener,
     UnixSocketAddress,
@@ -81,6 +82,28 @@ async def test_served_by_trio(path: Path) -> None:
                 await client.send_all(text)
                 assert await client.receive_some() == text.upper()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("options", [{}, {"credentials": True}, {"pidfds": True}])
+async def test_what_comes_with_every_message(path: Path, options: Any) -> None:
+    """What was asked for when a connection was opened comes with every message, to both ends."""
+    try:
+        listener = await open_unix_listener(path, **options)
+    except NotSupportedError:
+        assert "pidfds" in options
+        pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+    async with (
+        listener,
+        await open_unix_connection(path, **options) as client,
+        await listener.accept() as server,
+    ):
+        for one, two in ((client, server), (server, client)) * 2:
+            await one.send_all(b"x")
+            with await two.receive_message(1) as message:
+                assert (message.credentials is not None) == ("credentials" in options)
+                assert (message.pidfd is not None) == ("pidfds" in options)
+                if message.credentials is not None:
+                    assert message.credentials.pid == os.getpid()
 
 
 async def test_closing(path: Path) -> None:
@@ -174,6 +197,8 @@ async def test_listener_that_cannot_be_made(path: Path) -> None:
     for mode in (-1, 0o10000):
         with pytest.raises(ValueError, match="permission bits"):
             await open_unix_listener(path, mode=mode)
+    with pytest.raises(ValueError, match="backlog must be 0 or more"):
+        await open_unix_listener(path, backlog=-1)
 
 
 async def test_no_free_descriptor(path: Path) -> None:
@@ -189,10 +214,11 @@ async def test_no_free_descriptor(path: Path) -> None:
             pass
 
 
-async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
+async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Accept passes over a connection that is gone, and returns the next."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
-        real, failures = listener.socket.accept, [OSError(errno.ECONNABORTED, "gone")]
+        real, failures = listener.socket.accept, [OSError(number, "gone")]
 
         async def accept() -> Any:
             if failures:
@@ -279,6 +305,15 @@ async def test_long_path(path: Path, length: int) -> None:
     assert not list(path.parent.iterdir())
 
 
+@pytest.mark.parametrize("length", range(100, 111))
+async def test_path_at_the_limit(path: Path, length: int) -> None:
+    """Where the path, or the temporary one, is as long as fits, or a byte longer, it works."""
+    path = path.with_name("x" * (length - len(os.fsencode(path.parent)) - 1))
+    assert len(os.fsencode(path)) == length
+    async with await open_unix_listener(path), await open_unix_connection(path):
+        pass
+
+
 async def test_name_too_long(path: Path) -> None:
     """A name that no folder takes is ENAMETOOLONG with the limits, and nothing is made."""
     path = path.with_name("x" * 256)
@@ -310,6 +345,27 @@ async def test_full_backlog(path: Path) -> None:
         for conn in clients + servers:
             async with conn:
                 assert await conn.receive_some() == b"x"
+
+
+async def test_pauses_while_the_backlog_is_full(
+    path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The pauses grow from 1 to 100 ms, and clients do not all make the same ones."""
+    real, pauses = trio.sleep, []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(seconds)
+
+    monkeypatch.setattr(trio, "sleep", sleep)
+    async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
+        pauses.clear()
+        with trio.move_on_after(2):
+            await open_unix_connection(path)
+    shares = [pause / min(0.001 * 2**i, 0.1) for i, pause in enumerate(pauses)]
+    assert len(shares) > 15
+    assert all(0.5 <= share <= 1 for share in shares)
+    assert len(set(shares)) > 10
 
 
 async def test_cancelled_while_the_backlog_is_full(path: Path) -> None:

@@ -123,6 +123,27 @@ async def test_folder_of_another_user(path: Path) -> None:
         assert f"the folder {path.parent} belongs to user 0" in str(error)
 
 
+@pytest.mark.parametrize("use", [open_unix_connection, open_unix_listener])
+async def test_working_folder_that_is_gone(
+    path: Path, monkeypatch: pytest.MonkeyPatch, use: Any
+) -> None:
+    """A relative path in a working folder that is gone says that it is gone."""
+    path.mkdir()
+    monkeypatch.chdir(path)
+    path.rmdir()
+    with pytest.raises(FileNotFoundError, match=r"working folder .* not there") as caught:
+        await use("name")
+    assert caught.value.filename == "name"
+
+
+async def test_slash_behind_a_socket(path: Path) -> None:
+    """A path with a slash behind it is that of a folder, and a socket is none."""
+    async with await open_unix_listener(path):
+        for use in (open_unix_connection, open_unix_listener):
+            with pytest.raises(NotADirectoryError, match="is a socket, and no folder"):
+                await use(f"{path}/")
+
+
 async def test_abstract_name() -> None:
     """ECONNREFUSED of an abstract name says where it was looked for."""
     with pytest.raises(ConnectionRefusedError, match="network namespace") as caught:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,18 +21,21 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_unixconn import (
     AddressInUseError,
+    ConnectionBrokenError,
     ConnectionClosedError,
+    NotSupportedError,
     PeerPolicy,
     UnixConnection,
     UnixListener,
     UnixServer,
+    _binding,
     open_unix_connection,
     open_unix_listener,
     serve_unix,
 )
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 
 @pytest.fixture
@@ -71,6 +77,7 @@ async def test_serving(path: Path) -> None:
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         assert server.listener.get_local_address().get_path() == str(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
         async with await open_unix_connection(path) as one, await open_unix_connection(path) as two:
             for conn in (one, two, one):
                 await ask(conn)
@@ -127,6 +134,32 @@ async def test_draining_serves_who_waits_in_the_queue(path: Path) -> None:
     assert server.accepted == 6
 
 
+async def test_drain_of_a_name_that_stays() -> None:
+    """A drain comes to its end though an abstract name cannot be taken from busy clients."""
+    name = f"\0trio-unixconn-drain-{os.getpid()}"
+
+    async def handler(conn: UnixConnection) -> None:
+        await trio.sleep(0.001)
+
+    async def client() -> None:
+        with contextlib.suppress(ConnectionRefusedError, ConnectionBrokenError):
+            while True:
+                async with await open_unix_connection(name) as conn:
+                    await conn.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, handler, name, max_connections=1, backlog=3)
+        for _ in range(8):
+            nursery.start_soon(client)
+        await until(lambda: server.accepted > 8)
+        before = server.accepted
+        server.drain()
+        with trio.fail_after(30):
+            await server.drained.wait()
+        # What was accepted already when the drain began does not count.
+        assert server.accepted - before <= 5
+
+
 async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> None:
     """Handlers that are at work at the deadline are cancelled; a later one does not put it off."""
 
@@ -145,6 +178,68 @@ async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> N
             assert trio.current_time() - begun == pytest.approx(10)
     assert server.connections == 0
     assert trio.current_time() >= before + 10
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+async def test_drain_with_no_deadline_at_all(path: Path, timeout: float) -> None:
+    """A timeout that is no length of time is refused, and the server goes on."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        with pytest.raises(ValueError, match="a timeout of 0 or more seconds"):
+            server.drain(timeout)
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+        server.drain()
+
+
+async def test_drain_without_free_descriptors(path: Path) -> None:
+    """A drain that needs a descriptor to take the path away waits for one; handlers go on."""
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+            with free_descriptors(0):
+                server.drain()
+                await trio.sleep(0.05)
+                await ask(client)
+                assert path.exists()
+            await until(lambda: not path.exists())
+            await ask(client)
+
+
+async def test_drain_that_may_not_take_the_path_away(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that cannot be taken away is logged, and handlers finish all the same."""
+
+    def unbind(_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(_binding, "unbind", unbind)
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        async with await open_unix_connection(path) as client:
+            await ask(client)
+            server.drain()
+            await until(lambda: server.listener.socket.fileno() == -1)
+            await ask(client)
+    (record,) = caplog.records
+    assert "the path cannot be taken away" in record.getMessage()
+    path.unlink()
+
+
+async def test_cancelled_while_draining(path: Path) -> None:
+    """A drain that is cancelled while another process is at the path leaves no path."""
+    lock = path.with_name(".s.lock")
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            server.drain()
+            await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()
+            lock.unlink()
+    assert os.listdir(path.parent) == []
 
 
 async def test_drain_before_anybody_came(path: Path) -> None:
@@ -245,6 +340,109 @@ async def test_handler_that_crashes_alone(path: Path, caplog: pytest.LogCaptureF
     assert str(path) in record.getMessage()
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], RuntimeError)
+
+
+@pytest.mark.parametrize("how", ["drain", "cancel"])
+@pytest.mark.parametrize("handler_errors", ["raise", "log"])
+async def test_handler_that_crashes_when_cancelled(
+    path: Path, caplog: pytest.LogCaptureFixture, how: str, handler_errors: str
+) -> None:
+    """What a handler raises while it is cancelled is not lost, and treated as ever."""
+
+    async def crash_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise RuntimeError("crashed at the end")
+
+    async def handler(conn: UnixConnection) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            nursery.start_soon(crash_at_the_end)
+
+    raised = None
+    try:
+        async with trio.open_nursery() as nursery:
+            server = await start(nursery, handler, path, handler_errors=handler_errors)
+            async with await open_unix_connection(path):
+                await wait_all_tasks_blocked()
+                if how == "cancel":
+                    nursery.cancel_scope.cancel()
+                server.drain(0)
+                await trio.sleep_forever() if how == "cancel" else await server.drained.wait()
+    except ExceptionGroup as exc:
+        raised = exc
+    if handler_errors == "raise":
+        assert raised is not None
+        assert [str(leaf) for leaf in leaves(raised)] == ["crashed at the end"]
+    else:
+        assert raised is None
+        assert server.crashed == 1
+        assert "crashed at the end" in caplog.text
+
+
+async def test_handler_that_ends_the_program(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no Exception ends the server also with handler_errors="log", and is not logged."""
+
+    async def handler(conn: UnixConnection) -> None:
+        raise SystemExit(7)
+
+    ended = None
+    try:
+        async with trio.open_nursery() as nursery:
+            server = await start(nursery, handler, path, handler_errors="log")
+            async with await open_unix_connection(path):
+                await trio.sleep_forever()
+    except BaseExceptionGroup as exc:
+        ended = exc
+    assert ended is not None
+    assert [type(leaf) for leaf in leaves(ended)] == [SystemExit]
+    assert server.crashed == 0
+    assert not caplog.records
+
+
+async def test_crash_where_peers_are_unknown(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system does not say who the peer is, the log says so, and the server goes on."""
+
+    def fail(_: object) -> None:
+        raise NotSupportedError("no option")
+
+    monkeypatch.setattr(UnixConnection, "get_peer_credentials", fail)
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, crash, path, handler_errors="log", max_connections=1)
+        for _ in range(2):
+            async with await open_unix_connection(path) as client:
+                assert await client.receive_some() == b""
+        server.drain()
+    assert server.crashed == 2
+    assert "its peer was unknown" in caplog.text
+    for record in caplog.records:
+        assert record.exc_info is not None
+        assert record.exc_info[0] is RuntimeError
+
+
+async def test_control_c_reaches_handlers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers run unprotected from Control-C, as any task; what hands them connections not."""
+    protected: list[bool] = []
+    real = UnixServer._start
+
+    def begin(*arguments: Any) -> None:
+        protected.append(trio.lowlevel.currently_ki_protected())
+        real(*arguments)
+
+    monkeypatch.setattr(UnixServer, "_start", begin)
+
+    async def handler(conn: UnixConnection) -> None:
+        protected.append(trio.lowlevel.currently_ki_protected())
+
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, handler, path)
+        async with await open_unix_connection(path) as client:
+            assert await client.receive_some() == b""
+        server.drain()
+    assert protected == [True, False]
 
 
 async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -380,6 +578,46 @@ async def test_listener_of_ones_own(path: Path) -> None:
         await listener.accept()
 
 
+async def test_policy_of_a_listener_while_draining(path: Path) -> None:
+    """The listener's own policy is asked also about those who wait in the queue at the end."""
+
+    async def check(_: object) -> bool:
+        checked.append(1)
+        return len(checked) == 1
+
+    checked: list[int] = []
+    listener = await open_unix_listener(path, policy=PeerPolicy(check=check))
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, listener, max_connections=1)
+        async with await open_unix_connection(path) as first:
+            await ask(first)
+            second = await open_unix_connection(path)
+            server.drain()
+        async with second:
+            assert await second.receive_some() == b""
+    assert (listener.denied, server.denied, server.accepted) == (1, 1, 2)
+
+
+async def test_drain_while_a_listener_asks_its_policy(path: Path) -> None:
+    """Whom the listener's policy is being asked about when the drain begins is served."""
+    asked, answer = trio.Event(), trio.Event()
+
+    async def check(_: object) -> bool:
+        asked.set()
+        await answer.wait()
+        return True
+
+    listener = await open_unix_listener(path, policy=PeerPolicy(check=check))
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, listener)
+        async with await open_unix_connection(path) as client:
+            await asked.wait()
+            server.drain()
+            await until(lambda: listener.socket.fileno() == -1)
+            answer.set()
+            await ask(client)
+
+
 async def test_inherited_listener(path: Path) -> None:
     """A drain of an inherited listener leaves queue and path to the others who hold it."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -410,6 +648,14 @@ async def test_wrong_options(path: Path, options: Any) -> None:
     assert not path.exists()
 
 
+async def test_wrong_options_leave_a_listener_alone(path: Path) -> None:
+    """With wrong options a listener stays its caller's, and open."""
+    async with await open_unix_listener(path) as listener:
+        with pytest.raises(TypeError):
+            await serve_unix(echo, listener, max_connections=1.5)  # type: ignore[arg-type]
+        assert listener.socket.fileno() != -1
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -427,6 +673,29 @@ async def test_options_that_a_listener_has_already(path: Path, options: Any) -> 
         with pytest.raises(ValueError, match=next(iter(options))):
             await serve_unix(echo, listener, **options)
         assert path.exists()
+
+
+async def test_options_of_the_listener(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for the listener is what the listener is opened with."""
+    given: dict[str, Any] = {}
+    wanted = {
+        "mode": 0o640,
+        "backlog": 7,
+        "credentials": True,
+        "pidfds": True,
+        "receive_descriptors": False,
+        "replace": True,
+    }
+
+    async def open_listener(address: Path, **options: Any) -> UnixListener:
+        given.update(options)
+        return await open_unix_listener(address)
+
+    monkeypatch.setattr("trio_unixconn._server.open_unix_listener", open_listener)
+    async with trio.open_nursery() as nursery:
+        server = await start(nursery, echo, path, **wanted)
+        server.drain()
+    assert given == wanted
 
 
 async def test_path_in_use(path: Path) -> None:

@@ -32,6 +32,12 @@ class UnixSocketAddress:
 
     native: bytes = attrs.field(default=b"", validator=attrs.validators.instance_of(bytes))
 
+    @native.validator
+    def _check(self, _: object, native: bytes) -> None:
+        # The kernel would read a path up to there, and connect to another one.
+        if b"\0" in native and not self.get_is_abstract():
+            raise ValueError(f"a socket's path must not contain NUL, as {native!r} does")
+
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:
         """Make one from what ``getsockname``, ``getpeername`` or ``accept`` return."""

@@ -34,6 +34,8 @@ from .errors import AddressInUseError, NotSupportedError
 
 # Names of files have at most 255 bytes; a longer one than this gets a digest for a companion.
 _LONGEST_NAME: Final = 60
+# Opens a folder that may be passed and written to, but not listed.
+_TO_PASS: Final[int] = getattr(os, "O_PATH", os.O_RDONLY)
 
 
 class LockHeldError(Exception):
@@ -74,14 +76,13 @@ def bind(
       AddressInUseError: something is there that is not to be replaced.
       OSError: from the file system; nothing is left behind.
     """
-    # The working folder may be another one when the path is taken away.
-    path = os.path.abspath(path)
+    # The working folder may be another one when the path is taken away. Not abspath: ".." behind
+    # a symbolic link leads elsewhere for those who connect.
+    path = os.path.join(os.getcwdb(), path)
     with _folder_of(path) as (folder, fd, name), _locked(fd, name):
         is_free = _check_replaceable(fd, name, path, replace=replace)
         temporary = _beside(name, b".new")
-        # Left behind by one that was killed: whoever makes one holds the lock, as we do.
-        with suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=fd)
+        _clear_away(temporary, fd, path)
         with bindable(folder, fd, temporary) as address:
             sock.bind(address)
         try:
@@ -120,7 +121,9 @@ def unbind(binding: Binding) -> None:
 @contextmanager
 def _folder_of(path: bytes) -> Generator[tuple[bytes, int, bytes], None, None]:
     folder, name = os.path.split(path)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # A path with a slash behind it is that of a folder.
+    name = name or b"."
+    fd = os.open(folder, _TO_PASS | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder, fd, name
     finally:
@@ -138,26 +141,27 @@ def _locked(folder: int, name: bytes) -> Generator[None, None, None]:
     import fcntl  # noqa: PLC0415 - not on Windows
 
     lock = _beside(name, b".lock")
-    while True:
-        fd = _open_lock(lock, folder)
+    fd = _open_lock(lock, folder)
+    try:
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LockHeldError from None
-            if not _is_still(fd, lock, folder):
-                # Whoever held it before has taken the file away: this locks nobody out.
-                continue
-            try:
-                yield
-                return
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(lock, dir_fd=folder)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockHeldError from None
+        if not _is_still(fd, lock, folder):
+            # Whoever held it before has taken the file away: this locks nobody out. Not tried
+            # again here, where it could not be cancelled.
+            raise LockHeldError
+        try:
+            yield
         finally:
-            # A process that was forked meanwhile may hold a copy; closing ours is not enough.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            # Somebody may have taken it away, or in a sticky folder it may be another user's.
+            # It only matters while it is locked.
+            with suppress(OSError):
+                os.unlink(lock, dir_fd=folder)
+    finally:
+        # A process that was forked meanwhile may hold a copy; closing ours is not enough.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def _open_lock(lock: bytes, folder: int) -> int:
@@ -183,6 +187,21 @@ def _is_still(fd: int, name: bytes, folder: int) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(fd))
+
+
+def _clear_away(temporary: bytes, folder: int, path: bytes) -> None:
+    """Remove what one that was killed left: whoever makes one holds the lock, as we do."""
+    try:
+        status = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise _in_use(
+            path,
+            f"{what_is(status)} is at {os.fsdecode(temporary)} beside it, where the socket is made "
+            "before it gets the path; remove it, or choose another path",
+        )
+    os.unlink(temporary, dir_fd=folder)
 
 
 def _check_replaceable(folder: int, name: bytes, path: bytes, *, replace: bool) -> bool:

@@ -12,7 +12,7 @@ import errno
 import operator
 import os
 import socket as stdlib_socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -20,7 +20,7 @@ from trio.lowlevel import enable_ki_protection
 
 from . import _binding, _kernel
 from ._address import UnixSocketAddress
-from ._admission import is_admitted
+from ._admission import NO_ROOM, is_admitted, logger
 from ._connection import UnixConnection
 from ._control import descriptor_number
 from ._options import set_options
@@ -40,7 +40,8 @@ _TRY_AGAIN: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM})
 
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.05
-# How long aclose() may wait for whoever else is at the path. That takes them milliseconds.
+# How long aclose() may wait for whoever else is at the path, which takes them milliseconds, or
+# for a free descriptor.
 _PATIENCE: Final = 2.0
 
 
@@ -85,8 +86,9 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         self._receive_descriptors = receive_descriptors
         self._address = address or UnixSocketAddress.from_native(socket.getsockname())
         self._binding: _binding.Binding | None = None
-        # Whether nobody else accepts from the same queue.
-        self._is_only_one = False
+        self._leaving = trio.Lock()
+        # How many connections may wait at a time; 0 if others accept from the same queue.
+        self._longest_queue = 0
 
     @classmethod
     def from_fd(
@@ -186,10 +188,8 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     def _accept_waiting(self) -> UnixConnection | None:
         """Accept a connection that waits in the queue already, without asking the policy.
 
-        None if none does, or if the queue is not this listener's alone.
+        None if none does.
         """
-        if not self._is_only_one:
-            return None
         raw = stdlib_socket_of(self.socket)
         while True:
             try:
@@ -217,7 +217,13 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     async def aclose(self) -> None:
         """Close the listener and take its path away; closing twice is allowed.
 
-        Connections that wait in its queue are reset by the kernel.
+        Connections that wait in its queue are reset by the kernel. While another process is at
+        the path, or no descriptor is free, this waits for at most two seconds; then the path
+        stays, which is logged, and the next server replaces it.
+
+        Raises:
+          OSError: the path cannot be taken away, for instance because the process is another
+            user meanwhile; the listener is closed.
         """
         if self.socket.fileno() != -1:
             # First the path: once the socket is closed, another server may have taken it, and
@@ -230,12 +236,28 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         await trio.lowlevel.checkpoint()
 
     async def _remove_path(self) -> None:
-        """Take the path away, so that nobody new can connect; the queue stays."""
-        if self._binding is not None:
-            binding, self._binding = self._binding, None
-            with trio.move_on_after(_PATIENCE):
-                # If the lock stays held, the path stays, for the next server to replace.
-                await _when_unlocked(lambda: _binding.unbind(binding))
+        """Take the path away, so that nobody new can connect; the queue stays.
+
+        Whoever is cancelled here may try again.
+        """
+        # The socket has to stay open meanwhile, also when a second task closes it.
+        async with self._leaving:
+            binding = self._binding
+            if binding is None:
+                return
+            with trio.move_on_after(_PATIENCE) as patience:
+                try:
+                    await _when_unlocked(lambda: _binding.unbind(binding), or_at=NO_ROOM)
+                except OSError:
+                    self._binding = None
+                    raise
+                self._binding = None
+            if patience.cancelled_caught:
+                logger.warning(
+                    "%s: the path stays, for the next server to replace: another process holds "
+                    "the lock beside it, or no descriptor is free",
+                    self._address,
+                )
 
     def _check_open(self) -> None:
         if self.socket.fileno() == -1:
@@ -254,8 +276,21 @@ def _check_listening(sock: trio.socket.SocketType | stdlib_socket.socket) -> Non
         raise ValueError(f"{due}, but this socket does not listen; call listen() first")
 
 
-async def _when_unlocked(work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread, again and again while somebody else holds the lock."""
+def _check_options(mode: int, backlog: int) -> None:
+    if not 0 <= operator.index(mode) <= 0o7777:
+        raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
+    if operator.index(backlog) < 0:
+        raise ValueError(f"backlog must be 0 or more, or None, not {backlog}")
+
+
+async def _when_unlocked(
+    work: Callable[[], T], *, or_at: Collection[int | None] = frozenset()
+) -> T:
+    """Run ``work`` in a thread, again and again while somebody else holds the lock.
+
+    Args:
+      or_at: numbers of errors at which it is run again, too.
+    """
     pause = _FIRST_PAUSE
     # One thread of its own: those of trio's limiter may all be waiting for something.
     limiter = trio.CapacityLimiter(1)
@@ -263,8 +298,12 @@ async def _when_unlocked(work: Callable[[], T]) -> T:
         try:
             return await trio.to_thread.run_sync(work, limiter=limiter)
         except _binding.LockHeldError:
-            await trio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pass
+        except OSError as exc:
+            if exc.errno not in or_at:
+                raise
+        await trio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 @enable_ki_protection
@@ -308,15 +347,15 @@ async def open_unix_listener(
       A listener that the caller owns.
 
     Raises:
-      TypeError, ValueError: not the name of a socket, or no permission bits.
+      TypeError, ValueError: not the name of a socket, no permission bits, or no backlog.
       AddressInUseError: somebody listens there, or something else is there; it was left alone.
       OSError: from the file system, with the address; nothing is left behind.
       NotSupportedError: the platform has no Unix sockets, or not what was asked for.
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
-    if not 0 <= operator.index(mode) <= 0o7777:
-        raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
+    backlog = 0xFFFF if backlog is None else backlog
+    _check_options(mode, backlog)
     if name.get_is_anonymous():
         raise ValueError("a listener needs a name: a path or an abstract name")
     await trio.lowlevel.checkpoint()
@@ -326,7 +365,7 @@ async def open_unix_listener(
         set_options(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
             refuse_descriptors(sock)
-        sock.listen(0xFFFF if backlog is None else backlog)
+        sock.listen(backlog)
 
     binding = None
     try:
@@ -353,7 +392,7 @@ async def open_unix_listener(
     except BaseException:
         sock.close()
         raise
-    listener._is_only_one = True  # noqa: SLF001 - its other constructor
+    listener._longest_queue = backlog + 1  # noqa: SLF001 - its other constructor
     if unlink_on_close:
         listener._binding = binding  # noqa: SLF001 - as above
     return listener

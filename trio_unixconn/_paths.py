@@ -138,7 +138,12 @@ def _too_long() -> str:
 
 def _missing(path: bytes, *, to_write: bool = False) -> str:
     """Say which folder of a path is not there or may not be passed; "" if that is not it."""
-    folders = [os.path.dirname(os.path.abspath(path))]
+    try:
+        # Not abspath: ".." behind a symbolic link leads elsewhere.
+        path = os.path.join(os.getcwdb(), path)
+    except OSError:
+        return "the working folder of this process is not there any more"
+    folders = [os.path.dirname(path)]
     while folders[-1] != os.path.dirname(folders[-1]):
         folders.append(os.path.dirname(folders[-1]))
     for folder in reversed(folders):

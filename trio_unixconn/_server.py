@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from ._admission import NO_ROOM, PAUSE, is_admitted, logger
 from ._listener import UnixListener, open_unix_listener
+from .errors import NotSupportedError
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from ._address import UnixSocketAddress
     from ._connection import UnixConnection
-    from ._credentials import Credentials
     from ._policy import PeerPolicy
 
 Handler = Callable[["UnixConnection"], Awaitable[Any]]
@@ -37,8 +43,8 @@ class UnixServer:
       connections: how many connections it has at this moment, those that a policy is being
         asked about among them.
       accepted: how many it has accepted.
-      denied: how many of those its policy has denied.
-      crashed: how many handlers, or checks of its policy, have ended with an exception that was
+      denied: how many of those a policy has denied, its own or the listener's.
+      crashed: how many handlers, or checks of a policy, have ended with an exception that was
         logged.
       drained: set when a drain has come to its end.
     """
@@ -55,7 +61,6 @@ class UnixServer:
     _slots: trio.CapacityLimiter = attrs.field(kw_only=True, repr=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _handling: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
-    _drains: bool = attrs.field(default=False, repr=False)
 
     def drain(self, timeout: float = math.inf) -> None:
         """Ask the server to stop: no new connections, and the handlers finish.
@@ -64,11 +69,20 @@ class UnixServer:
         are still handled, so that no client is turned away in the middle. After that
         :func:`serve_unix` returns. Asking again can only make the deadline earlier.
 
+        Where the name stays (it is abstract, or the listener has ``unlink_on_close=False``),
+        clients can connect until the queue is empty for a moment, or as many were handled as
+        it can hold; whoever waits in it then is reset. The queue of a listener that was made
+        from a descriptor is left to the others who hold it.
+
         Args:
           timeout: after so many seconds, handlers that are still at work are cancelled.
+
+        Raises:
+          ValueError: a timeout that is negative, or no number.
         """
+        if not timeout >= 0:
+            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
         self._handling.deadline = min(self._handling.deadline, trio.current_time() + timeout)
-        self._drains = True
         self._accepting.cancel()
 
     async def _serve(self, task_status: trio.TaskStatus[UnixServer]) -> None:
@@ -79,10 +93,20 @@ class UnixServer:
                     while True:
                         await self._next(handlers)
                 # Only a drain ends that loop without an exception.
-                await self.listener._remove_path()  # noqa: SLF001 - they are one
+                await self._remove_path()
                 await self._handle_waiting(handlers)
                 await self.listener.aclose()
         self.drained.set()
+
+    async def _remove_path(self) -> None:
+        try:
+            await self.listener._remove_path()  # noqa: SLF001 - they are one
+        except OSError:
+            # The handlers are to finish all the same.
+            logger.exception(
+                "%s: the path cannot be taken away, and stays for the next server to replace",
+                self.listener.get_local_address(),
+            )
 
     async def _next(self, handlers: trio.Nursery) -> None:
         """Accept one connection, once a slot is free, and start its handler."""
@@ -99,7 +123,9 @@ class UnixServer:
         was_said = False
         while True:
             try:
-                return await self.listener.accept()
+                # The listener's policy is asked by the handler's task: a drain turns away nobody
+                # about whom it is still being asked.
+                return await self.listener._accept_any()  # noqa: SLF001 - as above
             except OSError as exc:
                 if exc.errno not in NO_ROOM:
                     raise
@@ -114,7 +140,10 @@ class UnixServer:
 
     async def _handle_waiting(self, handlers: trio.Nursery) -> None:
         """Handle those that waited in the queue when nobody new could connect any more."""
-        while True:
+        # More were not in the queue. An abstract name cannot be taken away, and its clients may
+        # go on connecting for ever.
+        left = self.listener._longest_queue  # noqa: SLF001 - as above
+        while left:
             slot = object()
             await self._slots.acquire_on_behalf_of(slot)
             try:
@@ -128,19 +157,8 @@ class UnixServer:
             if conn is None:
                 self._slots.release_on_behalf_of(slot)
                 return
-            if not await self._is_admitted_waiting(conn, slot):
-                continue
+            left -= 1
             self._start(handlers, conn, slot)
-
-    async def _is_admitted_waiting(self, conn: UnixConnection, slot: object) -> bool:
-        """Ask the listener's own policy, as its accept() does."""
-        admitted = False
-        try:
-            admitted = await self.listener._admits(conn)  # noqa: SLF001 - they are one
-        finally:
-            if not admitted:
-                self._slots.release_on_behalf_of(slot)
-        return admitted
 
     def _start(self, handlers: trio.Nursery, conn: UnixConnection, slot: object) -> None:
         self.accepted += 1
@@ -148,29 +166,55 @@ class UnixServer:
         handlers.start_soon(self._handle, conn, slot, name=self._handler)
 
     async def _handle(self, conn: UnixConnection, slot: object) -> None:
-        peer: Credentials | None = None
+        peer: object = "unknown"
         try:
-            async with conn:
-                # Before a policy's check, which can raise, too.
-                peer = conn.get_peer_credentials() if self._logs_errors else None
-                if self._policy is not None and not await is_admitted(conn, self._policy):
-                    self.denied += 1
-                    return
-                await self._handler(conn)
-        except Exception:
-            if not self._logs_errors:
+            try:
+                with suppress(NotSupportedError, OSError):
+                    peer = conn.get_peer_credentials()
+                if await self._admits(conn):
+                    await self._handler(conn)
+            finally:
+                # Not "async with": when cancelled, that would replace what the handler raises.
+                with trio.CancelScope(shield=True):
+                    await conn.aclose()
+        except BaseException as exc:
+            crash, rest = _crash_and_rest(exc) if self._logs_errors else (None, exc)
+            if crash is not None:
+                self.crashed += 1
+                logger.error(
+                    "%s: the handler of a connection crashed; its peer was %s",
+                    self.listener._address,  # noqa: SLF001 - as above; it may be closed
+                    peer,
+                    exc_info=crash,
+                )
+            if rest is exc:
                 raise
-            self.crashed += 1
-            logger.exception(
-                "%s: the handler of a connection crashed; its peer was %s",
-                self.listener._address,  # noqa: SLF001 - as above; it may be closed
-                peer,
-            )
+            if rest is not None:
+                raise rest from None
         finally:
             self.connections -= 1
             self._slots.release_on_behalf_of(slot)
 
+    async def _admits(self, conn: UnixConnection) -> bool:
+        # The listener's own policy first, as its accept() asks it.
+        if await self.listener._admits(conn) and (  # noqa: SLF001 - as above
+            self._policy is None or await is_admitted(conn, self._policy)
+        ):
+            return True
+        self.denied += 1
+        return False
 
+
+def _crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException | None]:
+    """Part what is a handler's own fault from cancellation, Control-C and the like."""
+    if isinstance(exc, Exception):
+        return exc, None
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.split(Exception)
+    return None, exc
+
+
+@enable_ki_protection
 async def serve_unix(
     handler: Handler,
     address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress | UnixListener,
@@ -216,13 +260,16 @@ async def serve_unix(
       clients can connect.
 
     Raises:
-      TypeError, ValueError, OSError: as :func:`open_unix_listener`.
-      ExceptionGroup: of what a handler, or a policy's check, raised.
+      TypeError, ValueError, OSError: as :func:`open_unix_listener`; a listener that was given
+        stays the caller's then.
+      ExceptionGroup: of what a handler, a policy's check, or accepting raised
+        (:class:`ConnectionClosedError`, if somebody else has closed the listener).
     """
     if max_connections is not None and max_connections < 1:
         raise ValueError(f"max_connections must be at least 1, or None, not {max_connections}")
     if handler_errors not in ("raise", "log"):
         raise ValueError(f'handler_errors is "raise" or "log", not {handler_errors!r}')
+    slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     if isinstance(address, UnixListener):
         if mode is not None or backlog is not None or credentials or pidfds or replace:
             raise ValueError(
@@ -242,12 +289,16 @@ async def serve_unix(
             receive_descriptors=receive_descriptors,
             replace=replace,
         )
-    async with listener:
-        server = UnixServer(
-            listener,
-            handler=handler,
-            policy=policy,
-            logs_errors=handler_errors == "log",
-            slots=trio.CapacityLimiter(math.inf if max_connections is None else max_connections),
-        )
+    server = UnixServer(
+        listener,
+        handler=handler,
+        policy=policy,
+        logs_errors=handler_errors == "log",
+        slots=slots,
+    )
+    try:
         await server._serve(task_status)  # noqa: SLF001 - this is its only caller
+    finally:
+        # As with a connection.
+        with trio.CancelScope(shield=True):
+            await listener.aclose()
