@@ -264,6 +264,50 @@ async def test_threads_that_are_all_busy(path: Path) -> None:
     assert not path.exists()
 
 
+async def test_waiting_long_for_the_lock(
+    path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that waits long for the lock says so, once."""
+    with held_lock(path) as lock:
+        with trio.move_on_after(10):
+            await open_unix_listener(path)
+        lock.unlink()
+    (record,) = caplog.records
+    assert "waiting for the lock" in record.getMessage()
+
+
+async def test_socket_replaced_before_it_has_its_mode(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody puts in the place of the new socket does not get its mode."""
+    other = path.with_name("other")
+    other.write_text("x")
+    mode = other.stat().st_mode
+    real = _binding._set_mode
+
+    def set_mode(name: bytes, *arguments: Any) -> None:
+        new = path.with_name(os.fsdecode(name))
+        new.unlink()
+        new.symlink_to("other")
+        real(name, *arguments)
+
+    monkeypatch.setattr(_binding, "_set_mode", set_mode)
+    with pytest.raises(OSError, match="was replaced") as caught:
+        await open_unix_listener(path, mode=0o666)
+    assert caught.value.errno == errno.EBUSY
+    assert other.stat().st_mode == mode
+    assert os.listdir(path.parent) == ["other"]
+
+
+async def test_mode_where_nothing_opens_a_socket(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a socket's file cannot be opened, the mode is set by its name."""
+    monkeypatch.delattr(os, "O_PATH")
+    async with await open_unix_listener(path, mode=0o640):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
 async def test_cancelled_while_waiting_for_the_lock(path: Path) -> None:
     """A start that waits for the lock can be cancelled, and leaves nothing."""
     with held_lock(path) as lock:

@@ -21,6 +21,12 @@ _FORMS: Final = (
 )
 
 
+def _no_nul(_: object, __: object, native: bytes) -> None:
+    # The kernel would read a path up to there, and connect to another one.
+    if b"\0" in native[1:] and native[0]:
+        raise ValueError(f"a socket's path must not contain NUL, as {native!r} does")
+
+
 @attrs.frozen
 class UnixSocketAddress:
     """The name of a Unix socket: a path, an abstract name, or none, as ``Gio.UnixSocketAddress``.
@@ -30,13 +36,9 @@ class UnixSocketAddress:
         and an abstract name, or nothing.
     """
 
-    native: bytes = attrs.field(default=b"", validator=attrs.validators.instance_of(bytes))
-
-    @native.validator
-    def _check(self, _: object, native: bytes) -> None:
-        # The kernel would read a path up to there, and connect to another one.
-        if b"\0" in native and not self.get_is_abstract():
-            raise ValueError(f"a socket's path must not contain NUL, as {native!r} does")
+    native: bytes = attrs.field(
+        default=b"", validator=[attrs.validators.instance_of(bytes), _no_nul]
+    )
 
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:

@@ -88,7 +88,7 @@ def bind(
         try:
             # Nobody can connect before listen (ECONNREFUSED), so the mode is never too wide,
             # and the process's umask is left alone.
-            os.chmod(temporary, mode, dir_fd=fd)
+            _set_mode(temporary, mode, fd)
             listen()
             status = os.stat(temporary, dir_fd=fd, follow_symlinks=False)
             if is_free:
@@ -116,6 +116,21 @@ def unbind(binding: Binding) -> None:
     except (FileNotFoundError, NotADirectoryError):
         # Somebody else has taken it away, or the whole folder.
         return
+
+
+def _set_mode(name: bytes, mode: int, folder: int) -> None:
+    """Set the mode of a socket, and of nothing that somebody has put in its place."""
+    if not hasattr(os, "O_PATH"):
+        os.chmod(name, mode, dir_fd=folder)
+        return
+    # chmod itself would follow a symbolic link there.
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise OSError(errno.EBUSY, "the socket was replaced while its mode was to be set")
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -291,7 +291,7 @@ async def _when_unlocked(
     Args:
       or_at: numbers of errors at which it is run again, too.
     """
-    pause = _FIRST_PAUSE
+    pause, waited = _FIRST_PAUSE, 0.0
     # One thread of its own: those of trio's limiter may all be waiting for something.
     limiter = trio.CapacityLimiter(1)
     while True:
@@ -303,6 +303,9 @@ async def _when_unlocked(
             if exc.errno not in or_at:
                 raise
         await trio.sleep(pause)
+        if waited <= _PATIENCE < waited + pause:
+            logger.warning("waiting for the lock beside a socket's path, which another one holds")
+        waited += pause
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -339,7 +342,8 @@ async def open_unix_listener(
       credentials, pidfds: as of :func:`open_unix_connection`, of every accepted connection.
       receive_descriptors: whether peers may send descriptors; as of :class:`UnixConnection`.
       replace: take the path over, also from a server that is alive, so that at no moment a
-        connect fails: the old server keeps those connections that it has, and its queue.
+        connect fails: the old server keeps those connections that it has, and its queue. It is
+        not asked who holds the socket there.
       unlink_on_close: whether closing the listener takes the path away, if it still leads to
         this socket then.
 

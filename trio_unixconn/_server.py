@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 import trio
@@ -55,10 +55,10 @@ class UnixServer:
     denied: int = 0
     crashed: int = 0
     drained: trio.Event = attrs.field(factory=trio.Event)
-    _handler: Handler = attrs.field(kw_only=True, repr=False)
-    _policy: PeerPolicy | None = attrs.field(kw_only=True, repr=False)
-    _logs_errors: bool = attrs.field(kw_only=True, repr=False)
-    _slots: trio.CapacityLimiter = attrs.field(kw_only=True, repr=False)
+    _handler: Handler = attrs.field(alias="handler", kw_only=True, repr=False)
+    _policy: PeerPolicy | None = attrs.field(alias="policy", kw_only=True, repr=False)
+    _logs_errors: bool = attrs.field(alias="logs_errors", kw_only=True, repr=False)
+    _slots: trio.CapacityLimiter = attrs.field(alias="slots", kw_only=True, repr=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _handling: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
 
@@ -210,7 +210,7 @@ def _crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException
     if isinstance(exc, Exception):
         return exc, None
     if isinstance(exc, BaseExceptionGroup):
-        return exc.split(Exception)
+        return cast("BaseExceptionGroup[BaseException]", exc).split(Exception)
     return None, exc
 
 
