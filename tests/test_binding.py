@@ -27,6 +27,7 @@ from trio_unixconn import (
     NotSupportedError,
     UnixListener,
     _binding,
+    _listener,
     _paths,
     open_unix_connection,
     open_unix_listener,
@@ -265,12 +266,18 @@ async def test_threads_that_are_all_busy(path: Path) -> None:
 
 
 async def test_waiting_long_for_the_lock(
-    path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A start that waits long for the lock says so, once."""
+    monkeypatch.setattr(_listener, "_PATIENCE", 0.01)
     with held_lock(path) as lock:
-        with trio.move_on_after(10):
-            await open_unix_listener(path)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_unix_listener, path)
+            with trio.fail_after(30):
+                while not caplog.records:  # noqa: ASYNC110 - there is no event for it
+                    await trio.sleep(0.001)
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
         lock.unlink()
     (record,) = caplog.records
     assert "waiting for the lock" in record.getMessage()
