@@ -10,6 +10,7 @@ Sources: unix(7), cmsg(3), recvmsg(2).
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import sys
@@ -111,11 +112,21 @@ def rights(*numbers: int) -> ControlMessage:
     Raises:
       NotSupportedError: the platform passes no descriptors.
     """
-    if _SCM_RIGHTS is None or not _kernel.HAS_SENDMSG:
-        raise NotSupportedError(f"{sys.platform} with this Python cannot pass descriptors")
+    level, kind = required_rights()
     if len(numbers) == 1:
-        return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(*numbers)
-    return _SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"{len(numbers)}i", *numbers)
+        return level, kind, _int.pack(*numbers)
+    return level, kind, struct.pack(f"{len(numbers)}i", *numbers)
+
+
+def required_rights() -> tuple[int, int]:
+    """Return level and type of the control message that carries descriptors.
+
+    Raises:
+      NotSupportedError: the platform passes none.
+    """
+    if RIGHTS is None or not _kernel.HAS_SENDMSG:
+        raise NotSupportedError(f"{sys.platform} with this Python cannot pass descriptors")
+    return RIGHTS
 
 
 def forged(messages: Iterable[ControlMessage]) -> bool:
@@ -300,18 +311,10 @@ def one_descriptor(received: Received) -> int:
       UnexpectedControlMessageError: anything else came; all of it is closed.
       DescriptorsTruncatedError: the kernel dropped descriptors.
     """
+    fd = lone_descriptor(received)
+    if fd >= 0:
+        return fd
     data, ancdata, flags, _ = received
-    # The common case without building anything: a descriptor alone, or behind credentials.
-    if (
-        (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
-        and not flags & _kernel.MSG_CTRUNC
-        and _kernel.MSG_CMSG_CLOEXEC
-    ):
-        level, kind, payload = ancdata[-1]
-        if level == _SOL_SOCKET and kind == _SCM_RIGHTS and len(payload) == _int.size:
-            fd: int = _int.unpack(payload)[0]
-            if fd >= 0:
-                return fd
     parsed = parse(ancdata, flags)
     if len(parsed.fds) == 1 and not parsed.truncated and not parsed.others:
         parsed.close(but=parsed.fds[0])
@@ -319,18 +322,25 @@ def one_descriptor(received: Received) -> int:
     raise _refusal("one descriptor was due", data, parsed)
 
 
-def is_one_descriptor(received: Received) -> bool:
-    """Whether a message is just one descriptor, alone or behind credentials."""
+def lone_descriptor(received: Received) -> int:
+    """Return the descriptor of a message that is just one, alone or behind credentials.
+
+    This is the common case, without building anything. -1 for every other message, which
+    :func:`one_descriptor` looks at in full; it may still be fine.
+    """
     _, ancdata, flags, _ = received
-    if flags & _kernel.MSG_CTRUNC or not ancdata:
-        return False
+    if not ancdata or flags & _kernel.MSG_CTRUNC or not _kernel.MSG_CMSG_CLOEXEC:
+        return -1
     level, kind, payload = ancdata[-1]
-    return (
+    if (
         len(payload) == _int.size
         and kind == _SCM_RIGHTS
         and level == _SOL_SOCKET
         and (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
-    )
+    ):
+        fd: int = _int.unpack(payload)[0]
+        return fd
+    return -1
 
 
 def count_descriptors(received: Received) -> int:
@@ -358,6 +368,24 @@ def check_open(number: int) -> None:
         os.get_inheritable(number)
     except OSError as exc:
         raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
+
+
+def check_all_open(numbers: list[int]) -> None:
+    """Raise unless all of them are open; with one poll(2), where one by one takes a call each.
+
+    Raises:
+      OSError: EBADF.
+    """
+    poll = select.poll()
+    for number in numbers:
+        poll.register(number, 0)
+    try:
+        suspects = [number for number, _ in poll.poll(0)]
+    except OSError:
+        # More than RLIMIT_NOFILE, which may have been lowered since.
+        suspects = numbers
+    for number in suspects:
+        check_open(number)
 
 
 def own_credentials() -> ControlMessage:

@@ -52,13 +52,15 @@ class DescriptorStream:
 
     @enable_ki_protection
     async def __anext__(self) -> int:
-        received = self._receiver.next_ahead()
-        if received is None:
-            received = await self._receiver.receive(1, None)
-            if not received[0]:
-                close_ended(received)
-                raise StopAsyncIteration
-            self._receiver.read_ahead(self._read_ahead - 1)
+        ahead = self._receiver.next_ahead()
+        if ahead is not None:
+            fd, received = ahead
+            return fd if fd >= 0 else _control.one_descriptor(received)
+        received = await self._receiver.receive(1, None)
+        if not received[0]:
+            close_ended(received)
+            raise StopAsyncIteration
+        self._receiver.read_ahead(self._read_ahead - 1)
         return _control.one_descriptor(received)
 
 
@@ -154,8 +156,7 @@ class DescriptorPassing:
         numbers = _control.descriptor_numbers(fds, None)
         if len(numbers) > per_message:
             # With several messages, a closed one in the middle would be seen too late.
-            for number in numbers:
-                _control.check_open(number)
+            _control.check_all_open(numbers)
         groups = [numbers[i : i + per_message] for i in range(0, len(numbers), per_message)]
         if not groups:
             await self._sender.send_all(b"", cancellable)

@@ -52,8 +52,9 @@ class Receiver(ConnectedSocket):
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
-        # Single bytes, each with its control messages, that serve the next receives.
-        self._ahead: deque[Received | OSError] | None = None
+        # Single bytes, each with its control messages, that serve the next receives; in front
+        # of each the descriptor if that is all it has, or -1.
+        self._ahead: deque[tuple[int, Received] | OSError] | None = None
         # Options that are on only for a receive that is under way.
         self._lent: list[int] = []
 
@@ -104,8 +105,11 @@ class Receiver(ConnectedSocket):
             except BlockingIOError:
                 continue
 
-    def next_ahead(self) -> Received | None:
-        """Return one byte that was read ahead, with what came with it; None without any."""
+    def next_ahead(self) -> tuple[int, Received] | None:
+        """Return a byte that was read ahead, with what came with it; None without any.
+
+        In front of it its descriptor, if that is all that came with it, or -1.
+        """
         if self.busy:
             raise ConnectionBusyError("another task is receiving from this connection")
         ahead = self._ahead
@@ -131,7 +135,7 @@ class Receiver(ConnectedSocket):
             return
         ahead = self._ahead = self._ahead or deque()
         self._lend_passcred()
-        recvmsg = self.raw.recvmsg
+        recvmsg, lone_descriptor = self.raw.recvmsg, _control.lone_descriptor
         try:
             for _ in range(count):
                 try:
@@ -146,8 +150,9 @@ class Receiver(ConnectedSocket):
                     # The end of the stream can be read again.
                     _control.parse(received[1], received[2]).close()
                     return
-                ahead.append(received)
-                if not _control.is_one_descriptor(received):
+                fd = lone_descriptor(received)
+                ahead.append((fd, received))
+                if fd < 0:
                     return
         finally:
             self._return_lent()
@@ -158,7 +163,7 @@ class Receiver(ConnectedSocket):
             self.read_ahead(room)
         while room and self._ahead:
             first = self._ahead[0]
-            count = 0 if isinstance(first, OSError) else _control.count_descriptors(first)
+            count = 0 if isinstance(first, OSError) else _control.count_descriptors(first[1])
             if not 0 < count <= room:
                 return
             room -= count
@@ -166,10 +171,10 @@ class Receiver(ConnectedSocket):
 
     def _take_ahead(self) -> Received:
         assert self._ahead  # noqa: S101 - callers have looked
-        received = self._ahead.popleft()
-        if isinstance(received, OSError):
-            raise received
-        return received
+        first = self._ahead.popleft()
+        if isinstance(first, OSError):
+            raise first
+        return first[1]
 
     def release(self) -> None:
         """Leave nothing behind before the socket is closed: no descriptor and no option."""
@@ -180,9 +185,10 @@ class Receiver(ConnectedSocket):
         """Close all descriptors that were read ahead; return how many."""
         count = 0
         while self._ahead:
-            received = self._ahead.popleft()
-            if not isinstance(received, OSError):
-                parsed = _control.parse(received[1], received[2])
+            first = self._ahead.popleft()
+            if not isinstance(first, OSError):
+                _, (_, ancdata, flags, _) = first
+                parsed = _control.parse(ancdata, flags)
                 count += len(parsed.fds)
                 parsed.close()
         return count

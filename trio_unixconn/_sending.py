@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket as stdlib_socket
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -55,11 +56,10 @@ _LONGEST_PAUSE: Final = 0.1
 class _Burst:
     """Groups of descriptors, each a message of its own, and how many messages have gone."""
 
-    __slots__ = ("groups", "messages", "sent")
+    __slots__ = ("groups", "sent")
 
     def __init__(self, groups: list[list[int]]) -> None:
         self.groups = groups
-        self.messages = [[_control.rights(*group)] for group in groups]
         self.sent = 0
 
     def descriptors_sent(self) -> int:
@@ -187,7 +187,7 @@ class Sender(ConnectedSocket):
         except FAILURES as exc:
             gone = burst.descriptors_sent()
             said = f"{gone} descriptors were sent before" if gone else "nothing was sent"
-            error = await self.failed(exc, burst.messages[0], said)
+            error = await self.failed(exc, [_control.rights(*groups[0])], said)
             if isinstance(error, UnixConnectionError):
                 error.sent = gone
             raise error from exc
@@ -199,16 +199,17 @@ class Sender(ConnectedSocket):
 
     def _send_now(self, burst: _Burst) -> OSError | None:
         """Send until all has gone or the kernel refuses; return the refusal."""
-        sendmsg = self.raw.sendmsg
-        for position in range(burst.sent, len(burst.messages)):
+        sendmsg, groups = self.raw.sendmsg, burst.groups
+        level, kind = _control.required_rights()
+        for position in range(burst.sent, len(groups)):
             try:
-                sendmsg(_ONE_BYTE, burst.messages[position], _FLAGS)
+                sendmsg(_ONE_BYTE, [(level, kind, array("i", groups[position]))], _FLAGS)
             except OSError as exc:
                 burst.sent = position
                 if exc.errno not in _TRY_LATER:
                     raise
                 return exc
-        burst.sent = len(burst.messages)
+        burst.sent = len(groups)
         return None
 
     @enable_ki_protection
@@ -218,7 +219,7 @@ class Sender(ConnectedSocket):
         with UnixFDList() as duplicates:
             for position in range(burst.sent, len(burst.groups)):
                 own = [duplicates[duplicates.append(fd)] for fd in burst.groups[position]]
-                burst.messages[position] = [_control.rights(*own)]
+                burst.groups[position] = own
             pause = _FIRST_PAUSE
             while refusal is not None:
                 before = burst.sent
