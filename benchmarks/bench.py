@@ -200,7 +200,7 @@ def parsed() -> argparse.Namespace:
         type=float,
         default=TOLERANCE,
         metavar="FACTOR",
-        help=f"by which a ratio may get worse before that is a regression: {TOLERANCE}, or more",
+        help=f"by which ours may get slower before that is a regression; without it {TOLERANCE}",
     )
     parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
     given = parser.parse_args()

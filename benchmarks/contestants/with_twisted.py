@@ -1,7 +1,8 @@
 """Twisted: descriptors by IUNIXTransport and IFileDescriptorReceiver, one for each byte.
 
 The reactor runs from the first order to the last, because it cannot be started twice; orders
-come through it too. Between them the transport does not read, so that no protocol gets the greeting.
+come through it too. Between them the transport does not read, so that no protocol gets the
+greeting.
 """
 
 from __future__ import annotations
