@@ -71,7 +71,8 @@ CASES = [
     Case(BYTES, 64, 3000, 400, "round trip", "64 bytes, ping-pong", "bytes"),
     Case(BYTES, 4 * KIB, 3000, 0, "round trip", "4 KiB, ping-pong", "bytes"),
     Case(BYTES, 64 * KIB, 2000, 300, "round trip", "64 KiB, ping-pong", "bytes"),
-    Case(BUFFER, MIB, 50, 10, "buffer", "a buffer of 1 MiB", "buffers"),
+    # As often when it is quick: the first of a run pays for sealing, and shows among a few.
+    Case(BUFFER, MIB, 50, 50, "buffer", "a buffer of 1 MiB", "buffers"),
     Case(BUFFER, 64 * MIB, 2, 0, "buffer", "a buffer of 64 MiB", "buffers", rounds=7),
     Case(BUFFER, 1024 * MIB, 1, 0, "buffer", "a buffer of 1 GiB", "buffers", rounds=3),
     Case(ACCEPT, 1, 1000, 150, "connection", ACCEPT, "connections"),

@@ -127,8 +127,14 @@ def judge(result: Result) -> list[Verdict]:
 
 @attrs.frozen
 class Change:
-    """A ratio then and now; ``worse`` is the factor by which ours got slower."""
+    """A ratio then and now.
 
+    Attributes:
+      titles: the cases that it is from.
+      worse: the factor by which ours got slower.
+    """
+
+    titles: tuple[str, ...]
     what: str
     beside: str
     then: float
@@ -165,6 +171,13 @@ def compare(then: Result, now: Result, tolerance: float) -> Comparison:
     )
 
 
+def confirmed(first: Comparison, again: Comparison) -> Comparison:
+    """Return the first comparison with only those regressions that were seen again."""
+    seen = {change.what for change in again.regressions}
+    lasting = [change for change in first.regressions if change.what in seen]
+    return attrs.evolve(first, regressions=lasting)
+
+
 def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
     names = [name for name in then["cases"][title]["contestants"] if _ran(now, title, name)]
     for ours in filter(is_ours, names):
@@ -178,7 +191,7 @@ def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
         if found:
             # The middle one of them; of two, the one that speaks for us.
             worse, old_ratio, new_ratio, other = sorted(found)[(len(found) - 1) // 2]
-            yield Change(f"{title}: {ours}", other, old_ratio, new_ratio, worse)
+            yield Change((title,), f"{title}: {ours}", other, old_ratio, new_ratio, worse)
 
 
 def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
@@ -187,7 +200,7 @@ def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
         return None
     before, after = old["median"], new["median"]
     worse = before / after if goal.at_least else after / before
-    return Change(f"goal: {goal.text}", "", before, after, worse)
+    return Change((goal.over[0], goal.under[0]), f"goal: {goal.text}", "", before, after, worse)
 
 
 def _ran(result: Result, title: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cases import CASES, GOALS, MEMORY, OURS, STREAM, Case
 from pairs import CONTESTANTS, Contestant, FailedError, MissingError, Pair, installed, python
-from report import compare, judge, summary
+from report import compare, confirmed, judge, summary
 
 # Gigabytes, and thousands of connections, are left to the benchmark.
 SIZES = {"bytes, others idle": 2, "memory of an idle connection": 10, "a large buffer": 4096}
@@ -119,6 +119,16 @@ def test_a_regression_is_seen() -> None:
     assert OURS in found.what
     assert not compare(kept, slower, 1.3).regressions
     assert not compare(kept, result_of(ours=20.0, other=10.0, another=40.0), 1.1).regressions
+
+
+def test_only_what_is_seen_again_is_a_regression() -> None:
+    """What was slower once, and not when it was measured again, was the machine."""
+    kept = result_of(ours=2.0, other=1.0, another=4.0)
+    slower = compare(kept, result_of(ours=24.0, other=10.0, another=40.0), 1.1)
+    same = compare(kept, result_of(ours=20.0, other=10.0, another=40.0), 1.1)
+    assert confirmed(slower, slower) == slower
+    assert confirmed(slower, same).regressions == []
+    assert confirmed(slower, same).compared == slower.compared
 
 
 def test_another_getting_faster_is_none() -> None:
