@@ -1,0 +1,259 @@
+"""How fast this library is, beside everybody else.
+
+All contestants of a case run in turn, A B C A B C, each as two processes of its own, after a
+run for warming up that does not count. What is shown is the median of the ratios within each
+turn, and their quartiles; times are shown beside it. Contestants that are not installed are
+named as missing.
+
+The exit status is 1 if a contestant failed, with --check if ours has got slower beside the
+others (what seems so is measured once more before it counts), and with --strict if a goal is
+missed; 0 otherwise, because whether a goal is met on a busy machine says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import attrs
+from cases import CASES, Case
+from pairs import CONTESTANTS, Contestant, FailedError, MissingError, Pair
+from report import (
+    Result,
+    compare,
+    confirmed,
+    is_ours,
+    judge,
+    markdown,
+    show,
+    show_comparison,
+    show_goals,
+    summary,
+)
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+FOLDER = Path(__file__).parent
+RESULT = FOLDER / "result.json"
+TABLES = FOLDER / "result.md"
+ROUNDS, QUICK_ROUNDS = 15, 5
+# How much worse a ratio may get before that is a regression.
+TOLERANCE = 1.10
+KEYS = [each.key for each in CONTESTANTS]
+
+
+@attrs.define
+class Run:
+    """One run of the benchmark: who takes part, and what came of it so far."""
+
+    folder: str
+    quick: bool
+    rounds: int
+    pairs: list[Pair] = attrs.field(factory=list)
+    missing: dict[str, str] = attrs.field(factory=dict)
+    failed: dict[str, str] = attrs.field(factory=dict)
+    versions: dict[str, str] = attrs.field(factory=dict)
+
+    def start(self, contestants: list[Contestant]) -> None:
+        """Start who is installed."""
+        for contestant in contestants:
+            try:
+                pair = Pair(contestant, self.folder)
+            except MissingError as exc:
+                self.missing[contestant.name] = str(exc)
+            else:
+                self.pairs.append(pair)
+                self.versions[contestant.name] = pair.version
+        for pair in list(self.pairs):
+            try:
+                pair.cases  # noqa: B018 - asked now, so that all start at once and none later
+            except FailedError as exc:
+                self.failed[pair.contestant.name] = str(exc)
+                pair.close()
+                self.pairs.remove(pair)
+
+    def close(self) -> None:
+        """End all of them."""
+        for pair in self.pairs:
+            pair.close()
+
+    def entries_of(self, case: Case) -> dict[str, tuple[int, str]]:
+        """Return who can run a case and in which ways: by name, the pair and the variant."""
+        return {
+            f"{pair.contestant.name}: {variant}" if variant else pair.contestant.name: (i, variant)
+            for i, pair in enumerate(self.pairs)
+            for variant in pair.cases.get(case.name, ())
+        }
+
+    def rounds_of(self, case: Case) -> int:
+        """Return how often a case is run."""
+        return min(self.rounds, case.rounds)
+
+    def measure(self, case: Case, progress: Progress, task: TaskID) -> dict[str, list[float]]:
+        """Run a case in turns; return the values of each who did not fail."""
+        count = case.quick if self.quick else case.count
+        entries = self.entries_of(case)
+        values: dict[str, list[float]] = {name: [] for name in entries}
+        for turn in range(-1, self.rounds_of(case)):
+            # Each turn begins with another, so that nobody always runs behind the same.
+            names = list(values)
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                i, variant = entries[name]
+                # The first turn is for warming up.
+                runs = max(1, count // 10) if turn < 0 else count
+                try:
+                    answer = self.pairs[i].run(case.name, variant, runs, case.size)
+                except FailedError as exc:
+                    self.failed[name] = f"{case.title}: {exc}"
+                    del values[name]
+                    self._restart(i)
+                    continue
+                if turn >= 0:
+                    per = runs if case.figure == "seconds" else 1
+                    values[name].append(answer[case.figure] / per)
+                    progress.advance(task)
+        return values
+
+    def _restart(self, i: int) -> None:
+        contestant = self.pairs[i].contestant
+        self.pairs[i].close()
+        self.pairs[i] = Pair(contestant, self.folder)
+
+
+def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick: bool) -> Result:
+    """Measure everything; return what came of it."""
+    result: Result = {
+        "machine": f"{platform.system()} {platform.release()}, {platform.machine()}, "
+        f"{os.cpu_count()} processors",
+        "rounds": rounds,
+        "quick": quick,
+        "cases": {},
+    }
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        running = Run(folder, quick, rounds)
+        try:
+            running.start(contestants)
+            total = sum(len(running.entries_of(case)) * running.rounds_of(case) for case in cases)
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task("", total=total)
+                for case in cases:
+                    progress.update(task, description=case.title)
+                    values = running.measure(case, progress, task)
+                    if any(map(is_ours, values)):
+                        result["cases"][case.title] = summary(case, values)
+        finally:
+            running.close()
+    result |= {
+        "versions": running.versions,
+        "missing": running.missing,
+        "failed": running.failed,
+    }
+    return result
+
+
+def chosen(text: str) -> list[Contestant]:
+    """Return the contestants of the command line; ours is always among them."""
+    keys = {"ours", *text.split(",")} if text else set(KEYS)
+    if unknown := keys - set(KEYS):
+        raise argparse.ArgumentTypeError(
+            f"no such contestant: {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}"
+        )
+    return [each for each in CONTESTANTS if each.key in keys]
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter: a minute, not ten")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their title")
+    parser.add_argument(
+        "--contestants", type=chosen, default=CONTESTANTS, metavar="A,B", help=", ".join(KEYS)
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the result, tables and charts that the docs have"
+    )
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with a kept result")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="FACTOR",
+        help=f"by which ours may get slower before that is a regression; without it {TOLERANCE}",
+    )
+    parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
+    given = parser.parse_args()
+    if given.tolerance < 1:
+        parser.error("--tolerance is a factor: 1.1 is 10 %")
+    if given.write and (given.only or given.contestants is not CONTESTANTS):
+        parser.error("--write keeps a whole result: without --only and --contestants")
+    return given
+
+
+def main() -> int:
+    """Measure, show, and judge."""
+    given = parsed()
+    kept = json.loads(given.check.read_text()) if given.check else None
+    rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    cases = [
+        case
+        for case in CASES
+        if (case.quick if given.quick else case.count) and given.only in case.title
+    ]
+    result = run(cases, given.contestants, rounds, quick=given.quick)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    show(result, console)
+    verdicts = judge(result)
+    show_goals(verdicts, console)
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    if given.json:
+        given.json.write_text(text)
+    if given.write:
+        from charts import draw  # noqa: PLC0415 - matplotlib is needed only for this
+
+        RESULT.write_text(text)
+        TABLES.write_text(markdown(result))
+        draw(result)
+    wrong = bool(result["failed"])
+    if kept:
+        found = compare(kept, result, given.tolerance)
+        doubtful = {title for change in found.regressions for title in change.titles}
+        if doubtful:
+            # A machine that was busy at that moment is no regression; one that stays is.
+            console.print(f"measured once more: {', '.join(sorted(doubtful))}", markup=False)
+            cases = [case for case in cases if case.title in doubtful]
+            again = run(cases, given.contestants, rounds, quick=given.quick)
+            found = confirmed(found, compare(kept, again, given.tolerance))
+            wrong |= bool(again["failed"])
+        show_comparison(found, given.tolerance, console)
+        # A check that compares nothing holds nothing.
+        wrong |= bool(found.regressions) or not found.compared
+    if given.strict:
+        wrong |= any(verdict.is_met is False for verdict in verdicts)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What is measured, how often, and what is due.
+
+The rule of this file: values only. A case is run by every contestant that can; a goal is a
+ratio of two of them in the same run.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@attrs.frozen
+class Case:
+    """One thing to measure.
+
+    Attributes:
+      name: what the contestants know it by.
+      size: bytes or descriptors a message, or connections beside.
+      count: of round trips, messages, buffers or connections in one run, when it is full.
+      quick: the same, when it is quick; 0 leaves the case out then.
+      unit: what one of them is.
+      group: the picture in which it is.
+      figure: what is compared: seconds of the left side, or a figure that the right one gives.
+      rounds: at most so many, because one takes long.
+    """
+
+    name: str
+    size: int
+    count: int
+    quick: int
+    unit: str
+    title: str
+    group: str
+    figure: str = "seconds"
+    rounds: int = 1000
+
+
+PING_PONG = "one descriptor, ping-pong"
+ONE_WAY = "one descriptor a message, one way"
+MANY = "many descriptors a message, one way"
+TEN_THOUSAND = "ten thousand descriptors"
+CREDENTIALS = "credentials, ping-pong"
+MESSAGE = "1 KiB and 2 descriptors, ping-pong"
+BYTES = "bytes, ping-pong"
+BUFFER = "a large buffer"
+ACCEPT = "accept and check credentials"
+IDLE = "bytes, others idle"
+MEMORY = "memory of an idle connection"
+
+# The pictures, and their titles.
+GROUPS = {
+    "ping-pong": "There and back",
+    "one-way": "Descriptors, one way",
+    "bytes": "Plain bytes, there and back",
+    "buffers": "A large buffer",
+    "connections": "Accepting, and a crowd of idle connections",
+}
+
+CASES = [
+    Case(PING_PONG, 1, 3000, 400, "round trip", PING_PONG, "ping-pong"),
+    Case(CREDENTIALS, 1, 3000, 400, "round trip", CREDENTIALS, "ping-pong"),
+    Case(MESSAGE, KIB, 3000, 400, "round trip", MESSAGE, "ping-pong"),
+    Case(ONE_WAY, 1, 10000, 2000, "descriptor", ONE_WAY, "one-way"),
+    Case(MANY, 8, 3000, 400, "message", "8 descriptors a message, one way", "one-way"),
+    Case(MANY, 64, 1000, 0, "message", "64 descriptors a message, one way", "one-way"),
+    Case(MANY, 253, 400, 60, "message", "253 descriptors a message, one way", "one-way"),
+    Case(TEN_THOUSAND, 10000, 1, 1, "10,000 descriptors", TEN_THOUSAND, "one-way"),
+    Case(BYTES, 64, 3000, 400, "round trip", "64 bytes, ping-pong", "bytes"),
+    Case(BYTES, 4 * KIB, 3000, 0, "round trip", "4 KiB, ping-pong", "bytes"),
+    Case(BYTES, 64 * KIB, 2000, 300, "round trip", "64 KiB, ping-pong", "bytes"),
+    # As often when it is quick: the first of a run pays for sealing, and shows among a few.
+    Case(BUFFER, MIB, 50, 50, "buffer", "a buffer of 1 MiB", "buffers"),
+    Case(BUFFER, 64 * MIB, 2, 0, "buffer", "a buffer of 64 MiB", "buffers", rounds=7),
+    Case(BUFFER, 1024 * MIB, 1, 0, "buffer", "a buffer of 1 GiB", "buffers", rounds=3),
+    Case(ACCEPT, 1, 1000, 150, "connection", ACCEPT, "connections"),
+    Case(IDLE, 1, 2000, 300, "round trip", "64 bytes, 1 idle beside", "connections", rounds=7),
+    Case(IDLE, 100, 2000, 0, "round trip", "64 bytes, 100 idle beside", "connections", rounds=7),
+    Case(
+        IDLE, 10000, 2000, 0, "round trip", "64 bytes, 10,000 idle beside", "connections", rounds=7
+    ),
+    Case(MEMORY, 10000, 1, 0, "connection", MEMORY, "connections", figure="bytes", rounds=3),
+]
+
+
+@attrs.frozen
+class Goal:
+    """A ratio that is due: of ``over`` to ``under``, at least or at most ``bound``.
+
+    Each is a pair of a case's title and a contestant. Those of one case were measured in turns;
+    only the goal of many idle connections compares two cases, one measured after the other.
+    """
+
+    text: str
+    over: tuple[str, str]
+    under: tuple[str, str]
+    bound: float
+    at_least: bool = False
+
+    def is_met(self, ratio: float) -> bool:
+        """Whether a measured ratio meets it."""
+        return ratio >= self.bound if self.at_least else ratio <= self.bound
+
+
+OURS = "trio_unixconn"
+FLOOR = "trio, raw"
+STDLIB = "standard library, blocking"
+ANYIO = "anyio on trio"
+UVLOOP = "anyio on uvloop"
+GIO = "PyGObject Gio"
+STREAM = f"{FLOOR}: trio.SocketStream"
+# What the goal of the one way case is about is receiving. So the sender is the standard
+# library's in both, and fds() alone is on the other end; with a sender of ours, which takes a
+# checkpoint for each descriptor, the sender's pace would be measured.
+RECEIVED = f"{OURS}: fds() from a blocking sender"
+BURSTS = f"{OURS}: send_fds(per_message=1), fds()"
+
+
+def _most(text: str, case: str, over: str, under: str, bound: float) -> Goal:
+    return Goal(text, (case, over), (case, under), bound)
+
+
+def _least(text: str, case: str, over: str, under: str, bound: float) -> Goal:
+    return Goal(text, (case, over), (case, under), bound, at_least=True)
+
+
+_SENT = "send_fds(per_message=1) and fds()"
+
+GOALS = [
+    _most("ping-pong, ours / trio floor", PING_PONG, OURS, FLOOR, 1.10),
+    _least("ping-pong, anyio on trio / ours", PING_PONG, ANYIO, OURS, 1.15),
+    _least("ping-pong, PyGObject Gio / ours", PING_PONG, GIO, OURS, 1.3),
+    _least("one way one by one, anyio on trio / ours", ONE_WAY, ANYIO, OURS, 1.5),
+    _least(
+        "one way, standard library / ours with fds(), both from a blocking sender",
+        ONE_WAY,
+        STDLIB,
+        RECEIVED,
+        1.0,
+    ),
+    _least(f"one way, standard library / ours with {_SENT}", ONE_WAY, STDLIB, BURSTS, 1.0),
+    _least(f"one way, anyio on uvloop / ours with {_SENT}", ONE_WAY, UVLOOP, BURSTS, 1.5),
+    _most(
+        "253 a message, ours / standard library",
+        "253 descriptors a message, one way",
+        OURS,
+        STDLIB,
+        1.10,
+    ),
+    _most("64 KiB, ours / trio.SocketStream", "64 KiB, ping-pong", OURS, STREAM, 1.03),
+    _most("64 bytes, ours / trio.SocketStream", "64 bytes, ping-pong", OURS, STREAM, 1.10),
+    _most("credentials ping-pong, ours / trio floor", CREDENTIALS, OURS, FLOOR, 1.10),
+    _most(
+        "a Cancellable that never fires, with / without",
+        PING_PONG,
+        f"{OURS}: with a Cancellable",
+        OURS,
+        1.15,
+    ),
+    _most(
+        "1 GiB, sealed buffer / sending the bytes",
+        "a buffer of 1 GiB",
+        f"{OURS}: send_buffer",
+        f"{OURS}: the bytes",
+        1 / 200,
+    ),
+    Goal(
+        "latency with 10,000 idle connections / with 1",
+        ("64 bytes, 10,000 idle beside", OURS),
+        ("64 bytes, 1 idle beside", OURS),
+        1.2,
+    ),
+]
+# Bytes that an idle connection may take beyond a trio.SocketStream.
+MOST_MEMORY = 1024

@@ -1,0 +1,332 @@
+"""What measured times say: ratios, goals, regressions; as tables and as Markdown.
+
+The rule of this file: it measures nothing. A result is what ``result.json`` holds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from cases import CASES, GOALS, GROUPS, MEMORY, MOST_MEMORY, OURS, STREAM, Case, Goal
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Result = dict[str, Any]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Return the ratio within each turn."""
+    return [one / two for one, two in zip(over, under, strict=False) if two]
+
+
+def is_ours(name: str) -> bool:
+    """Whether this contestant, in one of its ways, is this library."""
+    return name.split(":", maxsplit=1)[0] == OURS
+
+
+def summary(case: Case, values: dict[str, list[float]]) -> Result:
+    """Return medians and spreads of a case, of the values and of the ratios to ours."""
+    reference = next(filter(is_ours, values))
+    return {
+        "unit": case.unit,
+        "figure": case.figure,
+        "group": case.group,
+        "reference": reference,
+        "contestants": {
+            name: {
+                **spread(measured),
+                "ratio": spread(ratios(measured, values[reference]) or [float("nan")]),
+                "values": [float(f"{value:.5g}") for value in measured],
+            }
+            for name, measured in values.items()
+        },
+    }
+
+
+def ratio_of(
+    result: Result, over: tuple[str, str], under: tuple[str, str]
+) -> dict[str, float] | None:
+    """Return the ratio of two contestants, turn by turn; None if one did not run."""
+    found = [
+        result["cases"].get(case, {}).get("contestants", {}).get(who) for case, who in (over, under)
+    ]
+    if None in found:
+        return None
+    both = ratios(*(each["values"] for each in found))
+    return spread(both) if both else None
+
+
+################################################################
+# Goals
+################################################################
+
+
+@attrs.frozen
+class Verdict:
+    """A goal, and what was measured."""
+
+    goal: str
+    due: str
+    measured: dict[str, float] | None
+    is_met: bool | None
+
+    @property
+    def word(self) -> str:
+        """What is to be said of it."""
+        return {True: "met", False: "missed", None: "not measured"}[self.is_met]
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return the row of a table."""
+        if self.measured is None:
+            return self.goal, self.due, "", "", self.word
+        median, low, high = (f"{self.measured[key]:.3g}" for key in ("median", "low", "high"))
+        return self.goal, self.due, median, f"{low} to {high}", self.word
+
+
+def judge(result: Result) -> list[Verdict]:
+    """Hold what was measured against the goals."""
+    verdicts = []
+    for goal in GOALS:
+        ratio = ratio_of(result, goal.over, goal.under)
+        due = f"at {'least' if goal.at_least else 'most'} {goal.bound:.4g}"
+        met = None if ratio is None else goal.is_met(ratio["median"])
+        verdicts.append(Verdict(goal.text, due, ratio, met))
+    beyond = None
+    memory = result["cases"].get(MEMORY, {}).get("contestants", {})
+    if OURS in memory and STREAM in memory:
+        pairs = zip(memory[OURS]["values"], memory[STREAM]["values"], strict=True)
+        beyond = spread([ours - theirs for ours, theirs in pairs])
+    verdicts.append(
+        Verdict(
+            "bytes of an idle connection beyond those of trio.SocketStream",
+            f"at most {MOST_MEMORY}",
+            beyond,
+            None if beyond is None else beyond["median"] <= MOST_MEMORY,
+        )
+    )
+    return verdicts
+
+
+################################################################
+# Regressions
+################################################################
+
+
+@attrs.frozen
+class Change:
+    """A ratio then and now.
+
+    Attributes:
+      titles: the cases that it is from.
+      worse: the factor by which ours got slower.
+    """
+
+    titles: tuple[str, ...]
+    what: str
+    beside: str
+    then: float
+    now: float
+    worse: float
+
+
+@attrs.frozen
+class Comparison:
+    """What got worse, out of how many ratios, and what could not be compared."""
+
+    regressions: list[Change]
+    compared: int
+    notes: list[str]
+
+
+def compare(then: Result, now: Result, tolerance: float) -> Comparison:
+    """Compare ours with a kept result, by the ratios to the others and by the goals.
+
+    In a case, ours has got slower when it has beside most of the others: what one of them
+    does alone is its own. A goal is the ratio of two, and compared as it is.
+    """
+    changes = [
+        change
+        for title in then["cases"]
+        if title in now["cases"]
+        for change in _changes_in(title, then, now)
+    ]
+    changes += filter(None, (_change_of(goal, then, now) for goal in GOALS))
+    return Comparison(
+        [change for change in changes if change.worse > tolerance],
+        len(changes),
+        [*_only_in(then, now, "only in the kept result"), *_only_in(now, then, "only in this run")],
+    )
+
+
+def confirmed(first: Comparison, again: Comparison) -> Comparison:
+    """Return the first comparison with only those regressions that were seen again."""
+    seen = {change.what for change in again.regressions}
+    lasting = [change for change in first.regressions if change.what in seen]
+    return attrs.evolve(first, regressions=lasting)
+
+
+def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
+    names = [name for name in then["cases"][title]["contestants"] if _ran(now, title, name)]
+    for ours in filter(is_ours, names):
+        found = []
+        for other in names:
+            if is_ours(other):
+                continue
+            old, new = (ratio_of(each, (title, ours), (title, other)) for each in (then, now))
+            if old and new and old["median"] > 0:
+                found.append((new["median"] / old["median"], old["median"], new["median"], other))
+        if found:
+            # The middle one of them; of two, the one that speaks for us.
+            worse, old_ratio, new_ratio, other = sorted(found)[(len(found) - 1) // 2]
+            yield Change((title,), f"{title}: {ours}", other, old_ratio, new_ratio, worse)
+
+
+def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
+    old, new = (ratio_of(each, goal.over, goal.under) for each in (then, now))
+    if not (old and new and old["median"] > 0 and new["median"] > 0):
+        return None
+    before, after = old["median"], new["median"]
+    worse = before / after if goal.at_least else after / before
+    return Change((goal.over[0], goal.under[0]), f"goal: {goal.text}", "", before, after, worse)
+
+
+def _ran(result: Result, title: str, name: str) -> bool:
+    return name in result["cases"].get(title, {}).get("contestants", {})
+
+
+def _only_in(one: Result, two: Result, where: str) -> Iterable[str]:
+    whole = [title for title in one["cases"] if title not in two["cases"]]
+    if whole:
+        yield f"cases {where}: {', '.join(whole)}"
+    lacking: dict[str, None] = {}
+    for title in one["cases"]:
+        if title not in whole:
+            for name in one["cases"][title]["contestants"]:
+                if not _ran(two, title, name):
+                    lacking[name] = None
+    for name in lacking:
+        reason = two["missing"].get(name) or two["failed"].get(name)
+        yield f"contestant {where}: {name}{f' ({reason})' if reason else ''}"
+
+
+################################################################
+# Tables
+################################################################
+
+
+def human(value: float, figure: str) -> str:
+    """Write a time, or a number of bytes."""
+    if figure == "bytes":
+        return f"{value:,.0f} B"
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def cells_of(name: str, case: Result) -> tuple[str, str, str, str]:
+    """Return the row of a contestant."""
+    row = case["contestants"][name]
+    ratio = row["ratio"]
+    return (
+        name,
+        human(row["median"], case["figure"]),
+        f"{ratio['median']:.2f}",
+        f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+    )
+
+
+def headings_of(case: Result) -> tuple[str, str, str, str]:
+    """Return the headings of a case's table."""
+    return "", f"per {case['unit']}", f"ratio to {case['reference']}", "quartiles of the ratio"
+
+
+def _table(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i in numbers else "left")
+    return table
+
+
+def show(result: Result, console: Console) -> None:
+    """Print what was measured, and who is missing."""
+    for title, case in result["cases"].items():
+        table = _table(title, headings_of(case), (1, 2, 3))
+        for name in case["contestants"]:
+            table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
+        console.print(table)
+    for kind in ("missing", "failed"):
+        for name, why in result[kind].items():
+            console.print(f"{kind}: {name} ({why})", style="yellow", markup=False)
+
+
+def show_goals(verdicts: Iterable[Verdict], console: Console) -> None:
+    """Print the goals."""
+    table = _table("Goals", ("goal", "due", "measured", "quartiles", ""), (2, 3))
+    for verdict in verdicts:
+        table.add_row(*verdict.cells(), style="red" if verdict.is_met is False else "")
+    console.print(table)
+
+
+def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
+    """Print what got worse, and what was not compared."""
+    if found.regressions:
+        headings = ("slower than it was", "beside", "ratio then", "now", "worse by")
+        table = _table("Regressions", headings, (2, 3, 4))
+        for each in found.regressions:
+            numbers = (f"{each.then:.3g}", f"{each.now:.3g}", f"{each.worse:.2f}")
+            table.add_row(each.what, each.beside, *numbers, style="red")
+        console.print(table)
+    for note in found.notes:
+        console.print(f"not compared: {note}", style="yellow", markup=False)
+    console.print(
+        f"{found.compared} ratios compared, {len(found.regressions)} worse by more than a "
+        f"factor of {tolerance:g}"
+    )
+
+
+def markdown(result: Result) -> str:
+    """Return the tables for the documentation, with marks between which it includes them."""
+    lines = ["<!-- Written by nox -s bench -- --write. -->", "", "<!-- begin machine -->", ""]
+    kind = "quick" if result["quick"] else "full"
+    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
+    lines += _row("contestant", "version") + _row("---", "---")
+    for name, version in result["versions"].items():
+        lines += _row(name, version)
+    for key in ("missing", "failed"):
+        for name, why in result[key].items():
+            lines += _row(name, f"**{key}**: {why}")
+    lines += ["", "<!-- end machine -->", ""]
+    for group in GROUPS:
+        lines += [f"<!-- begin {group} -->", ""]
+        for case in CASES:
+            found = result["cases"].get(case.title)
+            if case.group == group and found:
+                lines += [*_row(case.title, *headings_of(found)[1:]), *_row(*["---"] * 4)]
+                for name in found["contestants"]:
+                    cells = cells_of(name, found)
+                    lines += _row(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
+                lines.append("")
+        lines += [f"<!-- end {group} -->", ""]
+    lines += ["<!-- begin goals -->", "", *_row("goal", "due", "measured", "quartiles", "")]
+    lines += _row(*["---"] * 5)
+    for verdict in judge(result):
+        *words, last = verdict.cells()
+        lines += _row(*words, f"**{last}**" if verdict.is_met is False else last)
+    return "\n".join([*lines, "", "<!-- end goals -->"]) + "\n"
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
