@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -248,10 +249,13 @@ async def bytes_right(conn: UnixConnection, job: Job) -> None:
         await conn.send_all(data)
 
 
-async def buffer_left(conn: UnixConnection, job: Job) -> float:
+async def buffer_left(conn: UnixConnection, job: Job, *, sealed: bool) -> float:
     # The memory is there already, and full: what is measured is handing it over.
     memory = filled_memory(job.size)
     try:
+        if sealed:
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
         begin = clock()
         for _ in range(job.count):
             await conn.send_buffer(memory)
@@ -374,7 +378,8 @@ if __name__ == "__main__":
             "1 KiB and 2 descriptors, ping-pong": {"": pair(message_left, message_right)},
             "bytes, ping-pong": {"": pair(bytes_left, bytes_right)},
             "a large buffer": {
-                "send_buffer": pair(buffer_left, buffer_right),
+                "send_buffer": pair(partial(buffer_left, sealed=True), buffer_right),
+                "send_buffer, sealing it": pair(partial(buffer_left, sealed=False), buffer_right),
                 "the bytes": pair(sent_left, sent_right),
             },
             "accept and check credentials": {"": pair(accept_left, accept_right)},
