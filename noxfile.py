@@ -54,9 +54,9 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session(python=installed_pythons())
 def tests(session: nox.Session) -> None:
-    """Run the test suite; arguments go to pytest."""
+    """Run the test suite, a process for each processor; arguments go to pytest."""
     install(session, "tests")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session
@@ -64,7 +64,7 @@ def coverage(session: nox.Session) -> None:
     """Run the test suite with branch coverage, which must be 100 %."""
     install(session, "tests")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", "-n", "auto", *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +168,26 @@ async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception],
             await one.send_fds(fds, per_message=per_message)
         await one.send_all(b"next")
         assert await two.receive_some() == b"next"
+
+
+async def test_more_than_may_be_open() -> None:
+    """More descriptors than this process may have by now are checked, and sent, all the same."""
+    one, two = connection_pair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fds = [os.dup(0) for _ in range(50)]
+    async with one, two:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+            assert await one.send_fds(fds, per_message=25) == 50
+            os.close(fds.pop())
+            with pytest.raises(OSError, match="closed"):
+                await one.send_fds([*fds, 19999], per_message=25)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in fds:
+                os.close(fd)
+        with await two.receive_fds(50) as received:
+            assert len(received) == 50
 
 
 @pytest.mark.parametrize("per_message", [1, 2, 253])
