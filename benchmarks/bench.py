@@ -115,7 +115,9 @@ class Run:
                 # The first turn is for warming up.
                 runs = max(1, count // 10) if turn < 0 else count
                 try:
-                    answer = self.pairs[i].run(case.name, variant, runs, case.size)
+                    answer = self.pairs[i].run(
+                        case.name, variant, runs, case.size, on_one=case.alternates
+                    )
                 except FailedError as exc:
                     self.failed[name] = f"{case.title}: {exc}"
                     del values[name]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,19 @@ class Pair:
         assert self._cases is not None
         return self._cases
 
-    def run(self, case: str, variant: str, count: int, size: int) -> dict[str, float]:
-        """Run once; return the left side's seconds, and the right one's figures."""
+    def run(
+        self, case: str, variant: str, count: int, size: int, *, on_one: bool = False
+    ) -> dict[str, float]:
+        """Run once, on a processor each or both on one.
+
+        Returns:
+          The left side's seconds, and the right one's figures.
+        """
         self._await_start()
+        cpus = sorted(os.sched_getaffinity(0))
+        for i, process in enumerate(self._processes):
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, {cpus[0 if on_one else i % len(cpus)]})
         order = {"case": case, "variant": variant, "count": count, "size": size}
         line = json.dumps({**order, "path": self._folder}) + "\n"
         try:

@@ -93,7 +93,7 @@ def test_who_fails_is_named(tmp_path: Path) -> None:
     (stdlib,) = (each for each in CONTESTANTS if each.key == "stdlib")
     pair = Pair(stdlib, str(tmp_path))
     try:
-        with pytest.raises(FailedError, match="died: .*no such case"):
+        with pytest.raises(FailedError, match=r"died: .*no such case"):
             pair.run("no such case", "", 1, 1)
     finally:
         pair.close()

@@ -291,14 +291,14 @@ async def test_bound(read_ahead: int) -> None:
 
 
 async def test_default_bound() -> None:
-    """If nothing is said, 64 messages are read at a time."""
+    """If nothing is said, 128 messages are read at a time."""
     one, two = connection_pair()
     async with one, two:
-        await send_some(one, 100)
+        await send_some(one, 150)
         before = count_open()
         stream = two.fds()
         assert await take(stream, 1) == [0]
-        assert count_open() - before == 63
+        assert count_open() - before == 127
     assert count_open() == before - 2
 
 

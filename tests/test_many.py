@@ -374,15 +374,31 @@ async def test_no_descriptor_free_to_wait_with() -> None:
     one, two = connection_pair()
     async with one, two:
         count = clog(one)
+        fds = [os.dup(0) for _ in range(10)]
         with (
             free_descriptors(3),
             pytest.raises(OSError, match="nothing was sent") as caught,
         ):
-            await one.send_fds([0] * 10)
+            await one.send_fds(fds)
         assert caught.value.errno == errno.EMFILE
+        for fd in fds:
+            os.close(fd)
         await unclog(two, count)
         await one.send_all(b"next")
         assert await two.receive_some() == b"next"
+
+
+async def test_the_same_descriptor_again_and_again() -> None:
+    """While it waits, a descriptor that is sent many times takes one free slot."""
+    one, two = connection_pair()
+    async with one, two, trio.open_nursery() as nursery:
+        count = clog(one)
+        with free_descriptors(1):
+            nursery.start_soon(one.send_fds, [0] * 10)
+            await wait_all_tasks_blocked()
+        await unclog(two, count)
+        with await two.receive_fds(10) as fds:
+            assert len(fds) == 10
 
 
 async def test_two_tasks() -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 import trio
@@ -66,6 +66,26 @@ def _this_run() -> trio.lowlevel.TrioToken | None:
         return None
 
 
+def in_run(run: trio.lowlevel.TrioToken, call: Callable[[], object]) -> None:
+    """Call ``call`` in a trio run: at once if that is this one, or soon, from other threads.
+
+    If the run has ended meanwhile, there is nothing left to call it for.
+    """
+    if run is _this_run():
+        call()
+        return
+    with suppress(trio.RunFinishedError):
+        run.run_sync_soon(call)
+
+
+class Fired(Protocol):
+    """What a Cancellable fires: a scope, or the wait of one operation."""
+
+    def fire(self) -> None:
+        """End it; called in any thread."""
+        ...
+
+
 @attrs.frozen
 class _Connected:
     callback: Callable[..., object]
@@ -104,7 +124,7 @@ class Cancellable:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._cancelled = False
-        self._scopes: set[CancellableScope] = set()
+        self._scopes: set[Fired] = set()
         self._callbacks: dict[int, _Connected] = {}
         self._last_id = 0
         # Threads that run callbacks at this moment; disconnect() waits for the others.
@@ -264,8 +284,8 @@ class Cancellable:
         """
         return CancellableScope(self)
 
-    def attach(self, scope: CancellableScope) -> None:
-        """Have ``scope`` cancelled when this fires; scopes call this as they are entered.
+    def attach(self, scope: Fired) -> None:
+        """Have ``scope`` end when this fires; scopes call this as they are entered.
 
         Raises:
           OperationCancelled: this has fired already.
@@ -277,7 +297,7 @@ class Cancellable:
             self._scopes.discard(scope)
             raise OperationCancelled(FIRED)
 
-    def detach(self, scope: CancellableScope) -> None:
+    def detach(self, scope: Fired) -> None:
         """Undo :meth:`attach`."""
         self._scopes.discard(scope)
 
@@ -327,10 +347,4 @@ class CancellableScope:
     def fire(self) -> None:
         """Cancel the scope; :meth:`Cancellable.cancel` calls this, in any thread."""
         self._fired = True
-        if self._run is _this_run():
-            self._scope.cancel()
-            return
-        # The run may end between the moment that cancel() saw this scope and now; then there
-        # is nothing left to cancel.
-        with suppress(trio.RunFinishedError):
-            self._run.run_sync_soon(self._scope.cancel)
+        in_run(self._run, self._scope.cancel)

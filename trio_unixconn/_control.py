@@ -112,10 +112,9 @@ def rights(*numbers: int) -> ControlMessage:
     Raises:
       NotSupportedError: the platform passes no descriptors.
     """
-    level, kind = required_rights()
-    if len(numbers) == 1:
-        return level, kind, _int.pack(*numbers)
-    return level, kind, struct.pack(f"{len(numbers)}i", *numbers)
+    if len(numbers) == 1 and RIGHTS is not None and _kernel.HAS_SENDMSG:
+        return *RIGHTS, _int.pack(*numbers)
+    return *required_rights(), struct.pack(f"{len(numbers)}i", *numbers)
 
 
 def required_rights() -> tuple[int, int]:
@@ -377,7 +376,7 @@ def check_all_open(numbers: list[int]) -> None:
       OSError: EBADF.
     """
     poll = select.poll()
-    for number in numbers:
+    for number in set(numbers):
         poll.register(number, 0)
     try:
         suspects = [number for number, _ in poll.poll(0)]

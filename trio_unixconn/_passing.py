@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from trio.lowlevel import enable_ki_protection
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 # A byte must travel with a control message on a stream; Gio sends NUL.
 NUL: Final = b"\0"
 
-DEFAULT_READ_AHEAD: Final = 64
+DEFAULT_READ_AHEAD: Final = 128
 
 
 class DescriptorStream:
@@ -52,15 +52,21 @@ class DescriptorStream:
 
     @enable_ki_protection
     async def __anext__(self) -> int:
-        ahead = self._receiver.next_ahead()
-        if ahead is not None:
-            fd, received = ahead
-            return fd if fd >= 0 else _control.one_descriptor(received)
-        received = await self._receiver.receive(1, None)
+        receiver = self._receiver
+        ahead = receiver.ahead
+        if ahead and not receiver.busy:
+            first = ahead[0]
+            # What was read ahead of an error, or is no lone descriptor, receive() looks at.
+            if isinstance(first, tuple) and first[0] >= 0:
+                ahead.popleft()
+                return first[0]
+        is_ahead = bool(ahead)
+        received = await receiver.receive(1, None)
         if not received[0]:
             close_ended(received)
             raise StopAsyncIteration
-        self._receiver.read_ahead(self._read_ahead - 1)
+        if not is_ahead:
+            receiver.read_ahead(self._read_ahead - 1)
         return _control.one_descriptor(received)
 
 
@@ -157,7 +163,11 @@ class DescriptorPassing:
         if len(numbers) > per_message:
             # With several messages, a closed one in the middle would be seen too late.
             _control.check_all_open(numbers)
-        groups = [numbers[i : i + per_message] for i in range(0, len(numbers), per_message)]
+        groups: list[Sequence[int]]
+        if per_message == 1:
+            groups = list(zip(numbers, strict=True))
+        else:
+            groups = [numbers[i : i + per_message] for i in range(0, len(numbers), per_message)]
         if not groups:
             await self._sender.send_all(b"", cancellable)
             return 0

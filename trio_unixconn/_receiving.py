@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ._control import Received
 
 _ROOM: Final = _kernel.CONTROL_ROOM
+_SOL_SOCKET: Final = _kernel.SOL_SOCKET
 # MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
 _FLAGS: Final = _kernel.MSG_CMSG_CLOEXEC | _kernel.MSG_DONTWAIT
 
@@ -45,21 +46,22 @@ class Receiver(ConnectedSocket):
 
     Attributes:
       busy: whether a task is receiving.
+      ahead: single bytes, each with its control messages, that serve the next receives; in
+        front of each its descriptor if that is all it has, or -1.
     """
 
-    __slots__ = ("_ahead", "_lent", "busy")
+    __slots__ = ("_lent", "ahead", "busy")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
-        # Single bytes, each with its control messages, that serve the next receives; in front
-        # of each the descriptor if that is all it has, or -1.
-        self._ahead: deque[tuple[int, Received] | OSError] | None = None
+        self.ahead: deque[tuple[int, Received] | OSError] | None = None
         # Options that are on only for a receive that is under way.
         self._lent: list[int] = []
 
+    # In one piece: each coroutine that a wait comes back through takes time.
     @enable_ki_protection
-    async def receive(
+    async def receive(  # noqa: C901
         self,
         max_bytes: int,
         cancellable: Cancellable | None,
@@ -75,7 +77,7 @@ class Receiver(ConnectedSocket):
             if cancellable is not None:
                 await begin_under(cancellable)
             await checkpoint_if_cancelled()
-            if self._ahead:
+            if self.ahead:
                 received = self._take_ahead()
                 await cancel_shielded_checkpoint()
                 return received
@@ -86,41 +88,22 @@ class Receiver(ConnectedSocket):
             try:
                 received = self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
             except BlockingIOError:
-                return await self._receive_later(max_bytes, cancellable)
-            await cancel_shielded_checkpoint()
-            return received
+                pass
+            else:
+                await cancel_shielded_checkpoint()
+                return received
+            while True:
+                await wait_under(wait_readable, self.raw, cancellable)
+                try:
+                    return self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+                except BlockingIOError:
+                    continue
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:
             if passcred or passpidfd:
                 self._return_lent()
             self.busy = False
-
-    @enable_ki_protection
-    async def _receive_later(self, max_bytes: int, cancellable: Cancellable | None) -> Received:
-        while True:
-            await wait_under(wait_readable, self.raw, cancellable)
-            try:
-                return self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
-            except BlockingIOError:
-                continue
-
-    def next_ahead(self) -> tuple[int, Received] | None:
-        """Return a byte that was read ahead, with what came with it; None without any.
-
-        In front of it its descriptor, if that is all that came with it, or -1.
-        """
-        if self.busy:
-            raise ConnectionBusyError("another task is receiving from this connection")
-        ahead = self._ahead
-        if not ahead:
-            return None
-        first = ahead.popleft()
-        if isinstance(first, OSError):
-            # It is raised, and translated, by receive().
-            ahead.appendleft(first)
-            return None
-        return first
 
     def read_ahead(self, count: int) -> None:
         """Read up to ``count`` single bytes that are there already, each with what it brings.
@@ -133,7 +116,7 @@ class Receiver(ConnectedSocket):
         count = min(count, _kernel.free_descriptors() - _kernel.SCM_MAX_FD)
         if count <= 0 or self.is_closed():
             return
-        ahead = self._ahead = self._ahead or deque()
+        ahead = self.ahead = self.ahead or deque()
         self._lend_passcred()
         recvmsg, lone_descriptor = self.raw.recvmsg, _control.lone_descriptor
         try:
@@ -159,10 +142,10 @@ class Receiver(ConnectedSocket):
 
     def ahead_that_fits(self, room: int) -> Iterator[Received]:
         """Take what is there already and has descriptors, ``room`` of them at the most."""
-        if room and not self._ahead:
+        if room and not self.ahead:
             self.read_ahead(room)
-        while room and self._ahead:
-            first = self._ahead[0]
+        while room and self.ahead:
+            first = self.ahead[0]
             count = 0 if isinstance(first, OSError) else _control.count_descriptors(first[1])
             if not 0 < count <= room:
                 return
@@ -170,8 +153,8 @@ class Receiver(ConnectedSocket):
             yield self._take_ahead()
 
     def _take_ahead(self) -> Received:
-        assert self._ahead  # noqa: S101 - callers have looked
-        first = self._ahead.popleft()
+        assert self.ahead  # noqa: S101 - callers have looked
+        first = self.ahead.popleft()
         if isinstance(first, OSError):
             raise first
         return first[1]
@@ -184,8 +167,8 @@ class Receiver(ConnectedSocket):
     def _drop_ahead(self) -> int:
         """Close all descriptors that were read ahead; return how many."""
         count = 0
-        while self._ahead:
-            first = self._ahead.popleft()
+        while self.ahead:
+            first = self.ahead.popleft()
             if not isinstance(first, OSError):
                 _, (_, ancdata, flags, _) = first
                 parsed = _control.parse(ancdata, flags)
@@ -204,29 +187,30 @@ class Receiver(ConnectedSocket):
             )
 
     def _lend_passcred(self) -> None:
-        if _kernel.SO_PASSCRED is not None and _kernel.SCM_CREDENTIALS is not None:
-            self._lend(_kernel.SO_PASSCRED)
+        option = _kernel.SO_PASSCRED
+        if option is not None and _kernel.SCM_CREDENTIALS is not None:
+            raw = self.raw
+            if not raw.getsockopt(_SOL_SOCKET, option):
+                raw.setsockopt(_SOL_SOCKET, option, 1)
+                self._lent.append(option)
 
     def _lend_passpidfd(self) -> None:
         option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")
         try:
-            self._lend(option)
+            if not self.raw.getsockopt(_SOL_SOCKET, option):
+                self.raw.setsockopt(_SOL_SOCKET, option, 1)
+                self._lent.append(option)
         except OSError as exc:
             if exc.errno != errno.ENOPROTOOPT:
                 raise
             raise NotSupportedError("this kernel has no SO_PASSPIDFD (Linux 6.5)") from exc
-
-    def _lend(self, option: int) -> None:
-        if not self.raw.getsockopt(_kernel.SOL_SOCKET, option):
-            self.raw.setsockopt(_kernel.SOL_SOCKET, option, 1)
-            self._lent.append(option)
 
     def _return_lent(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
         while self._lent:
             option = self._lent.pop()
             if self.raw.fileno() != -1:
-                self.raw.setsockopt(_kernel.SOL_SOCKET, option, 0)
+                self.raw.setsockopt(_SOL_SOCKET, option, 0)
 
 
 class RefusingReceiver(Receiver):

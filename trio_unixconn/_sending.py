@@ -13,6 +13,7 @@ import os
 import socket as stdlib_socket
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,7 +29,7 @@ from . import _control, _kernel
 from ._buffers import bytes_of
 from ._cancellable import begin_under
 from ._fdlist import UnixFDList
-from ._socket import FAILURES, ConnectedSocket, wait_under
+from ._socket import FAILURES, ConnectedSocket, sleep_under, wait_under
 from .errors import (
     ConnectionBusyError,
     OperationCancelled,
@@ -56,11 +57,13 @@ _LONGEST_PAUSE: Final = 0.1
 class _Burst:
     """Groups of descriptors, each a message of its own, and how many messages have gone."""
 
-    __slots__ = ("groups", "sent")
+    __slots__ = ("copies", "groups", "sent")
 
-    def __init__(self, groups: list[list[int]]) -> None:
+    def __init__(self, groups: list[Sequence[int]]) -> None:
         self.groups = groups
         self.sent = 0
+        # What is sent in place of a descriptor, once this has had to wait.
+        self.copies: dict[int, int] = {}
 
     def descriptors_sent(self) -> int:
         """Return how many descriptors have gone."""
@@ -164,7 +167,7 @@ class Sender(ConnectedSocket):
                     refusal = _FULL
 
     @enable_ki_protection
-    async def send_each(self, groups: list[list[int]], cancellable: Cancellable | None) -> int:
+    async def send_each(self, groups: list[Sequence[int]], cancellable: Cancellable | None) -> int:
         """Send each group of descriptors with a byte of its own; many for one checkpoint.
 
         Returns:
@@ -199,11 +202,14 @@ class Sender(ConnectedSocket):
 
     def _send_now(self, burst: _Burst) -> OSError | None:
         """Send until all has gone or the kernel refuses; return the refusal."""
-        sendmsg, groups = self.raw.sendmsg, burst.groups
+        sendmsg, groups, copies = self.raw.sendmsg, burst.groups, burst.copies
         level, kind = _control.required_rights()
         for position in range(burst.sent, len(groups)):
+            group = groups[position]
+            if copies:
+                group = [copies[fd] for fd in group]
             try:
-                sendmsg(_ONE_BYTE, [(level, kind, array("i", groups[position]))], _FLAGS)
+                sendmsg(_ONE_BYTE, [(level, kind, array("i", group))], _FLAGS)
             except OSError as exc:
                 burst.sent = position
                 if exc.errno not in _TRY_LATER:
@@ -216,10 +222,12 @@ class Sender(ConnectedSocket):
     async def _send_each_later(
         self, burst: _Burst, refusal: OSError | None, cancellable: Cancellable | None
     ) -> None:
-        with UnixFDList() as duplicates:
-            for position in range(burst.sent, len(burst.groups)):
-                own = [duplicates[duplicates.append(fd)] for fd in burst.groups[position]]
-                burst.groups[position] = own
+        # One for each that is different, in a list that the UnixFDList owns as it grows.
+        made: list[int] = []
+        with UnixFDList.owning(made):
+            for fd in set(chain.from_iterable(burst.groups[burst.sent :])):
+                made.append(os.dup(fd))
+                burst.copies[fd] = made[-1]
             pause = _FIRST_PAUSE
             while refusal is not None:
                 before = burst.sent
@@ -242,7 +250,7 @@ class Sender(ConnectedSocket):
             await wait_under(wait_writable, self.raw, cancellable)
             return pause
         # The socket polls writable all the while, so waiting for that would spin.
-        await wait_under(trio.sleep, pause, cancellable)
+        await sleep_under(pause, cancellable)
         return min(2 * pause, _LONGEST_PAUSE)
 
     async def send_all(
@@ -284,7 +292,7 @@ class Sender(ConnectedSocket):
             await checkpoint_if_cancelled()
             self.check_open()
             self._check_whole()
-            await wait_writable(self.raw)
+            await wait_under(wait_writable, self.raw, None)
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:
