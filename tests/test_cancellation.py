@@ -13,6 +13,7 @@ from helpers import clog, unclog
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection, connection_pair
+from trio_unixconn._socket import sleep_under
 
 RECEIVES = ["receive_fd", "receive_credentials"]
 SENDS = ["send_fd", "send_credentials"]
@@ -305,3 +306,68 @@ async def test_no_cancellable(name: str, bad: Any) -> None:
             await operation(one, name)(bad)
         await one.send_all(b"x")
         assert await two.receive_some() == b"x"
+
+
+async def test_the_other_direction_waits_on() -> None:
+    """A Cancellable that ends a send does not disturb who receives on the same socket."""
+    one, two = connection_pair()
+    async with one, two:
+        clog(one)
+        cancellable = Cancellable()
+        got: list[bytes] = []
+
+        async def receive() -> None:
+            got.append(await one.receive_some(1))
+
+        async def send() -> None:
+            with pytest.raises(OperationCancelled):
+                await one.send_fd(0, cancellable)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            nursery.start_soon(send)
+            await wait_all_tasks_blocked()
+            cancellable.cancel()
+            await wait_all_tasks_blocked()
+            assert got == []
+            await two.send_all(b"x")
+        assert got == [b"x"]
+
+
+async def test_reset_while_others_wait() -> None:
+    """A Cancellable ends only the waits of operations that it was given."""
+    one, two = connection_pair()
+    async with one, two, trio.open_nursery() as nursery:
+        cancellable = Cancellable()
+        ended: list[str] = []
+
+        async def receive(conn: UnixConnection, own: Cancellable | None, name: str) -> None:
+            try:
+                await conn.receive_fd(own)
+            except OperationCancelled:
+                ended.append(name)
+
+        nursery.start_soon(receive, one, cancellable, "mine")
+        nursery.start_soon(receive, two, Cancellable(), "other")
+        await wait_all_tasks_blocked()
+        cancellable.cancel()
+        cancellable.reset()
+        await wait_all_tasks_blocked()
+        assert ended == ["mine"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_pauses_end_when_a_cancellable_fires(autojump_clock: MockClock) -> None:
+    """Also a pause, where there is nothing to poll for, ends when the Cancellable fires."""
+    cancellable = Cancellable()
+    async with trio.open_nursery() as nursery:
+
+        async def fire() -> None:
+            await trio.sleep(1)
+            cancellable.cancel()
+
+        nursery.start_soon(fire)
+        begun = trio.current_time()
+        with pytest.raises(OperationCancelled):
+            await sleep_under(60, cancellable)
+        assert trio.current_time() - begun == pytest.approx(1)

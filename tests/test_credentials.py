@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import socket
 import struct
@@ -65,6 +66,15 @@ def test_ids_out_of_range(ids: tuple[int, int, int], error: type[Exception]) -> 
     """What is no id is refused when the value is made."""
     with pytest.raises(error):
         Credentials(*ids)
+
+
+def test_ids_of_a_class_of_their_own() -> None:
+    """An id may be of a class of ints."""
+
+    class Number(enum.IntEnum):
+        ONE = 1
+
+    assert Credentials(Number.ONE, 0, 0) == Credentials(1, 0, 0)
 
 
 def test_same_user_of_something_else() -> None:
