@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import attrs
 import pytest
 import trio
 
-from trio_unixconn import UnixConnection, connection_pair, testing
+from trio_unixconn import UnixConnection, UnixFDList, connection_pair, testing
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -131,3 +131,49 @@ def as_nobody(folder: Path) -> Generator[None, None, None]:
         os.setgroups(groups)
         for each, mode in reversed(passed):
             each.chmod(mode)
+
+
+def some(count: int) -> UnixFDList:
+    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
+    fds = UnixFDList()
+    for size in range(count):
+        fd = os.memfd_create("some")
+        os.ftruncate(fd, size)
+        fds.append(fd)
+        os.close(fd)
+    return fds
+
+
+def sizes(fds: UnixFDList) -> list[int]:
+    """Return the sizes of what is in a list, in order."""
+    return [os.fstat(fd).st_size for fd in fds]
+
+
+async def drain(conn: UnixConnection, count: int) -> list[int]:
+    """Receive that many descriptors; return their sizes."""
+    got: list[int] = []
+    with trio.fail_after(30):
+        while len(got) < count:
+            with await conn.receive_fds(count - len(got)) as fds:
+                got += sizes(fds)
+    return got
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what has no event of its own."""
+    with trio.fail_after(30):
+        while not holds():  # noqa: ASYNC110 - as said
+            await trio.sleep(0.001)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
+    """Have calls of a function counted: the list grows by one as each begins."""
+    real = getattr(owner, name)
+    calls: list[str] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls

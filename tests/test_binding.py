@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import PEERS, as_nobody, free_descriptors
+from helpers import PEERS, as_nobody, counted, free_descriptors, until
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -230,7 +230,7 @@ def held_lock(path: Path) -> Iterator[Path]:
         yield lock
 
 
-async def test_waiting_for_the_lock(path: Path) -> None:
+async def test_waiting_for_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another server is at the path, one that starts waits, without holding up the loop."""
     done: list[UnixListener] = []
 
@@ -239,9 +239,10 @@ async def test_waiting_for_the_lock(path: Path) -> None:
 
     async with trio.open_nursery() as nursery:
         with held_lock(path) as lock:
+            tries = counted(monkeypatch, _binding, "bind")
             nursery.start_soon(start)
-            for _ in range(20):
-                await trio.sleep(0.001)
+            # It tries again and again, and this task runs between.
+            await until(lambda: len(tries) > 5)
             assert done == []
             # As its holder does at its end: whoever waited must not take the dead file's lock.
             lock.unlink()
@@ -272,11 +273,11 @@ async def test_waiting_long_for_the_lock(
     monkeypatch.setattr(_listener, "_PATIENCE", 0.01)
     with held_lock(path) as lock:
         async with trio.open_nursery() as nursery:
+            tries = counted(monkeypatch, _binding, "bind")
             nursery.start_soon(open_unix_listener, path)
-            with trio.fail_after(30):
-                while not caplog.records:  # noqa: ASYNC110 - there is no event for it
-                    await trio.sleep(0.001)
-            await trio.sleep(0.1)
+            await until(lambda: bool(caplog.records))
+            said = len(tries)
+            await until(lambda: len(tries) > said + 2)
             nursery.cancel_scope.cancel()
         lock.unlink()
     (record,) = caplog.records
@@ -439,13 +440,16 @@ async def test_closing_twice_at_once(path: Path, monkeypatch: pytest.MonkeyPatch
     assert not path.exists()
 
 
-async def test_closing_without_free_descriptors(path: Path) -> None:
+async def test_closing_without_free_descriptors(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Closing waits for a descriptor that it needs to take the path away."""
     listener = await open_unix_listener(path)
     async with trio.open_nursery() as nursery:
         with free_descriptors(0):
+            tries = counted(monkeypatch, _binding, "unbind")
             nursery.start_soon(listener.aclose)
-            await trio.sleep(0.02)
+            await until(lambda: len(tries) > 2)
             assert path.exists()
     assert not path.exists()
 

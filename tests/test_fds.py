@@ -24,6 +24,7 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     UnixConnection,
     UnixFDList,
+    _receiving,
     connection_pair,
 )
 
@@ -480,3 +481,15 @@ async def test_a_list_of_what_came() -> None:
         await one.send_eof()
         with UnixFDList([fd async for fd in two.fds()]) as fds:
             assert [os.fstat(fd).st_size for fd in fds] == [0, 1, 2]
+
+
+async def test_option_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SO_PASSCRED cannot be had, nothing is read ahead, and nothing is lost."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 3)
+        monkeypatch.setattr(_receiving, "_SOL_SOCKET", 77)
+        before = count_open()
+        assert await take(two.fds(), 1) == [0]
+        assert count_open() == before
+        assert await take(two.fds(), 2) == [1, 2]

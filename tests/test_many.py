@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import clog, free_descriptors, look, stdlib_peer, unclog
+from helpers import clog, drain, free_descriptors, look, sizes, some, stdlib_peer, unclog
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -27,32 +27,6 @@ from trio_unixconn import (
     UnixFDList,
     connection_pair,
 )
-
-
-def some(count: int) -> UnixFDList:
-    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
-    fds = UnixFDList()
-    for size in range(count):
-        fd = os.memfd_create("some")
-        os.ftruncate(fd, size)
-        fds.append(fd)
-        os.close(fd)
-    return fds
-
-
-def sizes(fds: UnixFDList) -> list[int]:
-    return [os.fstat(fd).st_size for fd in fds]
-
-
-async def drain(conn: UnixConnection, count: int) -> list[int]:
-    """Receive that many descriptors; return their sizes."""
-    got: list[int] = []
-    with trio.fail_after(30):
-        while len(got) < count:
-            with await conn.receive_fds(count - len(got)) as fds:
-                got += sizes(fds)
-    return got
-
 
 ################################################################
 # Sending

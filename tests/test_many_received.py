@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import free_descriptors, stdlib_peer
+from helpers import drain, free_descriptors, sizes, some, stdlib_peer
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -21,35 +20,8 @@ from trio_unixconn import (
     OperationCancelled,
     UnexpectedControlMessageError,
     UnixConnection,
-    UnixFDList,
     connection_pair,
 )
-
-
-def some(count: int) -> UnixFDList:
-    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
-    fds = UnixFDList()
-    for size in range(count):
-        fd = os.memfd_create("some")
-        os.ftruncate(fd, size)
-        fds.append(fd)
-        os.close(fd)
-    return fds
-
-
-def sizes(fds: UnixFDList) -> list[int]:
-    return [os.fstat(fd).st_size for fd in fds]
-
-
-async def drain(conn: UnixConnection, count: int) -> list[int]:
-    """Receive that many descriptors; return their sizes."""
-    got: list[int] = []
-    with trio.fail_after(30):
-        while len(got) < count:
-            with await conn.receive_fds(count - len(got)) as fds:
-                got += sizes(fds)
-    return got
-
 
 ################################################################
 # Receiving

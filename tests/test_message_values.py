@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import stdlib_peer
+from helpers import sizes, some, stdlib_peer
 from trio.testing import assert_checkpoints
 
 from trio_unixconn import (
@@ -24,22 +24,6 @@ from trio_unixconn import (
     UnixFDMessage,
     connection_pair,
 )
-
-
-def some(count: int) -> UnixFDList:
-    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
-    fds = UnixFDList()
-    for size in range(count):
-        fd = os.memfd_create("some")
-        os.ftruncate(fd, size)
-        fds.append(fd)
-        os.close(fd)
-    return fds
-
-
-def sizes(fds: UnixFDList) -> list[int]:
-    return [os.fstat(fd).st_size for fd in fds]
-
 
 ################################################################
 # Message as an owner

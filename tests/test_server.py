@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import free_descriptors
+from helpers import counted, free_descriptors, until
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -64,12 +64,6 @@ async def start(
 async def ask(conn: UnixConnection, text: bytes = b"x") -> None:
     await conn.send_all(text)
     assert await conn.receive_some() == text.upper()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
-        while not holds():  # noqa: ASYNC110 - what others do has no event
-            await trio.sleep(0.001)
 
 
 async def test_serving(path: Path) -> None:
@@ -192,15 +186,16 @@ async def test_drain_with_no_deadline_at_all(path: Path, timeout: float) -> None
         server.drain()
 
 
-async def test_drain_without_free_descriptors(path: Path) -> None:
+async def test_drain_without_free_descriptors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that needs a descriptor to take the path away waits for one; handlers go on."""
+    tries = counted(monkeypatch, _binding, "unbind")
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         async with await open_unix_connection(path) as client:
             await ask(client)
             with free_descriptors(0):
                 server.drain()
-                await trio.sleep(0.05)
+                await until(lambda: len(tries) > 2)
                 await ask(client)
                 assert path.exists()
             await until(lambda: not path.exists())
@@ -228,15 +223,16 @@ async def test_drain_that_may_not_take_the_path_away(
     path.unlink()
 
 
-async def test_cancelled_while_draining(path: Path) -> None:
+async def test_cancelled_while_draining(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that is cancelled while another process is at the path leaves no path."""
     lock = path.with_name(".s.lock")
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            tries = counted(monkeypatch, _binding, "unbind")
             server.drain()
-            await trio.sleep(0.02)
+            await until(lambda: len(tries) > 2)
             nursery.cancel_scope.cancel()
             lock.unlink()
     assert os.listdir(path.parent) == []
@@ -497,15 +493,17 @@ async def test_check_that_waits_holds_up_nobody(path: Path) -> None:
         server.drain()
 
 
-async def test_no_free_descriptor(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_free_descriptor(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without free descriptors the server waits, says so once, and goes on."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
+        tries = counted(monkeypatch, server.listener.socket, "accept")
         async with await open_unix_connection(path) as client:
             with free_descriptors(0):
                 await client.send_all(b"x")
-                await until(lambda: bool(caplog.records))
-                await trio.sleep(0.25)
+                await until(lambda: len(tries) > 2)
             assert await client.receive_some() == b"X"
         server.drain()
     (record,) = caplog.records
@@ -616,6 +614,7 @@ async def test_drain_while_a_listener_asks_its_policy(path: Path) -> None:
             await until(lambda: listener.socket.fileno() == -1)
             answer.set()
             await ask(client)
+    assert (server.accepted, server.denied) == (1, 0)
 
 
 async def test_inherited_listener(path: Path) -> None:
@@ -730,8 +729,11 @@ async def test_hundred_clients_and_no_backlog(path: Path) -> None:
 
 async def test_cancelled_clients_of_a_full_backlog(path: Path) -> None:
     """Clients that are cancelled while the queue is full leak nothing."""
+    before = len(os.listdir("/proc/self/fd"))
     async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
-        with trio.move_on_after(0.1):
+        with trio.move_on_after(0.1) as scope:
             async with trio.open_nursery() as clients:
                 for _ in range(100):
                     clients.start_soon(open_unix_connection, path)
+        assert scope.cancelled_caught
+    assert len(os.listdir("/proc/self/fd")) == before

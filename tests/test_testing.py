@@ -459,6 +459,8 @@ async def test_pair_closed_by_the_test(
     one, two = unix_connection_pair
     async with one, two:
         pass
+    assert one.is_closed()
+    assert two.is_closed()
 
 
 def test_pair_before_and_between_runs(

@@ -89,6 +89,8 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
         self._leaving = trio.Lock()
         # How many connections may wait at a time; 0 if others accept from the same queue.
         self._longest_queue = 0
+        if not receive_descriptors:
+            refuse_descriptors(stdlib_socket_of(socket))
 
     @classmethod
     def from_fd(
@@ -127,8 +129,6 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
             sock.detach()
             raise
         sock.set_inheritable(False)
-        if not receive_descriptors:
-            refuse_descriptors(sock)
         return listener
 
     def get_local_address(self) -> UnixSocketAddress:
@@ -366,6 +366,7 @@ async def open_unix_listener(
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
 
     def listen() -> None:
+        """Do what is to be done before anybody can connect, and listen."""
         set_options(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
             refuse_descriptors(sock)

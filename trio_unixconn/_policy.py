@@ -135,9 +135,11 @@ class _Composed(PeerPolicy):
 
     @property
     def needs_pidfd(self) -> bool:
+        """Whether either asks a check."""
         return self._left.needs_pidfd or self._right.needs_pidfd
 
     async def admits(self, peer: PeerIdentity) -> bool:
+        """Ask the left one, and the right one if that leaves it open."""
         left = await self._left.admits(peer)
         return left if left == (self._sign == "|") else await self._right.admits(peer)
 

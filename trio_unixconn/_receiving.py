@@ -116,8 +116,12 @@ class Receiver(ConnectedSocket):
         count = min(count, _kernel.free_descriptors() - _kernel.SCM_MAX_FD)
         if count <= 0 or self.is_closed():
             return
+        try:
+            self._lend_passcred()
+        except OSError:
+            # Without it credentials could be lost: nothing is read that nobody has asked for.
+            return
         ahead = self.ahead = self.ahead or deque()
-        self._lend_passcred()
         recvmsg, lone_descriptor = self.raw.recvmsg, _control.lone_descriptor
         try:
             for _ in range(count):
@@ -235,6 +239,7 @@ class RefusingReceiver(Receiver):
         passcred: bool = False,
         passpidfd: bool = False,
     ) -> Received:
+        """One recvmsg, as above, of a message without descriptors."""
         received = await super().receive(
             max_bytes, cancellable, passcred=passcred, passpidfd=passpidfd
         )
