@@ -18,6 +18,7 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     UnixCredentialsMessage,
     _control,
+    _descriptors,
     _kernel,
 )
 from trio_unixconn._credentials import PLATFORMS
@@ -185,10 +186,10 @@ def test_anything_in_nothing_leaks(
 def test_descriptor_numbers(number: int) -> None:
     """Every int is either a possible descriptor, returned as it is, or a ValueError."""
     if 0 <= number < 2**31:
-        assert _control.descriptor_number(number) == number
+        assert _descriptors.descriptor_number(number) == number
     else:
         with pytest.raises(ValueError, match=str(number)):
-            _control.descriptor_number(number)
+            _descriptors.descriptor_number(number)
 
 
 def test_close_on_exec_where_the_kernel_does_not_set_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ LAYERS = [
     "_socket",
     "_messages",
     "_control",
+    "_descriptors",
     "_sealed",
     "_identity",
     "_fdlist",

@@ -21,8 +21,8 @@ from ._messages import Message
 if TYPE_CHECKING:
     from ._buffers import Buffer
     from ._cancellable import Cancellable
-    from ._control import FileDescriptor
     from ._credentials import Credentials
+    from ._descriptors import FileDescriptor
     from ._results import AsyncReadyCallback, AsyncResult
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from ._cancellable import check_cancellable
-from ._control import check_open, descriptor_numbers
+from ._descriptors import check_all_open, descriptor_numbers
 from ._fdlist import UnixFDList
 from ._kernel import SCM_MAX_FD
 from ._kinds import DescriptorKind
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ._buffers import Buffer
     from ._cancellable import Cancellable
     from ._connection import UnixConnection
-    from ._control import FileDescriptor
+    from ._descriptors import FileDescriptor
 
 
 class CallbackPassing:
@@ -270,8 +270,7 @@ def duplicated(fds: Iterable[FileDescriptor]) -> UnixFDList:
     """
     numbers = descriptor_numbers(fds, None)
     # First all, because a duplicate may take the number of one that is closed.
-    for number in numbers:
-        check_open(number)
+    check_all_open(numbers)
     duplicates = UnixFDList()
     try:
         for number in numbers:

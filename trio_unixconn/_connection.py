@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, overload
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
-from . import _control, _kernel
+from . import _control, _descriptors, _kernel
 from ._buffers import bytes_of
 from ._credentials import Credentials, can_tell_credentials
 from ._fdlist import UnixFDList
@@ -144,7 +144,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         """
         if type(fd) is not int:
             raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = _control.descriptor_number(fd)
+        number = _descriptors.descriptor_number(fd)
         try:
             sock = stdlib_socket.socket(fileno=number)
         except OSError as exc:
@@ -257,7 +257,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         If this is cancelled or fails when a part of the bytes has gone, later sends raise
         ConnectionBrokenError: the peer would take them for the rest of this message.
         """
-        numbers = _control.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
+        numbers = _descriptors.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
         messages = [_control.rights(*numbers)] if numbers else []
         if credentials is not None:
             messages.append(_control.credentials(credentials))

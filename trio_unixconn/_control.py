@@ -10,7 +10,6 @@ Sources: unix(7), cmsg(3), recvmsg(2).
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
 import sys
@@ -18,7 +17,7 @@ import threading
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
 import attrs
 
@@ -59,51 +58,7 @@ _ucred: Final = struct.Struct("iII")
 _UNKNOWN_ID: Final = 0xFFFFFFFF
 _MOMENT: Final = 0.01
 _NO_LINGER: Final = struct.pack("ii", 0, 0)
-_LARGEST_DESCRIPTOR: Final = 2**31 - 1
 _int: Final = struct.Struct("i")
-
-
-class HasFileno(Protocol):
-    """Anything with a descriptor beneath: files, sockets, trio's sockets and files."""
-
-    def fileno(self) -> int:
-        """Return the descriptor's number."""
-        ...
-
-
-FileDescriptor: TypeAlias = "int | HasFileno"
-
-
-def descriptor_number(fd: FileDescriptor) -> int:
-    """Return the number of ``fd``, an int or anything with ``fileno()``.
-
-    Whether the number is open the kernel says when it is sent (EBADF).
-
-    Raises:
-      TypeError: a bool, or neither an int nor an object with ``fileno()``.
-      ValueError: a number that no descriptor can have, -1 (as of a closed socket) included;
-        also from ``fileno()`` of a closed file.
-    """
-    number: object = fd
-    if not isinstance(fd, int):
-        fileno = getattr(fd, "fileno", None)
-        if not callable(fileno):
-            raise TypeError(
-                "a descriptor is due: an int, or an object with fileno(), "
-                f"not {type(fd).__name__} ({fd!r})"
-            )
-        number = fileno()
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(
-            f"a descriptor is due: an int, or an object with fileno(), not {number!r}"
-            + ("" if number is fd else f" as fileno() of {fd!r} returned")
-        )
-    if not 0 <= number <= _LARGEST_DESCRIPTOR:
-        raise ValueError(
-            f"no descriptor has the number {number}"
-            + ("" if number is fd else f", which fileno() of {fd!r} returned: it is closed")
-        )
-    return int(number)
 
 
 def rights(*numbers: int) -> ControlMessage:
@@ -134,38 +89,6 @@ def forged(messages: Iterable[ControlMessage]) -> bool:
         (level, kind) == CREDENTIALS and payload != credentials(Credentials())[2]
         for level, kind, payload in messages
     )
-
-
-def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[int]:
-    """Return the numbers of ``fds``, each as :func:`descriptor_number`.
-
-    Raises:
-      TypeError, ValueError: not a descriptor, which says at which position; more than
-        ``most``.
-    """
-    fds = list(fds)
-    # 253 ints in 6 us; one by one they take 42.
-    if set(map(type, fds)) == {int}:
-        numbers: list[int] = fds  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
-        if min(numbers) >= 0 and max(numbers) <= _LARGEST_DESCRIPTOR:
-            _check_count(numbers, most)
-            return numbers
-    numbers = []
-    for position, fd in enumerate(fds):
-        try:
-            numbers.append(descriptor_number(fd))
-        except (TypeError, ValueError) as exc:
-            raise type(exc)(f"at position {position}: {exc}") from exc
-    _check_count(numbers, most)
-    return numbers
-
-
-def _check_count(numbers: list[int], most: int | None) -> None:
-    if most is not None and len(numbers) > most:
-        raise ValueError(
-            f"one message carries at most {most} descriptors, not {len(numbers)}; send_fds() "
-            "sends any number, in several messages"
-        )
 
 
 def credentials(value: Credentials) -> ControlMessage:
@@ -355,36 +278,6 @@ def count_descriptors(received: Received) -> int:
         elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
             return 0
     return 0 if flags & _kernel.MSG_CTRUNC else count
-
-
-def check_open(number: int) -> None:
-    """Raise unless a descriptor is open.
-
-    Raises:
-      OSError: EBADF.
-    """
-    try:
-        os.get_inheritable(number)
-    except OSError as exc:
-        raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
-
-
-def check_all_open(numbers: list[int]) -> None:
-    """Raise unless all of them are open; with one poll(2), where one by one takes a call each.
-
-    Raises:
-      OSError: EBADF.
-    """
-    poll = select.poll()
-    for number in set(numbers):
-        poll.register(number, 0)
-    try:
-        suspects = [number for number, _ in poll.poll(0)]
-    except OSError:
-        # More than RLIMIT_NOFILE, which may have been lowered since.
-        suspects = numbers
-    for number in suspects:
-        check_open(number)
 
 
 def own_credentials() -> ControlMessage:

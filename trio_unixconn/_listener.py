@@ -22,7 +22,7 @@ from . import _binding, _kernel
 from ._address import UnixSocketAddress
 from ._admission import NO_ROOM, is_admitted, logger
 from ._connection import UnixConnection
-from ._control import descriptor_number
+from ._descriptors import descriptor_number
 from ._options import set_options
 from ._paths import explained_bind
 from ._receiving import refuse_descriptors

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from . import _control
+from . import _control, _descriptors
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._control import ControlMessage, FileDescriptor
+    from ._control import ControlMessage
+    from ._descriptors import FileDescriptor
 
 
 @attrs.frozen(eq=False)
@@ -82,7 +83,7 @@ class UnixFDMessage:
           TypeError, ValueError: not a descriptor.
           OSError: EBADF or EMFILE.
         """
-        self.fd_list.append(_control.descriptor_number(fd))
+        self.fd_list.append(_descriptors.descriptor_number(fd))
 
     def get_fd_list(self) -> UnixFDList:
         """Return the list, which stays this message's."""
@@ -116,7 +117,7 @@ class UnixFDMessage:
           NotSupportedError: the platform passes none.
         """
         return _control.rights(
-            *_control.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
+            *_descriptors.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
         )
 
     @classmethod

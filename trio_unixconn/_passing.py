@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from trio.lowlevel import enable_ki_protection
 
-from . import _control, _kernel, _sealed
-from ._control import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
+from . import _control, _descriptors, _kernel, _sealed
+from ._descriptors import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
 from ._fdlist import UnixFDList
 from ._kinds import DescriptorKind, check_mode, file_of, socket_of, stream_of
 from .errors import EndOfStreamError
@@ -101,7 +101,7 @@ class DescriptorPassing:
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
         """
-        number = _control.descriptor_number(fd)
+        number = _descriptors.descriptor_number(fd)
         await self._sender.send(NUL, [_control.rights(number)], cancellable, (number,))
         return True
 
@@ -159,10 +159,10 @@ class DescriptorPassing:
             raise ValueError(
                 f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, not {per_message}"
             )
-        numbers = _control.descriptor_numbers(fds, None)
+        numbers = _descriptors.descriptor_numbers(fds, None)
         if len(numbers) > per_message:
             # With several messages, a closed one in the middle would be seen too late.
-            _control.check_all_open(numbers)
+            _descriptors.check_all_open(numbers)
         groups: list[Sequence[int]]
         if per_message == 1:
             groups = list(zip(numbers, strict=True))
@@ -364,7 +364,7 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
     try:
         view = memoryview(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except TypeError:
-        number = _control.descriptor_number(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        number = _descriptors.descriptor_number(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         _sealed.seal(number)
         return os.dup(number)
     with view:

@@ -1,0 +1,121 @@
+"""Descriptors as callers give them: their numbers, and whether they are open.
+
+The rule of this file: what is no descriptor is refused here, before anything is sent, and what
+is one stays the caller's.
+
+Sources: poll(2), https://docs.python.org/3/c-api/file.html
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterable
+from typing import Final, Protocol, TypeAlias
+
+_LARGEST_DESCRIPTOR: Final = 2**31 - 1
+
+
+class HasFileno(Protocol):
+    """Anything with a descriptor beneath: files, sockets, trio's sockets and files."""
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        ...
+
+
+FileDescriptor: TypeAlias = "int | HasFileno"
+
+
+def descriptor_number(fd: FileDescriptor) -> int:
+    """Return the number of ``fd``, an int or anything with ``fileno()``.
+
+    Whether the number is open the kernel says when it is sent (EBADF).
+
+    Raises:
+      TypeError: a bool, or neither an int nor an object with ``fileno()``.
+      ValueError: a number that no descriptor can have, -1 (as of a closed socket) included;
+        also from ``fileno()`` of a closed file.
+    """
+    number: object = fd
+    if not isinstance(fd, int):
+        fileno = getattr(fd, "fileno", None)
+        if not callable(fileno):
+            raise TypeError(
+                "a descriptor is due: an int, or an object with fileno(), "
+                f"not {type(fd).__name__} ({fd!r})"
+            )
+        number = fileno()
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(
+            f"a descriptor is due: an int, or an object with fileno(), not {number!r}"
+            + ("" if number is fd else f" as fileno() of {fd!r} returned")
+        )
+    if not 0 <= number <= _LARGEST_DESCRIPTOR:
+        raise ValueError(
+            f"no descriptor has the number {number}"
+            + ("" if number is fd else f", which fileno() of {fd!r} returned: it is closed")
+        )
+    return int(number)
+
+
+def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[int]:
+    """Return the numbers of ``fds``, each as :func:`descriptor_number`.
+
+    Raises:
+      TypeError, ValueError: not a descriptor, which says at which position; more than
+        ``most``.
+    """
+    fds = list(fds)
+    # 253 ints in 6 us; one by one they take 42.
+    if set(map(type, fds)) == {int}:
+        numbers: list[int] = fds  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+        if min(numbers) >= 0 and max(numbers) <= _LARGEST_DESCRIPTOR:
+            _check_count(numbers, most)
+            return numbers
+    numbers = []
+    for position, fd in enumerate(fds):
+        try:
+            numbers.append(descriptor_number(fd))
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"at position {position}: {exc}") from exc
+    _check_count(numbers, most)
+    return numbers
+
+
+def _check_count(numbers: list[int], most: int | None) -> None:
+    if most is not None and len(numbers) > most:
+        raise ValueError(
+            f"one message carries at most {most} descriptors, not {len(numbers)}; send_fds() "
+            "sends any number, in several messages"
+        )
+
+
+def check_open(number: int) -> None:
+    """Raise unless a descriptor is open.
+
+    Raises:
+      OSError: EBADF.
+    """
+    try:
+        os.get_inheritable(number)
+    except OSError as exc:
+        raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
+
+
+def check_all_open(numbers: list[int]) -> None:
+    """Raise unless all of them are open; with one poll(2), where one by one takes a call each.
+
+    Raises:
+      OSError: EBADF.
+    """
+    poll = select.poll()
+    for number in set(numbers):
+        poll.register(number, 0)
+    try:
+        suspects = [number for number, _ in poll.poll(0)]
+    except OSError:
+        # More than RLIMIT_NOFILE, which may have been lowered since.
+        suspects = numbers
+    for number in suspects:
+        check_open(number)
