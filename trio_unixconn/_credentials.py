@@ -288,7 +288,7 @@ class Credentials:
     gid: int = attrs.field(factory=_kernel.effective_group)
 
     def __attrs_post_init__(self) -> None:
-        # At once, where all is well; a validator each takes three times as long.
+        # At once, where all is well: 0.40 us for a Credentials; with a validator each 0.52.
         pid, uid, gid = self.pid, self.uid, self.gid
         if (
             type(pid) is type(uid) is type(gid) is int

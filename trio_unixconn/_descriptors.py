@@ -67,7 +67,7 @@ def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[
         ``most``.
     """
     fds = list(fds)
-    # 253 ints in 6 us; one by one they take 42.
+    # 253 ints in 8 us; one by one they take 31.
     if set(map(type, fds)) == {int}:
         numbers: list[int] = fds  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
         if min(numbers) >= 0 and max(numbers) <= _LARGEST_DESCRIPTOR:

@@ -138,8 +138,8 @@ async def wait_under(
 ) -> None:
     """Await ``wait(raw)``, trio's wait_readable or wait_writable, until the Cancellable fires.
 
-    Not under a ``trio.CancelScope``: to enter and leave one takes 6.2 us, as much as half of a
-    descriptor's way, and an alarm 0.9.
+    Not under a ``trio.CancelScope``: to make, enter and leave one took 3.6 us where an alarm
+    took 0.3.
 
     Raises:
       OperationCancelled: it has fired.
