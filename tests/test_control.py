@@ -194,7 +194,7 @@ def test_descriptor_numbers(number: int) -> None:
 
 def test_close_on_exec_where_the_kernel_does_not_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without MSG_CMSG_CLOEXEC, received descriptors are made close-on-exec at once."""
-    monkeypatch.setattr(_kernel, "MSG_CMSG_CLOEXEC", 0)
+    monkeypatch.setattr(_control, "_ARRIVE_CLOEXEC", False)
     (fd,) = fresh(1)
     os.set_inheritable(fd, True)
     assert _control.one_descriptor((b"\0", [(*RIGHTS, ints(fd))], 0, None)) == fd

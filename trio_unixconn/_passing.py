@@ -102,7 +102,7 @@ class DescriptorPassing:
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
         """
         number = _descriptors.descriptor_number(fd)
-        await self._sender.send(NUL, [_control.rights(number)], cancellable, (number,))
+        await self._sender.send(NUL, [_control.right(number)], cancellable, (number,))
         return True
 
     @enable_ki_protection

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from trio import ClosedResourceError
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
     checkpoint_if_cancelled,
@@ -39,6 +40,8 @@ _ROOM: Final = _kernel.CONTROL_ROOM
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
 # MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
 _FLAGS: Final = _kernel.MSG_CMSG_CLOEXEC | _kernel.MSG_DONTWAIT
+# None where no credentials come in messages of their own.
+_PASSCRED: Final = None if _kernel.SCM_CREDENTIALS is None else _kernel.SO_PASSCRED
 
 
 class Receiver(ConnectedSocket):
@@ -61,7 +64,7 @@ class Receiver(ConnectedSocket):
 
     # In one piece: each coroutine that a wait comes back through takes time.
     @enable_ki_protection
-    async def receive(  # noqa: C901
+    async def receive(  # noqa: C901, PLR0912
         self,
         max_bytes: int,
         cancellable: Cancellable | None,
@@ -93,15 +96,22 @@ class Receiver(ConnectedSocket):
                 await cancel_shielded_checkpoint()
                 return received
             while True:
-                await wait_under(wait_readable, self.raw, cancellable)
                 try:
+                    if cancellable is None:
+                        await wait_readable(self.raw)
+                    else:
+                        await wait_under(wait_readable, self.raw, cancellable)
                     return self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
                 except BlockingIOError:
                     continue
+                except ClosedResourceError:
+                    if self.raw.fileno() == -1:
+                        raise
+                    # A Cancellable woke who waits in the other direction, and so all.
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:
-            if passcred or passpidfd:
+            if self._lent:
                 self._return_lent()
             self.busy = False
 
@@ -191,12 +201,10 @@ class Receiver(ConnectedSocket):
             )
 
     def _lend_passcred(self) -> None:
-        option = _kernel.SO_PASSCRED
-        if option is not None and _kernel.SCM_CREDENTIALS is not None:
-            raw = self.raw
-            if not raw.getsockopt(_SOL_SOCKET, option):
-                raw.setsockopt(_SOL_SOCKET, option, 1)
-                self._lent.append(option)
+        raw = self.raw
+        if _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
+            raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
+            self._lent.append(_PASSCRED)
 
     def _lend_passpidfd(self) -> None:
         option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")

@@ -98,12 +98,15 @@ class Sender(ConnectedSocket):
         The control messages go with the first byte. After a short write only the rest of the
         data is sent, and if that fails or is cancelled, nothing can be sent any more.
         """
-        self._begin_sending()
+        if self.busy:
+            raise _busy()
+        self.busy = True
         try:
             if cancellable is not None:
                 await begin_under(cancellable)
             await checkpoint_if_cancelled()
-            self._check_whole()
+            if self._half_sent:
+                self._check_whole()
             try:
                 sent = self.raw.sendmsg([data], messages, _FLAGS)
             except OSError as exc:
@@ -314,7 +317,7 @@ class Sender(ConnectedSocket):
 
     def _begin_sending(self) -> None:
         if self.busy:
-            raise ConnectionBusyError("another task is sending on this connection")
+            raise _busy()
         self.busy = True
 
     def _check_whole(self) -> None:
@@ -324,3 +327,7 @@ class Sender(ConnectedSocket):
                 "an earlier send_message() was cancelled, or failed, when a part of its bytes had "
                 "gone; nothing can be sent behind that; close this connection",
             )
+
+
+def _busy() -> ConnectionBusyError:
+    return ConnectionBusyError("another task is sending on this connection")
