@@ -15,15 +15,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from cases import ANYIO, FLOOR, GIO, OURS, STDLIB, UVLOOP
 
 import trio_unixconn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 FOLDER = Path(__file__).parent / "contestants"
 # In seconds. Only what hangs takes so long.

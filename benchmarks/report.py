@@ -6,7 +6,6 @@ The rule of this file: it measures nothing. A result is what ``result.json`` hol
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,6 +13,8 @@ from cases import CASES, GOALS, GROUPS, MEMORY, MOST_MEMORY, OURS, STREAM, Case,
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from rich.console import Console
 
 Result = dict[str, Any]

@@ -14,13 +14,14 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     from contestants import Contestant, Context
 
 BEHAVIOUR_OF_NONE = "n/a"

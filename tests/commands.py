@@ -7,10 +7,12 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 COMMAND = [sys.executable, "-m", "trio_unixconn"]
 

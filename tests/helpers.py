@@ -8,16 +8,18 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
 
 from trio_unixconn import UnixConnection, UnixFDList, connection_pair, testing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
 
 PEERS = Path(__file__).parent / "peers"
 

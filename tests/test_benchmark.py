@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cases import CASES, GOALS, MEMORY, OURS, STREAM, Case
 from pairs import CONTESTANTS, Contestant, FailedError, MissingError, Pair, installed, python
 from report import compare, confirmed, judge, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
 
 # Gigabytes, and thousands of connections, are left to the benchmark.
 SIZES = {"bytes, others idle": 2, "memory of an idle connection": 10, "a large buffer": 4096}

@@ -10,9 +10,8 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -36,6 +35,9 @@ from trio_unixconn import (
     connection_pair,
     open_callback_adapter,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Calls(list[Any]):

@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from trio_unixconn._doctor.examination import examine
 from trio_unixconn.errors import PeerGoneError
 
 if TYPE_CHECKING:
+    import socket
+
     from trio_unixconn._doctor.report import Feature
 
 

@@ -9,9 +9,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -19,6 +18,9 @@ import typer
 from commands import ended, run, started, wait_for_socket
 
 from trio_unixconn._cli import passing, running
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 ABSTRACT = f"@trio-unixconn-test-{os.getpid()}"
 

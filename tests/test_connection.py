@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -23,6 +22,9 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("clogged", [None, clogged_pair], ids=["plain", "clogged"])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -27,6 +26,9 @@ from trio_unixconn import (
     _receiving,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator
 
 SO_PASSPIDFD = 76
 

@@ -7,8 +7,7 @@ import io
 import os
 import resource
 import socket
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -27,6 +26,9 @@ from trio_unixconn import (
     UnixFDList,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ################################################################
 # Sending

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -22,6 +21,9 @@ from trio_unixconn import (
     UnixConnection,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ################################################################
 # Receiving

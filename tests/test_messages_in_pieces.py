@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -22,6 +21,9 @@ from trio_unixconn import (
     UnixFDList,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    import socket
 
 BIG = 10_000_000
 

@@ -9,11 +9,9 @@ import logging
 import os
 import pwd
 import socket
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -49,6 +47,10 @@ from trio_unixconn import (
     open_unix_listener,
     serve_unix,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
 GROUP = 54321
 

@@ -8,10 +8,9 @@ import mmap
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers import free_descriptors, stdlib_peer
@@ -22,6 +21,9 @@ from trio_unixconn import (
     UnsafeBufferError,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 KIND = DescriptorKind
 SEALS = {"seal": 1, "shrink": 2, "grow": 4, "write": 8}

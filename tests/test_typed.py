@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -24,6 +22,10 @@ from trio_unixconn import (
     WrongDescriptorKindError,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
 KIND = DescriptorKind
 

@@ -20,9 +20,8 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -31,6 +30,9 @@ from ._address import UnixSocketAddress
 from ._credentials import peer_credentials
 from ._paths import bindable, connectable, what_is
 from .errors import AddressInUseError, NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
 
 # Names of files have at most 255 bytes; a longer one than this gets a digest for a companion.
 _LONGEST_NAME: Final = 60

@@ -7,7 +7,6 @@ Source: https://docs.gtk.org/gio-unix/class.Connection.html
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from ._kernel import SCM_MAX_FD
 from ._messages import Message
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ._buffers import Buffer
     from ._cancellable import Cancellable
     from ._credentials import Credentials

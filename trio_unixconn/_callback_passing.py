@@ -9,7 +9,6 @@ Source: https://docs.gtk.org/gio-unix/class.Connection.html
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from ._passing import sealed_memory_of
 from ._results import AsyncReadyCallback, AsyncResult, Operation
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterable
+
     import trio
 
     from ._buffers import Buffer

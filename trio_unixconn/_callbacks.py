@@ -9,10 +9,9 @@ Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -20,6 +19,9 @@ from ._callback_connection import CallbackConnection
 from ._connection import UnixConnection
 from ._results import AsyncResult, Operation
 from .errors import ConnectionClosedError, OperationCancelled
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
 
 
 class CallbackAdapter:

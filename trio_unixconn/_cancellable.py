@@ -12,15 +12,17 @@ import contextvars
 import os
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 import trio
 
 from .errors import NotSupportedError, OperationCancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 if sys.version_info < (3, 11):
     # A dependency of trio's there.

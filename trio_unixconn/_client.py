@@ -9,7 +9,6 @@ Sources: connect(2), unix(7)
 from __future__ import annotations
 
 import errno
-import os
 import random
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Final
@@ -27,6 +26,8 @@ from ._receiving import refuse_descriptors
 from .errors import PeerDeniedError
 
 if TYPE_CHECKING:
+    import os
+
     from ._policy import PeerPolicy
 
 _FIRST_PAUSE: Final = 0.001

@@ -12,11 +12,10 @@ from __future__ import annotations
 import errno
 import operator
 import socket as stdlib_socket
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, overload
 
 import trio
-from trio.lowlevel import checkpoint, enable_ki_protection
+from trio.lowlevel import checkpoint, enable_ki_protection, notify_closing
 
 from . import _control, _descriptors, _kernel
 from ._buffers import bytes_of
@@ -31,6 +30,8 @@ from ._sending import Sender
 from ._socket import check_connected, stdlib_socket_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ._address import UnixSocketAddress
     from ._buffers import Buffer
     from ._cancellable import Cancellable
@@ -367,9 +368,29 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         A task that waits in this connection gets :class:`ConnectionClosedError`.
         """
+        self._close_now()
+        await checkpoint()
+
+    def _close_now(self) -> None:
         self._receiver.release()
         self.socket.close()
-        await checkpoint()
+
+    def detach(self) -> int:
+        """Take the descriptor out of this connection, which is closed by that.
+
+        A task that waits in this connection gets :class:`ConnectionClosedError`. Descriptors
+        that ``fds()`` had read ahead are closed.
+
+        Returns:
+          The descriptor of the socket, which is still connected; the caller owns it.
+
+        Raises:
+          ConnectionClosedError: this side has closed the connection.
+        """
+        self._receiver.check_open()
+        self._receiver.release()
+        notify_closing(self._receiver.raw)
+        return self._receiver.raw.detach()
 
     @overload
     def setsockopt(self, level: int, option: int, value: int | Buffer) -> None: ...

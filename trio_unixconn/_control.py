@@ -15,9 +15,8 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 
@@ -29,6 +28,9 @@ from .errors import (
     UnexpectedControlMessageError,
     UnexpectedDescriptorsError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # What socket.recvmsg returns, but for the address, which a connected socket has no use for.
 ControlMessage: TypeAlias = "tuple[int, int, bytes]"

@@ -13,13 +13,15 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from . import _kernel
 from .errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 _UNKNOWN_ID: Final = 0xFFFFFFFF
 

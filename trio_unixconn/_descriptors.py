@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterable
-from typing import Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _LARGEST_DESCRIPTOR: Final = 2**31 - 1
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
 from ._kinds import DescriptorKind, check_mode, file_of, kind_of, socket_of, stream_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+    from types import TracebackType
+
     import trio
     from typing_extensions import Self
 

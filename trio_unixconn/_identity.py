@@ -14,8 +14,6 @@ import os
 import select
 import signal
 import struct
-from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
@@ -27,6 +25,8 @@ from .errors import NotSupportedError, PeerGoneError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
+    from types import TracebackType
 
     from typing_extensions import Self
 

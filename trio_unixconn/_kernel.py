@@ -15,10 +15,12 @@ import os
 import platform
 import socket
 import sys
-from types import ModuleType
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from .errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 T = TypeVar("T")
 

@@ -12,12 +12,14 @@ import enum
 import os
 import socket as stdlib_socket
 import stat
-from collections.abc import Callable, Collection
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import trio
 
 from .errors import WrongDescriptorKindError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
 
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)
 

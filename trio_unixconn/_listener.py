@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import errno
 import operator
-import os
 import socket as stdlib_socket
-from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -30,6 +28,9 @@ from ._socket import stdlib_socket_of
 from .errors import AddressInUseError, ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection
+
     from ._policy import PeerPolicy
 
 T = TypeVar("T")
@@ -262,6 +263,17 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     def _check_open(self) -> None:
         if self.socket.fileno() == -1:
             raise ConnectionClosedError("this listener is closed")
+
+
+async def remove_path(listener: UnixListener) -> None:
+    """Take a listener's path away; if that cannot be, log it, as its server is to finish."""
+    try:
+        await listener._remove_path()  # noqa: SLF001 - of this file
+    except OSError:
+        logger.exception(
+            "%s: the path cannot be taken away, and stays for the next server to replace",
+            listener.get_local_address(),
+        )
 
 
 def _check_listening(sock: trio.socket.SocketType | stdlib_socket.socket) -> None:

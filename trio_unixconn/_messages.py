@@ -8,7 +8,6 @@ https://docs.gtk.org/gio-unix/class.CredentialsMessage.html, unix(7)
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import attrs
@@ -18,6 +17,8 @@ from ._credentials import Credentials
 from ._fdlist import UnixFDList
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from typing_extensions import Self
 
     from ._control import ControlMessage

@@ -9,10 +9,13 @@ Sources: unix(7), socket(7)
 from __future__ import annotations
 
 import errno
-import socket
+from typing import TYPE_CHECKING
 
 from . import _kernel
 from .errors import NotSupportedError
+
+if TYPE_CHECKING:
+    import socket
 
 
 def set_options(sock: socket.socket, *, credentials: bool, pidfds: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from trio.lowlevel import enable_ki_protection
@@ -22,6 +21,8 @@ from ._kinds import DescriptorKind, check_mode, file_of, socket_of, stream_of
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
     import trio
 
     from ._buffers import Buffer

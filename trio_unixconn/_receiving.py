@@ -10,10 +10,8 @@ Sources: unix(7), recvmsg(2)
 from __future__ import annotations
 
 import errno
-import socket as stdlib_socket
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +29,9 @@ from ._socket import FAILURES, ConnectedSocket, wait_under
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
+    import socket as stdlib_socket
+    from collections.abc import Iterator
+
     import trio
 
     from ._cancellable import Cancellable

@@ -8,11 +8,13 @@ Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 from __future__ import annotations
 
 import warnings
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 AsyncReadyCallback: TypeAlias = "Callable[..., object]"
 

@@ -12,7 +12,6 @@ import errno
 import os
 import socket as stdlib_socket
 from array import array
-from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +36,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._cancellable import Cancellable
     from ._control import ControlMessage
 

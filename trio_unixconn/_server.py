@@ -9,7 +9,6 @@ Sources: accept(2), trio.serve_listeners
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,13 +19,15 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._admission import NO_ROOM, PAUSE, is_admitted, logger
-from ._listener import UnixListener, open_unix_listener
+from ._listener import UnixListener, open_unix_listener, remove_path
 from .errors import NotSupportedError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
+    import os
+
     from ._address import UnixSocketAddress
     from ._connection import UnixConnection
     from ._policy import PeerPolicy
@@ -93,20 +94,10 @@ class UnixServer:
                     while True:
                         await self._next(handlers)
                 # Only a drain ends that loop without an exception.
-                await self._remove_path()
+                await remove_path(self.listener)
                 await self._handle_waiting(handlers)
                 await self.listener.aclose()
         self.drained.set()
-
-    async def _remove_path(self) -> None:
-        try:
-            await self.listener._remove_path()  # noqa: SLF001 - they are one
-        except OSError:
-            # The handlers are to finish all the same.
-            logger.exception(
-                "%s: the path cannot be taken away, and stays for the next server to replace",
-                self.listener.get_local_address(),
-            )
 
     async def _next(self, handlers: trio.Nursery) -> None:
         """Accept one connection, once a slot is free, and start its handler."""

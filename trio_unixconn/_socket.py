@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import socket as stdlib_socket
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,6 +27,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ._cancellable import Cancellable
     from ._control import ControlMessage
 

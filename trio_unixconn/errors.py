@@ -25,15 +25,20 @@ __all__ = [
     "DescriptorsRefusedError",
     "DescriptorsTruncatedError",
     "EndOfStreamError",
+    "HandlerError",
     "IOErrorEnum",
+    "JobRefusedError",
     "NotSupportedError",
     "OperationCancelled",
     "PeerDeniedError",
     "PeerGoneError",
+    "PoolClosedError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnectionError",
     "UnsafeBufferError",
+    "WorkerDiedError",
+    "WorkerStartError",
     "WrongDescriptorKindError",
 ]
 
@@ -242,6 +247,57 @@ class PeerDeniedError(UnixConnectionError, PermissionError):
     """A :class:`~trio_unixconn.PeerPolicy` does not admit the process at the other end."""
 
     code = IOErrorEnum.PERMISSION_DENIED
+
+
+class PoolClosedError(UnixConnectionError, trio.ClosedResourceError):
+    """The worker pool takes no more jobs: it drains, was left, or has failed."""
+
+    code = IOErrorEnum.CLOSED
+
+
+class JobRefusedError(UnixConnectionError, RuntimeError):
+    """No worker has acknowledged a job, which was given up; no handler has begun.
+
+    ``__cause__`` says why the last one did not.
+    """
+
+
+class WorkerDiedError(UnixConnectionError, RuntimeError):
+    """A worker's process has ended without having been asked to."""
+
+    code = IOErrorEnum.BROKEN_PIPE
+
+
+class _RemoteError(UnixConnectionError, RuntimeError):
+    """Something in a worker has failed.
+
+    Attributes:
+      traceback: what the worker says of it, mostly a traceback; "" if it said nothing.
+    """
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message, traceback)
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        said = self.traceback.rstrip()
+        return f"{self.args[0]}; in the worker:\n{said}" if said else str(self.args[0])
+
+
+class WorkerStartError(_RemoteError):
+    """A worker could not be started: its handler could not be imported, or its setup failed.
+
+    Attributes:
+      traceback: the worker's; "" if it died without one.
+    """
+
+
+class HandlerError(_RemoteError):
+    """The handler of a ``call`` raised, or did not return bytes.
+
+    Attributes:
+      traceback: the worker's.
+    """
 
 
 class NotSupportedError(UnixConnectionError, NotImplementedError):

@@ -6,8 +6,7 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 import trio.testing
@@ -25,6 +24,9 @@ from common import (
     resident,
     serve,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 ROOM = socket.CMSG_SPACE(253 * 4)
 FLAGS = socket.MSG_CMSG_CLOEXEC

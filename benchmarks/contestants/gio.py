@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gi
 
 gi.require_version("Gio", "2.0")
 from common import Job, Side, both, clock, end_of, serve  # noqa: E402 - gi is asked first
 from gi.repository import Gio, GLib  # noqa: E402 - the version is chosen first
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 try:
     # GLib 2.80 and later name this class so, and warn about the old name.

@@ -6,9 +6,8 @@ import array
 import fcntl
 import os
 import socket
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 import trio.testing
@@ -37,6 +36,9 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def pair(

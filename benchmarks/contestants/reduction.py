@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, recvfds, send_handle, sendfds
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import Job, Side, both, clock, end_of, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def pair(

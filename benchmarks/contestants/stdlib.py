@@ -6,10 +6,12 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import SO_PASSCRED, Job, Side, both, clock, end_of, is_same_user, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 ROOM = socket.CMSG_SPACE(253 * 4)
 FLAGS = socket.MSG_CMSG_CLOEXEC

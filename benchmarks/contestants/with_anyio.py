@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import SocketAttribute, UNIXSocketStream
@@ -23,6 +21,10 @@ from common import (
     resident,
     serve,
 )
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
 
 # The argument behind the side and the descriptor.
 OPTIONS: dict[str, dict[str, Any]] = {

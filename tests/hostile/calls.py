@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -23,6 +23,9 @@ from trio_unixconn import (
     UnsafeBufferError,
     WrongDescriptorKindError,
 )
+
+if TYPE_CHECKING:
+    import random
 
 MODES = ["rb", "r", "r+", "r+b", "wb", "w", "ab", "a"]
 

@@ -16,8 +16,11 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 F_ADD_SEALS = 1033
 SCM_PIDFD = 4

@@ -6,10 +6,9 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import attrs
 import pytest
@@ -25,6 +24,9 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 # The one that has Debian's PyGObject, whichever Python runs the tests.
 SYSTEM_PYTHON: Final = "/usr/bin/python3"

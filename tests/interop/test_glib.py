@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -30,6 +29,9 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     connection_pair,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("real_glib")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -26,6 +26,9 @@ from trio_unixconn import (
     EndOfStreamError,
     UnexpectedControlMessageError,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("real_glib")
 

@@ -6,8 +6,7 @@ import errno
 import socket
 import sys
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -40,6 +39,9 @@ from trio_unixconn import (
     UnixConnection,
     UnixConnectionError,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("real_glib")
 

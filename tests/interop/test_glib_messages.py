@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from trio_unixconn import Credentials, UnixCredentialsMessage, UnixFDList, UnixFDMessage
 
 from .harness import connected
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("real_glib")
 

@@ -8,10 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -19,6 +18,9 @@ import trio
 from interop.harness import in_step, started_peer
 from interop.programs import first_line, output_of, require_program, running, serving
 from trio_unixconn import UnixConnection, UnixSocketAddress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "http_server.py"
 # More than any socket holds, and no two parts alike.

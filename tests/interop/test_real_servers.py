@@ -7,10 +7,8 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -32,6 +30,10 @@ from interop.harness import receive_exactly
 from interop.peers.open_files import described, identity, opened
 from interop.programs import connection_to, first_line, running
 from trio_unixconn import UnixConnection, UnixFDList, UnixListener, open_unix_connection
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
 
 ################################################################
 # dbus-daemon

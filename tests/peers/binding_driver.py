@@ -15,15 +15,17 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from trio_unixconn import AddressInUseError, _binding, open_unix_connection, open_unix_listener
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 RACERS = 6
 ROUNDS = 15

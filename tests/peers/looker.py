@@ -10,8 +10,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -21,6 +20,9 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def outcome(do: Callable[[], Any]) -> Any:

@@ -12,13 +12,16 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 from binding_driver import forked, status_of
 
 from trio_unixconn import UnixConnection, serve_unix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 async def serve(path: Path, said: int, told: int) -> None:

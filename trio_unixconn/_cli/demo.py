@@ -5,7 +5,6 @@ The rule of this file: it says what the report says; the work is done in ``_demo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +20,8 @@ from .printing import fail, printable, say, say_json
 from .running import run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .._demo.driver import Report, Transfer
 
 _PACKAGE = Path(__file__).parent.parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -30,6 +29,8 @@ from .printing import fail, say
 from .running import run, seconds, too_slow
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+
     from .._address import UnixSocketAddress
     from .._connection import UnixConnection
 

@@ -7,7 +7,6 @@ What cannot be told is said with the reason, and never guessed.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +22,8 @@ from .printing import say, say_json
 from .running import described, run, seconds, too_slow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from .._address import UnixSocketAddress
     from .._identity import PeerIdentity
 

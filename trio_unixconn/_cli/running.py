@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import math
 import signal
-from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -18,6 +17,8 @@ from ..errors import UnixConnectionError
 from .printing import fail
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
     from .._address import UnixSocketAddress
 
 T = TypeVar("T")

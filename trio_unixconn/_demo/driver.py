@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,8 @@ from ..errors import OperationCancelled
 from . import wire
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
     from .._callback_connection import CallbackConnection
     from .._connection import UnixConnection
     from .._results import AsyncResult

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -24,6 +23,9 @@ from .._identity import get_peer_groups, get_peer_security_context, open_peer_pi
 from .._paths import LONGEST, bindable, connectable
 from ..errors import PeerGoneError
 from .lab import PATIENCE, Lab, expect, expect_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECURITY_MODULES: Final = "/sys/kernel/security/lsm"
 

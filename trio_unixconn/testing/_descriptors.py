@@ -17,15 +17,17 @@ import os
 import socket as stdlib_socket
 import stat
 import sys
-from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from .._kinds import kind_of
 from ..errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+    from types import TracebackType
 
 _FOLDERS: Final = ("/proc/self/fd", "/dev/fd")
 

@@ -9,13 +9,15 @@ Sources: send(2) (``MSG_DONTWAIT``), unix(7)
 from __future__ import annotations
 
 import socket as stdlib_socket
-from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .. import _kernel
 from .._connection import UnixConnection, connection_pair
 from ..errors import ConnectionClosedError, EndOfStreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 _CHUNK: Final = 4096
 

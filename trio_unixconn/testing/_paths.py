@@ -12,10 +12,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
 
 # The shortest sun_path there is: 104 bytes on macOS and the BSDs, with the final NUL. Linux
 # has 108.

@@ -6,8 +6,6 @@ pytest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +15,9 @@ from ._descriptors import assert_no_fd_leak
 from ._pairs import closing_pair
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from .._connection import UnixConnection
 
 

@@ -20,15 +20,17 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gi
 
 gi.require_version("Gio", "2.0")
 from gi.repository import Gio, GLib  # noqa: E402 - the version is chosen first
 from open_files import described, identity, opened  # noqa: E402 - likewise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 try:
     # GLib 2.80 and later name this class so, and warn about the old name.

@@ -10,9 +10,11 @@ import select
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 KINDS = ("file", "pipe", "tcp", "unix")
 

@@ -1,0 +1,33 @@
+"""Worker pools: one process accepts or opens, many work.
+
+``open_worker_pool`` starts workers that receive descriptors; ``serve_with_workers`` is the
+accept loop on top of it.
+"""
+
+from ._delivery import JobReceipt as JobReceipt
+from ._job import Job as Job
+from ._opening import open_worker_pool as open_worker_pool
+from ._pool import WorkerPool as WorkerPool
+from ._serving import (
+    WorkerPoolOptions as WorkerPoolOptions,
+    WorkerServer as WorkerServer,
+    serve_with_workers as serve_with_workers,
+)
+from ._statistics import (
+    AbandonedJob as AbandonedJob,
+    PoolStatistics as PoolStatistics,
+    WorkerStatistics as WorkerStatistics,
+)
+
+__all__ = [
+    "AbandonedJob",
+    "Job",
+    "JobReceipt",
+    "PoolStatistics",
+    "WorkerPool",
+    "WorkerPoolOptions",
+    "WorkerServer",
+    "WorkerStatistics",
+    "open_worker_pool",
+    "serve_with_workers",
+]

@@ -1,0 +1,236 @@
+"""A job on its way from who submits it to a worker, and the descriptor that it owns.
+
+The rule of this file: from the moment a delivery is made, its descriptor is closed exactly
+once: when a worker has acknowledged it, or when it is given up.
+
+Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fstat(2)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket as stdlib_socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import trio
+
+from .. import _kernel
+from .._buffers import bytes_of
+from .._connection import UnixConnection
+from .._descriptors import check_open, descriptor_number
+from .._kinds import DescriptorKind, kind_of
+from .._socket import stdlib_socket_of
+from ..errors import WrongDescriptorKindError
+from . import _wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .._buffers import Buffer
+    from .._descriptors import FileDescriptor
+
+#: What can be submitted: a descriptor, or an object that owns one.
+Submitted = Any
+
+_FAMILIES: Final = {
+    stdlib_socket.AF_INET: _wire.TCP,
+    stdlib_socket.AF_INET6: _wire.TCP6,
+    _kernel.AF_UNIX: _wire.UNIX,
+}
+# What open(2) makes a file of, but for a directory, and what has none.
+_NO_FILES: Final = {DescriptorKind.DIRECTORY, DescriptorKind.SYMBOLIC_LINK}
+
+
+class Delivery:
+    """One job, until it is acknowledged; then, if an answer is due, until that has come.
+
+    Attributes:
+      id: the pool's number for it.
+      fd: the descriptor, which this owns; -1 without one, and once it is closed.
+      form: what the worker makes of it.
+      to: the index of the worker that must get it; None for any.
+      wants_answer: whether what the handler returns is due.
+      tries: how many workers were handed it, and did not acknowledge it.
+      task: who waits for it; None if nobody does.
+      sent: whether it is with a worker at this moment, or was acknowledged.
+      outcome: None while it is under way; then a receipt, an answer, or an error to raise.
+      raise_cancel: trio's, once who waits is cancelled and it cannot be taken back.
+    """
+
+    __slots__ = (
+        "cause",
+        "data",
+        "fd",
+        "form",
+        "id",
+        "outcome",
+        "raise_cancel",
+        "sent",
+        "task",
+        "to",
+        "tries",
+        "wants_answer",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        fd: int,
+        form: int,
+        data: bytes = b"",
+        *,
+        to: int | None = None,
+        wants_answer: bool = False,
+    ) -> None:
+        self.id = number
+        self.fd = fd
+        self.form = form
+        self.data = data
+        self.to = to
+        self.wants_answer = wants_answer
+        self.tries = 0
+        self.task: trio.lowlevel.Task | None = None
+        self.sent = False
+        self.outcome: Any = None
+        self.cause: BaseException | None = None
+        self.raise_cancel: Callable[[], Any] | None = None
+
+    def close(self) -> None:
+        """Close the pool's copy of the descriptor; closing twice is allowed."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            # What a failed close has to say is about bytes that somebody wrote there before.
+            with suppress(OSError):
+                os.close(fd)
+
+    def settle(self, outcome: Any) -> None:
+        """Tell who waits what became of it: the first time counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.wake()
+
+    def wake(self) -> None:
+        """Have who waits look again."""
+        task, self.task = self.task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@attrs.frozen
+class JobReceipt:
+    """What :meth:`WorkerPool.submit` returns: who has taken a job.
+
+    Attributes:
+      id: the pool's number for the job, which its handler has as ``job.id``.
+      worker: the index of the worker.
+      pid: its process.
+    """
+
+    id: int
+    worker: int
+    pid: int
+
+
+def checked_data(data: Buffer) -> bytes:
+    """Return the bytes that go with a job.
+
+    Raises:
+      TypeError, ValueError: no buffer, or more than MAX_DATA bytes.
+    """
+    with bytes_of(data) as view:
+        if len(view) > _wire.MAX_DATA:
+            raise ValueError(
+                f"a job carries at most {_wire.MAX_DATA} bytes, not {len(view)}; submit a sealed "
+                "memfd instead"
+            )
+        return bytes(view)
+
+
+def take_over(what: Submitted) -> tuple[int, int]:
+    """Take a descriptor out of what was submitted, which is closed or detached by that.
+
+    Returns:
+      The descriptor, which the caller owns, and its form.
+
+    Raises:
+      TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a handler can be
+        given; it is as it was.
+    """
+    if isinstance(what, UnixConnection):
+        return what.detach(), _wire.UNIX
+    if isinstance(what, trio.SocketStream):
+        what = what.socket
+    if isinstance(what, trio.socket.SocketType):
+        raw = stdlib_socket_of(what)
+        form = _form_of(raw.fileno())
+        trio.lowlevel.notify_closing(raw)
+        return what.detach(), form
+    if isinstance(what, stdlib_socket.socket):
+        form = _form_of(what.fileno())
+        return what.detach(), form
+    number = descriptor_number(what)
+    check_open(number)
+    form = _form_of(number)
+    if isinstance(what, int):
+        return number, form
+    return _out_of_file(what, number), form
+
+
+def _out_of_file(what: FileDescriptor, number: int) -> int:
+    """Duplicate the descriptor of an object, and close the object."""
+    close = getattr(what, "close", None)
+    if not callable(close):
+        raise TypeError(
+            f"the pool takes over what it is given, and {type(what).__name__} has no close(); "
+            "give it a descriptor (os.dup)"
+        )
+    if isinstance(what, (io.BufferedIOBase, io.TextIOBase)):
+        # What is in its buffer belongs in front of what the worker writes.
+        what.flush()
+    fd = os.dup(number)
+    try:
+        close()
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _form_of(fd: int) -> int:
+    if fd < 0:
+        raise ValueError("a descriptor that is open is due, but this one is closed")
+    kind = kind_of(fd)
+    if kind is DescriptorKind.SOCKET:
+        return _form_of_socket(fd, kind)
+    if kind in _NO_FILES or _is_anonymous(fd, kind):
+        raise WrongDescriptorKindError(
+            f"a stream socket, or a file to read or write, is due; a {kind.value} is neither", kind
+        )
+    return _wire.OTHER
+
+
+def _is_anonymous(fd: int, kind: DescriptorKind) -> bool:
+    return kind is DescriptorKind.ANONYMOUS and os.readlink(f"/proc/self/fd/{fd}").startswith(
+        "anon_inode:"
+    )
+
+
+def _form_of_socket(fd: int, kind: DescriptorKind) -> int:
+    sock = stdlib_socket.socket(fileno=fd)
+    try:
+        if sock.type != stdlib_socket.SOCK_STREAM:
+            raise WrongDescriptorKindError("a stream socket is due, not one of another type", kind)
+        option = _kernel.SO_ACCEPTCONN
+        if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
+            raise WrongDescriptorKindError(
+                "a connected socket is due, but this one listens; submit what it accepts", kind
+            )
+        return _FAMILIES.get(sock.family, _wire.OTHER)
+    finally:
+        sock.detach()

@@ -1,0 +1,160 @@
+"""The jobs that wait, and which worker gets which.
+
+The rule of this file: a job is in the queue or with one worker, never both; the least busy
+worker is next, and among those the one that has had the fewest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from ..errors import JobRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ._delivery import Delivery
+    from ._link import Link
+    from ._statistics import Counters
+
+
+def _rank(link: Link) -> tuple[int, int]:
+    return len(link.in_flight), link.taken
+
+
+@attrs.define(eq=False)
+class Dispatcher:
+    """The queue of a pool.
+
+    Attributes:
+      links: the workers that are to get jobs, by their place.
+    """
+
+    max_in_flight: int
+    max_queue: int
+    max_tries: int
+    counters: Counters
+    links: dict[int, Link] = attrs.field(init=False, factory=dict)
+    queue: deque[Delivery] = attrs.field(init=False, factory=lambda: deque())
+    # Of jobs that only one worker may have.
+    bound: dict[int, deque[Delivery]] = attrs.field(init=False, factory=dict)
+    waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+
+    def count(self) -> int:
+        """Return how many jobs wait."""
+        return len(self.queue) + sum(map(len, self.bound.values()))
+
+    def free(self) -> int:
+        """Return how many more jobs may wait."""
+        return self.max_queue - self.count()
+
+    def put(self, delivery: Delivery) -> None:
+        """Let a job wait for a worker."""
+        self._queue_of(delivery).append(delivery)
+
+    def _queue_of(self, delivery: Delivery) -> deque[Delivery]:
+        if delivery.to is None:
+            return self.queue
+        return self.bound.setdefault(delivery.to, deque())
+
+    def withdraw(self, delivery: Delivery) -> None:
+        """Take a job out of the queue, and close its descriptor."""
+        self._queue_of(delivery).remove(delivery)
+        delivery.close()
+        self.counters.withdrawn += 1
+        self._room()
+
+    def pump(self) -> None:
+        """Hand over what can be handed over."""
+        waiting = len(self.queue)
+        if not waiting and not self.bound:
+            return
+        ready = [link for link in self.links.values() if link.has_room(self.max_in_flight)]
+        if not ready:
+            return
+        if self.bound:
+            ready = [link for link in ready if not self._hand_over_bound(link)]
+        if waiting == 1 and ready:
+            min(ready, key=_rank).hand_over([self.queue.popleft()])
+        elif waiting:
+            self._share_out(ready)
+        self._room()
+
+    def _hand_over_bound(self, link: Link) -> bool:
+        mine = self.bound.get(link.index)
+        if not mine:
+            return False
+        count = min(len(mine), link.limit, self.max_in_flight - len(link.in_flight))
+        link.hand_over([mine.popleft() for _ in range(count)])
+        if not mine:
+            del self.bound[link.index]
+        return True
+
+    def _share_out(self, ready: list[Link]) -> None:
+        """Hand over many jobs, so that all have as equal a number as can be."""
+        queue = self.queue
+        shares: dict[Link, list[Delivery]] = {}
+        loads = {link: len(link.in_flight) for link in ready}
+        ready.sort(key=_rank, reverse=True)
+        while queue and ready:
+            # The last is the least busy; with one more it may not be any longer.
+            link = ready[-1]
+            share = shares.setdefault(link, [])
+            share.append(queue.popleft())
+            loads[link] += 1
+            if len(share) >= link.limit or loads[link] >= self.max_in_flight:
+                ready.pop()
+                continue
+            at = len(ready) - 1
+            while at and loads[ready[at - 1]] < loads[link]:
+                ready[at] = ready[at - 1]
+                at -= 1
+            ready[at] = link
+        for link, share in shares.items():
+            link.hand_over(share)
+
+    def _room(self) -> None:
+        if self.waiting and self.free() > 0:
+            self.waiting.unpark(count=self.free())
+
+    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+        """Put jobs in front again, or give up those that were tried too often."""
+        for delivery in reversed(deliveries):
+            delivery.sent = False
+            delivery.tries += counts
+            delivery.cause = why
+            if delivery.raise_cancel is not None:
+                # Its submitter was cancelled meanwhile, and can have it withdrawn now.
+                self.counters.withdrawn += 1
+                delivery.close()
+                delivery.wake()
+            elif delivery.tries >= self.max_tries:
+                self.give_up(delivery, f"{delivery.tries} workers in turn did not take it")
+            else:
+                self.counters.retried += 1
+                self._queue_of(delivery).appendleft(delivery)
+
+    def give_up(self, delivery: Delivery, why: str) -> None:
+        """Close a job's descriptor, and tell who waits for it."""
+        self.counters.refused += 1
+        delivery.close()
+        error = JobRefusedError(f"job {delivery.id} was given up: {why}")
+        error.__cause__ = delivery.cause
+        delivery.settle(error)
+
+    def give_up_all(self, deliveries: Iterable[Delivery], why: str) -> None:
+        """Give up many."""
+        for delivery in list(deliveries):
+            self.give_up(delivery, why)
+
+    def clear(self, why: str) -> None:
+        """Give up all jobs that wait."""
+        queues = [self.queue, *self.bound.values()]
+        for queue in queues:
+            self.give_up_all(queue, why)
+            queue.clear()
+        self.bound.clear()

@@ -1,0 +1,118 @@
+"""What a handler gets: a job, and a stream or file made of the descriptor that came with it.
+
+The rule of this file: a descriptor that nothing can be made of is closed, and the job fails
+with the reason.
+
+Sources: fcntl(2) (F_GETFL), unix(7)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket as stdlib_socket
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any
+
+import attrs
+import trio
+
+from .._connection import UnixConnection
+from .._kinds import DescriptorKind, file_of, kind_of, stream_of
+from .._sealed import map_sealed
+from ..errors import UnsafeBufferError
+from . import _wire
+
+if TYPE_CHECKING:
+    from .._credentials import Credentials
+
+_FILES = frozenset(DescriptorKind) - {DescriptorKind.SOCKET}
+_MODES = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}
+
+
+@attrs.define(eq=False)
+class Job:
+    """What a handler is told beside its stream.
+
+    Attributes:
+      id: the pool's number for it, as in :class:`JobReceipt`.
+      data: the bytes that were submitted with it.
+      state: what the worker's ``setup`` yielded; None without one.
+    """
+
+    id: int
+    data: bytes
+    state: Any = attrs.field(repr=False)
+    _stream: Any = attrs.field(alias="stream", repr=False)
+
+    @property
+    def peer(self) -> Credentials | tuple[Any, ...] | None:
+        """Who is at the other end of the stream.
+
+        Of a Unix socket the peer's credentials, vouched for by the kernel; of a TCP socket its
+        address; None of a file, or of a job without a descriptor.
+
+        Raises:
+          OSError: the peer of a TCP socket is gone (ENOTCONN).
+        """
+        stream = self._stream
+        if isinstance(stream, UnixConnection):
+            return stream.get_peer_credentials()
+        if isinstance(stream, trio.SocketStream):
+            name: tuple[Any, ...] = stream.socket.getpeername()
+            return name
+        return None
+
+    def map_buffer(self, max_bytes: int) -> memoryview:
+        """Map the sealed memory that came as the job's file, as ``receive_buffer`` does.
+
+        Returns:
+          A read-only view; the mapping ends with it, and with what was made from it. The file
+          may be closed before.
+
+        Raises:
+          UnsafeBufferError: no sealed memory came, or more than ``max_bytes``.
+          OSError: EMFILE.
+        """
+        fileno = getattr(self._stream, "fileno", None)
+        if fileno is None:
+            raise UnsafeBufferError(
+                "a sealed memfd was due, but this job has no file", DescriptorKind.SOCKET
+            )
+        return map_sealed(fileno(), max_bytes)
+
+
+def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes]:
+    """Make what the handler gets of a descriptor, which is that object's from now on.
+
+    Raises:
+      OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
+    """
+    try:
+        if form in (_wire.TCP, _wire.TCP6):
+            # Told what it is, Python need not ask the kernel; trio sets TCP_NODELAY.
+            family = stdlib_socket.AF_INET if form == _wire.TCP else stdlib_socket.AF_INET6
+            sock = stdlib_socket.socket(
+                family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
+            )
+            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        if form == _wire.REFUSING:
+            return UnixConnection.from_fd(fd, receive_descriptors=False)
+        if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
+            return stream_of(fd)
+        mode = _MODES[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
+        return file_of(fd, mode, _FILES)
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        raise
+
+
+def close_now(stream: Any) -> None:
+    """Close what :func:`stream_for` has made, without a checkpoint; twice is allowed."""
+    if isinstance(stream, UnixConnection):
+        stream._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
+    elif isinstance(stream, trio.SocketStream):
+        stream.socket.close()
+    elif stream is not None:
+        stream.close()

@@ -1,0 +1,357 @@
+"""A worker, as its pool sees it: what it was sent, what it has acknowledged, how it is doing.
+
+The rule of this file: each delivery that was handed to a link is, at every moment, in one of
+three places: on its way (``batch``), acknowledged (``in_flight``), or with its pool again.
+
+At most one batch is on its way at a time. A worker that is busy acknowledges nothing, and so is
+sent nothing more: what is to be done waits in the pool, where any worker can have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from ..errors import (
+    HandlerError,
+    UnixConnectionError,
+    WorkerDiedError,
+    WorkerStartError,
+)
+from . import _wire
+from ._delivery import Delivery, JobReceipt
+from ._process import WorkerProcess, ending_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_READ: Final = 65536
+# How many jobs go in one message. More would only wait in the worker, where no other can have
+# them.
+_MOST: Final = 64
+_NO_ROOM_PAUSE: Final = 0.05
+# What a worker may take to end, once its jobs are finished or their time is up.
+_END_TIME: Final = 5.0
+
+
+class Owner(Protocol):
+    """What a link tells its pool."""
+
+    def pump(self) -> None:
+        """There may be room for jobs now."""
+
+    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+        """A worker has not acknowledged these; whether that counts as a try of theirs."""
+
+    def acknowledged(self, link: Link, count: int) -> None:
+        """So many jobs were taken."""
+
+    def handled(self, link: Link, count: int) -> None:
+        """So many handlers have returned."""
+
+    def failed(self, link: Link, number: int, text: str, *, awaited: bool) -> None:
+        """A handler has raised, or a job could not be given its stream."""
+
+    def abandoned(self, link: Link, numbers: Iterable[int]) -> None:
+        """A worker has died while it was handling these."""
+
+    def leaving(self, link: Link) -> None:
+        """A worker wants to be replaced."""
+
+    def ended(self, link: Link) -> None:
+        """A worker is no more."""
+
+
+class Link:
+    """One worker.
+
+    Attributes:
+      index: its place in the pool.
+      state: "starting", "ready", "draining", "ended".
+      batch: what was handed to it, and is not acknowledged.
+      in_flight: what it has acknowledged, and not finished: by number, the delivery if its
+        answer is awaited.
+      limit: how many jobs it may be handed at once.
+      resting: whether it has just refused a job, for want of descriptors.
+      error: why it has ended, or could not start.
+      last_heard: when it last said something, in trio's time.
+      started: when it was ready, in trio's time.
+    """
+
+    def __init__(self, index: int, process: WorkerProcess, owner: Owner) -> None:
+        self.index = index
+        self.process = process
+        self.pid = process.pid
+        self.state = "starting"
+        self.batch: list[Delivery] = []
+        self.in_flight: dict[int, Delivery | None] = {}
+        self.limit = _MOST
+        self.resting = False
+        self.error: Exception | None = None
+        self.last_heard = trio.current_time()
+        self.started = math.inf
+        self.taken = 0
+        self.handled = 0
+        self.failed = 0
+        self.settled = trio.Event()
+        self.gone = trio.Event()
+        self._owner = owner
+        self._number = 0
+        self._is_sent = True
+        self._orders: list[bytes] = []
+        self._something = trio.lowlevel.ParkingLot()
+        self._killed_for: str | None = None
+
+    ################################################################
+    # For the pool
+    ################################################################
+
+    def has_room(self, most: int) -> bool:
+        """Whether it can be handed a job now, if ``most`` may be in flight."""
+        return (
+            self.state == "ready"
+            and self._is_sent
+            and not self.batch
+            and not self.resting
+            and len(self.in_flight) < most
+        )
+
+    def hand_over(self, deliveries: list[Delivery]) -> None:
+        """Send jobs, of which there are none on their way."""
+        for delivery in deliveries:
+            delivery.sent = True
+        self.batch = deliveries
+        self._is_sent = False
+        self._something.unpark()
+
+    def cancel_job(self, number: int) -> None:
+        """Have the handler of a job cancelled."""
+        self._order(_wire.ids(_wire.CANCEL, [number]))
+
+    def kill(self, why: str) -> None:
+        """Kill the worker."""
+        self._killed_for = self._killed_for or why
+        self.process.kill()
+
+    async def leave(self, timeout: float, end_time: float = _END_TIME) -> None:
+        """Have the worker finish its jobs and end; after ``timeout`` its handlers are cancelled.
+
+        Returns when it is gone; it is killed ``end_time`` after that, and if this is cancelled.
+        """
+        if self.state in ("starting", "ready"):
+            self.state = "draining"
+            self._order(_wire.seconds(_wire.DRAIN, timeout))
+        try:
+            with trio.move_on_after(timeout + end_time):
+                await self.gone.wait()
+                return
+            self.kill("did not end in time when it was asked to")
+        except BaseException:
+            self.kill("was no longer needed")
+            raise
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.gone.wait()
+
+    def _order(self, order: bytes) -> None:
+        self._orders.append(order)
+        self._something.unpark()
+
+    ################################################################
+    # Its life
+    ################################################################
+
+    async def run(self) -> None:
+        """Be there for the worker until it has ended; whoever cancels this kills it."""
+        status = 0
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, name="trio_unixconn.pool send")
+                received = trio.Event()
+                nursery.start_soon(self._receive, received, name="trio_unixconn.pool receive")
+                status = await self.process.wait()
+                # What it has said before is still to be heard. Behind that comes the end, also
+                # if a child of its own holds the other end.
+                with contextlib.suppress(OSError):
+                    self.process.conn.socket.shutdown(trio.socket.SHUT_RD)
+                await received.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                self.process.kill()
+                status = await self.process.wait() or status
+                await self.process.conn.aclose()
+                self._bury(status)
+
+    def _bury(self, status: int) -> None:
+        was, self.state = self.state, "ended"
+        ending = ending_of(status)
+        if self._killed_for:
+            ending = f"{self._killed_for}, and {ending}"
+        who = f"worker {self.index} (pid {self.pid})"
+        if self.error is None and was == "starting":
+            self.error = WorkerStartError(f"{who} {ending} before it was ready")
+        elif self.error is None:
+            self.error = WorkerDiedError(f"{who} {ending}")
+        batch, self.batch = self.batch, []
+        in_flight, self.in_flight = self.in_flight, {}
+        if batch:
+            self._owner.take_back(batch, self.error, counts=True)
+        for delivery in in_flight.values():
+            if delivery is not None:
+                delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
+        if in_flight:
+            self._owner.abandoned(self, in_flight)
+        self.settled.set()
+        self.gone.set()
+        self._owner.ended(self)
+
+    async def _send(self) -> None:
+        conn = self.process.conn
+        while True:
+            if self._is_sent and not self._orders:
+                await self._something.park()
+            try:
+                # Orders behind: a worker that is told to drain reads no further.
+                if not self._is_sent:
+                    await self._send_batch()
+                while self._orders:
+                    await conn.send_all(self._orders.pop(0))
+            except UnixConnectionError:
+                # It has died, which is found out elsewhere.
+                await trio.sleep_forever()
+
+    async def _send_batch(self) -> None:
+        batch = self.batch
+        self._number += 1
+        fds = [each.fd for each in batch if each.fd >= 0]
+        sent = [_wire.SentJob(each.id, each.form, each.wants_answer, each.data) for each in batch]
+        message = _wire.jobs(self._number, sent, carries=bool(fds))
+        while True:
+            try:
+                await self.process.conn.send_message(message, fds=fds)
+            except OSError as exc:
+                # This process has no descriptor free to hold on to them while it waits.
+                if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                await trio.sleep(_NO_ROOM_PAUSE)
+            else:
+                break
+        self._is_sent = True
+        if not self.batch:
+            # It was acknowledged before this task came to run again.
+            self._owner.pump()
+
+    async def _receive(self, received: trio.Event) -> None:
+        decoder = _wire.Decoder()
+        conn = self.process.conn
+        try:
+            while True:
+                try:
+                    data = await conn.receive_some(_READ)
+                except UnixConnectionError:
+                    break
+                if not data:
+                    break
+                self.last_heard = trio.current_time()
+                for kind, body, _ in decoder.feed(data, []):
+                    self._heard(kind, body)
+        except _wire.WireError as exc:
+            self.kill(f"said what no worker says ({exc})")
+        received.set()
+
+    def _heard(self, kind: int, body: bytes) -> None:
+        hear = _HEARS.get(kind)
+        if hear is None:
+            raise _wire.WireError(f"a frame of kind {kind}")
+        hear(self, body)
+
+    def _ready(self, _: bytes) -> None:
+        if self.state == "starting":
+            self.state = "ready"
+        self.started = trio.current_time()
+        self.settled.set()
+
+    def _failed_to_start(self, body: bytes) -> None:
+        text = body.decode(errors="replace")
+        self.error = WorkerStartError(f"worker {self.index} could not start", text)
+        self.settled.set()
+
+    def _done(self, body: bytes) -> None:
+        numbers = _wire.read_ids(body)
+        for number in numbers:
+            self.in_flight.pop(number, None)
+        self.handled += len(numbers)
+        self._owner.handled(self, len(numbers))
+
+    def _answered(self, body: bytes) -> None:
+        number, answer = _wire.read_about(body)
+        delivery = self.in_flight.pop(number, None)
+        self.handled += 1
+        self._owner.handled(self, 1)
+        if delivery is not None:
+            delivery.settle(answer)
+
+    def _failed(self, body: bytes) -> None:
+        number, said = _wire.read_about(body)
+        text = said.decode(errors="replace")
+        delivery = self.in_flight.pop(number, None)
+        self.failed += 1
+        self._owner.failed(self, number, text, awaited=delivery is not None)
+        if delivery is not None:
+            delivery.settle(HandlerError(f"the handler of job {number} failed", text))
+
+    def _leaving(self, _: bytes) -> None:
+        self._owner.leaving(self)
+
+    def _beat(self, _: bytes) -> None:
+        """That it came was noted with whatever came."""
+
+    def _taken(self, body: bytes) -> None:
+        self._check_number(body)
+        deliveries, self.batch = self.batch, []
+        for delivery in deliveries:
+            delivery.close()
+            self.in_flight[delivery.id] = delivery if delivery.wants_answer else None
+            if not delivery.wants_answer:
+                delivery.settle(JobReceipt(delivery.id, self.index, self.pid))
+            elif delivery.raise_cancel is not None:
+                self.cancel_job(delivery.id)
+        self.taken += len(deliveries)
+        self.limit = min(_MOST, 2 * self.limit)
+        self._owner.acknowledged(self, len(deliveries))
+        self._owner.pump()
+
+    def _refused(self, body: bytes) -> None:
+        self._check_number(body)
+        deliveries, self.batch = self.batch, []
+        why = WorkerDiedError(
+            f"worker {self.index} (pid {self.pid}) had no descriptor free to receive it "
+            "(RLIMIT_NOFILE)"
+        )
+        # One of many may have had room: that it came with others is not its fault.
+        self.limit = 1
+        self.resting = True
+        self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
+
+    def _check_number(self, body: bytes) -> None:
+        batch = _wire.read_number(body)
+        if batch != self._number or not self.batch:
+            raise _wire.WireError(f"batch {batch}, where {self._number} was due")
+
+
+_HEARS: Final = {
+    _wire.TAKEN: Link._taken,  # noqa: SLF001 - of this file, and so are the others
+    _wire.REFUSED: Link._refused,  # noqa: SLF001
+    _wire.DONE: Link._done,  # noqa: SLF001
+    _wire.ANSWER: Link._answered,  # noqa: SLF001
+    _wire.ERROR: Link._failed,  # noqa: SLF001
+    _wire.READY: Link._ready,  # noqa: SLF001
+    _wire.FAILED: Link._failed_to_start,  # noqa: SLF001
+    _wire.LEAVING: Link._leaving,  # noqa: SLF001
+    _wire.BEAT: Link._beat,  # noqa: SLF001
+}

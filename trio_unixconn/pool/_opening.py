@@ -1,0 +1,173 @@
+"""open_worker_pool: the block in which a pool lives.
+
+The rule of this file: when the block has ended, however it ended, no worker is left.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from ._pool import PoolOptions, WorkerPool
+from ._targets import check_reference
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from ._statistics import AbandonedJob
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def pool_options(
+    handler: str,
+    *,
+    workers: int | None = None,
+    setup: str | None = None,
+    max_in_flight: int = 1000,
+    max_queue: int = 1000,
+    max_tries: int = 3,
+    max_jobs: int | None = None,
+    start_timeout: float = 60,
+    hang_timeout: float = 10,
+    drain_timeout: float = 30,
+    crash_limit: int = 5,
+    on_abandoned: Callable[[AbandonedJob], None] | None = None,
+) -> PoolOptions:
+    """Check what was asked for.
+
+    Raises:
+      TypeError, ValueError: something that cannot be.
+    """
+    check_reference(handler, "a handler")
+    if setup is not None:
+        check_reference(setup, "a setup")
+    counts = {
+        "workers": available_cpus() if workers is None else workers,
+        "max_in_flight": max_in_flight,
+        "max_queue": max_queue,
+        "max_tries": max_tries,
+        "max_jobs": 1 if max_jobs is None else max_jobs,
+        "crash_limit": crash_limit,
+    }
+    for name, count in counts.items():
+        if operator.index(count) < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    times = {"start_timeout": start_timeout, "hang_timeout": hang_timeout}
+    for name, time in times.items():
+        if not time > 0:
+            raise ValueError(f"{name} must be more than 0 seconds, not {time}")
+    if not drain_timeout >= 0:
+        raise ValueError(f"drain_timeout must be 0 or more seconds, not {drain_timeout}")
+    return PoolOptions(
+        handler=handler,
+        workers=counts["workers"],
+        setup=setup,
+        max_in_flight=max_in_flight,
+        max_queue=max_queue,
+        max_tries=max_tries,
+        max_jobs=max_jobs,
+        start_timeout=start_timeout,
+        hang_timeout=hang_timeout,
+        drain_timeout=drain_timeout,
+        crash_limit=crash_limit,
+        on_abandoned=on_abandoned,
+    )
+
+
+@asynccontextmanager
+async def open_worker_pool(
+    handler: str,
+    *,
+    workers: int | None = None,
+    setup: str | None = None,
+    max_in_flight: int = 1000,
+    max_queue: int = 1000,
+    max_tries: int = 3,
+    max_jobs: int | None = None,
+    start_timeout: float = 60,
+    hang_timeout: float = 10,
+    drain_timeout: float = 30,
+    crash_limit: int = 5,
+    on_abandoned: Callable[[AbandonedJob], None] | None = None,
+) -> AsyncGenerator[WorkerPool, None]:
+    """Start worker processes that get descriptors, and run a handler on each.
+
+    A worker is a fresh interpreter, with this one's import path, that imports the handler. All
+    are ready when the block is entered. At its end the pool drains; if the block is left by an
+    exception or a cancellation, handlers are cancelled and have a second to clean up in::
+
+        async with open_worker_pool("package.module:handler", workers=4) as pool:
+            await pool.submit(stream)
+
+    with, in ``package/module.py``::
+
+        async def handler(stream, job): ...
+
+    The stream is a ``trio.SocketStream``, a :class:`UnixConnection`, or an open file, which
+    blocks; it is closed when the handler returns. ``job`` is a :class:`Job`.
+
+    Args:
+      handler: ``"package.module:name"`` of an async function of a stream and a job.
+      workers: how many; one for each processor that this process may use if left out.
+      setup: ``"package.module:name"`` of a function that returns an async context manager, in
+        which each worker lives; what it yields is ``job.state``.
+      max_in_flight: how many jobs each worker handles at a time.
+      max_queue: how many jobs may wait in the pool; then ``submit`` waits.
+      max_tries: how many workers may die, or lack descriptors, before they acknowledge a job,
+        until it is given up.
+      max_jobs: a worker is replaced when it has taken so many, or a few more.
+      start_timeout: seconds that a worker may take to be ready.
+      hang_timeout: seconds after which a worker that says nothing is killed and replaced. A
+        handler that computes for as long without a checkpoint is such a one. ``math.inf`` for
+        never.
+      drain_timeout: seconds that jobs may take to finish in when a worker, or all, are to end.
+      crash_limit: when so many workers in turn have died at one place without having finished
+        a job, or having lived for ten seconds, the pool ends.
+      on_abandoned: called for each job that was being handled when its worker died; such jobs
+        are also logged, under ``trio_unixconn.pool``, and counted.
+
+    Raises:
+      TypeError, ValueError: something that cannot be; nothing was started.
+      WorkerStartError: a worker could not be started; with its traceback.
+      ExceptionGroup: of the causes, when workers died again and again.
+    """
+    options = pool_options(
+        handler,
+        workers=workers,
+        setup=setup,
+        max_in_flight=max_in_flight,
+        max_queue=max_queue,
+        max_tries=max_tries,
+        max_jobs=max_jobs,
+        start_timeout=start_timeout,
+        hang_timeout=hang_timeout,
+        drain_timeout=drain_timeout,
+        crash_limit=crash_limit,
+        on_abandoned=on_abandoned,
+    )
+    raised: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        pool = WorkerPool(options, nursery)
+        try:
+            await pool._open()  # noqa: SLF001 - its constructor
+            yield pool
+            await pool.drain()
+        except BaseException as exc:  # noqa: BLE001 - raised below, not in a group of the nursery's
+            raised = exc
+            await pool._abort()  # noqa: SLF001 - as above
+        nursery.cancel_scope.cancel()
+    if pool._failure is not None:  # noqa: SLF001 - as above
+        raise pool._failure  # noqa: SLF001 - as above
+    if raised is not None:
+        raise raised

@@ -1,0 +1,599 @@
+"""WorkerPool: jobs in, acknowledgements and answers out, and the lives of its workers.
+
+The rule of this file: a place in the pool has a worker that takes jobs, or one is being started
+for it; the old one leaves when the new one is there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from ..errors import PoolClosedError, WorkerStartError
+from . import _process, _wire
+from ._delivery import Delivery, JobReceipt, Submitted, checked_data, take_over
+from ._dispatch import Dispatcher
+from ._link import Link
+from ._statistics import AbandonedJob, Counters, PoolStatistics, WorkerStatistics, memory_of
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .._buffers import Buffer
+
+logger: Final = logging.getLogger("trio_unixconn.pool")
+
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 10.0
+# A worker that has lived so long, or has finished a job, does not count as one that cannot.
+_LONG_LIFE: Final = 10.0
+_LONGEST_REST: Final = 1.0
+# What workers have to clean up in, when the pool's block was left by an exception.
+_SHORT_END: Final = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class PoolOptions:
+    """What :func:`open_worker_pool` was asked for; see there."""
+
+    handler: str
+    workers: int
+    setup: str | None
+    max_in_flight: int
+    max_queue: int
+    max_tries: int
+    max_jobs: int | None
+    start_timeout: float
+    hang_timeout: float
+    drain_timeout: float
+    crash_limit: int
+    on_abandoned: Callable[[AbandonedJob], None] | None
+
+
+@attrs.define(eq=False)
+class _Place:
+    """A place in the pool.
+
+    Attributes:
+      failures: why its workers died, since one of them was of any use.
+      busy: whether a worker is being started or replaced here.
+    """
+
+    index: int
+    link: Link | None = None
+    restarts: int = 0
+    failures: list[Exception] = attrs.field(factory=list[Exception])
+    busy: bool = False
+    rest: float = _FIRST_PAUSE
+
+
+class WorkerPool:
+    """Workers that get jobs; :func:`open_worker_pool` makes one."""
+
+    def __init__(self, options: PoolOptions, nursery: trio.Nursery) -> None:
+        self._options = options
+        self._nursery = nursery
+        self._counters = Counters()
+        self._dispatcher = Dispatcher(
+            options.max_in_flight, options.max_queue, options.max_tries, self._counters
+        )
+        self._places: list[_Place] = []
+        self._draining: set[Link] = set()
+        self._numbers = itertools.count(1)
+        # Why no more jobs are taken, and whether workers that die are not replaced any more.
+        self._closed: str | None = None
+        self._over = False
+        # Why it ended itself.
+        self._failure: Exception | None = None
+        # Changes of who is in the pool, one after the other.
+        self._changing = trio.Lock()
+        self._idle = trio.lowlevel.ParkingLot()
+        self._pump = self._dispatcher.pump
+
+    ################################################################
+    # Jobs
+    ################################################################
+
+    @enable_ki_protection
+    async def submit(
+        self, what: Submitted, *, data: Buffer = b"", to: int | None = None
+    ) -> JobReceipt:
+        """Hand a stream, socket, file or descriptor to the least busy worker.
+
+        Ownership moves to the pool at once, whatever happens then: ``what`` is detached or
+        closed, or, if it is an int, not the caller's any more. Only a TypeError, a ValueError
+        or a PoolClosedError leaves it as it was.
+
+        A job that no worker has yet is withdrawn when this is cancelled: it is never handled.
+        Once a worker has been sent it, it is too late: this waits for the acknowledgement, and
+        returns.
+
+        Args:
+          what: a connected stream socket in any form, or a file that is open to read or write.
+            A Python file is flushed and closed; what it has read ahead is lost, so give files
+            that were not read from.
+          data: up to 16 MiB that the handler gets as ``job.data``.
+          to: the index of the worker that must have it, which is a place in the pool: when its
+            worker is replaced, the next one has it.
+
+        Returns:
+          Who took it, once that worker has said so.
+
+        Raises:
+          TypeError, ValueError, OSError: nothing that a worker can have.
+          PoolClosedError: the pool takes no more jobs.
+          JobRefusedError: ``max_tries`` workers died, or had no descriptor free, before they
+            could acknowledge it.
+        """
+        delivery = await self._deliver(what, data, to, wants_answer=False)
+        receipt: JobReceipt = delivery.outcome
+        return receipt
+
+    @enable_ki_protection
+    async def call(
+        self, what: Submitted | None = None, *, data: Buffer = b"", to: int | None = None
+    ) -> bytes:
+        """Hand a job to a worker, and wait for what its handler returns: bytes.
+
+        As :meth:`submit`; also without a descriptor, when the handler's stream is None. When
+        this is cancelled, so is the handler, and this returns when it has ended.
+
+        Raises:
+          HandlerError: the handler raised, or did not return bytes.
+          WorkerDiedError: its worker died while it was being handled; it is not tried again.
+          All that :meth:`submit` raises.
+        """
+        delivery = await self._deliver(what, data, to, wants_answer=True)
+        answer: bytes = delivery.outcome
+        return answer
+
+    async def _deliver(
+        self, what: Submitted | None, data: Buffer, to: int | None, *, wants_answer: bool
+    ) -> Delivery:
+        self._check_open()
+        if to is not None and not 0 <= to < len(self._places):
+            raise ValueError(f"to must be the index of a worker, below {len(self._places)}")
+        goes_along = checked_data(data)
+        if what is None:
+            if not wants_answer:
+                raise TypeError("a stream, socket, file or descriptor is due, not None")
+            fd, form = -1, _wire.NO_DESCRIPTOR
+        else:
+            fd, form = take_over(what)
+        delivery = Delivery(
+            next(self._numbers), fd, form, goes_along, to=to, wants_answer=wants_answer
+        )
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            await self.wait_for_room()
+        except BaseException:
+            delivery.close()
+            raise
+        self.put(delivery)
+        await self._outcome(delivery)
+        return delivery
+
+    async def _outcome(self, delivery: Delivery) -> None:
+        def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+            if not delivery.sent:
+                self._dispatcher.withdraw(delivery)
+                delivery.task = None
+                return trio.lowlevel.Abort.SUCCEEDED
+            delivery.raise_cancel = raise_cancel
+            for link in self._links():
+                if delivery.id in link.in_flight:
+                    link.cancel_job(delivery.id)
+            return trio.lowlevel.Abort.FAILED
+
+        if delivery.outcome is None:
+            delivery.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        outcome = delivery.outcome
+        error = outcome if isinstance(outcome, Exception) else None
+        if delivery.raise_cancel is not None and (outcome is None or error is not None):
+            delivery.raise_cancel()
+        if error is not None:
+            raise error
+
+    def put(self, delivery: Delivery) -> None:
+        """Let a job wait for a worker, which may be at once."""
+        self._counters.submitted += 1
+        self._dispatcher.put(delivery)
+        self._pump()
+
+    def put_accepted(self, fds: list[int], form: int) -> None:
+        """Let accepted sockets wait for workers; nobody waits for what becomes of them."""
+        self._counters.submitted += len(fds)
+        queue, numbers = self._dispatcher.queue, self._numbers
+        for fd in fds:
+            queue.append(Delivery(next(numbers), fd, form))
+        self._pump()
+
+    def free(self) -> int:
+        """Return how many more jobs may wait."""
+        return self._dispatcher.free()
+
+    async def wait_for_room(self) -> None:
+        """Wait until another job may wait.
+
+        Raises:
+          PoolClosedError: the pool takes no more jobs.
+        """
+        while self._dispatcher.free() <= 0:
+            self._check_open()
+            await self._dispatcher.waiting.park()
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise PoolClosedError(self._closed)
+
+    ################################################################
+    # Its workers
+    ################################################################
+
+    async def restart(self) -> None:
+        """Replace the workers, one after the other, by new ones that import the handler afresh.
+
+        Each new one is ready before the old one gets no more jobs; the old one finishes what it
+        has, for ``drain_timeout`` at most, while the next one is replaced.
+
+        Raises:
+          WorkerStartError: a new one could not start; the old ones that are left go on.
+        """
+        async with self._changing:
+            self._check_open()
+            for place in list(self._places):
+                await self._replace(place)
+
+    async def scale(self, workers: int) -> None:
+        """Have so many workers, from now on; those that are too many finish what they have.
+
+        Raises:
+          ValueError: fewer than one.
+          WorkerStartError: a new one could not start; as many as could are there.
+        """
+        if workers < 1:
+            raise ValueError(f"a pool has at least one worker, not {workers}")
+        async with self._changing:
+            self._check_open()
+            new = range(len(self._places), workers)
+            await self._fill([_Place(index) for index in new])
+            while len(self._places) > workers:
+                place = self._places.pop()
+                left = self._dispatcher.bound.pop(place.index, ())
+                self._dispatcher.give_up_all(left, f"there is no worker {place.index} any more")
+                self._dispatcher.links.pop(place.index, None)
+                if place.link is not None:
+                    self._leave(place.link)
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no more jobs, finish those that there are, and end the workers.
+
+        Args:
+          timeout: after so many seconds, handlers that are still at work are cancelled, and jobs
+            that still wait are given up; ``drain_timeout`` if left out.
+        """
+        timeout = self._options.drain_timeout if timeout is None else timeout
+        self._closed = self._closed or "the pool is draining, and takes no more jobs"
+        self._dispatcher.waiting.unpark_all()
+        begin = trio.current_time()
+        with trio.move_on_after(timeout):
+            while self._dispatcher.count() or any(link.batch for link in self._links()):
+                await self._idle.park()
+        self._over = True
+        self._dispatcher.clear("the pool ended first")
+        left = max(0.0, begin + timeout - trio.current_time())
+        async with trio.open_nursery() as nursery:
+            for link in list(self._links()):
+                nursery.start_soon(link.leave, left)
+
+    def _links(self) -> Iterable[Link]:
+        yield from (place.link for place in self._places if place.link is not None)
+        yield from self._draining
+
+    async def _fill(self, places: list[_Place]) -> None:
+        """Start workers for new places, all at a time."""
+        errors: list[Exception] = []
+
+        async def fill(place: _Place) -> None:
+            try:
+                place.link = await self._start(place)
+            except WorkerStartError as exc:
+                errors.append(exc)
+                # The others most likely fail for the same reason.
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for place in places:
+                nursery.start_soon(fill, place)
+        # In order, and without gaps: an index is a position.
+        for place in places:
+            if errors or place.link is None:
+                if place.link is not None:
+                    self._leave(place.link)
+                continue
+            self._places.append(place)
+            self._welcome(place)
+        if errors:
+            raise errors[0]
+
+    async def _start(self, place: _Place) -> Link:
+        """Start a worker, and wait until it is ready."""
+        options = self._options
+        order = {
+            "handler": options.handler,
+            "setup": options.setup,
+            "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
+        }
+        try:
+            process = _process.start(order)
+        except OSError as exc:
+            raise WorkerStartError(f"worker {place.index} could not be started: {exc}") from exc
+        link = Link(place.index, process, self)
+        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {place.index}")
+        try:
+            with trio.move_on_after(options.start_timeout):
+                await link.settled.wait()
+        except BaseException:
+            link.kill("was no longer needed")
+            raise
+        if link.state == "ready":
+            return link
+        if link.state == "starting" and link.error is None:
+            link.kill(f"was not ready after {options.start_timeout} seconds")
+        with trio.CancelScope(shield=True):
+            await link.gone.wait()
+        assert link.error is not None  # noqa: S101 - it has ended
+        raise link.error
+
+    def _welcome(self, place: _Place) -> None:
+        """Let the worker that a place has now take jobs."""
+        link = place.link
+        if link is None or link.state != "ready":
+            # It was ready, and died before it came to that.
+            self._revive_soon(place)
+            return
+        self._dispatcher.links[place.index] = link
+        self._pump()
+
+    async def _replace(self, place: _Place) -> None:
+        if place.busy:
+            return
+        place.busy = True
+        try:
+            new = await self._start(place)
+        except BaseException:
+            place.busy = False
+            if place.link is None or place.link.state == "ended":
+                # The old one died meanwhile.
+                self._revive_soon(place)
+            raise
+        place.busy = False
+        old, place.link = place.link, new
+        place.restarts += 1
+        self._counters.restarts += 1
+        self._welcome(place)
+        if old is not None and old.state != "ended":
+            self._leave(old)
+
+    def _leave(self, link: Link) -> None:
+        """Have a worker finish what it has, and end, while everything else goes on."""
+        self._draining.add(link)
+        self._nursery.start_soon(link.leave, self._options.drain_timeout)
+
+    def _revive_soon(self, place: _Place) -> None:
+        if not place.busy and not self._over and place in self._places:
+            place.busy = True
+            self._nursery.start_soon(
+                self._revive, place, name=f"trio_unixconn.pool restart {place.index}"
+            )
+
+    async def _revive(self, place: _Place) -> None:
+        """Start a worker in the place of one that died, after a growing pause."""
+        while not self._over and place in self._places:
+            failures = len(place.failures)
+            if failures >= self._options.crash_limit:
+                self._end(
+                    ExceptionGroup(
+                        f"{failures} workers in turn died, or could not start, before they "
+                        "finished a job",
+                        place.failures,
+                    )
+                )
+                return
+            await trio.sleep(
+                min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)) if failures else 0
+            )
+            try:
+                place.link = await self._start(place)
+            except WorkerStartError as exc:
+                logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
+                place.failures.append(exc)
+                continue
+            place.busy = False
+            place.restarts += 1
+            self._counters.restarts += 1
+            self._welcome(place)
+            return
+
+    def _end(self, failure: Exception) -> None:
+        self._failure = failure
+        self._closed = "the pool has ended, because its workers could not live"
+        self._nursery.cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        """Kill workers that do not say that they live."""
+        timeout = self._options.hang_timeout
+        pause = timeout / 5
+        while True:
+            before = trio.current_time()
+            await trio.sleep(pause)
+            now = trio.current_time()
+            if now - before > 2 * pause:
+                # This process was not running either, and what they said is still unread.
+                continue
+            for link in list(self._links()):
+                if link.state != "starting" and now - link.last_heard > timeout:
+                    logger.warning(
+                        "worker %d (pid %d) has not been heard of for %.1f seconds, and is killed",
+                        link.index,
+                        link.pid,
+                        now - link.last_heard,
+                    )
+                    link.kill(f"hung for {now - link.last_heard:.1f} seconds")
+
+    ################################################################
+    # What its workers say
+    ################################################################
+
+    def pump(self) -> None:
+        """There may be room for jobs now."""
+        self._pump()
+
+    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+        """Have jobs that a worker has not taken tried by another."""
+        self._dispatcher.take_back(deliveries, why, counts=counts)
+        for place in self._places:
+            if place.link is not None and place.link.resting:
+                self._nursery.start_soon(self._rest, place, place.link)
+        self._pump()
+        self._look_idle()
+
+    async def _rest(self, place: _Place, link: Link) -> None:
+        """Give a worker that has no descriptor free time to close some."""
+        pause, place.rest = place.rest, min(2 * place.rest, _LONGEST_REST)
+        await trio.sleep(pause)
+        link.resting = False
+        self._pump()
+
+    def acknowledged(self, link: Link, count: int) -> None:
+        """Count jobs that were taken."""
+        self._counters.acknowledged += count
+        most = self._options.max_jobs
+        if most is not None and link.taken >= most and link.state == "ready":
+            self._renew(link)
+        self._look_idle()
+
+    def handled(self, link: Link, count: int) -> None:
+        """Count jobs whose handler has returned."""
+        self._counters.handled += count
+        place = self._places[link.index] if link.index < len(self._places) else None
+        if place is not None and place.link is link:
+            place.failures.clear()
+            place.rest = _FIRST_PAUSE
+        self._pump()
+
+    def failed(self, link: Link, number: int, text: str, *, awaited: bool) -> None:
+        """Count a job whose handler has raised, and log it unless its caller is told."""
+        self._counters.failed += 1
+        if not awaited:
+            logger.error(
+                "worker %d (pid %d): job %d failed\n%s", link.index, link.pid, number, text.rstrip()
+            )
+        self._pump()
+
+    def abandoned(self, link: Link, numbers: Iterable[int]) -> None:
+        """Report what a worker was handling when it died."""
+        for number in numbers:
+            self._counters.abandoned += 1
+            job = AbandonedJob(number, link.index, link.pid)
+            logger.warning("job %d was being handled when its worker died: %s", number, link.error)
+            if self._options.on_abandoned is not None:
+                self._options.on_abandoned(job)
+
+    def leaving(self, link: Link) -> None:
+        """Replace a worker that somebody has asked to end (SIGTERM)."""
+        if link.state == "ready":
+            logger.info(
+                "worker %d (pid %d) was asked to end, and is replaced", link.index, link.pid
+            )
+            self._renew(link)
+
+    def _renew(self, link: Link) -> None:
+        place = self._places[link.index] if link.index < len(self._places) else None
+        if self._closed is None and place is not None and place.link is link and not place.busy:
+            self._nursery.start_soon(self._replace_logged, place)
+
+    async def _replace_logged(self, place: _Place) -> None:
+        try:
+            await self._replace(place)
+        except WorkerStartError as exc:
+            logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
+
+    def ended(self, link: Link) -> None:
+        """Have a worker that died replaced."""
+        self._draining.discard(link)
+        if self._dispatcher.links.get(link.index) is link:
+            del self._dispatcher.links[link.index]
+        self._look_idle()
+        place = self._places[link.index] if link.index < len(self._places) else None
+        if place is None or place.link is not link or self._over:
+            return
+        assert link.error is not None  # noqa: S101 - it has ended
+        self._counters.deaths += 1
+        logger.warning("%s; another is started", link.error)
+        if not link.handled and trio.current_time() - link.started < _LONG_LIFE:
+            place.failures.append(link.error)
+        else:
+            place.failures.clear()
+        self._revive_soon(place)
+
+    def _look_idle(self) -> None:
+        if self._idle:
+            self._idle.unpark_all()
+
+    ################################################################
+    # How it is
+    ################################################################
+
+    def statistics(self) -> PoolStatistics:
+        """Return what the pool has done, and is doing."""
+        links = list(self._links())
+        restarts = {id(place.link): place.restarts for place in self._places}
+        now = trio.current_time()
+        workers = tuple(
+            WorkerStatistics(
+                index=link.index,
+                pid=link.pid,
+                state="starting" if link.state == "ended" else link.state,
+                in_flight=len(link.in_flight) + len(link.batch),
+                handled=link.handled,
+                failed=link.failed,
+                restarts=restarts.get(id(link), 0),
+                memory=memory_of(link.pid),
+                age=max(0.0, now - link.started),
+            )
+            for link in links
+        )
+        return PoolStatistics(
+            workers=workers,
+            queued=self._dispatcher.count(),
+            in_flight=sum(each.in_flight for each in workers),
+            **attrs.asdict(self._counters),
+        )
+
+    async def _open(self) -> None:
+        await self._fill([_Place(index) for index in range(self._options.workers)])
+        if self._options.hang_timeout < math.inf:
+            self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
+
+    async def _abort(self) -> None:
+        """End the workers at once: their handlers are cancelled, and have a moment for that."""
+        self._closed = self._closed or "the pool is closed"
+        self._over = True
+        self._dispatcher.waiting.unpark_all()
+        self._dispatcher.clear("the pool ended first")
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for link in list(self._links()):
+                    nursery.start_soon(link.leave, 0.0, _SHORT_END)

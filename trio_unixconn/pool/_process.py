@@ -1,0 +1,96 @@
+"""A worker's process: a fresh interpreter, started, waited for, and killed.
+
+The rule of this file: whoever starts one also reaps it, whatever happens in between.
+
+Sources: pidfd_open(2), signal(7), https://docs.python.org/3/library/subprocess.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket as stdlib_socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from .._connection import UnixConnection
+
+_BOOT: Final = str(Path(__file__).with_name("_boot.py"))
+
+
+class WorkerProcess:
+    """A process, and the connection to it.
+
+    Attributes:
+      conn: this side's end; the other is the process's only.
+      pid: its number.
+    """
+
+    def __init__(self, popen: subprocess.Popen[bytes], conn: UnixConnection) -> None:
+        self._popen = popen
+        self.conn = conn
+        self.pid = popen.pid
+
+    async def wait(self) -> int:
+        """Wait until it has ended, and reap it.
+
+        Returns:
+          Its exit status; negative, the signal that killed it.
+        """
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):
+            # Not Linux, before 5.3, or no descriptor is free.
+            return await trio.to_thread.run_sync(self._popen.wait, abandon_on_cancel=True)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        return self._popen.wait()
+
+    def kill(self) -> None:
+        """Kill it, if it has not been reaped."""
+        self._popen.kill()
+
+
+def start(order: dict[str, Any]) -> WorkerProcess:
+    """Start a worker with its order, which :mod:`._boot` reads.
+
+    Not in a thread: what prctl(2) has the kernel tell the worker is the death of the thread
+    that started it. It takes a millisecond or two.
+
+    Raises:
+      OSError: EMFILE, ENOMEM, EAGAIN; nothing is left behind.
+    """
+    ours, theirs = stdlib_socket.socketpair()
+    try:
+        with theirs:
+            body = json.dumps({**order, "path": sys.path, "pool": os.getpid()}).encode()
+            ours.sendall(len(body).to_bytes(4, "big") + body)
+            popen = subprocess.Popen(  # noqa: S603 - this interpreter, and a file of ours
+                # The handler's name is for who looks at a list of processes.
+                [sys.executable, _BOOT, str(theirs.fileno()), order["handler"]],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # What a terminal sends is for the pool's process only.
+                start_new_session=True,
+            )
+        return WorkerProcess(popen, UnixConnection.from_stdlib_socket(ours))
+    except BaseException:
+        ours.close()
+        raise
+
+
+def ending_of(status: int) -> str:
+    """Say how a process ended."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

@@ -1,0 +1,273 @@
+"""serve_with_workers: this process accepts, workers handle.
+
+The rule of this file: what was accepted is the pool's from then on; while the pool has no room,
+nothing is accepted, and clients wait in the listeners' queues.
+
+Sources: accept(2), listen(2), trio.serve_listeners
+"""
+
+from __future__ import annotations
+
+import errno
+import socket as stdlib_socket
+from typing import TYPE_CHECKING, Any, Final, TypedDict
+
+import attrs
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from .. import _kernel
+from .._admission import NO_ROOM, PAUSE
+from .._listener import UnixListener, remove_path
+from .._socket import stdlib_socket_of
+from ..errors import ConnectionClosedError
+from . import _wire
+from ._opening import open_worker_pool
+from ._pool import WorkerPool, logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Unpack
+
+    from ._statistics import AbandonedJob, PoolStatistics
+
+Listener = "trio.SocketListener | UnixListener"
+
+_GONE_NAMES: Final = [
+    *("ECONNABORTED", "EPERM", "EPROTO", "ENOPROTOOPT", "EOPNOTSUPP", "EINTR", "ENONET"),
+    *("ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"),
+]
+# accept(2): what is said of one connection, which is gone, and not of the listener.
+_GONE: Final = frozenset(getattr(errno, name) for name in _GONE_NAMES if hasattr(errno, name))
+# How many are accepted before other tasks run.
+_BURST: Final = 256
+_FORMS: Final = {
+    stdlib_socket.AF_INET: _wire.TCP,
+    stdlib_socket.AF_INET6: _wire.TCP6,
+    _kernel.AF_UNIX: _wire.UNIX,
+}
+
+
+class WorkerPoolOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`open_worker_pool`."""
+
+    workers: int | None
+    setup: str | None
+    max_in_flight: int
+    max_queue: int
+    max_tries: int
+    max_jobs: int | None
+    start_timeout: float
+    hang_timeout: float
+    drain_timeout: float
+    crash_limit: int
+    on_abandoned: Callable[[AbandonedJob], None] | None
+
+
+@attrs.define(eq=False)
+class WorkerServer:
+    """A server that :func:`serve_with_workers` runs.
+
+    Attributes:
+      pool: its workers: :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale` are for whoever
+        runs it.
+      listeners: where it accepts connections; closed once it drains.
+      accepted: how many connections it has accepted.
+      denied: how many of those the policy of a :class:`UnixListener` has denied.
+    """
+
+    pool: WorkerPool
+    listeners: Sequence[trio.SocketListener | UnixListener]
+    accepted: int = 0
+    denied: int = 0
+    _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
+    _timeout: float | None = attrs.field(default=None, repr=False)
+    # Connections about whose peers a policy is being asked.
+    _asking: int = attrs.field(default=0, repr=False)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Ask the server to stop: no new connections, and the handlers finish.
+
+        Connections that waited in the listeners' queues are still handled. After that
+        :func:`serve_with_workers` returns.
+
+        Args:
+          timeout: after so many seconds handlers that are still at work are cancelled; the
+            pool's ``drain_timeout`` if left out.
+
+        Raises:
+          ValueError: a timeout that is negative, or no number.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
+        self._timeout = timeout
+        self._accepting.cancel()
+
+    def statistics(self) -> PoolStatistics:
+        """Return what the pool has done, and is doing."""
+        return self.pool.statistics()
+
+    async def _serve(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
+        async with trio.open_nursery() as asking:
+            with self._accepting:
+                async with trio.open_nursery() as accepting:
+                    for each in self.listeners:
+                        accepting.start_soon(
+                            self._accept_from, each, asking, name=f"trio_unixconn.pool {each!r}"
+                        )
+                    task_status.started(self)
+            # Only a drain ends that without an exception.
+            for listener in self.listeners:
+                await self._accept_last(listener, asking)
+        await self.pool.drain(self._timeout)
+
+    async def _accept_from(
+        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+    ) -> None:
+        raw = stdlib_socket_of(listener.socket)
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(raw)
+            except (ValueError, trio.ClosedResourceError) as exc:
+                raise ConnectionClosedError("somebody else has closed this listener") from exc
+            await self._accept_waiting(listener, asking)
+
+    async def _accept_last(
+        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+    ) -> None:
+        """Accept what waits in a listener's queue, and close it."""
+        if isinstance(listener, UnixListener):
+            await remove_path(listener)
+        raw = stdlib_socket_of(listener.socket)
+        # No more were in the queue; clients may go on connecting until it is closed.
+        left = _longest_queue()
+        while left > 0 and raw.fileno() != -1:
+            count = await self._accept_waiting(listener, asking)
+            if not count:
+                break
+            left -= count
+        await listener.aclose()
+
+    @enable_ki_protection
+    async def _accept_waiting(
+        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+    ) -> int:
+        """Accept what waits, as far as there is room, which is waited for; return how many."""
+        while True:
+            await self.pool.wait_for_room()
+            room = self.pool.free() - self._asking
+            if room > 0:
+                break
+            await trio.sleep(PAUSE)
+        raw = stdlib_socket_of(listener.socket)
+        accepted, error = _accept(raw, min(_BURST, room))
+        self.accepted += len(accepted)
+        if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
+            self._asking += len(accepted)
+            for sock, name in accepted:
+                asking.start_soon(self._ask, listener, sock, name)
+        elif accepted:
+            fds = [sock.detach() for sock, _ in accepted]
+            self.pool.put_accepted(fds, _form_of(listener, raw))
+        if error is not None:
+            logger.warning("cannot accept connections now (%s); trying again", error.strerror)
+            await trio.sleep(PAUSE)
+        return len(accepted)
+
+    async def _ask(
+        self, listener: UnixListener, sock: stdlib_socket.socket, name: str | bytes
+    ) -> None:
+        """Hand a connection to the pool if the listener's policy admits its peer."""
+        try:
+            conn = listener._connection(trio.socket.from_stdlib_socket(sock), name)  # noqa: SLF001
+            async with conn:
+                if await listener._admits(conn):  # noqa: SLF001 - as serve_unix
+                    form = _form_of(listener, sock)
+                    self.pool.put_accepted([conn.detach()], form)
+                else:
+                    self.denied += 1
+        finally:
+            self._asking -= 1
+
+
+def _accept(
+    raw: stdlib_socket.socket, most: int
+) -> tuple[list[tuple[stdlib_socket.socket, Any]], OSError | None]:
+    """Accept up to ``most`` that wait; and return what the system said when it had no room."""
+    accepted: list[tuple[stdlib_socket.socket, Any]] = []
+    while len(accepted) < most:
+        try:
+            accepted.append(raw.accept())
+        except BlockingIOError:
+            break
+        except OSError as exc:
+            if exc.errno in NO_ROOM:
+                return accepted, exc
+            if exc.errno not in _GONE:
+                raise
+    return accepted, None
+
+
+def _form_of(listener: Any, raw: stdlib_socket.socket) -> int:
+    if isinstance(listener, UnixListener) and not listener._receive_descriptors:  # noqa: SLF001
+        return _wire.REFUSING
+    return _FORMS.get(raw.family, _wire.OTHER)
+
+
+def _longest_queue() -> int:
+    try:
+        with open("/proc/sys/net/core/somaxconn", "rb") as file:
+            return int(file.read()) + 1
+    except (OSError, ValueError):
+        return stdlib_socket.SOMAXCONN + 1
+
+
+@enable_ki_protection
+async def serve_with_workers(
+    handler: str,
+    listeners: Sequence[trio.SocketListener | UnixListener],
+    *,
+    task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[WorkerPoolOptions],
+) -> None:
+    """Accept connections here, and have workers handle them.
+
+    ::
+
+        listeners = await trio.open_tcp_listeners(8000, host="127.0.0.1")
+        server = await nursery.start(serve_with_workers, "package.module:handler", listeners)
+        ...
+        server.drain(timeout=10)
+
+    Cancelling this ends the handlers, too; to let them finish, use :meth:`WorkerServer.drain`.
+
+    Args:
+      handler: ``"package.module:name"``, as of :func:`open_worker_pool`.
+      listeners: of ``trio.open_tcp_listeners``, :func:`open_unix_listener` and the like; the
+        server owns them from now on. The policy of a :class:`UnixListener` is asked here.
+      options: the keyword arguments of :func:`open_worker_pool`.
+
+    Returns:
+      When a drain has come to its end. ``nursery.start`` returns a :class:`WorkerServer`, once
+      the workers are ready.
+
+    Raises:
+      TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
+        listeners are closed then, too.
+    """
+    listeners = list(listeners)
+    try:
+        if not listeners:
+            raise ValueError("at least one listener is due")
+        for listener in listeners:
+            if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"a trio.SocketListener or UnixListener is due, not {type(listener).__name__}"
+                )
+        async with open_worker_pool(handler, **options) as pool:
+            await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
+    finally:
+        with trio.CancelScope(shield=True):
+            for listener in listeners:
+                await listener.aclose()

@@ -1,0 +1,275 @@
+"""A worker: receives jobs, says that it has taken them, runs the handler on each.
+
+The rule of this file: no handler begins before the pool has been told that its job was taken,
+and what the pool was told is taken is handled. So when a worker dies, the pool knows of each
+job whether its handler can have begun.
+
+Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from .._connection import UnixConnection
+from ..errors import DescriptorsTruncatedError, UnixConnectionError
+from . import _wire
+from ._job import Job, close_now, stream_for
+from ._targets import load_handler, load_setup
+
+if TYPE_CHECKING:
+    import socket as stdlib_socket
+
+_PR_SET_PDEATHSIG: Final = 1
+_READ: Final = 65536
+# What a worker without a pool has to finish its jobs in, and after which it is gone, whatever
+# its handlers do: together less than a second.
+_ORPHAN_DRAIN: Final = 0.5
+_ORPHAN_END: Final = 0.75
+
+
+def work(sock: stdlib_socket.socket, order: dict[str, Any]) -> int:
+    """Be a worker until the pool says that it is enough, or is gone; return the exit status."""
+    # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(order["pool"])
+    threading.Thread(target=_watch, args=(sock.fileno(),), daemon=True).start()
+    try:
+        handler = load_handler(order["handler"])
+        setup = load_setup(order["setup"]) if order["setup"] else None
+    except BaseException:  # noqa: BLE001 - whatever it is, the pool shows it
+        return _failed(sock)
+    return trio.run(_run, sock, order, handler, setup)
+
+
+def _end_with(pool: int) -> None:
+    """Have the kernel tell this process when the pool's is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != pool:
+        # It was gone before.
+        os._exit(1)
+
+
+def _watch(fd: int) -> None:
+    """End this process soon after the pool is gone; a thread, for handlers that never wait."""
+    poll = select.poll()
+    # Nothing but the other end's close.
+    poll.register(fd, 0)
+    poll.poll()
+    time.sleep(_ORPHAN_END)
+    os._exit(1)
+
+
+def _failed(sock: stdlib_socket.socket) -> int:
+    text = traceback.format_exc().encode(errors="replace")[: _wire.MAX_DATA]
+    with contextlib.suppress(OSError):
+        sock.setblocking(True)
+        sock.sendall(_wire.frame(_wire.FAILED, text))
+    return 1
+
+
+async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, setup: Any) -> int:
+    conn = UnixConnection.from_stdlib_socket(sock)
+    context: Any = contextlib.nullcontext()
+    ready = False
+    try:
+        if setup is not None:
+            context = setup()
+        async with context as state:
+            worker = _Worker(conn, handler, state, order["beat"])
+            await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
+            ready = True
+            await worker.run()
+    except trio.Cancelled:
+        raise
+    except BaseException:
+        if ready:
+            raise
+        return _failed(conn._receiver.raw)  # noqa: SLF001 - blocking now, as its last act
+    await conn.aclose()
+    return 0
+
+
+class _Worker:
+    """One worker, once it is ready."""
+
+    def __init__(self, conn: UnixConnection, handler: Any, state: Any, beat: float) -> None:
+        self._conn = conn
+        self._handler = handler
+        self._state = state
+        self._beat = beat
+        # What is to be told to the pool: whole frames, and numbers of jobs that are done.
+        self._out: list[bytes] = []
+        self._done: list[int] = []
+        self._sending = False
+        self._sent = trio.lowlevel.ParkingLot()
+        self._something = trio.lowlevel.ParkingLot()
+        # Of the jobs whose answers are awaited, which the pool may cancel.
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._deadline = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Serve until the pool says that it is enough, or is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heed_signals, name="trio_unixconn.pool signals")
+            nursery.start_soon(self._send_news, name="trio_unixconn.pool news")
+            nursery.start_soon(self._send_beats, name="trio_unixconn.pool heartbeat")
+            with self._deadline:
+                async with trio.open_nursery() as handlers:
+                    await self._receive(handlers)
+            with contextlib.suppress(UnixConnectionError):
+                await self._tell()
+            nursery.cancel_scope.cancel()
+
+    async def _receive(self, handlers: trio.Nursery) -> None:
+        decoder = _wire.Decoder()
+        while True:
+            fds: list[int] | None
+            try:
+                message = await self._conn.receive_message(_READ)
+                data, fds = message.data, message.fds.steal_fds()
+            except DescriptorsTruncatedError as exc:
+                # No slot was free for them, and what arrived is closed.
+                data, fds = exc.data, None
+            except UnixConnectionError:
+                data, fds = b"", []
+            if not data:
+                self._deadline.deadline = trio.current_time() + _ORPHAN_DRAIN
+                return
+            for frame in decoder.feed(data, fds):
+                if frame.kind == _wire.DRAIN:
+                    timeout = _wire.read_seconds(frame.body)
+                    self._deadline.deadline = trio.current_time() + timeout
+                    return
+                await self._obey(handlers, frame)
+
+    async def _obey(self, handlers: trio.Nursery, frame: _wire.Frame) -> None:
+        kind, body, fds = frame
+        if kind == _wire.JOBS:
+            await self._take(handlers, body, fds)
+        elif kind == _wire.CANCEL:
+            for each in _wire.read_ids(body):
+                if each in self._scopes:
+                    self._scopes[each].cancel()
+        else:
+            raise _wire.WireError(f"a frame of kind {kind} came")
+
+    async def _take(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
+        batch, jobs = _wire.read_jobs(body)
+        if fds is None:
+            self._out.append(_wire.number(_wire.REFUSED, batch))
+            await self._tell()
+            return
+        self._out.append(_wire.number(_wire.TAKEN, batch))
+        try:
+            await self._tell()
+        except BaseException:
+            # The pool is gone before it knew: nobody will say what became of them.
+            for fd in fds:
+                os.close(fd)
+            raise
+        coming = iter(fds)
+        for job in jobs:
+            fd = next(coming) if job.form != _wire.NO_DESCRIPTOR else -1
+            handlers.start_soon(self._handle, job, fd, name="trio_unixconn.pool handler")
+
+    async def _handle(self, sent: _wire.SentJob, fd: int) -> None:
+        number, form, wants_answer, data = sent
+        stream: Any = None
+        try:
+            if form != _wire.NO_DESCRIPTOR:
+                stream = stream_for(form, fd)
+            job = Job(number, data, self._state, stream)
+            if wants_answer:
+                await self._answer(stream, job)
+            else:
+                await self._handler(stream, job)
+                self._done.append(number)
+        except Exception:  # noqa: BLE001 - the pool logs it, or raises it
+            self._say(number, traceback.format_exc())
+        except BaseException as exc:
+            why = "was cancelled: the worker ended" if isinstance(exc, trio.Cancelled) else ""
+            self._say(number, f"the handler {why or traceback.format_exc()}")
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                close_now(stream)
+            self._something.unpark()
+
+    async def _answer(self, stream: Any, job: Job) -> None:
+        scope = self._scopes[job.id] = trio.CancelScope()
+        answer: Any = None
+        try:
+            with scope:
+                answer = await self._handler(stream, job)
+        finally:
+            del self._scopes[job.id]
+        if scope.cancelled_caught:
+            self._say(job.id, "the handler was cancelled, because the call was")
+        elif not isinstance(answer, bytes):
+            self._say(job.id, f"the handler returned {answer!r}, where bytes were due")
+        elif len(answer) > _wire.MAX_DATA:
+            self._say(job.id, f"the handler returned {len(answer)} bytes; send sealed memory")
+        else:
+            self._out.append(_wire.about(_wire.ANSWER, job.id, answer))
+
+    def _say(self, number: int, text: str) -> None:
+        said = text.encode(errors="backslashreplace")[: _wire.MAX_DATA]
+        self._out.append(_wire.about(_wire.ERROR, number, said))
+
+    async def _send_news(self) -> None:
+        while True:
+            if not self._out and not self._done:
+                await self._something.park()
+            try:
+                await self._tell()
+            except UnixConnectionError:
+                # The receiving side notices, too.
+                await trio.sleep_forever()
+
+    async def _tell(self) -> None:
+        """Send all that there is to tell; when this returns, it has been sent."""
+        while self._sending:
+            await self._sent.park()
+        if self._done:
+            self._out.append(_wire.ids(_wire.DONE, self._done))
+            self._done.clear()
+        if not self._out:
+            return
+        news = b"".join(self._out)
+        self._out.clear()
+        self._sending = True
+        try:
+            # Half a frame would be the end of everything.
+            with trio.CancelScope(shield=True):
+                await self._conn.send_all(news)
+        finally:
+            self._sending = False
+            self._sent.unpark_all()
+
+    async def _send_beats(self) -> None:
+        while True:
+            await trio.sleep(self._beat)
+            self._out.append(_wire.frame(_wire.BEAT))
+            self._something.unpark()
+
+    async def _heed_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                # From the kernel, when the pool is gone, or from somebody who wants another
+                # worker here. The pool says when: jobs may be on their way.
+                self._out.append(_wire.frame(_wire.LEAVING))
+                self._something.unpark()
