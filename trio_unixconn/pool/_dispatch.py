@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-import attrs
 import trio
 
 from ..errors import JobRefusedError
@@ -26,23 +25,27 @@ def _rank(link: Link) -> tuple[int, int]:
     return len(link.in_flight), link.taken
 
 
-@attrs.define(eq=False)
 class Dispatcher:
     """The queue of a pool.
 
     Attributes:
       links: the workers that are to get jobs, by their place.
+      queue: the jobs that any of them may have.
+      bound: those that only one may have, by its place.
+      waiting: who waits until another job may wait.
     """
 
-    max_in_flight: int
-    max_queue: int
-    max_tries: int
-    counters: Counters
-    links: dict[int, Link] = attrs.field(init=False, factory=dict)
-    queue: deque[Delivery] = attrs.field(init=False, factory=lambda: deque())
-    # Of jobs that only one worker may have.
-    bound: dict[int, deque[Delivery]] = attrs.field(init=False, factory=dict)
-    waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+    def __init__(
+        self, max_in_flight: int, max_queue: int, max_tries: int, counters: Counters
+    ) -> None:
+        self.max_in_flight = max_in_flight
+        self.max_queue = max_queue
+        self.max_tries = max_tries
+        self.counters = counters
+        self.links: dict[int, Link] = {}
+        self.queue: deque[Delivery] = deque()
+        self.bound: dict[int, deque[Delivery]] = {}
+        self.waiting = trio.lowlevel.ParkingLot()
 
     def count(self) -> int:
         """Return how many jobs wait."""
