@@ -7,7 +7,7 @@ worker is next, and among those the one that has had the fewest.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ._delivery import Delivery
     from ._link import Link
     from ._statistics import Counters
+
+# A batch that holds so many bytes is full: a worker reads all of it before it acknowledges any,
+# and one more job must still fit into a frame.
+_FULL: Final = 2**20
 
 
 def _rank(link: Link) -> tuple[int, int]:
@@ -92,7 +96,12 @@ class Dispatcher:
         if not mine:
             return False
         count = min(len(mine), link.limit, self.max_in_flight - len(link.in_flight))
-        link.hand_over([mine.popleft() for _ in range(count)])
+        share: list[Delivery] = []
+        size = 0
+        while len(share) < count and size < _FULL:
+            share.append(mine.popleft())
+            size += len(share[-1].data)
+        link.hand_over(share)
         if not mine:
             del self.bound[link.index]
         return True
@@ -102,14 +111,21 @@ class Dispatcher:
         queue = self.queue
         shares: dict[Link, list[Delivery]] = {}
         loads = {link: len(link.in_flight) for link in ready}
+        sizes = dict.fromkeys(ready, 0)
         ready.sort(key=_rank, reverse=True)
         while queue and ready:
             # The last is the least busy; with one more it may not be any longer.
             link = ready[-1]
             share = shares.setdefault(link, [])
-            share.append(queue.popleft())
+            delivery = queue.popleft()
+            share.append(delivery)
             loads[link] += 1
-            if len(share) >= link.limit or loads[link] >= self.max_in_flight:
+            sizes[link] += len(delivery.data)
+            if (
+                len(share) >= link.limit
+                or loads[link] >= self.max_in_flight
+                or sizes[link] >= _FULL
+            ):
                 ready.pop()
                 continue
             at = len(ready) - 1
