@@ -188,6 +188,8 @@ class WorkerPool:
             if not delivery.sent:
                 self._dispatcher.withdraw(delivery)
                 delivery.task = None
+                # It may have been what a drain waited for.
+                self._look_idle()
                 return trio.lowlevel.Abort.SUCCEEDED
             delivery.raise_cancel = raise_cancel
             for link in self._links():
