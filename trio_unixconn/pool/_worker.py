@@ -4,7 +4,7 @@ The rule of this file: no handler begins before the pool has been told that its 
 and what the pool was told is taken is handled. So when a worker dies, the pool knows of each
 job whether its handler can have begun.
 
-Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7)
+Sources: prctl(2) (PR_SET_PDEATHSIG), pidfd_open(2), signal(7)
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def work(sock: stdlib_socket.socket, order: dict[str, Any]) -> int:
     # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with(order["pool"])
-    threading.Thread(target=_watch, args=(sock.fileno(),), daemon=True).start()
+    watched = (sock.fileno(), _open_pool(order["pool"]))
+    threading.Thread(target=_watch, args=watched, daemon=True).start()
     try:
         handler = load_handler(order["handler"])
         setup = load_setup(order["setup"]) if order["setup"] else None
@@ -63,11 +64,22 @@ def _end_with(pool: int) -> None:
         os._exit(1)
 
 
-def _watch(fd: int) -> None:
+def _open_pool(pool: int) -> int | None:
+    """Return a pidfd of the pool's process; None where there is none (before Linux 5.3)."""
+    try:
+        return os.pidfd_open(pool)
+    except (AttributeError, OSError):
+        return None
+
+
+def _watch(fd: int, pool: int | None) -> None:
     """End this process soon after the pool is gone; a thread, for handlers that never wait."""
     poll = select.poll()
     # Nothing but the other end's close.
     poll.register(fd, 0)
+    if pool is not None:
+        # Children that the pool's process has forked may hold its end of the socket open.
+        poll.register(pool, select.POLLIN)
     poll.poll()
     time.sleep(_ORPHAN_END)
     os._exit(1)
@@ -89,7 +101,9 @@ async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, 
         if setup is not None:
             context = setup()
         async with context as state:
-            worker = _Worker(conn, handler, state, order["beat"])
+            # Becoming another user has the kernel forget it.
+            _end_with(order["pool"])
+            worker = _Worker(conn, handler, state, order)
             await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
             ready = True
             await worker.run()
@@ -106,11 +120,14 @@ async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, 
 class _Worker:
     """One worker, once it is ready."""
 
-    def __init__(self, conn: UnixConnection, handler: Any, state: Any, beat: float) -> None:
+    def __init__(
+        self, conn: UnixConnection, handler: Any, state: Any, order: dict[str, Any]
+    ) -> None:
         self._conn = conn
         self._handler = handler
         self._state = state
-        self._beat = beat
+        self._beat: float = order["beat"]
+        self._pool: int = order["pool"]
         # What is to be told to the pool: whole frames, and numbers of jobs that are done.
         self._out: list[bytes] = []
         self._done: list[int] = []
@@ -269,6 +286,10 @@ class _Worker:
     async def _heed_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
+                if os.getppid() != self._pool:
+                    # Whoever else holds its end of the socket will not say anything.
+                    with contextlib.suppress(OSError):
+                        self._conn.socket.shutdown(trio.socket.SHUT_RD)
                 # From the kernel, when the pool is gone, or from somebody who wants another
                 # worker here. The pool says when: jobs may be on their way.
                 self._out.append(_wire.frame(_wire.LEAVING))
