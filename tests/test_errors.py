@@ -79,7 +79,7 @@ def test_errors_can_be_pickled(error: Exception) -> None:
 
 
 def test_what_a_worker_says_is_told() -> None:
-    """The traceback of a worker is in .traceback and behind the message; without one, neither is."""
+    """A worker's traceback is in .traceback and behind the message; without one, neither is."""
     error = trio_unixconn.HandlerError("the handler failed", "Traceback\nZeroDivisionError\n")
     assert error.traceback == "Traceback\nZeroDivisionError\n"
     assert str(error) == "the handler failed; in the worker:\nTraceback\nZeroDivisionError"
