@@ -4,7 +4,7 @@ The rule of this file: no handler begins before the pool has been told that its 
 and what the pool was told is taken is handled. So when a worker dies, the pool knows of each
 job whether its handler can have begun.
 
-Sources: prctl(2) (PR_SET_PDEATHSIG), pidfd_open(2), signal(7)
+Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from socket import SHUT_RD
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -26,6 +27,7 @@ import trio
 from .._connection import UnixConnection
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _wire
+from ._board import Board
 from ._job import Job, close_now, stream_for
 from ._targets import load_handler, load_setup
 
@@ -40,47 +42,56 @@ _ORPHAN_DRAIN: Final = 0.5
 _ORPHAN_END: Final = 0.75
 
 
-def work(sock: stdlib_socket.socket, order: dict[str, Any]) -> int:
+def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
     """Be a worker until the pool says that it is enough, or is gone; return the exit status."""
     # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with(order["pool"])
-    watched = (sock.fileno(), _open_pool(order["pool"]))
-    threading.Thread(target=_watch, args=watched, daemon=True).start()
+    _end_with_pool()
+    threading.Thread(target=_watch, args=(sock, _pidfd_of(order["pool"])), daemon=True).start()
+    _check_parent(order["pool"])
     try:
         handler = load_handler(order["handler"])
         setup = load_setup(order["setup"]) if order["setup"] else None
     except BaseException:  # noqa: BLE001 - whatever it is, the pool shows it
         return _failed(sock)
-    return trio.run(_run, sock, order, handler, setup)
+    notes = Board(board)
+    os.close(board)
+    # A handler's children have no use for it.
+    sock.set_inheritable(False)
+    return trio.run(_run, sock, notes, order, handler, setup)
 
 
-def _end_with(pool: int) -> None:
+def _end_with_pool() -> None:
     """Have the kernel tell this process when the pool's is gone (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != pool:
-        # It was gone before.
-        os._exit(1)
 
 
-def _open_pool(pool: int) -> int | None:
-    """Return a pidfd of the pool's process; None where there is none (before Linux 5.3)."""
+def _pidfd_of(pool: int) -> int | None:
     try:
         return os.pidfd_open(pool)
     except (AttributeError, OSError):
+        # Not Linux, before 5.3, or it is gone.
         return None
 
 
-def _watch(fd: int, pool: int | None) -> None:
+def _check_parent(pool: int) -> None:
+    if os.getppid() != pool:
+        # It was gone before anything here could have been told of it.
+        os._exit(1)
+
+
+def _watch(sock: stdlib_socket.socket, pool: int | None) -> None:
     """End this process soon after the pool is gone; a thread, for handlers that never wait."""
     poll = select.poll()
     # Nothing but the other end's close.
-    poll.register(fd, 0)
+    poll.register(sock.fileno(), 0)
     if pool is not None:
-        # Children that the pool's process has forked may hold its end of the socket open.
         poll.register(pool, select.POLLIN)
     poll.poll()
+    # A child of the pool's process may hold the other end open.
+    with contextlib.suppress(OSError):
+        sock.shutdown(SHUT_RD)
     time.sleep(_ORPHAN_END)
     os._exit(1)
 
@@ -93,7 +104,9 @@ def _failed(sock: stdlib_socket.socket) -> int:
     return 1
 
 
-async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, setup: Any) -> int:
+async def _run(
+    sock: stdlib_socket.socket, board: Board, order: dict[str, Any], handler: Any, setup: Any
+) -> int:
     conn = UnixConnection.from_stdlib_socket(sock)
     context: Any = contextlib.nullcontext()
     ready = False
@@ -101,9 +114,9 @@ async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, 
         if setup is not None:
             context = setup()
         async with context as state:
-            # Becoming another user has the kernel forget it.
-            _end_with(order["pool"])
-            worker = _Worker(conn, handler, state, order)
+            # The kernel forgets it when a process becomes another user.
+            _end_with_pool()
+            worker = _Worker(conn, board, handler, state, order["beat"])
             await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
             ready = True
             await worker.run()
@@ -121,13 +134,13 @@ class _Worker:
     """One worker, once it is ready."""
 
     def __init__(
-        self, conn: UnixConnection, handler: Any, state: Any, order: dict[str, Any]
+        self, conn: UnixConnection, board: Board, handler: Any, state: Any, beat: float
     ) -> None:
         self._conn = conn
+        self._note = board.note
         self._handler = handler
         self._state = state
-        self._beat: float = order["beat"]
-        self._pool: int = order["pool"]
+        self._beat = beat
         # What is to be told to the pool: whole frames, and numbers of jobs that are done.
         self._out: list[bytes] = []
         self._done: list[int] = []
@@ -214,6 +227,7 @@ class _Worker:
                 await self._answer(stream, job)
             else:
                 await self._handler(stream, job)
+                self._note(number)
                 self._done.append(number)
         except Exception:  # noqa: BLE001 - the pool logs it, or raises it
             self._say(number, traceback.format_exc())
@@ -244,6 +258,7 @@ class _Worker:
             self._out.append(_wire.about(_wire.ANSWER, job.id, answer))
 
     def _say(self, number: int, text: str) -> None:
+        self._note(number)
         said = text.encode(errors="backslashreplace")[: _wire.MAX_DATA]
         self._out.append(_wire.about(_wire.ERROR, number, said))
 
@@ -286,10 +301,6 @@ class _Worker:
     async def _heed_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
-                if os.getppid() != self._pool:
-                    # Whoever else holds its end of the socket will not say anything.
-                    with contextlib.suppress(OSError):
-                        self._conn.socket.shutdown(trio.socket.SHUT_RD)
                 # From the kernel, when the pool is gone, or from somebody who wants another
                 # worker here. The pool says when: jobs may be on their way.
                 self._out.append(_wire.frame(_wire.LEAVING))
