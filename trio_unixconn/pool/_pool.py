@@ -16,7 +16,7 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ..errors import PoolClosedError, WorkerStartError
+from ..errors import JobRefusedError, PoolClosedError, WorkerStartError
 from . import _process, _wire
 from ._delivery import Delivery, JobReceipt, Submitted, checked_data, take_over
 from ._dispatch import Dispatcher
@@ -145,7 +145,8 @@ class WorkerPool:
           TypeError, ValueError, OSError: nothing that a worker can have.
           PoolClosedError: the pool takes no more jobs.
           JobRefusedError: ``max_tries`` workers died, or had no descriptor free, before they
-            could acknowledge it.
+            could acknowledge it; or the pool ended before a worker had it, or there is no
+            worker ``to`` any more.
         """
         delivery = await self._deliver(what, data, to, wants_answer=False)
         receipt: JobReceipt = delivery.outcome
@@ -188,6 +189,10 @@ class WorkerPool:
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             await self.wait_for_room()
+        except PoolClosedError as exc:
+            delivery.close()
+            # Not as it came: that says that what was submitted is as it was.
+            raise JobRefusedError(f"job {delivery.id} was given up: {exc}") from exc
         except BaseException:
             delivery.close()
             raise
