@@ -197,6 +197,8 @@ class WorkerPool:
             delivery.close()
             raise
         self.put(delivery)
+        if to is not None:
+            self._give_up_bound()
         await self._outcome(delivery)
         return delivery
 
@@ -291,11 +293,16 @@ class WorkerPool:
             await self._fill([_Place(index) for index in new])
             while len(self._places) > workers:
                 place = self._places.pop()
-                left = self._dispatcher.bound.pop(place.index, ())
-                self._dispatcher.give_up_all(left, f"there is no worker {place.index} any more")
                 self._dispatcher.links.pop(place.index, None)
                 if place.link is not None:
                     self._leave(place.link)
+            self._give_up_bound()
+
+    def _give_up_bound(self) -> None:
+        """Give up jobs that only a worker may have that is not there any more."""
+        bound = self._dispatcher.bound
+        for index in [each for each in bound if each >= len(self._places)]:
+            self._dispatcher.give_up_all(bound.pop(index), f"there is no worker {index} any more")
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more jobs, finish those that there are, and end the workers.
@@ -497,6 +504,9 @@ class WorkerPool:
     def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
         """Have jobs that a worker has not taken tried by another."""
         self._dispatcher.take_back(deliveries, why, counts=counts)
+        self._give_up_bound()
+        if self._over:
+            self._dispatcher.clear("the pool ended first")
         for place in self._places:
             if place.link is not None and place.link.resting:
                 self._nursery.start_soon(self._rest, place, place.link)
