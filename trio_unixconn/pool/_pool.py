@@ -310,8 +310,13 @@ class WorkerPool:
         Args:
           timeout: after so many seconds, handlers that are still at work are cancelled, and jobs
             that still wait are given up; ``drain_timeout`` if left out.
+
+        Raises:
+          ValueError: a timeout that is negative, or no number; the pool goes on.
         """
         timeout = self._options.drain_timeout if timeout is None else timeout
+        if not timeout >= 0:
+            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
         self._closed = self._closed or "the pool is draining, and takes no more jobs"
         self._dispatcher.waiting.unpark_all()
         begin = trio.current_time()
