@@ -71,7 +71,7 @@ class _Place:
     """
 
     index: int
-    link: Link | None = None
+    link: Link
     restarts: int = 0
     failures: list[Exception] = attrs.field(factory=list[Exception])
     busy: bool = False
@@ -268,6 +268,7 @@ class WorkerPool:
 
         Raises:
           WorkerStartError: a new one could not start; the old ones that are left go on.
+          PoolClosedError: the pool takes no more jobs.
         """
         async with self._changing:
             self._check_open()
@@ -283,19 +284,19 @@ class WorkerPool:
 
         Raises:
           ValueError: fewer than one.
-          WorkerStartError: a new one could not start; as many as could are there.
+          WorkerStartError: a new one could not start; there are as many as before.
+          PoolClosedError: the pool takes no more jobs.
         """
         if workers < 1:
             raise ValueError(f"a pool has at least one worker, not {workers}")
         async with self._changing:
             self._check_open()
             new = range(len(self._places), workers)
-            await self._fill([_Place(index) for index in new])
+            await self._fill(new)
             while len(self._places) > workers:
                 place = self._places.pop()
                 self._dispatcher.links.pop(place.index, None)
-                if place.link is not None:
-                    self._leave(place.link)
+                self._leave(place.link)
             self._give_up_bound()
 
     def _give_up_bound(self) -> None:
@@ -331,37 +332,43 @@ class WorkerPool:
                 nursery.start_soon(link.leave, left)
 
     def _links(self) -> Iterable[Link]:
-        yield from (place.link for place in self._places if place.link is not None)
+        yield from (place.link for place in self._places)
         yield from self._draining
 
-    async def _fill(self, places: list[_Place]) -> None:
+    async def _fill(self, indexes: range) -> None:
         """Start workers for new places, all at a time."""
         errors: list[Exception] = []
+        links: dict[int, Link] = {}
 
-        async def fill(place: _Place) -> None:
+        async def fill(index: int) -> None:
             try:
-                place.link = await self._start(place)
+                links[index] = await self._start(index)
             except WorkerStartError as exc:
                 errors.append(exc)
                 # The others most likely fail for the same reason.
                 nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for place in places:
-                nursery.start_soon(fill, place)
+        try:
+            async with trio.open_nursery() as nursery:
+                for index in indexes:
+                    nursery.start_soon(fill, index)
+            if errors:
+                raise errors[0]
+        except BaseException:
+            for link in links.values():
+                self._leave(link)
+            raise
         # In order, and without gaps: an index is a position.
-        for place in places:
-            if errors or place.link is None:
-                if place.link is not None:
-                    self._leave(place.link)
-                continue
-            self._places.append(place)
-            self._welcome(place, place.link)
-        if errors:
-            raise errors[0]
+        for index in indexes:
+            self._places.append(_Place(index, links[index]))
+            self._welcome(self._places[-1], links[index])
 
-    async def _start(self, place: _Place) -> Link:
-        """Start a worker, and wait until it is ready."""
+    async def _start(self, index: int) -> Link:
+        """Start a worker, and wait until it is ready.
+
+        Raises:
+          WorkerStartError: it is gone; with an OSError as its cause, it never was there.
+        """
         options = self._options
         order = {
             "handler": options.handler,
@@ -372,9 +379,9 @@ class WorkerPool:
         try:
             process = _process.start(order)
         except OSError as exc:
-            raise WorkerStartError(f"worker {place.index} could not be started: {exc}") from exc
-        link = Link(place.index, process, self)
-        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {place.index}")
+            raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
+        link = Link(index, process, self)
+        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {index}")
         try:
             with trio.move_on_after(options.start_timeout):
                 await link.settled.wait()
@@ -400,27 +407,28 @@ class WorkerPool:
         self._pump()
 
     async def _replace(self, place: _Place) -> None:
-        if place.busy:
-            return
         place.begin()
         try:
-            new = await self._start(place)
+            new = await self._start(place.index)
         except BaseException:
             place.end()
-            if place.link is None or place.link.state == "ended":
+            if place.link.state == "ended":
                 # The old one died meanwhile.
                 self._revive_soon(place)
             raise
         place.end()
         old = place.link
         self._settle(place, new)
-        if old is not None and old.state != "ended":
-            self._leave(old)
+        self._leave(old)
 
     def _leave(self, link: Link) -> None:
         """Have a worker finish what it has, and end, while everything else goes on."""
-        self._draining.add(link)
-        self._nursery.start_soon(link.leave, self._options.drain_timeout)
+        if self._over:
+            # Nobody would wait for that, and the nursery may be closed.
+            link.kill("was no longer needed")
+        elif link.state != "ended":
+            self._draining.add(link)
+            self._nursery.start_soon(link.leave, self._options.drain_timeout)
 
     def _revive_soon(self, place: _Place) -> None:
         if not place.busy and self._has(place):
@@ -453,7 +461,7 @@ class WorkerPool:
         if failures:
             await trio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)))
         try:
-            return await self._start(place)
+            return await self._start(place.index)
         except WorkerStartError as exc:
             logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
             place.failures.append(exc)
@@ -513,7 +521,7 @@ class WorkerPool:
         if self._over:
             self._dispatcher.clear("the pool ended first")
         for place in self._places:
-            if place.link is not None and place.link.resting:
+            if place.link.resting:
                 self._nursery.start_soon(self._rest, place, place.link)
         self._pump()
         self._look_idle()
@@ -571,7 +579,11 @@ class WorkerPool:
     def _renew(self, link: Link) -> None:
         place = self._places[link.index] if link.index < len(self._places) else None
         if self._closed is None and place is not None and place.link is link and not place.busy:
-            self._nursery.start_soon(self._replace_logged, place)
+            # At once: others may ask for it before the task begins.
+            place.begin()
+            self._nursery.start_soon(
+                self._replace_logged, place, name=f"trio_unixconn.pool restart {place.index}"
+            )
 
     async def _replace_logged(self, place: _Place) -> None:
         try:
@@ -635,7 +647,7 @@ class WorkerPool:
         )
 
     async def _open(self) -> None:
-        await self._fill([_Place(index) for index in range(self._options.workers)])
+        await self._fill(range(self._options.workers))
         if self._options.hang_timeout < math.inf:
             self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
 
