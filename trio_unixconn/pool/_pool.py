@@ -520,14 +520,21 @@ class WorkerPool:
         self._give_up_bound()
         if self._over:
             self._dispatcher.clear("the pool ended first")
-        for place in self._places:
-            if place.link.resting:
-                self._nursery.start_soon(self._rest, place, place.link)
         self._pump()
         self._look_idle()
 
-    async def _rest(self, place: _Place, link: Link) -> None:
+    def give_up(self, deliveries: list[Delivery], why: str) -> None:
+        """Have jobs given up that cannot be sent to any worker."""
+        self._dispatcher.give_up_all(deliveries, why)
+        self._look_idle()
+
+    def refused(self, link: Link) -> None:
         """Give a worker that has no descriptor free time to close some."""
+        place = self._place_of(link)
+        if place is not None:
+            self._nursery.start_soon(self._rest, place, link)
+
+    async def _rest(self, place: _Place, link: Link) -> None:
         pause, place.rest = place.rest, min(2 * place.rest, _LONGEST_REST)
         await trio.sleep(pause)
         link.resting = False
@@ -544,8 +551,8 @@ class WorkerPool:
     def handled(self, link: Link, count: int) -> None:
         """Count jobs whose handler has returned."""
         self._counters.handled += count
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if place is not None and place.link is link:
+        place = self._place_of(link)
+        if place is not None:
             place.failures.clear()
             place.rest = _FIRST_PAUSE
         self._pump()
@@ -577,8 +584,8 @@ class WorkerPool:
             self._renew(link)
 
     def _renew(self, link: Link) -> None:
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if self._closed is None and place is not None and place.link is link and not place.busy:
+        place = self._place_of(link)
+        if self._closed is None and place is not None and not place.busy:
             # At once: others may ask for it before the task begins.
             place.begin()
             self._nursery.start_soon(
@@ -597,10 +604,9 @@ class WorkerPool:
         if self._dispatcher.links.get(link.index) is link:
             del self._dispatcher.links[link.index]
         self._look_idle()
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if place is None or place.link is not link or self._over:
-            return
-        self._lost(place, link)
+        place = self._place_of(link)
+        if place is not None and not self._over:
+            self._lost(place, link)
 
     def _lost(self, place: _Place, link: Link) -> None:
         assert link.error is not None  # noqa: S101 - it has ended
@@ -611,6 +617,11 @@ class WorkerPool:
         else:
             place.failures.clear()
         self._revive_soon(place)
+
+    def _place_of(self, link: Link) -> _Place | None:
+        """Return the place that a worker has; None if it has left it."""
+        place = self._places[link.index] if link.index < len(self._places) else None
+        return place if place is not None and place.link is link else None
 
     def _look_idle(self) -> None:
         if self._idle:
