@@ -497,7 +497,7 @@ class WorkerPool:
                 # This process was not running either, and what they said is still unread.
                 continue
             for link in list(self._links()):
-                if link.state != "starting" and now - link.last_heard > timeout:
+                if link.state != "ended" and now - link.last_heard > timeout:
                     logger.warning(
                         "worker %d (pid %d) has not been heard of for %.1f seconds, and is killed",
                         link.index,
