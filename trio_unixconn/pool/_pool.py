@@ -89,6 +89,14 @@ class _Place:
         self.changed.set()
 
 
+def _pause(failures: int) -> float:
+    """Return how long to wait before another worker is started, in seconds."""
+    if not failures:
+        return 0.0
+    # Behind that nothing grows but a number that soon is none for a float.
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(failures - 1, 10))
+
+
 class WorkerPool:
     """Workers that get jobs; :func:`open_worker_pool` makes one."""
 
@@ -440,31 +448,37 @@ class WorkerPool:
     async def _revive(self, place: _Place) -> None:
         """Start a worker in the place of one that died, after a growing pause."""
         link = None
+        tries = len(place.failures)
         try:
-            while link is None and self._has(place):
+            while len(place.failures) < self._options.crash_limit:
+                await trio.sleep(_pause(tries))
+                if not self._has(place):
+                    return
+                tries += 1
                 link = await self._try_again(place)
+                if link is not None:
+                    break
         finally:
             place.end()
         if link is not None:
             self._settle(place, link)
-
-    async def _try_again(self, place: _Place) -> Link | None:
-        failures = len(place.failures)
-        if failures >= self._options.crash_limit:
+        else:
             self._end(
                 ExceptionGroup(
-                    f"{failures} workers in turn died, or could not start, before they finished "
-                    "a job",
+                    f"{len(place.failures)} workers in turn died, or could not start, before "
+                    "they finished a job",
                     place.failures,
                 )
             )
-        if failures:
-            await trio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)))
+
+    async def _try_again(self, place: _Place) -> Link | None:
         try:
             return await self._start(place.index)
         except WorkerStartError as exc:
             logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
-            place.failures.append(exc)
+            # That this process has no descriptor free, say, is not the worker's fault.
+            if not isinstance(exc.__cause__, OSError):
+                place.failures.append(exc)
             return None
 
     def _has(self, place: _Place) -> bool:
