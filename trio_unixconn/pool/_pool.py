@@ -68,6 +68,7 @@ class _Place:
       failures: why its workers died, since one of them was of any use.
       busy: whether a worker is being started or replaced here; then ``changed`` says when that
         has come to an end.
+      again: when a worker that is well may be replaced, if the last new one could not start.
     """
 
     index: int
@@ -77,6 +78,7 @@ class _Place:
     busy: bool = False
     changed: trio.Event = attrs.field(factory=trio.Event)
     rest: float = _FIRST_PAUSE
+    again: float = -math.inf
 
     def begin(self) -> None:
         """A worker is being started here from now on."""
@@ -599,7 +601,12 @@ class WorkerPool:
 
     def _renew(self, link: Link) -> None:
         place = self._place_of(link)
-        if self._closed is None and place is not None and not place.busy:
+        if (
+            self._closed is None
+            and place is not None
+            and not place.busy
+            and trio.current_time() >= place.again
+        ):
             # At once: others may ask for it before the task begins.
             place.begin()
             self._nursery.start_soon(
@@ -611,6 +618,7 @@ class WorkerPool:
             await self._replace(place)
         except WorkerStartError as exc:
             logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
+            place.again = trio.current_time() + _LONGEST_PAUSE
 
     def ended(self, link: Link) -> None:
         """Have a worker that died replaced."""
