@@ -82,8 +82,9 @@ class _Place:
 
     def begin(self) -> None:
         """A worker is being started here from now on."""
-        self.busy = True
-        self.changed = trio.Event()
+        if not self.busy:
+            self.busy = True
+            self.changed = trio.Event()
 
     def end(self) -> None:
         """That has come to an end."""
