@@ -204,8 +204,15 @@ class Link:
         for delivery in in_flight.values():
             if delivery is not None:
                 delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
-        if in_flight:
-            self._owner.abandoned(self, in_flight)
+        # What it had finished and could not tell any more was not being handled.
+        noted = self.process.board.noted() if in_flight else ()
+        self.process.board.close()
+        abandoned = [number for number in in_flight if number not in noted]
+        if len(abandoned) < len(in_flight):
+            self.handled += len(in_flight) - len(abandoned)
+            self._owner.handled(self, len(in_flight) - len(abandoned))
+        if abandoned:
+            self._owner.abandoned(self, abandoned)
         self.settled.set()
         self.gone.set()
         self._owner.ended(self)
@@ -318,7 +325,8 @@ class Link:
             delivery.close()
             self.in_flight[delivery.id] = delivery if delivery.wants_answer else None
             if not delivery.wants_answer:
-                delivery.settle(JobReceipt(delivery.id, self.index, self.pid))
+                if delivery.task is not None:
+                    delivery.settle(JobReceipt(delivery.id, self.index, self.pid))
             elif delivery.raise_cancel is not None:
                 self.cancel_job(delivery.id)
         self.taken += len(deliveries)

@@ -333,6 +333,7 @@ class WorkerPool:
         order = {
             "handler": options.handler,
             "setup": options.setup,
+            "board": options.max_in_flight,
             "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
         }
         try:

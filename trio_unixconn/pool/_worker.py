@@ -26,6 +26,7 @@ import trio
 from .._connection import UnixConnection
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _wire
+from ._board import Board
 from ._job import Job, close_now, stream_for
 from ._targets import load_handler, load_setup
 
@@ -40,7 +41,7 @@ _ORPHAN_DRAIN: Final = 0.5
 _ORPHAN_END: Final = 0.75
 
 
-def work(sock: stdlib_socket.socket, order: dict[str, Any]) -> int:
+def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
     """Be a worker until the pool says that it is enough, or is gone; return the exit status."""
     # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +52,11 @@ def work(sock: stdlib_socket.socket, order: dict[str, Any]) -> int:
         setup = load_setup(order["setup"]) if order["setup"] else None
     except BaseException:  # noqa: BLE001 - whatever it is, the pool shows it
         return _failed(sock)
-    return trio.run(_run, sock, order, handler, setup)
+    notes = Board(board)
+    os.close(board)
+    # A handler's children have no use for it.
+    sock.set_inheritable(False)
+    return trio.run(_run, sock, notes, order, handler, setup)
 
 
 def _end_with(pool: int) -> None:
@@ -81,7 +86,9 @@ def _failed(sock: stdlib_socket.socket) -> int:
     return 1
 
 
-async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, setup: Any) -> int:
+async def _run(
+    sock: stdlib_socket.socket, board: Board, order: dict[str, Any], handler: Any, setup: Any
+) -> int:
     conn = UnixConnection.from_stdlib_socket(sock)
     context: Any = contextlib.nullcontext()
     ready = False
@@ -89,7 +96,7 @@ async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, 
         if setup is not None:
             context = setup()
         async with context as state:
-            worker = _Worker(conn, handler, state, order["beat"])
+            worker = _Worker(conn, board, handler, state, order["beat"])
             await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
             ready = True
             await worker.run()
@@ -106,8 +113,11 @@ async def _run(sock: stdlib_socket.socket, order: dict[str, Any], handler: Any, 
 class _Worker:
     """One worker, once it is ready."""
 
-    def __init__(self, conn: UnixConnection, handler: Any, state: Any, beat: float) -> None:
+    def __init__(
+        self, conn: UnixConnection, board: Board, handler: Any, state: Any, beat: float
+    ) -> None:
         self._conn = conn
+        self._note = board.note
         self._handler = handler
         self._state = state
         self._beat = beat
@@ -197,6 +207,7 @@ class _Worker:
                 await self._answer(stream, job)
             else:
                 await self._handler(stream, job)
+                self._note(number)
                 self._done.append(number)
         except Exception:  # noqa: BLE001 - the pool logs it, or raises it
             self._say(number, traceback.format_exc())
@@ -227,6 +238,7 @@ class _Worker:
             self._out.append(_wire.about(_wire.ANSWER, job.id, answer))
 
     def _say(self, number: int, text: str) -> None:
+        self._note(number)
         said = text.encode(errors="backslashreplace")[: _wire.MAX_DATA]
         self._out.append(_wire.about(_wire.ERROR, number, said))
 
