@@ -20,6 +20,7 @@ import attrs
 import trio
 
 from trio_unixconn import open_unix_listener
+from trio_unixconn.errors import WorkerStartError
 from trio_unixconn.pool import AbandonedJob, WorkerPool, open_worker_pool, serve_with_workers
 
 if TYPE_CHECKING:
@@ -106,11 +107,15 @@ class Accepting:
         assert self.pool is not None
         if do == "statistics":
             return {**attrs.asdict(self.pool.statistics()), "accepted": self.count()}
-        if do == "restart":
-            await self.pool.restart()
-        elif do == "scale":
-            await self.pool.scale(arguments["workers"])
-        elif do == "finish":
+        try:
+            if do == "restart":
+                await self.pool.restart()
+            elif do == "scale":
+                await self.pool.scale(arguments["workers"])
+        except WorkerStartError as exc:
+            # Somebody has killed it while it was starting.
+            return str(exc)
+        if do == "finish":
             if self.server is not None:
                 self.server.drain()
             self.until.cancel()

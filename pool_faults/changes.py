@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 Act = "Callable[[Running, Load], Awaitable[None]]"
 
 
-async def _under_load(way: str, act: Any, **options: Any) -> tuple[Load, list[Figure]]:
+async def _under_load(
+    sizes: Sizes, way: str, act: Any, **options: Any
+) -> tuple[Load, list[Figure]]:
     """Do something to a server while clients come; then look whether anybody noticed."""
     async with running(way, **options) as server:
-        load = server.load()
+        load = server.load(at_a_time=sizes.at_a_time)
 
         async def acting() -> None:
             await act(server, load)
@@ -63,7 +65,7 @@ async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
             numbers.update(before, after)
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load("serve", act)
+    _, figures = await _under_load(sizes, "serve", act)
     return [
         shown("restarts", sizes.restarts),
         none("workers that a restart has not replaced", stayed),
@@ -85,7 +87,7 @@ async def scaling(sizes: Sizes, seed: int) -> list[Figure]:
                 wrong.append(f"{len(now)} where {count} were due")
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load("serve", act)
+    _, figures = await _under_load(sizes, "serve", act)
     return [
         shown("changes of their number", 3 * sizes.rounds + 1),
         none("times that it was another number", wrong),
@@ -102,7 +104,7 @@ async def terminated(sizes: Sizes, seed: int) -> list[Figure]:
             await load.more(rng.randrange(1, sizes.step // 2))
             await server.signal_one(rng, signal.SIGTERM)
 
-    _, figures = await _under_load("submit", act)
+    _, figures = await _under_load(sizes, "submit", act)
     return [shown("signals", 5 * sizes.rounds), *figures]
 
 
@@ -126,9 +128,8 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
             pid = rng.choice(await server.pids())
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             # In turns: no room at all, and room for a part of a batch.
-            room = 0 if number % 2 == 0 else 3
-            lowest = server.idle_worker_descriptors if not room else 0
-            limit = lowest or processes.highest_descriptor(pid) + 1 + room
+            room = 3 if number % 2 else 0
+            limit = processes.highest_descriptor(pid) + 1 + room if room else _STANDARD
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
             # What it has been sent before is answered first.
             await load.more(sizes.step // 10)
@@ -143,7 +144,7 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
                     await load.more(1)
             after.append(await handled(server, pid) - now)
 
-    _, figures = await _under_load("submit", act)
+    _, figures = await _under_load(sizes, "submit", act)
     retried = next(each.value for each in figures if each.name == "handed to another worker")
     return [
         shown("times without room", 2 * sizes.rounds),
@@ -177,6 +178,8 @@ async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
     ]
 
 
+# These three are always open.
+_STANDARD = 3
 _BAD = ("failed", "refused", "withdrawn", "abandoned")
 
 
@@ -186,7 +189,7 @@ async def drains(sizes: Sizes, seed: int) -> list[Figure]:
     total: dict[str, list[Figure]] = {}
     for number in range(sizes.rounds):
         async with running("serve" if number % 2 == 0 else "submit") as server:
-            for figure in await _drained(server, server.load(), sizes.step):
+            for figure in await _drained(server, server.load(at_a_time=sizes.at_a_time), sizes.step):
                 total.setdefault(figure.name, []).append(figure)
     return [
         shown("drains", sizes.rounds),

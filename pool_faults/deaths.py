@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -38,6 +39,7 @@ class Sizes:
       ends: how many pools' processes are killed, of each kind.
       rounds: of every other fault.
       step: connections between one fault and the next.
+      at_a_time: clients at a time.
     """
 
     connections: int
@@ -46,6 +48,7 @@ class Sizes:
     ends: int
     rounds: int
     step: int
+    at_a_time: int
 
 
 async def killed_workers(sizes: Sizes, seed: int, way: str) -> list[Figure]:
@@ -63,7 +66,7 @@ async def killed_workers(sizes: Sizes, seed: int, way: str) -> list[Figure]:
             pids.add(await server.signal_one(rng, signal.SIGKILL))
 
     async with running(way) as server:
-        load = server.load()
+        load = server.load(at_a_time=sizes.at_a_time)
         begin = time.monotonic()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kill, server, load)
@@ -77,7 +80,7 @@ async def killed_workers(sizes: Sizes, seed: int, way: str) -> list[Figure]:
         equal("workers killed", len(pids), sizes.kills),
         shown("workers replaced", ledger["statistics"]["restarts"]),
         shown("connections a second", round(len(load.outcomes) / seconds)),
-        *audit(load.outcomes, ledger, records),
+        *audit(load.outcomes, ledger, records, len(pids)),
         none("reported of a worker that was not killed", strangers),
         *leftovers(found, ledger),
     ]
@@ -118,7 +121,7 @@ async def stopped_workers(sizes: Sizes, seed: int) -> list[Figure]:
         load.stop()
 
     async with running("submit", hang_timeout=HANG_TIMEOUT) as server:
-        load = server.load()
+        load = server.load(at_a_time=sizes.at_a_time)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop, server, load)
             await load.run()
@@ -131,17 +134,73 @@ async def stopped_workers(sizes: Sizes, seed: int) -> list[Figure]:
         equal("workers stopped", len(pids), sizes.rounds),
         equal("killed as hung", said, sizes.rounds),
         at_most("seconds until killed, longest", round(max(took), 2), HANG_TIMEOUT + HANG_LEEWAY),
-        *audit(load.outcomes, ledger, records),
+        *audit(load.outcomes, ledger, records, len(pids)),
         none("reported of a worker that was not stopped", strangers),
         *leftovers(found, ledger),
     ]
 
 
-async def _end_of(seed: str, handler: str) -> tuple[float, int, int]:
+async def everything(sizes: Sizes, seed: int) -> list[Figure]:
+    """All at once: workers killed, stopped, terminated, replaced, more of them and fewer."""
+    rng = random.Random(f"{seed} everything")
+    pids: set[int] = set()
+    refused: list[str] = []
+    done: Counter[str] = Counter()
+
+    async def send(server: Running, load: Load) -> None:
+        for _ in range(4 * sizes.rounds):
+            await load.more(rng.randrange(1, sizes.step))
+            what = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+            if what == signal.SIGSTOP:
+                # Not one that is starting, which may take a minute.
+                pid = rng.choice([*await server.pids(), 0])
+                if not processes.send_to_child(pid, server.pid, what):
+                    continue
+            else:
+                pid = await server.signal_one(rng, what)
+            done[what.name] += 1
+            pids.add(pid)
+
+    async def change(server: Running, load: Load) -> None:
+        for _ in range(2 * sizes.rounds):
+            await load.more(rng.randrange(1, sizes.step))
+            what = rng.choice(["restart", "scale"])
+            arguments = {"workers": rng.randrange(1, 7)} if what == "scale" else {}
+            if said := await server.ask(what, **arguments):
+                refused.append(said)
+            done[what] += 1
+
+    async def act(server: Running, load: Load) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, server, load)
+            nursery.start_soon(change, server, load)
+        while said := await server.ask("scale", workers=WORKERS):
+            refused.append(said)
+        load.stop()
+
+    async with running("submit", hang_timeout=HANG_TIMEOUT) as server:
+        load = server.load(at_a_time=sizes.at_a_time)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(act, server, load)
+            await load.run()
+        found = await server.leftovers()
+        ledger = await server.finish()
+        records = Records.of(server.records)
+    strangers = [job for job, pid in ledger["reported"] if pid not in pids]
+    return [
+        *(shown(what, count) for what, count in sorted(done.items())),
+        shown("restarts and scalings in which a new worker was killed", len(refused)),
+        *audit(load.outcomes, ledger, records, len(pids)),
+        none("reported of a worker to which nothing was done", strangers),
+        *leftovers(found, ledger),
+    ]
+
+
+async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, int]:
     """Kill a pool's process under load; return how long its workers lived, and who is left."""
     rng = random.Random(seed)
     async with running("serve", handler) as server:
-        load = server.load()
+        load = server.load(at_a_time=sizes.at_a_time)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.run)
             if handler == "burn":
@@ -149,7 +208,7 @@ async def _end_of(seed: str, handler: str) -> tuple[float, int, int]:
                 while len(Records.of(server.records).began) < WORKERS:
                     await trio.sleep(0.01)
             else:
-                await load.more(200)
+                await load.more(sizes.step)
             await trio.sleep(rng.random() / 10)
             pids = server.workers()
             pidfds = [pidfd for pid in pids if (pidfd := processes.open_child(pid, server.pid))]
@@ -164,7 +223,7 @@ async def _end_of(seed: str, handler: str) -> tuple[float, int, int]:
 
 
 async def _ends(sizes: Sizes, seed: int, handler: str) -> list[Figure]:
-    seen = [await _end_of(f"{seed} {handler} {each}", handler) for each in range(sizes.ends)]
+    seen = [await _end_of(sizes, f"{seed} {handler} {each}", handler) for each in range(sizes.ends)]
     took = [seconds for seconds, _, _ in seen]
     return [
         equal("pool processes killed", len(seen), sizes.ends),
