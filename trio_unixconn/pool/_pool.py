@@ -66,7 +66,8 @@ class _Place:
 
     Attributes:
       failures: why its workers died, since one of them was of any use.
-      busy: whether a worker is being started or replaced here.
+      busy: whether a worker is being started or replaced here; then ``changed`` says when that
+        has come to an end.
     """
 
     index: int
@@ -74,7 +75,18 @@ class _Place:
     restarts: int = 0
     failures: list[Exception] = attrs.field(factory=list[Exception])
     busy: bool = False
+    changed: trio.Event = attrs.field(factory=trio.Event)
     rest: float = _FIRST_PAUSE
+
+    def begin(self) -> None:
+        """A worker is being started here from now on."""
+        self.busy = True
+        self.changed = trio.Event()
+
+    def end(self) -> None:
+        """That has come to an end."""
+        self.busy = False
+        self.changed.set()
 
 
 class WorkerPool:
@@ -253,6 +265,10 @@ class WorkerPool:
         async with self._changing:
             self._check_open()
             for place in list(self._places):
+                while place.busy:
+                    # What is being started there may have imported the old handler already.
+                    await place.changed.wait()
+                    self._check_open()
                 await self._replace(place)
 
     async def scale(self, workers: int) -> None:
@@ -323,7 +339,7 @@ class WorkerPool:
                     self._leave(place.link)
                 continue
             self._places.append(place)
-            self._welcome(place)
+            self._welcome(place, place.link)
         if errors:
             raise errors[0]
 
@@ -357,12 +373,11 @@ class WorkerPool:
         assert link.error is not None  # noqa: S101 - it has ended
         raise link.error
 
-    def _welcome(self, place: _Place) -> None:
+    def _welcome(self, place: _Place, link: Link) -> None:
         """Let the worker that a place has now take jobs."""
-        link = place.link
-        if link is None or link.state != "ready":
+        if link.state == "ended":
             # It was ready, and died before it came to that.
-            self._revive_soon(place)
+            self._lost(place, link)
             return
         self._dispatcher.links[place.index] = link
         self._pump()
@@ -370,20 +385,18 @@ class WorkerPool:
     async def _replace(self, place: _Place) -> None:
         if place.busy:
             return
-        place.busy = True
+        place.begin()
         try:
             new = await self._start(place)
         except BaseException:
-            place.busy = False
+            place.end()
             if place.link is None or place.link.state == "ended":
                 # The old one died meanwhile.
                 self._revive_soon(place)
             raise
-        place.busy = False
-        old, place.link = place.link, new
-        place.restarts += 1
-        self._counters.restarts += 1
-        self._welcome(place)
+        place.end()
+        old = place.link
+        self._settle(place, new)
         if old is not None and old.state != "ended":
             self._leave(old)
 
@@ -393,39 +406,54 @@ class WorkerPool:
         self._nursery.start_soon(link.leave, self._options.drain_timeout)
 
     def _revive_soon(self, place: _Place) -> None:
-        if not place.busy and not self._over and place in self._places:
-            place.busy = True
+        if not place.busy and self._has(place):
+            place.begin()
             self._nursery.start_soon(
                 self._revive, place, name=f"trio_unixconn.pool restart {place.index}"
             )
 
     async def _revive(self, place: _Place) -> None:
         """Start a worker in the place of one that died, after a growing pause."""
-        while not self._over and place in self._places:
-            failures = len(place.failures)
-            if failures >= self._options.crash_limit:
-                self._end(
-                    ExceptionGroup(
-                        f"{failures} workers in turn died, or could not start, before they "
-                        "finished a job",
-                        place.failures,
-                    )
+        link = None
+        try:
+            while link is None and self._has(place):
+                link = await self._try_again(place)
+        finally:
+            place.end()
+        if link is not None:
+            self._settle(place, link)
+
+    async def _try_again(self, place: _Place) -> Link | None:
+        failures = len(place.failures)
+        if failures >= self._options.crash_limit:
+            self._end(
+                ExceptionGroup(
+                    f"{failures} workers in turn died, or could not start, before they finished "
+                    "a job",
+                    place.failures,
                 )
-                return
-            await trio.sleep(
-                min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)) if failures else 0
             )
-            try:
-                place.link = await self._start(place)
-            except WorkerStartError as exc:
-                logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
-                place.failures.append(exc)
-                continue
-            place.busy = False
-            place.restarts += 1
-            self._counters.restarts += 1
-            self._welcome(place)
+        if failures:
+            await trio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)))
+        try:
+            return await self._start(place)
+        except WorkerStartError as exc:
+            logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
+            place.failures.append(exc)
+            return None
+
+    def _has(self, place: _Place) -> bool:
+        return not self._over and place in self._places
+
+    def _settle(self, place: _Place, link: Link) -> None:
+        """Let a worker have its place, if that is still there."""
+        if not self._has(place):
+            self._leave(link)
             return
+        place.link = link
+        place.restarts += 1
+        self._counters.restarts += 1
+        self._welcome(place, link)
 
     def _end(self, failure: Exception) -> None:
         self._failure = failure
@@ -540,6 +568,9 @@ class WorkerPool:
         place = self._places[link.index] if link.index < len(self._places) else None
         if place is None or place.link is not link or self._over:
             return
+        self._lost(place, link)
+
+    def _lost(self, place: _Place, link: Link) -> None:
         assert link.error is not None  # noqa: S101 - it has ended
         self._counters.deaths += 1
         logger.warning("%s; another is started", link.error)
