@@ -14,11 +14,13 @@ import json
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import trio
+from audit import Figure, none
 from changes import drains, restarts, scaling, scarce, terminated
 from deaths import (
     Sizes,
@@ -31,9 +33,6 @@ from deaths import (
 )
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from audit import Figure
 
 MARKDOWN = Path(__file__).with_suffix(".md")
 
@@ -81,7 +80,11 @@ async def play(name: str, sizes: Sizes, seed: int) -> Result:
     """Play a scene."""
     scene = SCENES[name]
     begin = time.monotonic()
-    figures = await scene(sizes, seed)
+    try:
+        figures = await scene(sizes, seed)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
+        traceback.print_exception(exc)
+        figures = [none("ended by an error", [repr(exc)])]
     return Result(name, scene.__doc__.rstrip("."), time.monotonic() - begin, figures)
 
 

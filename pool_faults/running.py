@@ -112,13 +112,15 @@ class Running:
 
     async def idle(self, workers: int = WORKERS) -> None:
         """Wait until all places have a worker, none is leaving, and no job is left."""
-        with trio.fail_after(PATIENCE):
-            while True:
-                now = await self.ask("statistics")
-                states = [each["state"] for each in now["workers"]]
-                if states == ["ready"] * workers and not now["in_flight"] and not now["queued"]:
-                    return
-                await trio.sleep(LOOK)
+        begin = trio.current_time()
+        while True:
+            now = await self.ask("statistics")
+            states = [each["state"] for each in now["workers"]]
+            if states == ["ready"] * workers and not now["in_flight"] and not now["queued"]:
+                return
+            if trio.current_time() > begin + PATIENCE:
+                raise TimeoutError(f"never idle: {now}\n{self.log()[-2000:]}")
+            await trio.sleep(LOOK)
 
     async def leftovers(self, workers: int = WORKERS) -> dict[str, int]:
         """Return what should not be there, once it is idle."""
