@@ -218,7 +218,7 @@ def add_choices(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument(
-        "--write", action="store_true", help="keep the result, tables and charts that the docs have"
+        "--write", action="store_true", help="keep the result, and what the docs have of it"
     )
     parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
 
