@@ -16,6 +16,7 @@ from plan import (
     LOADS,
     MANY,
     MEMORY,
+    MOST_DISTURBED,
     MOST_MEMORY,
     MOST_SKEW,
     REUSEPORT,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # By figure, the values of all rounds.
 Figures = dict[str, list[float]]
+# By contestant, the figures of one round.
+Turn = dict[str, dict[str, float]]
 
 
 def figures_of(
@@ -74,6 +77,25 @@ def figures_of(
         found = measured[kind]
         figures |= {f"{prefix}{name}": found[name] for name in ("p50", "p99") if name in found}
     return figures
+
+
+def disturbance(turn: Turn) -> float:
+    """Return the share of the machine that others used, at the contestant whom it hit most."""
+    return max((figures["others"] for figures in turn.values()), default=0.0)
+
+
+def least_disturbed(turns: list[Turn], count: int) -> list[Turn]:
+    """Return so many of the turns, chosen only by what others did meanwhile, in their order."""
+    chosen = sorted(range(len(turns)), key=lambda i: disturbance(turns[i]))[:count]
+    return [turns[i] for i in sorted(chosen)]
+
+
+def by_name(turns: list[Turn], names: Iterable[str]) -> dict[str, Figures]:
+    """Return the values of each of these contestants, who were in all turns, by figure."""
+    return {
+        name: {figure: [turn[name][figure] for turn in turns] for figure in turns[0][name]}
+        for name in names
+    }
 
 
 def summary(load: Load, arrivals: float | None, values: dict[str, Figures]) -> Result:
@@ -240,7 +262,7 @@ def notes_of(result: Result) -> list[str]:
         others = [
             value for row in case["contestants"].values() for value in row["figures"]["others"]
         ]
-        if statistics.median(others) > 0.05:
+        if statistics.median(others) > MOST_DISTURBED / 2:
             notes.append(
                 f"{title}: others took {statistics.median(others):.0%} of this machine meanwhile"
             )

@@ -17,6 +17,8 @@ AT_ONCE = 64
 SHARE = 0.6
 # Who serves less than this share of the arrivals is left out: its queue only grows.
 SPARE = 0.9
+# The share of this machine that others may use in a turn before it is run once more.
+MOST_DISTURBED = 0.10
 
 
 @attrs.frozen

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from cases import OURS
 from contest import growth, observed
-from findings import arrivals, figures_of, judge, markdown, notes_of, summary
+from findings import (
+    arrivals,
+    by_name,
+    disturbance,
+    figures_of,
+    judge,
+    least_disturbed,
+    markdown,
+    notes_of,
+    summary,
+)
 from generator import Generator, built, check
 from pairs import FailedError, MissingError
 from plan import (
@@ -204,6 +214,17 @@ def test_figures_count_everybody() -> None:
 def test_arrivals_are_what_the_slowest_can_carry() -> None:
     """All get the same load, which is a share of what the slowest serves."""
     assert arrivals([9000, 5000, 7000], 0.6) == 3000
+
+
+def test_what_others_disturbed_counts_less() -> None:
+    """Of the turns those count in which others used the machine least, whatever came of them."""
+    turns = [
+        {"a": {"rate": float(i), "others": others}, "b": {"rate": 5.0, "others": 0.01}}
+        for i, others in enumerate((0.3, 0.0, 0.2, 0.1))
+    ]
+    assert disturbance(turns[0]) == 0.3
+    assert by_name(least_disturbed(turns, 2), ["a"]) == {"a": {"rate": [1, 3], "others": [0, 0.1]}}
+    assert disturbance({}) == 0
 
 
 def result_of(**rates: float) -> dict[str, Any]:
