@@ -88,6 +88,7 @@ FOLDERS = {
         "_dispatch",
         "_link",
         "_process",
+        "_board",
         "_delivery",
         "_statistics",
         "_targets",

@@ -59,7 +59,11 @@ _ASKED_FOR: Final = {
 }
 # Linux's own layout has a short way: all others take the long one.
 _LINUX: Final = PLATFORMS["linux"].message
-_OWN: Final = _kernel.SCM_CREDENTIALS if _kernel.HAS_SENDMSG and hasattr(os, "geteuid") else None
+_OWN: Final = (
+    _kernel.SCM_CREDENTIALS
+    if _CREDENTIALS is _LINUX and _kernel.HAS_SENDMSG and hasattr(os, "geteuid")
+    else None
+)
 _ucred: Final = struct.Struct("iII")
 _UNKNOWN_ID: Final = 0xFFFFFFFF
 _MOMENT: Final = 0.01
@@ -302,7 +306,7 @@ def own_credentials() -> ControlMessage:
     Raises:
       NotSupportedError: as :func:`credentials`.
     """
-    if _CREDENTIALS is not _LINUX or _OWN is None:
+    if _OWN is None:
         return credentials(Credentials())
     # Without a Credentials in between, which takes four times as long.
     return _SOL_SOCKET, _OWN, _ucred.pack(os.getpid(), os.geteuid(), os.getegid())
@@ -317,9 +321,9 @@ def only_credentials(received: Received) -> Credentials | None:
     """
     data, ancdata, flags, _ = received
     # The common case without building anything but what is returned.
-    if len(ancdata) == 1 and not flags & _MSG_CTRUNC and _CREDENTIALS is _LINUX:
+    if len(ancdata) == 1:
         level, kind, payload = ancdata[0]
-        if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12:
+        if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12 and not flags & _MSG_CTRUNC:
             pid, uid, gid = _ucred.unpack(payload)
             if pid > 0 and _UNKNOWN_ID not in (uid, gid):
                 return vouched(pid, uid, gid)

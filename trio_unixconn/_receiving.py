@@ -85,12 +85,13 @@ class Receiver(ConnectedSocket):
                 received = self._take_ahead()
                 await cancel_shielded_checkpoint()
                 return received
+            raw = self.raw
             if passcred:
                 self._lend_passcred()
             if passpidfd:
                 self._lend_passpidfd()
             try:
-                received = self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+                received = raw.recvmsg(max_bytes, _ROOM, _FLAGS)
             except BlockingIOError:
                 pass
             else:
@@ -99,14 +100,14 @@ class Receiver(ConnectedSocket):
             while True:
                 try:
                     if cancellable is None:
-                        await wait_readable(self.raw)
+                        await wait_readable(raw)
                     else:
-                        await wait_under(wait_readable, self.raw, cancellable)
-                    return self.raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+                        await wait_under(wait_readable, raw, cancellable)
+                    return raw.recvmsg(max_bytes, _ROOM, _FLAGS)
                 except BlockingIOError:
                     continue
                 except ClosedResourceError:
-                    if self.raw.fileno() == -1:
+                    if raw.fileno() == -1:
                         raise
                     # A Cancellable woke who waits in the other direction, and so all.
         except FAILURES as exc:
@@ -220,10 +221,11 @@ class Receiver(ConnectedSocket):
 
     def _return_lent(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
-        while self._lent:
-            option = self._lent.pop()
-            if self.raw.fileno() != -1:
-                self.raw.setsockopt(_SOL_SOCKET, option, 0)
+        lent, raw = self._lent, self.raw
+        while lent:
+            option = lent.pop()
+            if raw.fileno() != -1:
+                raw.setsockopt(_SOL_SOCKET, option, 0)
 
 
 class RefusingReceiver(Receiver):

@@ -10,8 +10,12 @@ import sys
 
 
 def boot() -> None:
-    """Read the order on the socket that the pool has left open, and become its worker."""
+    """Read the order on the socket that the pool has left open, and become its worker.
+
+    The arguments are the descriptors of the socket and of the board, and the handler's name.
+    """
     sock = socket.socket(fileno=int(sys.argv[1]))
+    board = int(sys.argv[2])
     size = int.from_bytes(sock.recv(4, socket.MSG_WAITALL), "big")
     order = json.loads(sock.recv(size, socket.MSG_WAITALL))
     sys.path[:] = order["path"]
@@ -19,7 +23,7 @@ def boot() -> None:
 
     # As a user's program would have it; what is in argv is of no interest to a handler.
     sys.argv[:] = [order["handler"]]
-    sys.exit(work(sock, order))
+    sys.exit(work(sock, board, order))
 
 
 if __name__ == "__main__":

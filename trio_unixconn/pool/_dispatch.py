@@ -7,7 +7,7 @@ worker is next, and among those the one that has had the fewest.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from ._statistics import Counters
 
 
-def _rank(link: Link) -> tuple[int, int]:
-    return len(link.in_flight), link.taken
+# A worker that has jobs, and has said nothing for so many seconds, is busy with one of them, or
+# has no processor: a job would wait there. It counts as if it had so many more.
+_SILENCE: Final = 0.002
+_SILENT: Final = 2
+_LARGE: Final = 16 * 1024
+
+
+def load_of(link: Link, now: float) -> int:
+    """Return how busy a worker is."""
+    count = len(link.in_flight)
+    return count + _SILENT if count and now - link.last_heard > _SILENCE else count
 
 
 class Dispatcher:
@@ -81,44 +90,52 @@ class Dispatcher:
             return
         if self.bound:
             ready = [link for link in ready if not self._hand_over_bound(link)]
-        if waiting == 1 and ready:
-            min(ready, key=_rank).hand_over([self.queue.popleft()])
+        now = trio.current_time()
+        ranked = sorted((load_of(link, now), link.taken, link.index, link) for link in ready)
+        if waiting == 1 and ranked:
+            ranked[0][-1].hand_over([self.queue.popleft()])
         elif waiting:
-            self._share_out(ready)
+            self._share_out([(link, load) for load, _, _, link in reversed(ranked)])
         self._room()
 
     def _hand_over_bound(self, link: Link) -> bool:
         mine = self.bound.get(link.index)
         if not mine:
             return False
-        count = min(len(mine), link.limit, self.max_in_flight - len(link.in_flight))
-        link.hand_over([mine.popleft() for _ in range(count)])
+        share: list[Delivery] = []
+        while mine and not (share and self._is_full(link, share, link.limit)):
+            share.append(mine.popleft())
+        link.hand_over(share)
         if not mine:
             del self.bound[link.index]
         return True
 
-    def _share_out(self, ready: list[Link]) -> None:
-        """Hand over many jobs, so that all have as equal a number as can be."""
+    def _share_out(self, ready: list[tuple[Link, int]]) -> None:
+        """Hand over many jobs, so that all are as equally busy as can be; the busiest is first.
+
+        Those that are not ready will be in a moment, and have a right to their share, too.
+        """
         queue = self.queue
+        most = -(-len(queue) // len(self.links))
         shares: dict[Link, list[Delivery]] = {}
-        loads = {link: len(link.in_flight) for link in ready}
-        ready.sort(key=_rank, reverse=True)
         while queue and ready:
             # The last is the least busy; with one more it may not be any longer.
-            link = ready[-1]
+            link, load = ready.pop()
             share = shares.setdefault(link, [])
             share.append(queue.popleft())
-            loads[link] += 1
-            if len(share) >= link.limit or loads[link] >= self.max_in_flight:
-                ready.pop()
+            if self._is_full(link, share, most):
                 continue
-            at = len(ready) - 1
-            while at and loads[ready[at - 1]] < loads[link]:
-                ready[at] = ready[at - 1]
+            at = len(ready)
+            while at and ready[at - 1][1] <= load:
                 at -= 1
-            ready[at] = link
+            ready.insert(at, (link, load + 1))
         for link, share in shares.items():
             link.hand_over(share)
+
+    def _is_full(self, link: Link, share: list[Delivery], most: int) -> bool:
+        # Many bytes are sent alone: who waits for the next should not wait for them.
+        room = self.max_in_flight - len(link.in_flight)
+        return len(share) >= min(most, link.limit, room) or len(share[-1].data) > _LARGE
 
     def _room(self) -> None:
         if self.waiting and self.free() > 0:

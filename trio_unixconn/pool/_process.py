@@ -13,12 +13,14 @@ import signal
 import socket as stdlib_socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from .._connection import UnixConnection
+from ._board import Board, new_board
 
 _BOOT: Final = str(Path(__file__).with_name("_boot.py"))
 
@@ -28,12 +30,14 @@ class WorkerProcess:
 
     Attributes:
       conn: this side's end; the other is the process's only.
+      board: what it has finished.
       pid: its number.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], conn: UnixConnection) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], conn: UnixConnection, board: Board) -> None:
         self._popen = popen
         self.conn = conn
+        self.board = board
         self.pid = popen.pid
 
     async def wait(self) -> int:
@@ -42,6 +46,9 @@ class WorkerProcess:
         Returns:
           Its exit status; negative, the signal that killed it.
         """
+        if self._popen.returncode is not None:
+            # The number may be another's by now.
+            return self._popen.returncode
         try:
             pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):
@@ -67,23 +74,28 @@ def start(order: dict[str, Any]) -> WorkerProcess:
     Raises:
       OSError: EMFILE, ENOMEM, EAGAIN; nothing is left behind.
     """
-    ours, theirs = stdlib_socket.socketpair()
-    try:
-        with theirs:
-            body = json.dumps({**order, "path": sys.path, "pool": os.getpid()}).encode()
-            ours.sendall(len(body).to_bytes(4, "big") + body)
-            popen = subprocess.Popen(  # noqa: S603 - this interpreter, and a file of ours
-                # The handler's name is for who looks at a list of processes.
-                [sys.executable, _BOOT, str(theirs.fileno()), order["handler"]],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                # What a terminal sends is for the pool's process only.
-                start_new_session=True,
-            )
-        return WorkerProcess(popen, UnixConnection.from_stdlib_socket(ours))
-    except BaseException:
-        ours.close()
-        raise
+    with ExitStack() as stack:
+        ours, theirs = stdlib_socket.socketpair()
+        stack.callback(theirs.close)
+        failed = stack.enter_context(ExitStack())
+        failed.callback(ours.close)
+        board_fd = new_board(order["board"])
+        stack.callback(os.close, board_fd)
+        board = Board(board_fd)
+        failed.callback(board.close)
+        inherited = [theirs.fileno(), board_fd]
+        body = json.dumps({**order, "path": sys.path, "pool": os.getpid()}).encode()
+        ours.sendall(len(body).to_bytes(4, "big") + body)
+        popen = subprocess.Popen(  # noqa: S603 - this interpreter, and a file of ours
+            # The handler's name is for who looks at a list of processes.
+            [sys.executable, _BOOT, *map(str, inherited), order["handler"]],
+            stdin=subprocess.DEVNULL,
+            pass_fds=inherited,
+            # What a terminal sends is for the pool's process only.
+            start_new_session=True,
+        )
+        failed.pop_all()
+    return WorkerProcess(popen, UnixConnection.from_stdlib_socket(ours), board)
 
 
 def ending_of(status: int) -> str:
