@@ -1,0 +1,163 @@
+"""The server, a process of its own: a pool, and what it says of the jobs that it was given.
+
+The rule of this file: nothing is read from a connection here. Who it is says the address that
+it comes from, which each client has chosen so that it is its token.
+
+``python accepting.py ORDER``, a JSON object: ``way`` is "submit", for an accept loop here that
+keeps each receipt, or "serve", for ``serve_with_workers``; ``handler``; ``unix``, a path;
+``options`` of the pool. It says ``{"port": ...}``, and then answers commands, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+
+from trio_unixconn import open_unix_listener
+from trio_unixconn.errors import WorkerStartError
+from trio_unixconn.pool import AbandonedJob, WorkerPool, open_worker_pool, serve_with_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_unixconn import UnixListener
+
+    Listener = trio.SocketListener | UnixListener
+
+BACKLOG = 4096
+
+
+def token_of(name: Any) -> int:
+    """Return the token of a client, of what accept(2) said of its address."""
+    if isinstance(name, tuple):
+        return int.from_bytes(bytes(map(int, name[0].split("."))), "big")
+    return int(name.rpartition(b"-")[2])
+
+
+class Accepting:
+    """The server, and its ledger."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.order = order
+        self.receipts: list[tuple[int, int, int]] = []
+        self.errors: list[tuple[int, str]] = []
+        self.reported: list[tuple[int, int]] = []
+        self.accepted = 0
+        self.until = trio.CancelScope()
+        self.over = trio.Event()
+        self.pool: WorkerPool | None = None
+        # Of serve_with_workers.
+        self.server: Any = None
+
+    def abandoned(self, job: AbandonedJob) -> None:
+        """Note what the pool reports."""
+        self.reported.append((job.id, job.pid))
+
+    async def run(self, listeners: Sequence[Listener], task_status: Any) -> None:
+        """Serve until it is told to stop."""
+        options = {"setup": "target:records", "on_abandoned": self.abandoned}
+        options |= self.order["options"]
+        handler = self.order["handler"]
+        if self.order["way"] == "serve":
+            async with trio.open_nursery() as nursery:
+                self.server = await nursery.start(
+                    lambda task_status: serve_with_workers(
+                        handler, listeners, task_status=task_status, **options
+                    )
+                )
+                self.pool = self.server.pool
+                task_status.started()
+        else:
+            async with open_worker_pool(handler, **options) as self.pool:
+                task_status.started()
+                async with trio.open_nursery() as submitting:
+                    with self.until:
+                        async with trio.open_nursery() as nursery:
+                            for listener in listeners:
+                                nursery.start_soon(self.accept_from, listener, submitting)
+                    for listener in listeners:
+                        await listener.aclose()
+        self.over.set()
+
+    async def accept_from(self, listener: Listener, submitting: trio.Nursery) -> None:
+        """Submit what comes."""
+        while True:
+            sock, name = await listener.socket.accept()
+            self.accepted += 1
+            submitting.start_soon(self.submit, sock, token_of(name))
+
+    async def submit(self, sock: trio.socket.SocketType, token: int) -> None:
+        """Submit one connection, and keep the receipt."""
+        assert self.pool is not None
+        try:
+            receipt = await self.pool.submit(sock)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the connection is lost
+            self.errors.append((token, repr(exc)))
+        else:
+            self.receipts.append((receipt.id, token, receipt.pid))
+
+    async def obey(self, do: str, **arguments: Any) -> Any:
+        """Do what a line says."""
+        assert self.pool is not None
+        if do == "statistics":
+            return {**attrs.asdict(self.pool.statistics()), "accepted": self.count()}
+        try:
+            if do == "restart":
+                await self.pool.restart()
+            elif do == "scale":
+                await self.pool.scale(arguments["workers"])
+        except WorkerStartError as exc:
+            # Somebody has killed it while it was starting.
+            return str(exc)
+        if do == "finish":
+            if self.server is not None:
+                self.server.drain()
+            self.until.cancel()
+            await self.over.wait()
+            return {
+                "accepted": self.count(),
+                "receipts": self.receipts,
+                "errors": self.errors,
+                "reported": self.reported,
+                "statistics": attrs.asdict(self.pool.statistics()),
+            }
+        return None
+
+    def count(self) -> int:
+        """Return how many connections were accepted."""
+        return self.accepted if self.server is None else int(self.server.accepted)
+
+
+async def main(order: dict[str, Any]) -> None:
+    """Be the server."""
+    listeners: list[Listener] = [
+        *await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=BACKLOG),
+        await open_unix_listener(order["unix"], backlog=BACKLOG),
+    ]
+    port = listeners[0].socket.getsockname()[1]
+    accepting = Accepting(order)
+    commands = trio.lowlevel.FdStream(os.dup(0))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lambda task_status: accepting.run(listeners, task_status))
+        say({"port": port})
+        buffer = b""
+        async for data in commands:
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                say(await accepting.obey(**json.loads(line)))
+
+
+def say(what: Any) -> None:
+    """Say something to who has started this."""
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
+    trio.run(main, json.loads(sys.argv[1]))

@@ -1,0 +1,169 @@
+"""Who has said what about which connection, put together.
+
+The rule of this file: each count says what must hold of it, or that it is only shown; what does
+not hold is named with a few of the jobs or tokens in question.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from clients import ANSWERED
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+
+@attrs.frozen
+class Figure:
+    """One figure of a scene.
+
+    Attributes:
+      due: what it must be, in words; "" if it is only shown.
+      holds: whether it is that.
+    """
+
+    name: str
+    value: float
+    due: str = ""
+    holds: bool = True
+    example: str = ""
+
+
+def shown(name: str, value: float) -> Figure:
+    """Return a figure that is only shown."""
+    return Figure(name, value)
+
+
+def none(name: str, what: Collection[Any] | int) -> Figure:
+    """Return a figure that must be 0: a number, or how many there are of something."""
+    if isinstance(what, int):
+        return Figure(name, what, "0", not what)
+    return Figure(name, len(what), "0", not what, ", ".join(map(str, list(what)[:3])))
+
+
+def equal(name: str, value: float, due: float) -> Figure:
+    """Return a figure that must be another one."""
+    return Figure(name, value, f"{due:,}", value == due)
+
+
+def at_most(name: str, value: float, due: float) -> Figure:
+    """Return a figure that may not be more."""
+    return Figure(name, value, f"at most {due:,}", value <= due)
+
+
+def at_least(name: str, value: float, due: float) -> Figure:
+    """Return a figure that may not be less."""
+    return Figure(name, value, f"at least {due:,}", value >= due)
+
+
+@attrs.define
+class Records:
+    """What the handlers wrote.
+
+    Attributes:
+      began: how often the handler of each job has begun.
+      tokens: what each job's client has sent.
+      ended: jobs that were answered.
+    """
+
+    began: Counter[int] = attrs.field(factory=Counter[int])
+    tokens: dict[int, int] = attrs.field(factory=dict[int, int])
+    ended: Counter[int] = attrs.field(factory=Counter[int])
+
+    @classmethod
+    def of(cls, path: Path) -> Records:
+        """Read the records."""
+        records = cls()
+        for line in path.read_text(encoding="ascii").splitlines():
+            what, job, *rest = line.split()
+            if what == "token":
+                records.tokens[int(job)] = int(rest[0])
+            else:
+                (records.began if what == "begin" else records.ended)[int(job)] += 1
+        return records
+
+
+def twice(counts: Counter[int]) -> list[int]:
+    """Return what was counted more than once."""
+    return [each for each, count in counts.items() if count > 1]
+
+
+def audit(
+    outcomes: Mapping[int, str], ledger: Mapping[str, Any], records: Records, deaths: int = 0
+) -> list[Figure]:
+    """Put together what the clients, the pool, and the handlers have said.
+
+    Args:
+      outcomes: what became of each client, by its token.
+      ledger: what the server has said at its end; without receipts, the handlers' records take
+        their place.
+      deaths: how many workers were killed.
+    """
+    counts = ledger["statistics"]
+    receipts = {job: token for job, token, _ in ledger["receipts"]}
+    has_receipts = bool(receipts)
+    reported = Counter(job for job, _ in ledger["reported"])
+    began, ended = set(records.began), set(records.ended)
+    acknowledged = set(receipts) if has_receipts else began | set(reported)
+    job_of = {token: job for job, token in (receipts or records.tokens).items()}
+    failed = {token: was for token, was in outcomes.items() if was != ANSWERED}
+    # Of those nobody has ended the handler, so that the pool must have reported it.
+    open_jobs = acknowledged - ended
+    late = set(reported) & ended
+    unread = set(reported) - set(records.tokens)
+    of_failed = {job_of[token] for token in failed if token in job_of}
+    unknown = [f"{token}: {was}" for token, was in failed.items() if token not in job_of]
+    figures = [
+        shown("clients", len(outcomes)),
+        equal("accepted", ledger["accepted"], len(outcomes)),
+        equal("acknowledged", counts["acknowledged"], len(outcomes)),
+        none("refused, or given up", counts["refused"] + counts["withdrawn"]),
+        shown("handed to another worker", counts["retried"]),
+        equal("handled + reported", counts["handled"] + counts["abandoned"], len(outcomes)),
+        none("failed in the handler", counts["failed"]),
+        shown("reported", len(ledger["reported"])),
+        equal("reported, as the pool has counted", counts["abandoned"], len(ledger["reported"])),
+        none("reported twice", twice(reported)),
+        none("reported, never acknowledged", set(reported) - acknowledged),
+        none("begun, never acknowledged", began - acknowledged),
+        none("begun twice", twice(records.began)),
+        none("acknowledged, not ended, not reported", open_jobs - set(reported)),
+        none("not the token that the address says", mixed(receipts, records)),
+        shown("reported: acknowledged, not begun", len(set(reported) - began)),
+        shown("reported: begun, not ended", len((set(reported) & began) - ended)),
+        # The last instruction of a handler, and its return, are not one. One handler runs at a
+        # time.
+        at_most("reported: ended, but not returned", len(late), deaths),
+        shown("clients that failed", len(failed)),
+        none("clients that failed, job not reported", of_failed - set(reported)),
+        none("clients that failed, job had ended", of_failed & ended),
+        none("clients that waited in vain", [t for t, was in failed.items() if "unans" in was]),
+        shown("reported, but the client had its answer", len(set(reported) - of_failed - unread)),
+    ]
+    if has_receipts:
+        figures.append(none("clients that failed, never acknowledged", unknown))
+        figures.append(equal("receipts", len(ledger["receipts"]), len(outcomes)))
+        figures.append(none("errors of submit", [was for _, was in ledger["errors"]]))
+    else:
+        # Whose they are, nobody knows: their tokens were not read. But not more than those.
+        figures.append(at_most("clients that failed, token not read", len(unknown), len(unread)))
+    return figures
+
+
+def mixed(receipts: dict[int, int], records: Records) -> list[int]:
+    """Return the jobs whose client was another than the one that was accepted."""
+    return [
+        job
+        for job, token in records.tokens.items()
+        if job in receipts and token not in (receipts[job], 0)
+    ]
+
+
+def leftovers(found: Mapping[str, int], ledger: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of what should not be there at the end."""
+    figures = [none(name, count) for name, count in found.items()]
+    return [*figures, none("processes left at the end", ledger["processes left"])]

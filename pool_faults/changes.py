@@ -1,0 +1,206 @@
+"""Scenes in which workers come, go, or lack something, and no client may notice.
+
+The rule of this file: a scene returns figures; it judges by what was seen from outside.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+from typing import TYPE_CHECKING, Any
+
+import processes
+import trio
+from audit import Figure, Records, at_least, audit, equal, leftovers, none, shown
+from clients import ANSWERED
+from running import PATIENCE, WORKERS, Running, running
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from clients import Load
+    from deaths import Sizes
+
+Act = "Callable[[Running, Load], Awaitable[None]]"
+
+
+async def _under_load(
+    sizes: Sizes, way: str, act: Any, **options: Any
+) -> tuple[Load, list[Figure]]:
+    """Do something to a server while clients come; then look whether anybody noticed."""
+    async with running(way, **options) as server:
+        load = server.load(at_a_time=sizes.at_a_time)
+
+        async def acting() -> None:
+            await act(server, load)
+            load.stop()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(acting)
+            await load.run()
+        found = await server.leftovers()
+        ledger = await server.finish()
+        records = Records.of(server.records)
+    return load, [
+        none("connections that failed", load.failures()),
+        *audit(load.outcomes, ledger, records),
+        none("jobs that a death has ended", ledger["reported"]),
+        *leftovers(found, ledger),
+    ]
+
+
+async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
+    """Rolling restarts."""
+    del seed
+    stayed: list[int] = []
+    numbers: set[int] = set()
+
+    async def act(server: Running, load: Load) -> None:
+        for _ in range(sizes.restarts):
+            before = await server.pids()
+            await server.ask("restart")
+            after = await server.pids()
+            stayed.extend(set(before) & set(after))
+            numbers.update(before, after)
+            await load.more(sizes.step // 10)
+
+    _, figures = await _under_load(sizes, "serve", act)
+    return [
+        shown("restarts", sizes.restarts),
+        none("workers that a restart has not replaced", stayed),
+        equal("workers that there were", len(numbers), WORKERS * (sizes.restarts + 1)),
+        *figures,
+    ]
+
+
+async def scaling(sizes: Sizes, seed: int) -> list[Figure]:
+    """More workers, and fewer."""
+    rng = random.Random(f"{seed} scale")
+    wrong: list[str] = []
+
+    async def act(server: Running, load: Load) -> None:
+        counts = [rng.randrange(1, 9) for _ in range(3 * sizes.rounds)]
+        for count in [*counts, WORKERS]:
+            await server.ask("scale", workers=count)
+            if len(now := await server.pids()) != count:
+                wrong.append(f"{len(now)} where {count} were due")
+            await load.more(sizes.step // 10)
+
+    _, figures = await _under_load(sizes, "serve", act)
+    return [
+        shown("changes of their number", 3 * sizes.rounds + 1),
+        none("times that it was another number", wrong),
+        *figures,
+    ]
+
+
+async def terminated(sizes: Sizes, seed: int) -> list[Figure]:
+    """SIGTERM to workers at random."""
+    rng = random.Random(f"{seed} term")
+
+    async def act(server: Running, load: Load) -> None:
+        for _ in range(5 * sizes.rounds):
+            await load.more(rng.randrange(1, sizes.step // 2))
+            await server.signal_one(rng, signal.SIGTERM)
+
+    _, figures = await _under_load(sizes, "submit", act)
+    return [shown("signals", 5 * sizes.rounds), *figures]
+
+
+async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
+    """No descriptor free in a worker (EMFILE)."""
+    rng = random.Random(f"{seed} scarce")
+    # Of each round: what the worker has taken without room, and after that.
+    without: list[int] = []
+    after: list[int] = []
+
+    async def handled(server: Running, pid: int) -> int:
+        """Return how many jobs a worker has finished, or has."""
+        for each in (await server.ask("statistics"))["workers"]:
+            if each["pid"] == pid:
+                return int(each["handled"] + each["in_flight"])
+        raise SystemExit(f"worker {pid} is no more:\n{server.log()[-1000:]}")
+
+    async def act(server: Running, load: Load) -> None:
+        await load.more(sizes.step)
+        for number in range(2 * sizes.rounds):
+            pid = rng.choice(await server.pids())
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            # In turns: no room at all, and room for a part of a batch.
+            room = 3 if number % 2 else 0
+            limit = processes.highest_descriptor(pid) + 1 + room if room else _STANDARD
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
+            # What it has been sent before is answered first.
+            await load.more(sizes.step // 10)
+            before = await handled(server, pid)
+            await load.more(sizes.step)
+            if not room:
+                without.append(await handled(server, pid) - before)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+            now = await handled(server, pid)
+            with trio.move_on_after(PATIENCE):
+                while await handled(server, pid) <= now + 10:
+                    await load.more(1)
+            after.append(await handled(server, pid) - now)
+
+    _, figures = await _under_load(sizes, "submit", act)
+    retried = next(each.value for each in figures if each.name == "handed to another worker")
+    return [
+        shown("times without room", 2 * sizes.rounds),
+        at_least("jobs that moved on", retried, 1),
+        equal("taken without room", sum(without), 0),
+        at_least("taken after that, each time", min(after), 10),
+        *figures,
+    ]
+
+
+async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
+    ledger: dict[str, Any] = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(load.run)
+        await load.more(step)
+        ledger = await server.finish()
+        load.stop()
+    records = Records.of(server.records)
+    began = set(records.tokens.values())
+    answered = {each for each, was in load.outcomes.items() if was == ANSWERED}
+    counts = ledger["statistics"]
+    return [
+        shown("accepted", ledger["accepted"]),
+        equal("handled", counts["handled"], ledger["accepted"]),
+        equal("answered, say the clients", len(answered), ledger["accepted"]),
+        none("begun, but not answered", began - answered),
+        none("begun twice", [each for each, count in records.began.items() if count > 1]),
+        none("failed, refused, withdrawn, or reported", sum(map(counts.__getitem__, _BAD))),
+        shown("came after the drain", len(load.outcomes) - len(answered)),
+        none("processes left at the end", ledger["processes left"]),
+    ]
+
+
+# These three are always open.
+_STANDARD = 3
+_BAD = ("failed", "refused", "withdrawn", "abandoned")
+
+
+async def drains(sizes: Sizes, seed: int) -> list[Figure]:
+    """A drain under load."""
+    del seed
+    total: dict[str, list[Figure]] = {}
+    for number in range(sizes.rounds):
+        async with running("serve" if number % 2 == 0 else "submit") as server:
+            for figure in await _drained(server, server.load(at_a_time=sizes.at_a_time), sizes.step):
+                total.setdefault(figure.name, []).append(figure)
+    return [
+        shown("drains", sizes.rounds),
+        *(
+            Figure(
+                name,
+                sum(each.value for each in some),
+                "0" if some[0].due == "0" else some[0].due and "the same",
+                all(each.holds for each in some),
+                "".join(each.example for each in some),
+            )
+            for name, some in total.items()
+        ),
+    ]

@@ -1,0 +1,162 @@
+"""What happens to connections when workers, or their pool, fare badly.
+
+``python pool_faults/pool_faults.py [--quick] [--only NAME] [--seed 1] [--json FILE] [--write]``.
+In each scene a pool serves clients over TCP and Unix sockets in a process of its own, and
+something is done to it meanwhile. What the clients saw, what the pool has said, and what the
+handlers wrote down must tell one story. The exit status is 1 when a figure is not what it must
+be. With ``--write`` the figures go to pool_faults/pool_faults.md too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+from audit import Figure, none
+from changes import drains, restarts, scaling, scarce, terminated
+from deaths import (
+    Sizes,
+    everything,
+    killed_pool,
+    killed_pool_burning,
+    killed_under_serve,
+    killed_under_submit,
+    stopped_workers,
+)
+from rich.console import Console
+from rich.table import Table
+
+MARKDOWN = Path(__file__).with_suffix(".md")
+
+SCENES: dict[str, Any] = {
+    "kill": killed_under_submit,
+    "kill-serve": killed_under_serve,
+    "restart": restarts,
+    "parent": killed_pool,
+    "parent-burn": killed_pool_burning,
+    "emfile": scarce,
+    "stop": stopped_workers,
+    "scale": scaling,
+    "term": terminated,
+    "drain": drains,
+    "all": everything,
+}
+
+FULL = Sizes(
+    connections=50_000, kills=50, restarts=20, ends=10, rounds=5, step=1000, at_a_time=100
+)
+QUICK = Sizes(connections=1500, kills=4, restarts=1, ends=1, rounds=1, step=200, at_a_time=20)
+TINY = Sizes(connections=300, kills=2, restarts=1, ends=1, rounds=1, step=50, at_a_time=10)
+
+
+@attrs.frozen
+class Result:
+    """What came out of a scene."""
+
+    name: str
+    title: str
+    seconds: float
+    figures: list[Figure]
+
+    def wrong(self) -> list[str]:
+        """Return what does not hold."""
+        return [
+            f"{self.name}: {each.name}: {each.value:,}, where {each.due} was due"
+            + (f" ({each.example})" if each.example else "")
+            for each in self.figures
+            if not each.holds
+        ]
+
+
+async def play(name: str, sizes: Sizes, seed: int) -> Result:
+    """Play a scene."""
+    scene = SCENES[name]
+    begin = time.monotonic()
+    try:
+        figures = await scene(sizes, seed)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
+        traceback.print_exception(exc)
+        figures = [none("ended by an error", [repr(exc)])]
+    return Result(name, scene.__doc__.rstrip("."), time.monotonic() - begin, figures)
+
+
+def table(results: list[Result]) -> Table:
+    """Return the figures for a terminal."""
+    shown = Table(title="what happens to connections when")
+    shown.add_column("scene")
+    shown.add_column("figure")
+    shown.add_column("value", justify="right")
+    shown.add_column("due")
+    for result in results:
+        for number, each in enumerate(result.figures):
+            value = f"{each.value:,}" if each.holds else f"[red]{each.value:,}[/]"
+            scene = [f"[b]{result.name}[/]", f"({result.seconds:.1f} s)"]
+            shown.add_row(scene[number] if number < 2 else "", each.name, value, each.due)
+        shown.add_section()
+    return shown
+
+
+def markdown(results: list[Result], sizes: Sizes, seed: int) -> str:
+    """Return the figures for the documentation."""
+    lines = [
+        "# What happens when workers die",
+        "",
+        f"Measured by `nox -s pool-faults -- --write`, seed {seed}, on "
+        f"{platform.system()} {platform.release()}, {platform.machine()}, with Python "
+        f"{platform.python_version()}, trio {trio.__version__}; "
+        f"{sizes.connections:,} connections in each of the first two scenes.",
+    ]
+    for result in results:
+        lines += ["", f"## {result.title}", "", "| figure | value | due |", "| --- | ---: | --- |"]
+        for each in result.figures:
+            value = f"{each.value:,}" if each.holds else f"**{each.value:,}**"
+            lines.append(f"| {each.name} | {value} | {each.due} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Play the scenes; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="less of everything, for CI")
+    size.add_argument("--tiny", action="store_true", help="as little as can be, for tests")
+    parser.add_argument("--only", choices=SCENES, action="append", help="this scene (repeatable)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--write", action="store_true", help=f"write {MARKDOWN.name}")
+    given = parser.parse_args()
+    sizes = QUICK if given.quick else TINY if given.tiny else FULL
+    console = Console(stderr=True)
+    results: list[Result] = []
+    for name in given.only or SCENES:
+        with console.status(f"{name}: {SCENES[name].__doc__}"):
+            results.append(trio.run(play, name, sizes, given.seed))
+    Console(width=None if sys.stdout.isatty() else 110).print(table(results))
+    wrong = [each for result in results for each in result.wrong()]
+    for each in wrong:
+        print(f"WRONG: {each}")
+    if not wrong:
+        print(f"all figures are as they must be; seed {given.seed}")
+    if given.json:
+        found = {
+            "seed": given.seed,
+            "sizes": attrs.asdict(sizes),
+            "scenes": {each.name: attrs.asdict(each) for each in results},
+            "wrong": wrong,
+        }
+        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if given.write:
+        MARKDOWN.write_text(markdown(results, sizes, given.seed), encoding="utf-8")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

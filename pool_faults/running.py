@@ -1,0 +1,210 @@
+"""A server process, as the scenes see it: commands, its workers, and what it leaves behind.
+
+The rule of this file: however a scene ends, nothing of its server is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import processes
+import trio
+from clients import Load
+from target import RECORDS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+WORKERS = 4
+# For what has no event that is seen from here: a look, again and again.
+LOOK = 0.02
+PATIENCE = 60
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what only shows when one looks."""
+    with trio.fail_after(PATIENCE):
+        while not holds():  # noqa: ASYNC110 - as said
+            await trio.sleep(LOOK)
+
+
+@attrs.define
+class Running:
+    """A server process.
+
+    Attributes:
+      folder: its socket, its log, and the records of its handlers.
+      idle_descriptors: how many it had open before the first connection; and its workers had.
+    """
+
+    folder: Path
+    process: trio.Process
+    port: int = 0
+    idle_descriptors: int = 0
+    idle_worker_descriptors: int = 0
+    _buffer: bytes = b""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self.process.pid
+
+    @property
+    def records(self) -> Path:
+        """Where the handlers write."""
+        return self.folder / "records"
+
+    def load(self, **options: Any) -> Load:
+        """Make clients for it."""
+        return Load(self.port, str(self.folder / "socket"), **options)
+
+    async def ask(self, do: str, **arguments: Any) -> Any:
+        """Have it do something, and return what it answers."""
+        assert self.process.stdin is not None
+        await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        return await self.heard()
+
+    async def heard(self) -> Any:
+        """Return what it says next."""
+        assert self.process.stdout is not None
+        parts = [self._buffer]
+        with trio.fail_after(PATIENCE):
+            while b"\n" not in parts[-1]:
+                more = await self.process.stdout.receive_some()
+                if not more:
+                    raise SystemExit(f"the server has died:\n{self.log()[-2000:]}")
+                parts.append(more)
+        line, _, self._buffer = b"".join(parts).partition(b"\n")
+        return json.loads(line)
+
+    def log(self) -> str:
+        """Return what it, its pool and its workers have logged."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def workers(self) -> list[int]:
+        """Return its workers, also those that are starting."""
+        return processes.children_of(self.pid)
+
+    async def pids(self) -> list[int]:
+        """Return the workers that take jobs."""
+        found = (await self.ask("statistics"))["workers"]
+        return [each["pid"] for each in found if each["state"] == "ready"]
+
+    async def signal_one(self, rng: random.Random, number: signal.Signals) -> int:
+        """Send a signal to a worker at random, and return which it was."""
+        while True:
+            some = self.workers()
+            if some and processes.send_to_child(pid := rng.choice(some), self.pid, number):
+                return pid
+            # All are dead: the pool is about to start others.
+            await trio.sleep(LOOK)
+
+    async def idle(self, workers: int = WORKERS) -> None:
+        """Wait until all places have a worker, none is leaving, and no job is left."""
+        begin = trio.current_time()
+        while True:
+            now = await self.ask("statistics")
+            states = [each["state"] for each in now["workers"]]
+            if states == ["ready"] * workers and not now["in_flight"] and not now["queued"]:
+                return
+            if trio.current_time() > begin + PATIENCE:
+                raise TimeoutError(f"never idle: {now}\n{self.log()[-2000:]}")
+            await trio.sleep(LOOK)
+
+    async def leftovers(self, workers: int = WORKERS) -> dict[str, int]:
+        """Return what should not be there, once it is idle."""
+        await self.idle(workers)
+        # The peer of the last connection has seen its end before the worker has closed it.
+        with contextlib.suppress(trio.TooSlowError), trio.fail_after(5):
+            await until(lambda: not any(self._more(workers).values()))
+        return self._more(workers)
+
+    def _more(self, workers: int) -> dict[str, int]:
+        pids = self.workers()
+        extra = processes.open_descriptors(self.pid) - self.idle_descriptors
+        # Of the pool, each worker more or less has a socket and a pidfd.
+        extra -= 2 * (workers - WORKERS)
+        return {
+            "zombies": processes.zombies_of(self.pid),
+            "processes too many": len(pids) - workers,
+            "descriptors leaked in the pool": extra,
+            "descriptors leaked in workers": max(
+                (processes.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
+                default=0,
+            ),
+        }
+
+    async def finish(self) -> dict[str, Any]:
+        """Have it drain, and return its ledger, and how many of its processes are left."""
+        ledger: dict[str, Any] = await self.ask("finish")
+        ledger["processes left"] = len(self.all()) - 1
+        return ledger
+
+    def all(self) -> list[int]:
+        """Return it and its workers, also those that are nobody's children any more."""
+        return processes.with_variable(RECORDS, str(self.records))
+
+    def kill_all(self) -> None:
+        """Kill whatever is left of it."""
+        for pid in self.all():
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                if pid in self.all():
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+
+
+@asynccontextmanager
+async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGenerator[Running]:
+    """Start a server, and leave nothing of it behind.
+
+    Args:
+      way: "submit" or "serve", as accepting.py says.
+      handler: the function in target.py.
+      options: of the pool.
+    """
+    with tempfile.TemporaryDirectory(prefix="pool-faults-") as name:
+        folder = Path(name)
+        (folder / "records").touch()
+        order = {
+            "way": way,
+            "handler": f"target:{handler}",
+            "unix": str(folder / "socket"),
+            "options": {"workers": WORKERS, **options},
+        }
+        with (folder / "log").open("wb") as log:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, str(Path(__file__).with_name("accepting.py")), json.dumps(order)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, RECORDS: str(folder / "records")},
+            )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        async with process.stdin, process.stdout:
+            server = Running(folder, process)
+            try:
+                server.port = (await server.heard())["port"]
+                await server.idle(order["options"]["workers"])
+                server.idle_descriptors = processes.open_descriptors(server.pid)
+                server.idle_worker_descriptors = max(
+                    map(processes.open_descriptors, server.workers())
+                )
+                yield server
+            finally:
+                process.kill()
+                server.kill_all()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
