@@ -24,6 +24,11 @@ from trio_unixconn import IOErrorEnum, UnixConnectionError
         ("UnexpectedDescriptorsError", ValueError, IOErrorEnum.FAILED),
         ("DescriptorsTruncatedError", OSError, IOErrorEnum.TOO_MANY_OPEN_FILES),
         ("DescriptorsRefusedError", PermissionError, IOErrorEnum.PERMISSION_DENIED),
+        ("PoolClosedError", trio.ClosedResourceError, IOErrorEnum.CLOSED),
+        ("JobRefusedError", RuntimeError, IOErrorEnum.FAILED),
+        ("WorkerDiedError", RuntimeError, IOErrorEnum.BROKEN_PIPE),
+        ("WorkerStartError", RuntimeError, IOErrorEnum.FAILED),
+        ("HandlerError", RuntimeError, IOErrorEnum.FAILED),
         ("NotSupportedError", NotImplementedError, IOErrorEnum.NOT_SUPPORTED),
     ],
 )
@@ -61,6 +66,8 @@ def test_truncation_names_the_limit() -> None:
         trio_unixconn.UnexpectedDescriptorsError("what came", b"x"),
         trio_unixconn.DescriptorsTruncatedError(b"x", 5),
         trio_unixconn.DescriptorsRefusedError(errno.EPERM, "no"),
+        trio_unixconn.HandlerError("the handler failed", "Traceback"),
+        trio_unixconn.WorkerStartError("the worker could not start"),
     ],
 )
 def test_errors_can_be_pickled(error: Exception) -> None:
@@ -69,3 +76,11 @@ def test_errors_can_be_pickled(error: Exception) -> None:
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
+
+
+def test_what_a_worker_says_is_told() -> None:
+    """A worker's traceback is in .traceback and behind the message; without one, neither is."""
+    error = trio_unixconn.HandlerError("the handler failed", "Traceback\nZeroDivisionError\n")
+    assert error.traceback == "Traceback\nZeroDivisionError\n"
+    assert str(error) == "the handler failed; in the worker:\nTraceback\nZeroDivisionError"
+    assert str(trio_unixconn.WorkerStartError("it died")) == "it died"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from .._admission import NO_ROOM
 from ..errors import (
     HandlerError,
     UnixConnectionError,
@@ -46,6 +48,12 @@ class Owner(Protocol):
 
     def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
         """A worker has not acknowledged these; whether that counts as a try of theirs."""
+
+    def give_up(self, deliveries: list[Delivery], why: str) -> None:
+        """These can be sent to nobody."""
+
+    def refused(self, link: Link) -> None:
+        """A worker had no descriptor free, and rests until it is told that it need not."""
 
     def acknowledged(self, link: Link, count: int) -> None:
         """So many jobs were taken."""
@@ -188,12 +196,12 @@ class Link:
                 self._bury(status)
 
     def _bury(self, status: int) -> None:
-        was, self.state = self.state, "ended"
+        self.state = "ended"
         ending = ending_of(status)
         if self._killed_for:
             ending = f"{self._killed_for}, and {ending}"
         who = f"worker {self.index} (pid {self.pid})"
-        if self.error is None and was == "starting":
+        if self.error is None and self.started == math.inf:
             self.error = WorkerStartError(f"{who} {ending} before it was ready")
         elif self.error is None:
             self.error = WorkerDiedError(f"{who} {ending}")
@@ -211,11 +219,12 @@ class Link:
         if len(abandoned) < len(in_flight):
             self.handled += len(in_flight) - len(abandoned)
             self._owner.handled(self, len(in_flight) - len(abandoned))
-        if abandoned:
-            self._owner.abandoned(self, abandoned)
         self.settled.set()
         self.gone.set()
         self._owner.ended(self)
+        # At the end, as it calls what is not ours, and may raise.
+        if abandoned:
+            self._owner.abandoned(self, abandoned)
 
     async def _send(self) -> None:
         conn = self.process.conn
@@ -233,25 +242,45 @@ class Link:
                 await trio.sleep_forever()
 
     async def _send_batch(self) -> None:
-        batch = self.batch
         self._number += 1
-        fds = [each.fd for each in batch if each.fd >= 0]
-        sent = [_wire.SentJob(each.id, each.form, each.wants_answer, each.data) for each in batch]
-        message = _wire.jobs(self._number, sent, carries=bool(fds))
-        while True:
+        while self.batch:
+            batch = self.batch
+            fds = [each.fd for each in batch if each.fd >= 0]
+            sent = [
+                _wire.SentJob(each.id, each.form, each.wants_answer, each.data) for each in batch
+            ]
+            message = _wire.jobs(self._number, sent, carries=bool(fds))
             try:
                 await self.process.conn.send_message(message, fds=fds)
             except OSError as exc:
-                # This process has no descriptor free to hold on to them while it waits.
-                if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                if exc.errno == errno.EBADF:
+                    self._give_up_closed()
+                elif exc.errno in NO_ROOM:
+                    # Mostly no descriptor is free to hold on to them while it waits.
+                    await trio.sleep(_NO_ROOM_PAUSE)
+                else:
                     raise
-                await trio.sleep(_NO_ROOM_PAUSE)
             else:
                 break
         self._is_sent = True
         if not self.batch:
             # It was acknowledged before this task came to run again.
             self._owner.pump()
+
+    def _give_up_closed(self) -> None:
+        """Give up jobs whose descriptors somebody has closed, who did not own them any more."""
+        closed: list[Delivery] = []
+        for each in self.batch:
+            try:
+                os.get_inheritable(each.fd)
+            except OSError:
+                if each.fd >= 0:
+                    each.fd = -1
+                    closed.append(each)
+        self.batch = [each for each in self.batch if each not in closed]
+        self._owner.give_up(
+            closed, "its descriptor was closed, which was the pool's since it was submitted"
+        )
 
     async def _receive(self, received: trio.Event) -> None:
         decoder = _wire.Decoder()
@@ -345,6 +374,7 @@ class Link:
         self.limit = 1
         self.resting = True
         self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
+        self._owner.refused(self)
 
     def _check_number(self, body: bytes) -> None:
         batch = _wire.read_number(body)

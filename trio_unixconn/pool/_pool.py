@@ -16,7 +16,7 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ..errors import PoolClosedError, WorkerStartError
+from ..errors import JobRefusedError, PoolClosedError, WorkerStartError
 from . import _process, _wire
 from ._delivery import Delivery, JobReceipt, Submitted, checked_data, take_over
 from ._dispatch import Dispatcher
@@ -68,25 +68,36 @@ class _Place:
       failures: why its workers died, since one of them was of any use.
       busy: whether a worker is being started or replaced here; then ``changed`` says when that
         has come to an end.
+      again: when a worker that is well may be replaced, if the last new one could not start.
     """
 
     index: int
-    link: Link | None = None
+    link: Link
     restarts: int = 0
     failures: list[Exception] = attrs.field(factory=list[Exception])
     busy: bool = False
     changed: trio.Event = attrs.field(factory=trio.Event)
     rest: float = _FIRST_PAUSE
+    again: float = -math.inf
 
     def begin(self) -> None:
         """A worker is being started here from now on."""
-        self.busy = True
-        self.changed = trio.Event()
+        if not self.busy:
+            self.busy = True
+            self.changed = trio.Event()
 
     def end(self) -> None:
         """That has come to an end."""
         self.busy = False
         self.changed.set()
+
+
+def _pause(failures: int) -> float:
+    """Return how long to wait before another worker is started, in seconds."""
+    if not failures:
+        return 0.0
+    # Behind that nothing grows but a number that soon is none for a float.
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(failures - 1, 10))
 
 
 class WorkerPool:
@@ -145,7 +156,8 @@ class WorkerPool:
           TypeError, ValueError, OSError: nothing that a worker can have.
           PoolClosedError: the pool takes no more jobs.
           JobRefusedError: ``max_tries`` workers died, or had no descriptor free, before they
-            could acknowledge it.
+            could acknowledge it; or the pool ended before a worker had it, or there is no
+            worker ``to`` any more.
         """
         delivery = await self._deliver(what, data, to, wants_answer=False)
         receipt: JobReceipt = delivery.outcome
@@ -188,10 +200,16 @@ class WorkerPool:
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             await self.wait_for_room()
+        except PoolClosedError as exc:
+            delivery.close()
+            # Not as it came: that says that what was submitted is as it was.
+            raise JobRefusedError(f"job {delivery.id} was given up: {exc}") from exc
         except BaseException:
             delivery.close()
             raise
         self.put(delivery)
+        if to is not None:
+            self._give_up_bound()
         await self._outcome(delivery)
         return delivery
 
@@ -200,6 +218,8 @@ class WorkerPool:
             if not delivery.sent:
                 self._dispatcher.withdraw(delivery)
                 delivery.task = None
+                # It may have been what a drain waited for.
+                self._look_idle()
                 return trio.lowlevel.Abort.SUCCEEDED
             delivery.raise_cancel = raise_cancel
             for link in self._links():
@@ -261,6 +281,7 @@ class WorkerPool:
 
         Raises:
           WorkerStartError: a new one could not start; the old ones that are left go on.
+          PoolClosedError: the pool takes no more jobs.
         """
         async with self._changing:
             self._check_open()
@@ -276,21 +297,26 @@ class WorkerPool:
 
         Raises:
           ValueError: fewer than one.
-          WorkerStartError: a new one could not start; as many as could are there.
+          WorkerStartError: a new one could not start; there are as many as before.
+          PoolClosedError: the pool takes no more jobs.
         """
         if workers < 1:
             raise ValueError(f"a pool has at least one worker, not {workers}")
         async with self._changing:
             self._check_open()
             new = range(len(self._places), workers)
-            await self._fill([_Place(index) for index in new])
+            await self._fill(new)
             while len(self._places) > workers:
                 place = self._places.pop()
-                left = self._dispatcher.bound.pop(place.index, ())
-                self._dispatcher.give_up_all(left, f"there is no worker {place.index} any more")
                 self._dispatcher.links.pop(place.index, None)
-                if place.link is not None:
-                    self._leave(place.link)
+                self._leave(place.link)
+            self._give_up_bound()
+
+    def _give_up_bound(self) -> None:
+        """Give up jobs that only a worker may have that is not there any more."""
+        bound = self._dispatcher.bound
+        for index in [each for each in bound if each >= len(self._places)]:
+            self._dispatcher.give_up_all(bound.pop(index), f"there is no worker {index} any more")
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more jobs, finish those that there are, and end the workers.
@@ -298,8 +324,13 @@ class WorkerPool:
         Args:
           timeout: after so many seconds, handlers that are still at work are cancelled, and jobs
             that still wait are given up; ``drain_timeout`` if left out.
+
+        Raises:
+          ValueError: a timeout that is negative, or no number; the pool goes on.
         """
         timeout = self._options.drain_timeout if timeout is None else timeout
+        if not timeout >= 0:
+            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
         self._closed = self._closed or "the pool is draining, and takes no more jobs"
         self._dispatcher.waiting.unpark_all()
         begin = trio.current_time()
@@ -314,37 +345,43 @@ class WorkerPool:
                 nursery.start_soon(link.leave, left)
 
     def _links(self) -> Iterable[Link]:
-        yield from (place.link for place in self._places if place.link is not None)
+        yield from (place.link for place in self._places)
         yield from self._draining
 
-    async def _fill(self, places: list[_Place]) -> None:
+    async def _fill(self, indexes: range) -> None:
         """Start workers for new places, all at a time."""
         errors: list[Exception] = []
+        links: dict[int, Link] = {}
 
-        async def fill(place: _Place) -> None:
+        async def fill(index: int) -> None:
             try:
-                place.link = await self._start(place)
+                links[index] = await self._start(index)
             except WorkerStartError as exc:
                 errors.append(exc)
                 # The others most likely fail for the same reason.
                 nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for place in places:
-                nursery.start_soon(fill, place)
+        try:
+            async with trio.open_nursery() as nursery:
+                for index in indexes:
+                    nursery.start_soon(fill, index)
+            if errors:
+                raise errors[0]
+        except BaseException:
+            for link in links.values():
+                self._leave(link)
+            raise
         # In order, and without gaps: an index is a position.
-        for place in places:
-            if errors or place.link is None:
-                if place.link is not None:
-                    self._leave(place.link)
-                continue
-            self._places.append(place)
-            self._welcome(place, place.link)
-        if errors:
-            raise errors[0]
+        for index in indexes:
+            self._places.append(_Place(index, links[index]))
+            self._welcome(self._places[-1], links[index])
 
-    async def _start(self, place: _Place) -> Link:
-        """Start a worker, and wait until it is ready."""
+    async def _start(self, index: int) -> Link:
+        """Start a worker, and wait until it is ready.
+
+        Raises:
+          WorkerStartError: it is gone; with an OSError as its cause, it never was there.
+        """
         options = self._options
         order = {
             "handler": options.handler,
@@ -355,21 +392,21 @@ class WorkerPool:
         try:
             process = _process.start(order)
         except OSError as exc:
-            raise WorkerStartError(f"worker {place.index} could not be started: {exc}") from exc
-        link = Link(place.index, process, self)
-        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {place.index}")
+            raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
+        link = Link(index, process, self)
+        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {index}")
         try:
             with trio.move_on_after(options.start_timeout):
                 await link.settled.wait()
         except BaseException:
             link.kill("was no longer needed")
             raise
-        if link.state == "ready":
+        if link.started < math.inf:
             return link
-        if link.state == "starting" and link.error is None:
+        if link.error is None:
             link.kill(f"was not ready after {options.start_timeout} seconds")
-        with trio.CancelScope(shield=True):
-            await link.gone.wait()
+        # Mostly it ends by itself; but what it has imported may have threads that do not.
+        await link.leave(0.0)
         assert link.error is not None  # noqa: S101 - it has ended
         raise link.error
 
@@ -383,27 +420,28 @@ class WorkerPool:
         self._pump()
 
     async def _replace(self, place: _Place) -> None:
-        if place.busy:
-            return
         place.begin()
         try:
-            new = await self._start(place)
+            new = await self._start(place.index)
         except BaseException:
             place.end()
-            if place.link is None or place.link.state == "ended":
+            if place.link.state == "ended":
                 # The old one died meanwhile.
                 self._revive_soon(place)
             raise
         place.end()
         old = place.link
         self._settle(place, new)
-        if old is not None and old.state != "ended":
-            self._leave(old)
+        self._leave(old)
 
     def _leave(self, link: Link) -> None:
         """Have a worker finish what it has, and end, while everything else goes on."""
-        self._draining.add(link)
-        self._nursery.start_soon(link.leave, self._options.drain_timeout)
+        if self._over:
+            # Nobody would wait for that, and the nursery may be closed.
+            link.kill("was no longer needed")
+        elif link.state != "ended":
+            self._draining.add(link)
+            self._nursery.start_soon(link.leave, self._options.drain_timeout)
 
     def _revive_soon(self, place: _Place) -> None:
         if not place.busy and self._has(place):
@@ -415,31 +453,37 @@ class WorkerPool:
     async def _revive(self, place: _Place) -> None:
         """Start a worker in the place of one that died, after a growing pause."""
         link = None
+        tries = len(place.failures)
         try:
-            while link is None and self._has(place):
+            while len(place.failures) < self._options.crash_limit:
+                await trio.sleep(_pause(tries))
+                if not self._has(place):
+                    return
+                tries += 1
                 link = await self._try_again(place)
+                if link is not None:
+                    break
         finally:
             place.end()
         if link is not None:
             self._settle(place, link)
-
-    async def _try_again(self, place: _Place) -> Link | None:
-        failures = len(place.failures)
-        if failures >= self._options.crash_limit:
+        else:
             self._end(
                 ExceptionGroup(
-                    f"{failures} workers in turn died, or could not start, before they finished "
-                    "a job",
+                    f"{len(place.failures)} workers in turn died, or could not start, before "
+                    "they finished a job",
                     place.failures,
                 )
             )
-        if failures:
-            await trio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1)))
+
+    async def _try_again(self, place: _Place) -> Link | None:
         try:
-            return await self._start(place)
+            return await self._start(place.index)
         except WorkerStartError as exc:
             logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
-            place.failures.append(exc)
+            # That this process has no descriptor free, say, is not the worker's fault.
+            if not isinstance(exc.__cause__, OSError):
+                place.failures.append(exc)
             return None
 
     def _has(self, place: _Place) -> bool:
@@ -472,7 +516,7 @@ class WorkerPool:
                 # This process was not running either, and what they said is still unread.
                 continue
             for link in list(self._links()):
-                if link.state != "starting" and now - link.last_heard > timeout:
+                if link.state != "ended" and now - link.last_heard > timeout:
                     logger.warning(
                         "worker %d (pid %d) has not been heard of for %.1f seconds, and is killed",
                         link.index,
@@ -492,14 +536,24 @@ class WorkerPool:
     def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
         """Have jobs that a worker has not taken tried by another."""
         self._dispatcher.take_back(deliveries, why, counts=counts)
-        for place in self._places:
-            if place.link is not None and place.link.resting:
-                self._nursery.start_soon(self._rest, place, place.link)
+        self._give_up_bound()
+        if self._over:
+            self._dispatcher.clear("the pool ended first")
         self._pump()
         self._look_idle()
 
-    async def _rest(self, place: _Place, link: Link) -> None:
+    def give_up(self, deliveries: list[Delivery], why: str) -> None:
+        """Have jobs given up that cannot be sent to any worker."""
+        self._dispatcher.give_up_all(deliveries, why)
+        self._look_idle()
+
+    def refused(self, link: Link) -> None:
         """Give a worker that has no descriptor free time to close some."""
+        place = self._place_of(link)
+        if place is not None:
+            self._nursery.start_soon(self._rest, place, link)
+
+    async def _rest(self, place: _Place, link: Link) -> None:
         pause, place.rest = place.rest, min(2 * place.rest, _LONGEST_REST)
         await trio.sleep(pause)
         link.resting = False
@@ -516,8 +570,8 @@ class WorkerPool:
     def handled(self, link: Link, count: int) -> None:
         """Count jobs whose handler has returned."""
         self._counters.handled += count
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if place is not None and place.link is link:
+        place = self._place_of(link)
+        if place is not None:
             place.failures.clear()
             place.rest = _FIRST_PAUSE
         self._pump()
@@ -549,15 +603,25 @@ class WorkerPool:
             self._renew(link)
 
     def _renew(self, link: Link) -> None:
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if self._closed is None and place is not None and place.link is link and not place.busy:
-            self._nursery.start_soon(self._replace_logged, place)
+        place = self._place_of(link)
+        if (
+            self._closed is None
+            and place is not None
+            and not place.busy
+            and trio.current_time() >= place.again
+        ):
+            # At once: others may ask for it before the task begins.
+            place.begin()
+            self._nursery.start_soon(
+                self._replace_logged, place, name=f"trio_unixconn.pool restart {place.index}"
+            )
 
     async def _replace_logged(self, place: _Place) -> None:
         try:
             await self._replace(place)
         except WorkerStartError as exc:
             logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
+            place.again = trio.current_time() + _LONGEST_PAUSE
 
     def ended(self, link: Link) -> None:
         """Have a worker that died replaced."""
@@ -565,10 +629,9 @@ class WorkerPool:
         if self._dispatcher.links.get(link.index) is link:
             del self._dispatcher.links[link.index]
         self._look_idle()
-        place = self._places[link.index] if link.index < len(self._places) else None
-        if place is None or place.link is not link or self._over:
-            return
-        self._lost(place, link)
+        place = self._place_of(link)
+        if place is not None and not self._over:
+            self._lost(place, link)
 
     def _lost(self, place: _Place, link: Link) -> None:
         assert link.error is not None  # noqa: S101 - it has ended
@@ -579,6 +642,11 @@ class WorkerPool:
         else:
             place.failures.clear()
         self._revive_soon(place)
+
+    def _place_of(self, link: Link) -> _Place | None:
+        """Return the place that a worker has; None if it has left it."""
+        place = self._places[link.index] if link.index < len(self._places) else None
+        return place if place is not None and place.link is link else None
 
     def _look_idle(self) -> None:
         if self._idle:
@@ -615,7 +683,7 @@ class WorkerPool:
         )
 
     async def _open(self) -> None:
-        await self._fill([_Place(index) for index in range(self._options.workers)])
+        await self._fill(range(self._options.workers))
         if self._options.hang_timeout < math.inf:
             self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
 

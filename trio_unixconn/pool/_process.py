@@ -46,6 +46,9 @@ class WorkerProcess:
         Returns:
           Its exit status; negative, the signal that killed it.
         """
+        if self._popen.returncode is not None:
+            # The number may be another's by now.
+            return self._popen.returncode
         try:
             pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):

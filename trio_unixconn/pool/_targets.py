@@ -30,6 +30,13 @@ def check_reference(reference: str, what: str) -> None:
         part.isidentifier() for part in (*module.split("."), *names.split("."))
     ):
         raise ValueError(f'{what} is named as "package.module:name", not {reference!r}')
+    if module == "__main__":
+        # There it is what starts a worker.
+        raise ValueError(
+            f"{what} is imported by the workers, who cannot import __main__; name the module by "
+            f"its file, program:{names} in program.py, and have what the program does behind "
+            'if __name__ == "__main__"'
+        )
 
 
 def load(reference: str) -> Any:

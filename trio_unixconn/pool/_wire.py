@@ -217,9 +217,3 @@ class Decoder:
         self._parts = [rest[at:]] if at < end else []
         self._have = end - at
         return found
-
-    def leftover(self) -> list[int]:
-        """Take out the descriptors of frames that will never be complete."""
-        fds = [fd for each in self._arrived for fd in each or ()]
-        self._arrived.clear()
-        return fds

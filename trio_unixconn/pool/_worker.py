@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from socket import SHUT_RD
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -45,8 +46,9 @@ def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
     """Be a worker until the pool says that it is enough, or is gone; return the exit status."""
     # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with(order["pool"])
-    threading.Thread(target=_watch, args=(sock.fileno(),), daemon=True).start()
+    _end_with_parent()
+    threading.Thread(target=_watch, args=(sock, _pidfd_of(order["pool"])), daemon=True).start()
+    _check_parent(order["pool"])
     try:
         handler = load_handler(order["handler"])
         setup = load_setup(order["setup"]) if order["setup"] else None
@@ -59,21 +61,37 @@ def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
     return trio.run(_run, sock, notes, order, handler, setup)
 
 
-def _end_with(pool: int) -> None:
-    """Have the kernel tell this process when the pool's is gone (Linux)."""
+def _end_with_parent() -> None:
+    """Have the kernel tell this process when its parent, the pool's, is gone (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _pidfd_of(pool: int) -> int | None:
+    try:
+        return os.pidfd_open(pool)
+    except (AttributeError, OSError):
+        # Not Linux, before 5.3, or it is gone.
+        return None
+
+
+def _check_parent(pool: int) -> None:
     if os.getppid() != pool:
-        # It was gone before.
+        # It was gone before anything here could have been told of it.
         os._exit(1)
 
 
-def _watch(fd: int) -> None:
+def _watch(sock: stdlib_socket.socket, pool: int | None) -> None:
     """End this process soon after the pool is gone; a thread, for handlers that never wait."""
     poll = select.poll()
     # Nothing but the other end's close.
-    poll.register(fd, 0)
+    poll.register(sock.fileno(), 0)
+    if pool is not None:
+        poll.register(pool, select.POLLIN)
     poll.poll()
+    # A child of the pool's process may hold the other end open.
+    with contextlib.suppress(OSError):
+        sock.shutdown(SHUT_RD)
     time.sleep(_ORPHAN_END)
     os._exit(1)
 
@@ -96,12 +114,12 @@ async def _run(
         if setup is not None:
             context = setup()
         async with context as state:
+            # The kernel forgets it when a process becomes another user.
+            _end_with_parent()
             worker = _Worker(conn, board, handler, state, order["beat"])
             await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
             ready = True
             await worker.run()
-    except trio.Cancelled:
-        raise
     except BaseException:
         if ready:
             raise
@@ -139,10 +157,17 @@ class _Worker:
             nursery.start_soon(self._send_beats, name="trio_unixconn.pool heartbeat")
             with self._deadline:
                 async with trio.open_nursery() as handlers:
-                    await self._receive(handlers)
+                    try:
+                        await self._receive(handlers)
+                    except UnixConnectionError:
+                        # The pool is gone, and could not be told what was taken.
+                        self._end_in(_ORPHAN_DRAIN)
             with contextlib.suppress(UnixConnectionError):
                 await self._tell()
             nursery.cancel_scope.cancel()
+
+    def _end_in(self, timeout: float) -> None:
+        self._deadline.deadline = trio.current_time() + timeout
 
     async def _receive(self, handlers: trio.Nursery) -> None:
         decoder = _wire.Decoder()
@@ -157,12 +182,11 @@ class _Worker:
             except UnixConnectionError:
                 data, fds = b"", []
             if not data:
-                self._deadline.deadline = trio.current_time() + _ORPHAN_DRAIN
+                self._end_in(_ORPHAN_DRAIN)
                 return
             for frame in decoder.feed(data, fds):
                 if frame.kind == _wire.DRAIN:
-                    timeout = _wire.read_seconds(frame.body)
-                    self._deadline.deadline = trio.current_time() + timeout
+                    self._end_in(_wire.read_seconds(frame.body))
                     return
                 await self._obey(handlers, frame)
 
@@ -194,6 +218,9 @@ class _Worker:
         coming = iter(fds)
         for job in jobs:
             fd = next(coming) if job.form != _wire.NO_DESCRIPTOR else -1
+            if job.wants_answer:
+                # Before it runs, as the pool may have it cancelled at once.
+                self._scopes[job.id] = trio.CancelScope()
             handlers.start_soon(self._handle, job, fd, name="trio_unixconn.pool handler")
 
     async def _handle(self, sent: _wire.SentJob, fd: int) -> None:
@@ -216,18 +243,18 @@ class _Worker:
             self._say(number, f"the handler {why or traceback.format_exc()}")
             raise
         finally:
-            with contextlib.suppress(OSError):
+            # ValueError: the handler has detached a file.
+            with contextlib.suppress(OSError, ValueError):
                 close_now(stream)
+            if wants_answer:
+                del self._scopes[number]
             self._something.unpark()
 
     async def _answer(self, stream: Any, job: Job) -> None:
-        scope = self._scopes[job.id] = trio.CancelScope()
+        scope = self._scopes[job.id]
         answer: Any = None
-        try:
-            with scope:
-                answer = await self._handler(stream, job)
-        finally:
-            del self._scopes[job.id]
+        with scope:
+            answer = await self._handler(stream, job)
         if scope.cancelled_caught:
             self._say(job.id, "the handler was cancelled, because the call was")
         elif not isinstance(answer, bytes):

@@ -1,0 +1,179 @@
+"""A file broker: one process with rights opens files, workers without rights look into them.
+
+What a client asks for is opened here, if the policy allows it: a regular file inside of one
+folder, by a way that leads through no symbolic link and no "..". Looking into what others have
+written is the dangerous part, and is done by workers that can open nothing: where the broker is
+root they become "nobody" in an empty root folder, and where the kernel has Landlock it denies
+them every file. They get an open file with each job, and nothing else.
+"""
+
+import ctypes
+import os
+import resource
+import stat
+import sys
+import tempfile
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+
+import trio
+
+from trio_unixconn import UnixConnection, UnixConnectionError, open_unix_connection, serve_unix
+from trio_unixconn.pool import Job, WorkerPool, open_worker_pool
+
+LONGEST_NAME = 4096
+LONGEST_EXCHANGE = 10  # seconds
+LARGEST = 2**20
+NOBODY = 65534
+IN_FLIGHT, DESCRIPTORS = 16, 64  # of a worker; it needs some for itself
+
+################################################################
+# In a worker
+################################################################
+
+# Python has no names for these: of linux/prctl.h, asm-generic/unistd.h, linux/landlock.h.
+PR_SET_NO_NEW_PRIVS = 38
+LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
+EVERY_ACCESS = 2**13 - 1  # of its first version, in Linux 5.13
+
+
+@asynccontextmanager
+async def without_rights() -> AsyncGenerator[str, None]:
+    """Give up what a worker must not have, for good, before it gets a job."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+    given_up: list[str] = []
+    if os.geteuid() == 0:
+        os.chdir(folder := tempfile.mkdtemp())
+        os.rmdir(folder)  # still there, empty, and nothing can be made in it
+        os.chroot(".")
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        given_up.append("root")
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    accesses = ctypes.c_uint64(EVERY_ACCESS)
+    rules = libc.syscall(
+        LANDLOCK_CREATE_RULESET, ctypes.byref(accesses), ctypes.c_size_t(ctypes.sizeof(accesses)), 0
+    )
+    if rules >= 0:
+        # It has no rule, and what no rule allows is denied: to this thread, and to those that it
+        # starts from now on.
+        if libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0) == 0:
+            given_up.append("all files")
+        os.close(rules)
+    if not given_up:
+        raise RuntimeError("a worker would have the broker's rights; be root, or have Landlock")
+    yield " and ".join(given_up)
+
+
+async def handler(file: BufferedReader, job: Job) -> bytes:
+    text = await trio.wrap_file(file).read(LARGEST)
+    try:
+        os.close(os.open(job.data, os.O_RDONLY))
+        itself = "can open it"
+    except OSError as exc:
+        itself = f"cannot open it ({exc.strerror})"
+    found = f"{len(text.split())} words"
+    return f"{found}, by a worker that has given up {job.state}, and itself {itself}".encode()
+
+
+################################################################
+# In the broker
+################################################################
+
+
+def open_inside(folder: int, name: str) -> int:
+    """Open a regular file by its path below a folder, step by step, following no link.
+
+    openat2(2) with RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS does it in one step; Python lacks it.
+    """
+    *steps, last = name.split("/")
+    if not {"", ".", ".."}.isdisjoint([*steps, last]) or "\0" in name:
+        raise PermissionError(0, "not a path that leads down")
+    at = os.dup(folder)
+    try:
+        for step in steps:
+            inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+        # O_NONBLOCK: the open of a FIFO would wait.
+        fd = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise PermissionError(0, "not a regular file")
+    return fd
+
+
+async def receive_name(conn: UnixConnection) -> str:
+    line = b""
+    while not line.endswith(b"\n") and len(line) < LONGEST_NAME:
+        if not (chunk := await conn.receive_some(LONGEST_NAME - len(line))):
+            break
+        line += chunk
+    return os.fsdecode(line.removesuffix(b"\n"))
+
+
+async def broker(pool: WorkerPool, path: str, folder: int, conn: UnixConnection) -> None:
+    try:
+        with trio.fail_after(LONGEST_EXCHANGE):
+            name = await receive_name(conn)
+            try:
+                fd = open_inside(folder, name)
+            except OSError as exc:
+                answer = f"refused: {exc.strerror}".encode()
+            else:
+                # The descriptor is the pool's from here on. The path is for demonstration only.
+                answer = await pool.call(fd, data=os.fsencode(os.path.join(path, name)))
+            await conn.send_all(answer)
+    except (UnixConnectionError, trio.TooSlowError) as exc:
+        print("a request came to nothing:", exc, file=sys.stderr)
+
+
+async def ask(path: str, name: str) -> str:
+    async with await open_unix_connection(path) as conn:
+        await conn.send_all(os.fsencode(name) + b"\n")
+        answer = b"".join([chunk async for chunk in conn]).decode()
+    print(f"{name}: {answer}")
+    return answer
+
+
+def fill(home: Path) -> None:
+    (home / "public/inner").mkdir(parents=True)
+    for name in ("secret", "public/notes", "public/inner/more"):
+        (home / name).touch(0o600)
+        (home / name).write_text("some words of mine\n")
+    (home / "public/link").symlink_to("../secret")
+    (home / "public/up").symlink_to("..")
+    os.mkfifo(home / "public/fifo")
+
+
+async def demonstrate(home: Path) -> None:
+    fill(home)
+    address, public = str(home / "socket"), str(home / "public")
+    folder = os.open(public, os.O_RDONLY | os.O_DIRECTORY)
+    open_pool = partial(open_worker_pool, setup="pool_broker:without_rights", workers=2)
+    async with (
+        open_pool("pool_broker:handler", max_in_flight=IN_FLIGHT) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        serve = partial(serve_unix, partial(broker, pool, public, folder), address)
+        server = await nursery.start(serve)
+        for name in ("notes", "inner/more"):
+            answer = await ask(address, name)
+            assert answer.startswith("4 words, ")
+            assert "itself cannot open it" in answer
+        for name in ("../secret", "/etc/passwd", "link", "up/secret", "fifo", "inner", "none"):
+            assert (await ask(address, name)).startswith("refused: ")
+        server.drain()
+    os.close(folder)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        trio.run(demonstrate, Path(place))

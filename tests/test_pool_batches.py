@@ -1,0 +1,76 @@
+"""What goes to a worker at once, and what a drain waits for."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+from helpers import until
+
+from trio_unixconn.pool import open_worker_pool
+
+if TYPE_CHECKING:
+    from trio_unixconn.pool import Job, WorkerPool
+
+LARGEST = 16 * 2**20
+
+
+async def length(_: object, job: Job) -> bytes:
+    """Answer how many bytes came; a worker runs this."""
+    return b"%d" % len(job.data)
+
+
+async def wait(_: object, __: Job) -> None:
+    """Handle a job until that is cancelled; a worker runs this."""
+    await trio.sleep_forever()
+
+
+def null() -> int:
+    return os.open(os.devnull, os.O_RDONLY)
+
+
+@pytest.mark.parametrize("to", [None, 0])
+async def test_much_data_in_many_jobs(to: int | None) -> None:
+    """Jobs of the largest size that wait together all arrive, for any worker and for one."""
+    answers: list[bytes] = []
+
+    async def call() -> None:
+        answers.append(await pool.call(data=bytes(LARGEST), to=to))
+
+    with trio.fail_after(60):
+        async with open_worker_pool("test_pool_batches:length", workers=1) as pool:
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(call)
+            assert pool.statistics().deaths == 0
+    assert answers == [b"%d" % LARGEST] * 4
+
+
+async def test_a_drain_waits_for_nothing_that_was_withdrawn() -> None:
+    """When the last job that waits is withdrawn, a drain asks the workers to end at once."""
+    with trio.fail_after(60):
+        async with (
+            open_worker_pool("test_pool_batches:wait", workers=1, max_in_flight=1) as pool,
+            trio.open_nursery() as nursery,
+        ):
+            await pool.submit(null())
+            submission = await nursery.start(submit_until_cancelled, pool)
+            await trio.testing.wait_all_tasks_blocked()
+            assert pool.statistics().queued == 1
+            nursery.start_soon(pool.drain, math.inf)
+            await trio.testing.wait_all_tasks_blocked()
+            submission.cancel()
+            await until(lambda: pool.statistics().workers[0].state == "draining")
+            nursery.cancel_scope.cancel()
+
+
+async def submit_until_cancelled(
+    pool: WorkerPool, *, task_status: trio.TaskStatus[trio.CancelScope]
+) -> None:
+    with trio.CancelScope() as scope:
+        task_status.started(scope)
+        await pool.submit(null())

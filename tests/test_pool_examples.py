@@ -1,0 +1,38 @@
+"""The examples of worker pools run, without a warning and without a word on standard error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pool_echo", "handled by two workers: 6\n"),
+        ("pool_http", "connection 1, 3 times: Hello from process "),
+        ("pool_numpy", "x as fast as bytes\n"),
+        ("pool_broker", "and itself cannot open it ("),
+    ],
+)
+def test_example(name: str, said: str) -> None:
+    """An example ends well, and says what it shows."""
+    # As another user, which its workers become, they could not write down what they covered.
+    environment = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert said in done.stdout

@@ -1,0 +1,92 @@
+"""Workers end with the process of their pool, whoever else holds its sockets."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from helpers import NOBODY
+
+from trio_unixconn.pool import open_worker_pool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from trio_unixconn.pool import Job
+
+PR_GET_PDEATHSIG = 2
+# A pool whose process has a child that does nothing, and holds all that was open.
+FORKING = """
+import os, trio
+from trio_unixconn.pool import open_worker_pool
+
+async def main():
+    async with open_worker_pool("test_pool_orphans:signal_of_death", workers=2) as pool:
+        if os.fork() == 0:
+            os.read(0, 1)
+            os._exit(0)
+        print(*[each.pid for each in pool.statistics().workers], flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@asynccontextmanager
+async def as_somebody_else() -> AsyncGenerator[None, None]:
+    """Give up root's rights; a worker runs this."""
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    yield
+
+
+async def signal_of_death(_: object, __: Job) -> bytes:
+    """Answer what the kernel sends when the pool is gone; a worker runs this."""
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(number))
+    return signal.Signals(number.value).name.encode()
+
+
+async def test_a_fork_of_the_pool_keeps_no_worker_alive() -> None:
+    """Workers end when their pool is killed, also if a child of its own holds their sockets."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        pids = (await trio.to_thread.run_sync(process.stdout.readline)).split()
+        assert len(pids) == 2
+        pidfds = [os.pidfd_open(int(each)) for each in pids]
+        process.kill()
+        try:
+            with trio.fail_after(30):
+                for pidfd in pidfds:
+                    await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            for pidfd in pidfds:
+                os.close(pidfd)
+            process.stdin.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user_ends_with_the_pool() -> None:
+    """The kernel goes on to tell a worker of its pool's death when it has become another user."""
+    with trio.fail_after(60):
+        async with open_worker_pool(
+            "test_pool_orphans:signal_of_death",
+            workers=1,
+            setup="test_pool_orphans:as_somebody_else",
+        ) as pool:
+            assert await pool.call() == b"SIGTERM"
