@@ -118,6 +118,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/bench.py", *session.posargs)
 
 
+@nox.session(name="pool-bench")
+def pool_bench(session: nox.Session) -> None:
+    """Measure the worker pool beside Node's cluster and others; ``--quick``, ``--help``."""
+    install(session)
+    session.run("python", "pool_bench/contest.py", *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""

@@ -18,7 +18,10 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 from cases import CASES, Case
@@ -51,7 +54,7 @@ TABLES = FOLDER / "result.md"
 ROUNDS, QUICK_ROUNDS = 15, 5
 # How much worse a ratio may get before that is a regression.
 TOLERANCE = 1.10
-KEYS = [each.key for each in CONTESTANTS]
+Anyone = TypeVar("Anyone", bound=Contestant)
 
 
 @attrs.define
@@ -107,10 +110,7 @@ class Run:
         entries = self.entries_of(case)
         values: dict[str, list[float]] = {name: [] for name in entries}
         for turn in range(-1, self.rounds_of(case)):
-            # Each turn begins with another, so that nobody always runs behind the same.
-            names = list(values)
-            first = turn % len(names) if names else 0
-            for name in names[first:] + names[:first]:
+            for name in in_turn(values, turn):
                 i, variant = entries[name]
                 # The first turn is for warming up.
                 runs = max(1, count // 10) if turn < 0 else count
@@ -135,27 +135,46 @@ class Run:
         self.pairs[i] = Pair(contestant, self.folder)
 
 
-def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick: bool) -> Result:
-    """Measure everything; return what came of it."""
-    result: Result = {
-        "machine": f"{platform.system()} {platform.release()}, {platform.machine()}, "
-        f"{os.cpu_count()} processors",
-        "rounds": rounds,
-        "quick": quick,
-        "cases": {},
-    }
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """Return who runs behind whom: each turn begins with another, so that none is always last."""
+    found = list(names)
+    first = turn % len(found) if found else 0
+    return found[first:] + found[:first]
+
+
+def machine() -> str:
+    """Return where this runs."""
+    return (
+        f"{platform.system()} {platform.release()}, {platform.machine()}, "
+        f"{os.cpu_count()} processors"
+    )
+
+
+def progress_bar() -> Progress:
+    """Return what shows how far it is, and is gone at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick: bool) -> Result:
+    """Measure everything; return what came of it."""
+    result: Result = {
+        "machine": machine(),
+        "rounds": rounds,
+        "quick": quick,
+        "cases": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         running = Run(folder, quick, rounds)
         try:
             running.start(contestants)
             total = sum(len(running.entries_of(case)) * running.rounds_of(case) for case in cases)
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            with progress_bar() as progress:
                 task = progress.add_task("", total=total)
                 for case in cases:
                     progress.update(task, description=case.title)
@@ -172,14 +191,44 @@ def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick:
     return result
 
 
-def chosen(text: str) -> list[Contestant]:
+def chosen(everyone: Sequence[Anyone], text: str) -> list[Anyone]:
     """Return the contestants of the command line; ours is always among them."""
-    keys = {"ours", *text.split(",")} if text else set(KEYS)
-    if unknown := keys - set(KEYS):
+    known = [each.key for each in everyone]
+    keys = {"ours", *text.split(",")} if text else set(known)
+    if unknown := keys - set(known):
         raise argparse.ArgumentTypeError(
-            f"no such contestant: {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}"
+            f"no such contestant: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
         )
-    return [each for each in CONTESTANTS if each.key in keys]
+    return [each for each in everyone if each.key in keys]
+
+
+def add_choices(
+    parser: argparse.ArgumentParser, everyone: Sequence[Contestant], rounds: int, quick_rounds: int
+) -> None:
+    """Add the arguments that say what is measured, how often, and what is done with it."""
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter: a minute, not ten")
+    parser.add_argument("--rounds", type=int, help=f"{rounds}, or with --quick {quick_rounds}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their title")
+    parser.add_argument(
+        "--contestants",
+        type=partial(chosen, everyone),
+        default=everyone,
+        metavar="A,B",
+        help=", ".join(each.key for each in everyone),
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the result, and what the docs have of it"
+    )
+    parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
+
+
+def checked(parser: argparse.ArgumentParser, everyone: Sequence[Contestant]) -> argparse.Namespace:
+    """Read the command line."""
+    given = parser.parse_args()
+    if given.write and (given.only or given.contestants is not everyone):
+        parser.error("--write keeps a whole result: without --only and --contestants")
+    return given
 
 
 def parsed() -> argparse.Namespace:
@@ -187,16 +236,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter: a minute, not ten")
-    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or with --quick {QUICK_ROUNDS}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their title")
-    parser.add_argument(
-        "--contestants", type=chosen, default=CONTESTANTS, metavar="A,B", help=", ".join(KEYS)
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument(
-        "--write", action="store_true", help="keep the result, tables and charts that the docs have"
-    )
+    add_choices(parser, CONTESTANTS, ROUNDS, QUICK_ROUNDS)
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with a kept result")
     parser.add_argument(
         "--tolerance",
@@ -205,12 +245,9 @@ def parsed() -> argparse.Namespace:
         metavar="FACTOR",
         help=f"by which ours may get slower before that is a regression; without it {TOLERANCE}",
     )
-    parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
-    given = parser.parse_args()
+    given = checked(parser, CONTESTANTS)
     if given.tolerance < 1:
         parser.error("--tolerance is a factor: 1.1 is 10 %")
-    if given.write and (given.only or given.contestants is not CONTESTANTS):
-        parser.error("--write keeps a whole result: without --only and --contestants")
     return given
 
 

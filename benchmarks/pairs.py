@@ -17,7 +17,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import attrs
 from cases import ANYIO, FLOOR, GIO, OURS, STDLIB, UVLOOP
@@ -81,13 +81,15 @@ def installed(package: str) -> str:
         raise MissingError(f"{package} is not installed") from None
 
 
-def python(script: str, *arguments: str, packages: Iterable[str] = ()) -> Callable[[str], Program]:
+def python(
+    script: str, *arguments: str, packages: Iterable[str] = (), folder: Path = FOLDER
+) -> Callable[[str], Program]:
     """Return how a script is started under this Python, if the packages are there."""
 
     def find(_: str) -> Program:
         found = [installed(package) for package in packages]
         version = ", ".join([*found, f"Python {sys.version.split()[0]}"])
-        return Program([sys.executable, str(FOLDER / script)], version, arguments)
+        return Program([sys.executable, str(folder / script)], version, arguments)
 
     return find
 
@@ -110,14 +112,14 @@ def system_python(_: str) -> Program:
     return Program([interpreter, str(FOLDER / "gio.py")], done.stdout.strip())
 
 
-def compiled(folder: str) -> Program:
-    """Return how the program in C is started, after compiling it."""
+def compiled(folder: str, source: Path = FOLDER / "limit.c") -> Program:
+    """Return how a program in C is started, after compiling it."""
     compiler = shutil.which("cc")
     if compiler is None:
         raise MissingError("no C compiler (cc)")
-    program = os.path.join(folder, "limit")
+    program = os.path.join(folder, source.stem)
     subprocess.run(
-        [compiler, "-std=c11", "-Wall", "-Wextra", "-O2", "-o", program, FOLDER / "limit.c"],
+        [compiler, "-std=c11", "-Wall", "-Wextra", "-O2", "-o", program, source, "-lm"],
         check=True,
     )
     done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
@@ -142,6 +144,42 @@ CONTESTANTS = [
 ]
 
 
+def environment(*paths: Path) -> dict[str, str]:
+    """Return the environment of a contestant, with more paths for its imports."""
+    # What is measured is the library that stands beside this folder.
+    found = [*map(str, paths), str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
+
+
+def lines_of(processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> list[Any]:
+    """Return what each has written, a line of JSON; raise FailedError if one dies, or none does."""
+    deadline = time.monotonic() + PATIENCE
+    # Of all at once: when one has died the other waits for it in vain.
+    texts = dict.fromkeys(processes, b"")
+    while unfinished := [each for each, text in texts.items() if not text.endswith(b"\n")]:
+        outputs = {each.stdout.fileno(): each for each in unfinished if each.stdout}
+        patience = max(0, deadline - time.monotonic())
+        ready, _, _ = select.select(list(outputs), [], [], patience)
+        if not ready:
+            raise failed("hung", texts, errors)
+        for output in ready:
+            more = os.read(output, 65536)
+            if not more:
+                raise failed("died", texts, errors)
+            texts[outputs[output]] += more
+    return [json.loads(text) for text in texts.values()]
+
+
+def failed(how: str, processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> FailedError:
+    """End what has failed; return the error, with its last words."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    errors.seek(0)
+    words = [line for line in errors.read().split("\n") if line.strip()]
+    return FailedError(f"{how}: {words[-1].strip() if words else 'without a word'}")
+
+
 class Pair:
     """The two processes of a contestant, at the ends of a socketpair."""
 
@@ -157,9 +195,6 @@ class Pair:
         )
         allowed = os.sched_getaffinity(0)
         cpus = sorted(allowed)
-        # What is measured is the library that stands beside this folder.
-        paths = [str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         ends = socket.socketpair()
         try:
             for i, side in enumerate(("left", "right")):
@@ -174,7 +209,7 @@ class Pair:
                         stdout=subprocess.PIPE,
                         stderr=self._errors,
                         pass_fds=[fd],
-                        env=environment,
+                        env=environment(),
                     )
                 )
         finally:
@@ -210,39 +245,14 @@ class Pair:
                 process.stdin.write(line.encode())
                 process.stdin.flush()
         except OSError as exc:
-            raise self._failed("died") from exc
-        left, right = self._answers()
+            raise failed("died", self._processes, self._errors) from exc
+        left, right = lines_of(self._processes, self._errors)
         return {**right, **left}
 
     def _await_start(self) -> None:
         # Not in the constructor, so that many can start at once.
         if self._cases is None:
-            self._cases = self._answers()[0]
-
-    def _answers(self) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + PATIENCE
-        # Of both at once: when one has died the other waits for it in vain.
-        texts = dict.fromkeys(self._processes, b"")
-        while unfinished := [each for each, text in texts.items() if not text.endswith(b"\n")]:
-            outputs = {each.stdout.fileno(): each for each in unfinished if each.stdout}
-            patience = max(0, deadline - time.monotonic())
-            ready, _, _ = select.select(list(outputs), [], [], patience)
-            if not ready:
-                raise self._failed("hung")
-            for output in ready:
-                more = os.read(output, 65536)
-                if not more:
-                    raise self._failed("died")
-                texts[outputs[output]] += more
-        return [json.loads(text) for text in texts.values()]
-
-    def _failed(self, how: str) -> FailedError:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._errors.seek(0)
-        words = [line for line in self._errors.read().split("\n") if line.strip()]
-        return FailedError(f"{how}: {words[-1].strip() if words else 'without a word'}")
+            self._cases = lines_of(self._processes, self._errors)[0]
 
     def close(self) -> None:
         """End both processes, which they do when there are no more orders."""

@@ -254,7 +254,8 @@ def headings_of(case: Result) -> tuple[str, str, str, str]:
     return "", f"per {case['unit']}", f"ratio to {case['reference']}", "quartiles of the ratio"
 
 
-def _table(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> Table:
+def table_of(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> Table:
+    """Return a table without rows; numbers are the columns that have figures."""
     table = Table(title=title, title_justify="left")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i in numbers else "left")
@@ -264,10 +265,15 @@ def _table(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> 
 def show(result: Result, console: Console) -> None:
     """Print what was measured, and who is missing."""
     for title, case in result["cases"].items():
-        table = _table(title, headings_of(case), (1, 2, 3))
+        table = table_of(title, headings_of(case), (1, 2, 3))
         for name in case["contestants"]:
             table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
         console.print(table)
+    show_absent(result, console)
+
+
+def show_absent(result: Result, console: Console) -> None:
+    """Print who is missing, and who failed."""
     for kind in ("missing", "failed"):
         for name, why in result[kind].items():
             console.print(f"{kind}: {name} ({why})", style="yellow", markup=False)
@@ -275,7 +281,7 @@ def show(result: Result, console: Console) -> None:
 
 def show_goals(verdicts: Iterable[Verdict], console: Console) -> None:
     """Print the goals."""
-    table = _table("Goals", ("goal", "due", "measured", "quartiles", ""), (2, 3))
+    table = table_of("Goals", ("goal", "due", "measured", "quartiles", ""), (2, 3))
     for verdict in verdicts:
         table.add_row(*verdict.cells(), style="red" if verdict.is_met is False else "")
     console.print(table)
@@ -285,7 +291,7 @@ def show_comparison(found: Comparison, tolerance: float, console: Console) -> No
     """Print what got worse, and what was not compared."""
     if found.regressions:
         headings = ("slower than it was", "beside", "ratio then", "now", "worse by")
-        table = _table("Regressions", headings, (2, 3, 4))
+        table = table_of("Regressions", headings, (2, 3, 4))
         for each in found.regressions:
             numbers = (f"{each.then:.3g}", f"{each.now:.3g}", f"{each.worse:.2f}")
             table.add_row(each.what, each.beside, *numbers, style="red")
@@ -300,34 +306,45 @@ def show_comparison(found: Comparison, tolerance: float, console: Console) -> No
 
 def markdown(result: Result) -> str:
     """Return the tables for the documentation, with marks between which it includes them."""
-    lines = ["<!-- Written by nox -s bench -- --write. -->", "", "<!-- begin machine -->", ""]
-    kind = "quick" if result["quick"] else "full"
-    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
-    lines += _row("contestant", "version") + _row("---", "---")
-    for name, version in result["versions"].items():
-        lines += _row(name, version)
-    for key in ("missing", "failed"):
-        for name, why in result[key].items():
-            lines += _row(name, f"**{key}**: {why}")
-    lines += ["", "<!-- end machine -->", ""]
+    lines = ["<!-- Written by nox -s bench -- --write. -->", "", *machine_lines(result)]
     for group in GROUPS:
         lines += [f"<!-- begin {group} -->", ""]
         for case in CASES:
             found = result["cases"].get(case.title)
             if case.group == group and found:
-                lines += [*_row(case.title, *headings_of(found)[1:]), *_row(*["---"] * 4)]
+                lines += [*row_of(case.title, *headings_of(found)[1:]), *row_of(*["---"] * 4)]
                 for name in found["contestants"]:
                     cells = cells_of(name, found)
-                    lines += _row(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
+                    lines += row_of(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
                 lines.append("")
         lines += [f"<!-- end {group} -->", ""]
-    lines += ["<!-- begin goals -->", "", *_row("goal", "due", "measured", "quartiles", "")]
-    lines += _row(*["---"] * 5)
-    for verdict in judge(result):
+    return "\n".join([*lines, *goal_lines(judge(result))]) + "\n"
+
+
+def machine_lines(result: Result) -> list[str]:
+    """Return, in Markdown, where it was measured, and who took part."""
+    lines = ["<!-- begin machine -->", ""]
+    kind = "quick" if result["quick"] else "full"
+    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
+    lines += row_of("contestant", "version") + row_of("---", "---")
+    for name, version in result["versions"].items():
+        lines += row_of(name, version)
+    for key in ("missing", "failed"):
+        for name, why in result[key].items():
+            lines += row_of(name, f"**{key}**: {why}")
+    return [*lines, "", "<!-- end machine -->", ""]
+
+
+def goal_lines(verdicts: Iterable[Verdict]) -> list[str]:
+    """Return the goals in Markdown."""
+    lines = ["<!-- begin goals -->", "", *row_of("goal", "due", "measured", "quartiles", "")]
+    lines += row_of(*["---"] * 5)
+    for verdict in verdicts:
         *words, last = verdict.cells()
-        lines += _row(*words, f"**{last}**" if verdict.is_met is False else last)
-    return "\n".join([*lines, "", "<!-- end goals -->"]) + "\n"
+        lines += row_of(*words, f"**{last}**" if verdict.is_met is False else last)
+    return [*lines, "", "<!-- end goals -->"]
 
 
-def _row(*cells: str) -> list[str]:
+def row_of(*cells: str) -> list[str]:
+    """Return the line of a table in Markdown."""
     return [f"| {' | '.join(cells)} |"]

@@ -17,8 +17,6 @@ from clients import ANSWERED
 from running import PATIENCE, WORKERS, Running, running
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from clients import Load
     from deaths import Sizes
 
@@ -189,7 +187,9 @@ async def drains(sizes: Sizes, seed: int) -> list[Figure]:
     total: dict[str, list[Figure]] = {}
     for number in range(sizes.rounds):
         async with running("serve" if number % 2 == 0 else "submit") as server:
-            for figure in await _drained(server, server.load(at_a_time=sizes.at_a_time), sizes.step):
+            for figure in await _drained(
+                server, server.load(at_a_time=sizes.at_a_time), sizes.step
+            ):
                 total.setdefault(figure.name, []).append(figure)
     return [
         shown("drains", sizes.rounds),

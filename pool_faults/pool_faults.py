@@ -50,9 +50,7 @@ SCENES: dict[str, Any] = {
     "all": everything,
 }
 
-FULL = Sizes(
-    connections=50_000, kills=50, restarts=20, ends=10, rounds=5, step=1000, at_a_time=100
-)
+FULL = Sizes(connections=50_000, kills=50, restarts=20, ends=10, rounds=5, step=1000, at_a_time=100)
 QUICK = Sizes(connections=1500, kills=4, restarts=1, ends=1, rounds=1, step=200, at_a_time=20)
 TINY = Sizes(connections=300, kills=2, restarts=1, ends=1, rounds=1, step=50, at_a_time=10)
 

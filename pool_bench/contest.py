@@ -1,0 +1,349 @@
+"""How fast and how fair the worker pool is, beside everybody else who spreads connections.
+
+All contestants of a load run in turn, A B C A B C, each by its own processes, which stay for all
+of the run; each turn begins with another, and a turn for warming up does not count. A turn in which
+other processes used this machine is run once more, and those in which they used it least count,
+whatever came of them. What is shown is the median of the ratios within each turn, and their
+quartiles; figures are shown beside it. Contestants that are not installed are named as missing.
+
+The load is made by a program in C. In a closed loop a connection follows another: that is the
+rate. In an open loop they come when they are due, at random times that are the same for all, so
+that those who wait while a server stands still are counted: that is the latency. Nobody is
+pinned to a processor: the generator takes part of them all, from each contestant alike, and the
+kernel may move the rest. In an open loop the generator comes first where that is allowed.
+
+The exit status is 1 if a contestant failed, and with --strict if a goal is missed; 0 otherwise,
+because whether a goal is met on a busy machine says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+from rich.console import Console
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from bench import add_choices, checked, in_turn, machine, progress_bar
+from cases import OURS
+from findings import (
+    Figures,
+    Turn,
+    arrivals,
+    by_name,
+    disturbance,
+    figures_of,
+    judge,
+    least_disturbed,
+    markdown,
+    notes_of,
+    show,
+    summary,
+)
+from generator import Generator, Measured, built, check
+from pairs import FailedError, MissingError
+from plan import (
+    EVEN,
+    LOADS,
+    MANY,
+    MEMORY,
+    MEMORY_ROUNDS,
+    MOST_DISTURBED,
+    QUICK_MEMORY_ROUNDS,
+    SHARE,
+    SPARE,
+    UNEVEN,
+    Load,
+)
+from processes import machine_busy, private_bytes
+from report import Result, show_goals
+from servers import CONTESTANTS, PoolContestant, Server
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+FOLDER = Path(__file__).parent
+RESULT = FOLDER / "result.json"
+TABLES = FOLDER / "result.md"
+ROUNDS, QUICK_ROUNDS = 7, 3
+# How long warming up is, as a share of a run.
+WARM_UP = 0.3
+
+
+@attrs.define
+class Run:
+    """One run of the benchmark: who takes part, and what came of it so far."""
+
+    folder: str
+    generator: Generator
+    quick: bool
+    rounds: int
+    servers: dict[str, Server] = attrs.field(factory=dict)
+    missing: dict[str, str] = attrs.field(factory=dict)
+    failed: dict[str, str] = attrs.field(factory=dict)
+    versions: dict[str, str] = attrs.field(factory=dict)
+    notes: list[str] = attrs.field(factory=list)
+    # Connections a second in a closed loop, by whether some burn, and by name.
+    capacities: dict[bool, dict[str, float]] = attrs.field(factory=dict)
+
+    def start(self, contestants: list[PoolContestant]) -> None:
+        """Start who is installed."""
+        for contestant in contestants:
+            try:
+                server = Server(contestant, self.folder)
+            except MissingError as exc:
+                self.missing[contestant.name] = str(exc)
+            else:
+                self.servers[contestant.name] = server
+                self.versions[contestant.name] = server.version
+        for name, server in list(self.servers.items()):
+            try:
+                server.port  # noqa: B018 - asked now, so that all start at once and none later
+            except FailedError as exc:
+                self.failed[name] = str(exc)
+                self.servers.pop(name).close()
+
+    def close(self) -> None:
+        """End all of them."""
+        for name, server in self.servers.items():
+            try:
+                server.close()
+            except FailedError as exc:
+                self.failed.setdefault(name, str(exc))
+        self.servers.clear()
+
+    def names_of(self, load: Load) -> list[str]:
+        """Return who runs a load."""
+        return [name for name in self.servers if load.idle is None or name == OURS]
+
+    def rounds_of(self, load: Load) -> int:
+        """Return how often a load is run."""
+        return min(self.rounds, load.rounds)
+
+    def seconds_of(self, load: Load) -> float:
+        """Return how long one run of a load is."""
+        return load.quick if self.quick else load.seconds
+
+    def measure(
+        self, load: Load, progress: Progress, task: TaskID
+    ) -> tuple[float | None, dict[str, Figures]]:
+        """Run a load in turns; return what came a second, and the figures of who did not fail."""
+        names = self.names_of(load)
+        warm = self._warm_up(load, names)
+        # What was measured in full is better known than what warming up has shown.
+        known = warm | self.capacities.get(load.burns, {})
+        names = [name for name in names if name in warm]
+        rate = None
+        if load.is_open and names:
+            rate, names = self._arrivals(load, {name: known[name] for name in names})
+        turns: list[Turn] = []
+        rounds = self.rounds_of(load)
+        while names and len(turns) < rounds + self._more_turns(turns, rounds):
+            turns.append(self._turn(load, names, rate, seed=len(turns) + 1))
+            names = [name for name in names if name in turns[-1]]
+            progress.update(task, advance=len(names) if len(turns) <= rounds else 0)
+        if len(turns) > rounds:
+            self.notes.append(
+                f"{load.title}: the {rounds} of {len(turns)} turns in which others disturbed least"
+            )
+        values = by_name(least_disturbed(turns, rounds), names)
+        if load.title in (EVEN, UNEVEN):
+            self.capacities[load.burns] = {
+                name: statistics.median(figures["rate"]) for name, figures in values.items()
+            }
+        return rate, values
+
+    def _turn(self, load: Load, names: list[str], rate: float | None, *, seed: int) -> Turn:
+        found: Turn = {}
+        for name in in_turn(names, seed):
+            try:
+                found[name] = self._once(name, load, rate, seed=seed)
+            except FailedError as exc:
+                self._drop(name, f"{load.title}: {exc}")
+        return found
+
+    @staticmethod
+    def _more_turns(turns: list[Turn], rounds: int) -> int:
+        # At most as many again: a machine that is always busy is measured as it is.
+        return min(rounds, sum(disturbance(turn) > MOST_DISTURBED for turn in turns))
+
+    def growths(self, times: int, progress: Progress, task: TaskID) -> list[float]:
+        """Return how much our parent's memory grows with many jobs in flight, so many times."""
+        found: list[float] = []
+        if OURS not in self.servers:
+            return found
+        contestant = self.servers[OURS].contestant
+        for _ in range(times):
+            try:
+                found.append(growth(contestant, self.folder, self.generator, MANY))
+            except FailedError as exc:
+                self.failed[OURS] = f"{MEMORY}: {exc}"
+                break
+            progress.advance(task)
+        return found
+
+    def _warm_up(self, load: Load, names: list[str]) -> dict[str, float]:
+        rates = {}
+        closed = attrs.evolve(load, is_open=False)
+        for name in names:
+            try:
+                figures = self._once(name, closed, None, seed=0, length=WARM_UP)
+            except FailedError as exc:
+                self._drop(name, f"{load.title}: {exc}")
+            else:
+                rates[name] = figures["rate"]
+        return rates
+
+    def _arrivals(self, load: Load, rates: dict[str, float]) -> tuple[float, list[str]]:
+        with_workers = {
+            name: rate for name, rate in rates.items() if self.servers[name].contestant.workers > 1
+        }
+        rate = arrivals((with_workers or rates).values(), SHARE)
+        names = []
+        for name, served in rates.items():
+            if served * SPARE >= rate:
+                names.append(name)
+            else:
+                self.notes.append(
+                    f"{load.title}: {name} is left out, which serves {served:,.0f} a second"
+                )
+        return rate, names
+
+    def _once(
+        self, name: str, load: Load, rate: float | None, *, seed: int, length: float = 1
+    ) -> dict[str, float]:
+        server = self.servers[name]
+        seconds = self.seconds_of(load) * length
+        if load.idle is None:
+            return observed(
+                server,
+                lambda: self.generator.run(
+                    server.port, burns=load.burns, seconds=seconds, seed=seed, rate=rate or 0
+                ),
+            )
+        before = server.descriptors()
+        with self.generator.crowd(server.port, load.idle, seconds=seconds, seed=seed) as measure:
+            server.await_descriptors(before + load.idle)
+            figures = observed(server, measure)
+        server.await_descriptors(before)
+        return figures
+
+    def _drop(self, name: str, why: str) -> None:
+        self.failed[name] = str(self.servers.pop(name).failed(why))
+
+
+def observed(server: Server, measure: Callable[[], Measured]) -> dict[str, float]:
+    """Return the figures of one load, with what the server and others used meanwhile."""
+    before, busy, begin = server.cpu(), machine_busy(), time.monotonic()
+    measured = measure()
+    after, busy, took = server.cpu(), machine_busy() - busy, time.monotonic() - begin
+    check(measured)
+    figures = figures_of(measured, server.contestant.workers, before, after)
+    own = measured["own_cpu"] + sum(after.values()) - sum(before.values())
+    return {**figures, "others": max(0, busy - own) / took / (os.cpu_count() or 1)}
+
+
+def growth(contestant: PoolContestant, folder: str, generator: Generator, jobs: int) -> float:
+    """Return the bytes that the parent of a new server takes more when so many are in flight.
+
+    A new one each time, because memory that was in use before is not given back.
+    """
+    server = Server(contestant, folder)
+    try:
+        check(generator.run(server.port, burns=False, seconds=0.5, seed=1))
+        descriptors, before = server.descriptors(), private_bytes(server.pid)
+        with generator.crowd(server.port, jobs):
+            server.await_descriptors(descriptors + jobs)
+            return float(private_bytes(server.pid) - before)
+    finally:
+        server.close()
+
+
+def run(
+    loads: list[Load], contestants: list[PoolContestant], rounds: int, memory: int, *, quick: bool
+) -> Result:
+    """Measure everything; return what came of it."""
+    result: Result = {
+        "machine": machine(),
+        "rounds": rounds,
+        "quick": quick,
+        "cases": {},
+        "memory": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        generator = built(folder)
+        running = Run(folder, generator, quick, rounds)
+        try:
+            running.start(contestants)
+            total = sum(len(running.names_of(load)) * running.rounds_of(load) for load in loads)
+            with progress_bar() as progress:
+                task = progress.add_task(
+                    "", total=total + (memory if OURS in running.servers else 0)
+                )
+                for load in loads:
+                    progress.update(task, description=load.title)
+                    rate, values = running.measure(load, progress, task)
+                    if values:
+                        result["cases"][load.title] = summary(load, rate, values)
+                progress.update(task, description=MEMORY)
+                result["memory"] = running.growths(memory, progress, task)
+        finally:
+            running.close()
+    result |= {
+        "versions": {**running.versions, "the load": generator.version},
+        "missing": running.missing,
+        "failed": running.failed,
+    }
+    result["notes"] = running.notes + notes_of(result)
+    return result
+
+
+def main() -> int:
+    """Measure, show, and judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_choices(parser, CONTESTANTS, ROUNDS, QUICK_ROUNDS)
+    given = checked(parser, CONTESTANTS)
+    rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    loads = [
+        load
+        for load in LOADS
+        if (load.quick if given.quick else load.seconds) and given.only in load.title
+    ]
+    # Each idle connection is a descriptor of a process, and those that are started inherit this.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    memory = QUICK_MEMORY_ROUNDS if given.quick else MEMORY_ROUNDS
+    if given.only not in MEMORY:
+        memory = 0
+    result = run(loads, given.contestants, rounds, memory, quick=given.quick)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    show(result, console)
+    verdicts = judge(result)
+    show_goals(verdicts, console)
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    if given.json:
+        given.json.write_text(text)
+    if given.write:
+        RESULT.write_text(text)
+        TABLES.write_text(markdown(result))
+    wrong = bool(result["failed"])
+    if given.strict:
+        wrong |= any(verdict.is_met is False for verdict in verdicts)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
