@@ -150,7 +150,13 @@ async def main(order: dict[str, Any]) -> None:
         async for data in commands:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
-                say(await accepting.obey(**json.loads(line)))
+                nursery.start_soon(answer, accepting, json.loads(line))
+
+
+async def answer(accepting: Accepting, command: dict[str, Any]) -> None:
+    """Do what a line says, and say so."""
+    number = command.pop("number")
+    say({"number": number, "answer": await accepting.obey(**command)})
 
 
 def say(what: Any) -> None:

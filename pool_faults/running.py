@@ -6,6 +6,7 @@ The rule of this file: however a scene ends, nothing of its server is left.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -39,6 +40,21 @@ async def until(holds: Callable[[], bool]) -> None:
             await trio.sleep(LOOK)
 
 
+_GONE: Any = object()
+
+
+class ServerGoneError(Exception):
+    """The server has ended; with the end of its log."""
+
+
+@attrs.define
+class _Answer:
+    """What the server will have answered."""
+
+    value: Any = None
+    came: trio.Event = attrs.field(factory=trio.Event)
+
+
 @attrs.define
 class Running:
     """A server process.
@@ -53,7 +69,8 @@ class Running:
     port: int = 0
     idle_descriptors: int = 0
     idle_worker_descriptors: int = 0
-    _buffer: bytes = b""
+    _asked: dict[int, _Answer] = attrs.field(factory=dict[int, "_Answer"])
+    _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
     @property
     def pid(self) -> int:
@@ -70,23 +87,42 @@ class Running:
         return Load(self.port, str(self.folder / "socket"), **options)
 
     async def ask(self, do: str, **arguments: Any) -> Any:
-        """Have it do something, and return what it answers."""
+        """Have it do something, and return what it answers; several may ask at a time."""
         assert self.process.stdin is not None
-        await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        return await self.heard()
+        number = next(self._numbers)
+        line = json.dumps({"number": number, "do": do, **arguments}).encode() + b"\n"
+        answer = self._asked[number] = _Answer()
+        await self.process.stdin.send_all(line)
+        with trio.fail_after(2 * PATIENCE):
+            await answer.came.wait()
+        if answer.value is _GONE:
+            raise ServerGoneError(self.log()[-2000:])
+        return answer.value
 
-    async def heard(self) -> Any:
-        """Return what it says next."""
+    async def listen(self, task_status: trio.TaskStatus[None]) -> None:
+        """Hear what it says, until its end."""
         assert self.process.stdout is not None
-        parts = [self._buffer]
-        with trio.fail_after(PATIENCE):
-            while b"\n" not in parts[-1]:
-                more = await self.process.stdout.receive_some()
-                if not more:
-                    raise SystemExit(f"the server has died:\n{self.log()[-2000:]}")
-                parts.append(more)
-        line, _, self._buffer = b"".join(parts).partition(b"\n")
-        return json.loads(line)
+        buffer = b""
+        async for data in self.process.stdout:
+            # A ledger is long: it is looked at again only when its end has come.
+            if b"\n" not in data:
+                buffer += data
+                continue
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                said = json.loads(line)
+                if "port" in said:
+                    self.port = said["port"]
+                    task_status.started()
+                else:
+                    answer = self._asked.pop(said["number"])
+                    answer.value = said["answer"]
+                    answer.came.set()
+        if not self.port:
+            raise ServerGoneError(self.log()[-2000:])
+        for answer in self._asked.values():
+            answer.value = _GONE
+            answer.came.set()
 
     def log(self) -> str:
         """Return what it, its pool and its workers have logged."""
@@ -193,10 +229,10 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
             )
         assert process.stdin is not None
         assert process.stdout is not None
-        async with process.stdin, process.stdout:
-            server = Running(folder, process)
+        server = Running(folder, process)
+        async with process.stdin, process.stdout, trio.open_nursery() as nursery:
             try:
-                server.port = (await server.heard())["port"]
+                await nursery.start(server.listen)
                 await server.idle(order["options"]["workers"])
                 server.idle_descriptors = processes.open_descriptors(server.pid)
                 server.idle_worker_descriptors = max(
