@@ -38,7 +38,7 @@ class WorkerProcess:
         self._popen = popen
         self.conn = conn
         self.board = board
-        self.pid = popen.pid
+        self.pid: int = popen.pid
 
     async def wait(self) -> int:
         """Wait until it has ended, and reap it.
