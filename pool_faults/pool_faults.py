@@ -21,7 +21,7 @@ from typing import Any
 import attrs
 import trio
 from audit import Figure, none
-from changes import drains, restarts, scaling, scarce, terminated
+from changes import drains, restarts, scaling, scarce, scarce_pool, terminated
 from deaths import (
     Sizes,
     everything,
@@ -43,6 +43,7 @@ SCENES: dict[str, Any] = {
     "parent": killed_pool,
     "parent-burn": killed_pool_burning,
     "emfile": scarce,
+    "emfile-pool": scarce_pool,
     "stop": stopped_workers,
     "scale": scaling,
     "term": terminated,
@@ -51,7 +52,7 @@ SCENES: dict[str, Any] = {
 }
 
 FULL = Sizes(connections=50_000, kills=50, restarts=20, ends=10, rounds=5, step=1000, at_a_time=100)
-QUICK = Sizes(connections=1500, kills=4, restarts=1, ends=1, rounds=1, step=200, at_a_time=20)
+QUICK = Sizes(connections=1000, kills=4, restarts=1, ends=1, rounds=1, step=100, at_a_time=16)
 TINY = Sizes(connections=300, kills=2, restarts=1, ends=1, rounds=1, step=50, at_a_time=10)
 
 

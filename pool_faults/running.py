@@ -33,7 +33,7 @@ LOOK = 0.02
 PATIENCE = 60
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[[], Any]) -> None:
     """Wait for what only shows when one looks."""
     with trio.fail_after(PATIENCE):
         while not holds():  # noqa: ASYNC110 - as said
@@ -70,6 +70,7 @@ class Running:
     idle_descriptors: int = 0
     idle_worker_descriptors: int = 0
     _asked: dict[int, _Answer] = attrs.field(factory=dict[int, "_Answer"])
+    _sending: trio.Lock = attrs.field(factory=trio.Lock)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
     @property
@@ -92,7 +93,8 @@ class Running:
         number = next(self._numbers)
         line = json.dumps({"number": number, "do": do, **arguments}).encode() + b"\n"
         answer = self._asked[number] = _Answer()
-        await self.process.stdin.send_all(line)
+        async with self._sending:
+            await self.process.stdin.send_all(line)
         with trio.fail_after(2 * PATIENCE):
             await answer.came.wait()
         if answer.value is _GONE:
