@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket as stdlib_socket
 from contextlib import suppress
+from io import FileIO
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
@@ -82,7 +83,7 @@ class Job:
         return map_sealed(fileno(), max_bytes)
 
 
-def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes]:
+def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
     """Make what the handler gets of a descriptor, which is that object's from now on.
 
     Raises:
@@ -100,12 +101,23 @@ def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes]:
             return UnixConnection.from_fd(fd, receive_descriptors=False)
         if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
             return stream_of(fd)
-        mode = _MODES[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
-        return file_of(fd, mode, _FILES)
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if access == os.O_RDWR and not _has_position(fd):
+            # One buffer for both is for what can be rewound: no terminal, no pipe.
+            return open(fd, "r+b", buffering=0)
+        return file_of(fd, _MODES[access], _FILES)
     except BaseException:
         with suppress(OSError):
             os.close(fd)
         raise
+
+
+def _has_position(fd: int) -> bool:
+    try:
+        os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return False
+    return True
 
 
 def close_now(stream: Any) -> None:
