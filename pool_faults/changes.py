@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Act = "Callable[[Running, Load], Awaitable[None]]"
 
 
-async def _under_load(
-    sizes: Sizes, way: str, act: Any, *, deaths: int = 0
-) -> tuple[Load, list[Figure]]:
+async def _under_load(sizes: Sizes, way: str, act: Any, *, deaths: int = 0) -> list[Figure]:
     """Do something to a server while clients come; then look whether anybody noticed."""
     async with running(way) as server:
         load = server.load(at_a_time=sizes.at_a_time)
@@ -44,7 +42,7 @@ async def _under_load(
     if not deaths:
         figures.insert(0, none("connections that failed", load.failures()))
         figures.append(none("jobs that a death has ended", ledger["reported"]))
-    return load, figures
+    return figures
 
 
 async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
@@ -62,7 +60,7 @@ async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
             numbers.update(before, after)
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load(sizes, "serve", act)
+    figures = await _under_load(sizes, "serve", act)
     return [
         shown("restarts", sizes.restarts),
         none("workers that a restart has not replaced", stayed),
@@ -84,7 +82,7 @@ async def scaling(sizes: Sizes, seed: int) -> list[Figure]:
                 wrong.append(f"{len(now)} where {count} were due")
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load(sizes, "serve", act)
+    figures = await _under_load(sizes, "serve", act)
     return [
         shown("changes of their number", 2 * sizes.rounds + 1),
         none("times that it was another number", wrong),
@@ -101,7 +99,7 @@ async def terminated(sizes: Sizes, seed: int) -> list[Figure]:
             await load.more(rng.randrange(1, sizes.step // 2))
             await server.signal_one(rng, signal.SIGTERM)
 
-    _, figures = await _under_load(sizes, "submit", act)
+    figures = await _under_load(sizes, "submit", act)
     return [shown("signals", 5 * sizes.rounds), *figures]
 
 
@@ -141,7 +139,7 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
                     await load.more(1)
             after.append(await handled(server, pid) - now)
 
-    _, figures = await _under_load(sizes, "submit", act)
+    figures = await _under_load(sizes, "submit", act)
     retried = next(each.value for each in figures if each.name == "handed to another worker")
     return [
         shown("times without room", 2 * sizes.rounds),
@@ -179,7 +177,7 @@ async def scarce_pool(sizes: Sizes, seed: int) -> list[Figure]:
             resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
             await load.more(sizes.step)
 
-    load, figures = await _under_load(sizes, "serve", act, deaths=WORKERS * sizes.rounds)
+    figures = await _under_load(sizes, "serve", act, deaths=WORKERS * sizes.rounds)
     return [
         shown("times that all were killed", sizes.rounds),
         at_most("seconds until it served again, longest", round(max(waited), 2), PATIENCE / 6),

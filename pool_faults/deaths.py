@@ -16,7 +16,7 @@ import attrs
 import processes
 import trio
 from audit import Figure, Records, at_most, audit, equal, leftovers, none, shown
-from running import WORKERS, Running, running
+from running import WORKERS, Running, running, until
 
 if TYPE_CHECKING:
     from clients import Load
@@ -205,8 +205,7 @@ async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, in
             nursery.start_soon(load.run)
             if handler == "burn":
                 # All burn from the first job on; nobody is ever answered.
-                while len(Records.of(server.records).began) < WORKERS:
-                    await trio.sleep(0.01)
+                await until(lambda: len(Records.of(server.records).began) >= WORKERS)
             else:
                 await load.more(sizes.step)
             await trio.sleep(rng.random() / 10)
