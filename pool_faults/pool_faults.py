@@ -107,15 +107,14 @@ def table(results: list[Result]) -> Table:
 def markdown(results: list[Result], seed: int) -> str:
     """Return the figures for the documentation."""
     seconds = sum(each.seconds for each in results)
+    where = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    versions = f"Python {platform.python_version()} and trio {trio.__version__}"
     lines = [
         "# What happens when workers die",
         "",
         f"Measured by `nox -s pool-faults -- --write`, seed {seed}, in {seconds / 60:.0f} minutes,",
-        f"on {platform.system()} {platform.release()}, {platform.machine()}, with "
-        f"{os.cpu_count()} processors,",
-        f"Python {platform.python_version()} and trio {trio.__version__}. Where something is due, "
-        "the exit",
-        "status is 1 unless the figure is that.",
+        f"on {where}, with {os.cpu_count()} processors, {versions}.",
+        "Where something is due, the exit status is 1 unless the figure is that.",
     ]
     for result in results:
         lines += ["", f"## {result.title}", "", "| figure | value | due |", "| --- | ---: | --- |"]
