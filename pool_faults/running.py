@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import processes
+import outside
 import trio
 from clients import Load
 from target import RECORDS
@@ -33,7 +33,7 @@ LOOK = 0.02
 PATIENCE = 60
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[[], Any]) -> None:
     """Wait for what only shows when one looks."""
     with trio.fail_after(PATIENCE):
         while not holds():  # noqa: ASYNC110 - as said
@@ -70,6 +70,7 @@ class Running:
     idle_descriptors: int = 0
     idle_worker_descriptors: int = 0
     _asked: dict[int, _Answer] = attrs.field(factory=dict[int, "_Answer"])
+    _sending: trio.Lock = attrs.field(factory=trio.Lock)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
     @property
@@ -92,7 +93,8 @@ class Running:
         number = next(self._numbers)
         line = json.dumps({"number": number, "do": do, **arguments}).encode() + b"\n"
         answer = self._asked[number] = _Answer()
-        await self.process.stdin.send_all(line)
+        async with self._sending:
+            await self.process.stdin.send_all(line)
         with trio.fail_after(2 * PATIENCE):
             await answer.came.wait()
         if answer.value is _GONE:
@@ -130,7 +132,7 @@ class Running:
 
     def workers(self) -> list[int]:
         """Return its workers, also those that are starting."""
-        return processes.children_of(self.pid)
+        return outside.children_of(self.pid)
 
     async def pids(self) -> list[int]:
         """Return the workers that take jobs."""
@@ -141,7 +143,7 @@ class Running:
         """Send a signal to a worker at random, and return which it was."""
         while True:
             some = self.workers()
-            if some and processes.send_to_child(pid := rng.choice(some), self.pid, number):
+            if some and outside.send_to_child(pid := rng.choice(some), self.pid, number):
                 return pid
             # All are dead: the pool is about to start others.
             await trio.sleep(LOOK)
@@ -168,15 +170,15 @@ class Running:
 
     def _more(self, workers: int) -> dict[str, int]:
         pids = self.workers()
-        extra = processes.open_descriptors(self.pid) - self.idle_descriptors
+        extra = outside.open_descriptors(self.pid) - self.idle_descriptors
         # Of the pool, each worker more or less has a socket and a pidfd.
         extra -= 2 * (workers - WORKERS)
         return {
-            "zombies": processes.zombies_of(self.pid),
+            "zombies": outside.zombies_of(self.pid),
             "processes too many": len(pids) - workers,
             "descriptors leaked in the pool": extra,
             "descriptors leaked in workers": max(
-                (processes.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
+                (outside.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
                 default=0,
             ),
         }
@@ -189,7 +191,7 @@ class Running:
 
     def all(self) -> list[int]:
         """Return it and its workers, also those that are nobody's children any more."""
-        return processes.with_variable(RECORDS, str(self.records))
+        return outside.with_variable(RECORDS, str(self.records))
 
     def kill_all(self) -> None:
         """Kill whatever is left of it."""
@@ -234,9 +236,9 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
             try:
                 await nursery.start(server.listen)
                 await server.idle(order["options"]["workers"])
-                server.idle_descriptors = processes.open_descriptors(server.pid)
+                server.idle_descriptors = outside.open_descriptors(server.pid)
                 server.idle_worker_descriptors = max(
-                    map(processes.open_descriptors, server.workers())
+                    map(outside.open_descriptors, server.workers())
                 )
                 yield server
             finally:

@@ -196,7 +196,6 @@ class Link:
             with trio.CancelScope(shield=True):
                 self.process.kill()
                 status = await self.process.wait() or status
-                await self.process.conn.aclose()
                 self._bury(status)
 
     def _bury(self, status: int) -> None:
@@ -218,7 +217,8 @@ class Link:
                 delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
         # What it had finished and could not tell any more was not being handled.
         noted = self.process.board.noted() if in_flight else ()
-        self.process.board.close()
+        # All at once, and nobody else takes what is free then before a new worker is due.
+        self.process.close()
         abandoned = [number for number in in_flight if number not in noted]
         if len(abandoned) < len(in_flight):
             self.handled += len(in_flight) - len(abandoned)
