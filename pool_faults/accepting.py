@@ -61,7 +61,7 @@ class Accepting:
 
     async def run(self, listeners: Sequence[Listener], task_status: Any) -> None:
         """Serve until it is told to stop."""
-        options = {"setup": "target:records", "on_abandoned": self.abandoned}
+        options: dict[str, Any] = {"setup": "target:records", "on_abandoned": self.abandoned}
         options |= self.order["options"]
         handler = self.order["handler"]
         if self.order["way"] == "serve":
