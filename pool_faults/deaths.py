@@ -207,7 +207,7 @@ async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, in
                 # All burn from the first job on; nobody is ever answered.
                 await until(lambda: len(Records.of(server.records).began) >= WORKERS)
             else:
-                await load.more(sizes.step)
+                await load.more(2 * sizes.at_a_time)
             await trio.sleep(rng.random() / 10)
             pids = server.workers()
             pidfds = [pidfd for pid in pids if (pidfd := outside.open_child(pid, server.pid))]

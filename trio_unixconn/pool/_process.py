@@ -38,7 +38,7 @@ class WorkerProcess:
         self._popen = popen
         self.conn = conn
         self.board = board
-        self.pid = popen.pid
+        self.pid: int = popen.pid
         self._pidfd = _pidfd_of(popen.pid)
 
     async def wait(self) -> int:
