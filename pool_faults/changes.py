@@ -110,12 +110,9 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
     without: list[int] = []
     after: list[int] = []
 
-    async def handled(server: Running, pid: int) -> int:
-        """Return how many jobs a worker has finished, or has."""
-        for each in (await server.ask("statistics"))["workers"]:
-            if each["pid"] == pid:
-                return int(each["handled"] + each["in_flight"])
-        raise SystemExit(f"worker {pid} is no more:\n{server.log()[-1000:]}")
+    async def taken(server: Running, pid: int) -> int:
+        """Return how many jobs a worker has acknowledged."""
+        return int(await server.ask("taken", pid=pid))
 
     async def act(server: Running, load: Load) -> None:
         await load.more(sizes.step)
@@ -126,18 +123,18 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
             room = 3 if number % 2 else 0
             limit = outside.highest_descriptor(pid) + 1 + room if room else _STANDARD
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
-            # What it has been sent before is answered first.
+            # What it has acknowledged before comes first.
             await load.more(sizes.step // 10)
-            before = await handled(server, pid)
+            before = await taken(server, pid)
             await load.more(sizes.step)
             if not room:
-                without.append(await handled(server, pid) - before)
+                without.append(await taken(server, pid) - before)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-            now = await handled(server, pid)
+            now = await taken(server, pid)
             with trio.move_on_after(PATIENCE):
-                while await handled(server, pid) <= now + 10:
+                while await taken(server, pid) <= now + 10:
                     await load.more(1)
-            after.append(await handled(server, pid) - now)
+            after.append(await taken(server, pid) - now)
 
     figures = await _under_load(sizes, "submit", act)
     retried = next(each.value for each in figures if each.name == "handed to another worker")

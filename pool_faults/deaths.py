@@ -207,7 +207,7 @@ async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, in
                 # All burn from the first job on; nobody is ever answered.
                 await until(lambda: len(Records.of(server.records).began) >= WORKERS)
             else:
-                await load.more(sizes.step)
+                await load.more(2 * sizes.at_a_time)
             await trio.sleep(rng.random() / 10)
             pids = server.workers()
             pidfds = [pidfd for pid in pids if (pidfd := outside.open_child(pid, server.pid))]
@@ -227,7 +227,7 @@ async def _ends(sizes: Sizes, seed: int, handler: str) -> list[Figure]:
     return [
         equal("pool processes killed", len(seen), sizes.ends),
         shown("seconds until its last worker was gone, mean", round(sum(took) / len(took), 2)),
-        at_most("the same, longest", round(max(took), 2), GONE_AFTER),
+        at_most("seconds until its last worker was gone, longest", round(max(took), 2), GONE_AFTER),
         none("workers that went on", sum(left for _, left, _ in seen)),
         none("processes of it found afterwards", sum(found for _, _, found in seen)),
     ]

@@ -116,12 +116,43 @@ def markdown(results: list[Result], seed: int) -> str:
         f"on {where}, with {os.cpu_count()} processors, {versions}.",
         "Where something is due, the exit status is 1 unless the figure is that.",
     ]
-    for result in results:
-        lines += ["", f"## {result.title}", "", "| figure | value | due |", "| --- | ---: | --- |"]
-        for each in result.figures:
-            value = f"{each.value:,}" if each.holds else f"**{each.value:,}**"
-            lines.append(f"| {each.name} | {value} | {each.due} |")
+    shared, own = split(results)
+    names = [
+        result.name for result in results if any(result.name in row for row in shared.values())
+    ]
+    lines += ["", "| scene | what is done |", "| --- | --- |"]
+    lines += [f"| {result.name} | {result.title} |" for result in results]
+    lines += ["", "## Who has said what about which connection", ""]
+    lines += [f"| | {' | '.join(names)} | due |", f"| --- |{' ---: |' * len(names)} --- |"]
+    for figure, row in shared.items():
+        rule = next(each.rule for each in row.values())
+        cells = [cell(row[name]) if name in row else "" for name in names]
+        lines.append(f"| {figure} | {' | '.join(cells)} | {rule} |")
+    lines += ["", "## And of each scene", "", "| scene | | | due |", "| --- | --- | ---: | --- |"]
+    for name, figures in own.items():
+        lines += [f"| {name} | {each.name} | {cell(each)} | {each.due} |" for each in figures]
     return "\n".join(lines) + "\n"
+
+
+def cell(figure: Figure) -> str:
+    """Return a figure's value, in bold if it is wrong."""
+    return f"{figure.value:,}" if figure.holds else f"**{figure.value:,}**"
+
+
+def split(
+    results: list[Result],
+) -> tuple[dict[str, dict[str, Figure]], dict[str, list[Figure]]]:
+    """Return the figures that many scenes have, and each scene's own."""
+    shared: dict[str, dict[str, Figure]] = {}
+    for result in results:
+        for each in result.figures:
+            shared.setdefault(each.name, {})[result.name] = each
+    shared = {figure: row for figure, row in shared.items() if len(row) > 2}
+    own = {
+        result.name: [each for each in result.figures if each.name not in shared]
+        for result in results
+    }
+    return shared, own
 
 
 def main() -> int:

@@ -148,34 +148,32 @@ class Running:
             # All are dead: the pool is about to start others.
             await trio.sleep(LOOK)
 
-    async def idle(self, workers: int = WORKERS) -> None:
+    async def idle(self) -> None:
         """Wait until all places have a worker, none is leaving, and no job is left."""
         begin = trio.current_time()
         while True:
             now = await self.ask("statistics")
             states = [each["state"] for each in now["workers"]]
-            if states == ["ready"] * workers and not now["in_flight"] and not now["queued"]:
+            if states == ["ready"] * WORKERS and not now["in_flight"] and not now["queued"]:
                 return
             if trio.current_time() > begin + PATIENCE:
                 raise TimeoutError(f"never idle: {now}\n{self.log()[-2000:]}")
             await trio.sleep(LOOK)
 
-    async def leftovers(self, workers: int = WORKERS) -> dict[str, int]:
+    async def leftovers(self) -> dict[str, int]:
         """Return what should not be there, once it is idle."""
-        await self.idle(workers)
+        await self.idle()
         # The peer of the last connection has seen its end before the worker has closed it.
         with contextlib.suppress(trio.TooSlowError), trio.fail_after(5):
-            await until(lambda: not any(self._more(workers).values()))
-        return self._more(workers)
+            await until(lambda: not any(self._more().values()))
+        return self._more()
 
-    def _more(self, workers: int) -> dict[str, int]:
+    def _more(self) -> dict[str, int]:
         pids = self.workers()
         extra = outside.open_descriptors(self.pid) - self.idle_descriptors
-        # Of the pool, each worker more or less has a socket and a pidfd.
-        extra -= 2 * (workers - WORKERS)
         return {
             "zombies": outside.zombies_of(self.pid),
-            "processes too many": len(pids) - workers,
+            "processes too many": len(pids) - WORKERS,
             "descriptors leaked in the pool": extra,
             "descriptors leaked in workers": max(
                 (outside.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
@@ -215,7 +213,7 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
     with tempfile.TemporaryDirectory(prefix="pool-faults-") as name:
         folder = Path(name)
         (folder / "records").touch()
-        order = {
+        order: dict[str, Any] = {
             "way": way,
             "handler": f"target:{handler}",
             "unix": str(folder / "socket"),
@@ -235,7 +233,7 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
         async with process.stdin, process.stdout, trio.open_nursery() as nursery:
             try:
                 await nursery.start(server.listen)
-                await server.idle(order["options"]["workers"])
+                await server.idle()
                 server.idle_descriptors = outside.open_descriptors(server.pid)
                 server.idle_worker_descriptors = max(
                     map(outside.open_descriptors, server.workers())
