@@ -15,6 +15,7 @@ import h11
 import pytest
 import trio
 from helpers import until
+from pool_numbers import STATISTICS
 from prometheus_client.parser import text_string_to_metric_families
 from trio.testing import wait_all_tasks_blocked
 
@@ -28,7 +29,6 @@ from trio_unixconn import (
 from trio_unixconn.pool import (
     PoolStatistics,
     WorkerServer,
-    WorkerStatistics,
     _exposition,
     _stats,
     serve_statistics,
@@ -39,38 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prometheus_client import Metric
-
-
-def worker(index: int, pid: int, state: str = "ready") -> WorkerStatistics:
-    return WorkerStatistics(
-        index=index,
-        pid=pid,
-        state=state,
-        in_flight=1,
-        handled=20,
-        failed=3,
-        restarts=4,
-        memory=5 << 20,
-        age=6.5,
-    )
-
-
-# Two of one place, of which one drains.
-STATISTICS = PoolStatistics(
-    workers=(worker(0, 100), worker(1, 101), worker(0, 99, "draining")),
-    queued=1,
-    in_flight=3,
-    submitted=100,
-    acknowledged=95,
-    handled=80,
-    failed=9,
-    abandoned=2,
-    retried=5,
-    refused=4,
-    withdrawn=6,
-    restarts=7,
-    deaths=8,
-)
 
 
 class Pool:
