@@ -25,7 +25,7 @@ from clients import Load
 from target import RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Collection
 
 WORKERS = 4
 # For what has no event that is seen from here: a look, again and again.
@@ -139,10 +139,12 @@ class Running:
         found = (await self.ask("statistics"))["workers"]
         return [each["pid"] for each in found if each["state"] == "ready"]
 
-    async def signal_one(self, rng: random.Random, number: signal.Signals) -> int:
-        """Send a signal to a worker at random, and return which it was."""
+    async def signal_one(
+        self, rng: random.Random, number: signal.Signals, but: Collection[int] = ()
+    ) -> int:
+        """Send a signal to a worker at random, but not to some; return which it was."""
         while True:
-            some = self.workers()
+            some = [each for each in self.workers() if each not in but]
             if some and outside.send_to_child(pid := rng.choice(some), self.pid, number):
                 return pid
             # All are dead: the pool is about to start others.
