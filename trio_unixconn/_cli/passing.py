@@ -24,6 +24,7 @@ from .._listener import open_unix_listener
 from .._policy import PeerPolicy
 from ..errors import EndOfStreamError
 from .execution import FIRST, become, check_command
+from .inherited import is_inherited
 from .naming import address_of
 from .printing import fail, say
 from .running import run, seconds, too_slow
@@ -186,7 +187,7 @@ def _opened(
 ) -> Generator[list[int], None, None]:
     # First of all, before a file that is opened gets such a number.
     for number in [*(0 for file in files if file == "-"), *inherited]:
-        if not _is_inherited(number):
+        if not is_inherited(number):
             fail(f"descriptor {number} is not open: whoever starts this has to pass it on")
     fds: list[int] = []
     with ExitStack() as stack:
@@ -201,14 +202,6 @@ def _opened(
             stack.callback(os.close, fd)
             fds.append(fd)
         yield [*fds, *inherited]
-
-
-def _is_inherited(number: int) -> bool:
-    try:
-        # What this process has opened itself is not inheritable (PEP 446).
-        return os.get_inheritable(number)
-    except (OSError, OverflowError):
-        return False
 
 
 async def _in_time(meeting: Meeting, work: Callable[[UnixConnection], Awaitable[T]]) -> T:

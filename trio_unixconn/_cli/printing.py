@@ -23,6 +23,12 @@ def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))  # noqa: T201 - as above
 
 
+def complain(text: str) -> None:
+    """Print what another process says went wrong, in its own lines."""
+    for line in text.splitlines():
+        print(printable(line), file=sys.stderr)  # noqa: T201 - as above
+
+
 def fail(*lines: str, status: int = 1) -> NoReturn:
     """Say what went wrong, and end."""
     for line in lines:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ..errors import UnixConnectionError
-from .printing import fail
+from ..errors import UnixConnectionError, WorkerStartError
+from .printing import complain, fail
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_OF_TRIO: Final = "Exceptions from Trio nursery"
 # Windows has no SIGHUP.
-_SIGNALS: Final = [
+_SIGNALS: Final[list[signal.Signals]] = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
@@ -37,12 +38,17 @@ class Signalled(BaseException):
         self.number = number
 
 
-def run(function: Callable[[], Awaitable[T]]) -> T:
+def run(function: Callable[[], Awaitable[T]], *, heeds_signals: bool = False) -> T:
     """Run an async function and return its result, or end with an exit status.
 
     1 for what a user can do something about, 128 and its number for a signal, as in a shell.
+
+    Args:
+      heeds_signals: whether the function does so itself; it raises :class:`Signalled` then.
     """
     try:
+        if heeds_signals:
+            return trio.run(function)
         return trio.run(_until_signalled, function)
     except BaseException as exc:
         causes = list(_causes(exc))
@@ -60,11 +66,18 @@ def run(function: Callable[[], Awaitable[T]]) -> T:
                 raise
             # Without the groups around it, and with what it says of its own origin.
             raise causes[0] from causes[0].__cause__
-        fail(*map(described, causes))
+        # Workers mostly fail for the same reason.
+        tracebacks = [each.traceback for each in causes if isinstance(each, WorkerStartError)]
+        for text in dict.fromkeys(tracebacks):
+            complain(text.rstrip())
+        fail(*_headings(exc), *map(described, causes))
 
 
 def described(exc: BaseException) -> str:
     """Say in a line what went wrong."""
+    if isinstance(exc, WorkerStartError):
+        # Without the traceback, whose last line says what it was.
+        return ": ".join([str(exc.args[0]), *exc.traceback.rstrip().splitlines()[-1:]])
     if isinstance(exc, OSError) and exc.filename is not None:
         return f"{exc.filename}: {exc.strerror}"
     if isinstance(exc, UnixConnectionError):
@@ -87,6 +100,15 @@ def too_slow(timeout: float, address: UnixSocketAddress) -> OSError:
     return TimeoutError(errno.ETIMEDOUT, f"not done within {timeout:g} seconds", str(address))
 
 
+def heard_signals() -> list[signal.Signals]:
+    """Return the signals that are to be heeded.
+
+    What whoever started this process has ignored (nohup, or a shell for what it runs in the
+    background) stays ignored.
+    """
+    return [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+
+
 async def _until_signalled(function: Callable[[], Awaitable[T]]) -> T:
     async with trio.open_nursery() as nursery:
         await nursery.start(_raise_when_signalled)
@@ -99,15 +121,22 @@ async def _raise_when_signalled(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Turn a signal into an exception of this task, and not of whatever runs just then."""
-    # What whoever started this process has ignored (nohup, or a shell for what it runs in the
-    # background) stays ignored.
-    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    heard = heard_signals()
     if not heard:
         task_status.started()
         return
     with trio.open_signal_receiver(*heard) as signals:
         task_status.started()
         raise Signalled(await signals.__anext__())
+
+
+def _headings(exc: BaseException) -> Iterator[str]:
+    """Return what groups say that are not trio's, which say nothing."""
+    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    if inner and (message := getattr(exc, "message", "")) != _OF_TRIO:
+        yield message
+    for each in inner:
+        yield from _headings(each)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

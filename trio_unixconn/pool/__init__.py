@@ -1,7 +1,7 @@
 """Worker pools: one process accepts or opens, many work.
 
 ``open_worker_pool`` starts workers that receive descriptors; ``serve_with_workers`` is the
-accept loop on top of it.
+accept loop on top of it, and ``serve_statistics`` says how they are doing.
 """
 
 from ._delivery import JobReceipt as JobReceipt
@@ -18,6 +18,7 @@ from ._statistics import (
     PoolStatistics as PoolStatistics,
     WorkerStatistics as WorkerStatistics,
 )
+from ._stats import serve_statistics as serve_statistics
 
 __all__ = [
     "AbandonedJob",
@@ -29,5 +30,6 @@ __all__ = [
     "WorkerServer",
     "WorkerStatistics",
     "open_worker_pool",
+    "serve_statistics",
     "serve_with_workers",
 ]

@@ -91,15 +91,15 @@ class Delivery:
         to: int | None = None,
         wants_answer: bool = False,
     ) -> None:
-        self.id = number
-        self.fd = fd
-        self.form = form
-        self.data = data
-        self.to = to
-        self.wants_answer = wants_answer
-        self.tries = 0
+        self.id: int = number
+        self.fd: int = fd
+        self.form: int = form
+        self.data: bytes = data
+        self.to: int | None = to
+        self.wants_answer: bool = wants_answer
+        self.tries: int = 0
         self.task: trio.lowlevel.Task | None = None
-        self.sent = False
+        self.sent: bool = False
         self.outcome: Any = None
         self.cause: BaseException | None = None
         self.raise_cancel: Callable[[], Any] | None = None

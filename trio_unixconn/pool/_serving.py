@@ -9,6 +9,7 @@ Sources: accept(2), listen(2), trio.serve_listeners
 from __future__ import annotations
 
 import errno
+import math
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
@@ -82,27 +83,33 @@ class WorkerServer:
     accepted: int = 0
     denied: int = 0
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
-    _timeout: float | None = attrs.field(default=None, repr=False)
+    # When a drain is to have come to its end, in trio's time.
+    _deadline: float = attrs.field(default=math.inf, repr=False)
     # Connections about whose peers a policy is being asked.
     _asking: int = attrs.field(default=0, repr=False)
+    # Whether it was said that there is no room for descriptors, since there was some.
+    _was_said: bool = attrs.field(default=False, repr=False)
 
     def drain(self, timeout: float | None = None) -> None:
         """Ask the server to stop: no new connections, and the handlers finish.
 
         Connections that waited in the listeners' queues are still handled. After that
-        :func:`serve_with_workers` returns.
+        :func:`serve_with_workers` returns. Asking again changes nothing.
 
         Args:
-          timeout: after so many seconds handlers that are still at work are cancelled; the
-            pool's ``drain_timeout`` if left out.
+          timeout: after so many seconds handlers that are still at work are cancelled, and
+            connections that no worker has had room for are closed; the pool's
+            ``drain_timeout`` if left out.
 
         Raises:
           ValueError: a timeout that is negative, or no number.
         """
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
-        self._timeout = timeout
-        self._accepting.cancel()
+        if not self._accepting.cancel_called:
+            timeout = self.pool._options.drain_timeout if timeout is None else timeout  # noqa: SLF001 - of this room
+            self._deadline = trio.current_time() + timeout
+            self._accepting.cancel()
 
     def statistics(self) -> PoolStatistics:
         """Return what the pool has done, and is doing."""
@@ -117,10 +124,14 @@ class WorkerServer:
                             self._accept_from, each, asking, name=f"trio_unixconn.pool {each!r}"
                         )
                     task_status.started(self)
-            # Only a drain ends that without an exception.
+            # Only a drain ends that without an exception. While no worker has room, and as long
+            # as a policy's check takes, it waits.
+            asking.cancel_scope.deadline = self._deadline
             for listener in self.listeners:
                 await self._accept_last(listener, asking)
-        await self.pool.drain(self._timeout)
+        # Where the deadline has passed, some are still open.
+        await _close(self.listeners)
+        await self.pool.drain(max(0.0, self._deadline - trio.current_time()))
 
     async def _accept_from(
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
@@ -147,33 +158,48 @@ class WorkerServer:
             if not count:
                 break
             left -= count
-        await listener.aclose()
+        await _close([listener])
 
     @enable_ki_protection
     async def _accept_waiting(
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
     ) -> int:
-        """Accept what waits, as far as there is room, which is waited for; return how many."""
+        """Accept what waits, as far as there is room, which is waited for.
+
+        Returns:
+          How many; 0 only if none waited.
+        """
+        raw = stdlib_socket_of(listener.socket)
         while True:
             await self.pool.wait_for_room()
             room = self.pool.free() - self._asking
-            if room > 0:
-                break
+            if room <= 0:
+                await trio.sleep(PAUSE)
+                continue
+            if raw.fileno() == -1:
+                # Closed by somebody else, while there was no room.
+                return 0
+            accepted, error = _accept(raw, min(_BURST, room))
+            self.accepted += len(accepted)
+            if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
+                self._asking += len(accepted)
+                for sock, name in accepted:
+                    asking.start_soon(self._ask, listener, sock, name)
+            elif accepted:
+                fds = [sock.detach() for sock, _ in accepted]
+                self.pool.put_accepted(fds, _form_of(listener, raw))
+            if error is None or accepted:
+                # What error there is comes again.
+                self._was_said = self._was_said and not accepted
+                return len(accepted)
+            if not self._was_said:
+                logger.warning(
+                    "cannot accept connections now (%s); trying again every %s seconds",
+                    error.strerror,
+                    PAUSE,
+                )
+            self._was_said = True
             await trio.sleep(PAUSE)
-        raw = stdlib_socket_of(listener.socket)
-        accepted, error = _accept(raw, min(_BURST, room))
-        self.accepted += len(accepted)
-        if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
-            self._asking += len(accepted)
-            for sock, name in accepted:
-                asking.start_soon(self._ask, listener, sock, name)
-        elif accepted:
-            fds = [sock.detach() for sock, _ in accepted]
-            self.pool.put_accepted(fds, _form_of(listener, raw))
-        if error is not None:
-            logger.warning("cannot accept connections now (%s); trying again", error.strerror)
-            await trio.sleep(PAUSE)
-        return len(accepted)
 
     async def _ask(
         self, listener: UnixListener, sock: stdlib_socket.socket, name: str | bytes
@@ -205,8 +231,19 @@ def _accept(
             if exc.errno in NO_ROOM:
                 return accepted, exc
             if exc.errno not in _GONE:
+                # What was accepted is not lost: the next call says the same again.
+                if accepted:
+                    break
                 raise
     return accepted, None
+
+
+async def _close(listeners: Sequence[trio.SocketListener | UnixListener]) -> None:
+    """Close listeners; that a path cannot be taken away is logged."""
+    for listener in listeners:
+        if isinstance(listener, UnixListener):
+            await remove_path(listener)
+        await listener.aclose()
 
 
 def _form_of(listener: Any, raw: stdlib_socket.socket) -> int:
@@ -253,21 +290,23 @@ async def serve_with_workers(
       the workers are ready.
 
     Raises:
+      TypeError: something that is no listener; they all stay the caller's.
       TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
-        listeners are closed then, too.
+        listeners are closed then.
+      ExceptionGroup: of what a policy's check, or accepting raised
+        (:class:`ConnectionClosedError`, if somebody else has closed a listener).
     """
     listeners = list(listeners)
+    if not listeners:
+        raise ValueError("at least one listener is due")
+    for listener in listeners:
+        if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"a trio.SocketListener or UnixListener is due, not {type(listener).__name__}"
+            )
     try:
-        if not listeners:
-            raise ValueError("at least one listener is due")
-        for listener in listeners:
-            if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"a trio.SocketListener or UnixListener is due, not {type(listener).__name__}"
-                )
         async with open_worker_pool(handler, **options) as pool:
             await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
     finally:
         with trio.CancelScope(shield=True):
-            for listener in listeners:
-                await listener.aclose()
+            await _close(listeners)

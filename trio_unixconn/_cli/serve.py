@@ -1,0 +1,154 @@
+"""``trio-unixconn serve``: accept here, and have workers handle.
+
+The rule of this file: what cannot be is said before anything is opened or started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .naming import address_of
+from .printing import fail
+from .running import run
+
+if TYPE_CHECKING:
+    from ..pool import WorkerPoolOptions
+
+
+def serve(
+    handler: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:HANDLER", help="An async function of a stream and a job."
+        ),
+    ],
+    *,
+    bind: Annotated[
+        list[str],
+        typer.Option(
+            "--bind",
+            "-b",
+            metavar="WHERE",
+            help="tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, or systemd for the sockets that it "
+            "has passed; repeatable.",
+        ),
+    ],
+    mode: Annotated[
+        str, typer.Option(metavar="OCTAL", help="The permission bits of the paths.")
+    ] = "600",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-w", help="How many; one for each processor if left out."),
+    ] = None,
+    setup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:NAME",
+            help="An async context manager in which each worker lives.",
+        ),
+    ] = None,
+    max_in_flight: Annotated[
+        int, typer.Option(help="How many connections each worker handles at a time.")
+    ] = 1000,
+    max_queue: Annotated[
+        int, typer.Option(help="How many accepted connections may wait for a worker.")
+    ] = 1000,
+    max_tries: Annotated[
+        int, typer.Option(help="How many workers may fail to take a connection.")
+    ] = 3,
+    max_jobs: Annotated[
+        int | None,
+        typer.Option(help="Replace a worker when it has taken so many; never if left out."),
+    ] = None,
+    start_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="A worker is to be ready by then.")
+    ] = 60,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="A worker that says nothing for so long is killed; inf."
+        ),
+    ] = 10,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Handlers are cancelled so long after a drain began."),
+    ] = 30,
+    crash_limit: Annotated[
+        int, typer.Option(help="End when so many workers in turn could not live.")
+    ] = 5,
+    stats_socket: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Answer with statistics there: JSON, Prometheus, also by HTTP."
+        ),
+    ] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Restart the workers when Python files change.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Lines instead of a table, also on a terminal.")
+    ] = False,
+) -> None:
+    """Accept connections, and have worker processes handle them.
+
+    SIGHUP restarts the workers one at a time, so that they import the handler
+    afresh. SIGTERM and SIGINT drain: what was accepted is finished. A second
+    one ends at once. Exit status 0 after a drain.
+    """
+    # --help needs none of it.
+    from ..pool._opening import pool_options  # noqa: PLC0415
+    from .binds import read_bind  # noqa: PLC0415
+    from .serving import Order, is_terminal, serve_until_told  # noqa: PLC0415
+
+    options: WorkerPoolOptions = {
+        "workers": workers,
+        "setup": setup,
+        "max_in_flight": max_in_flight,
+        "max_queue": max_queue,
+        "max_tries": max_tries,
+        "max_jobs": max_jobs,
+        "start_timeout": start_timeout,
+        "hang_timeout": hang_timeout,
+        "drain_timeout": drain_timeout,
+        "crash_limit": crash_limit,
+    }
+    try:
+        pool_options(handler, **options)
+    except ValueError as exc:
+        fail(str(exc), status=2)
+    _put_current_directory_on_path()
+    if reload:
+        # Python takes a compiled file for current if its source has the same size and second.
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    order = Order(
+        handler=handler,
+        binds=[read_bind(each) for each in bind],
+        mode=_mode(mode),
+        options=options,
+        stats_socket=None if stats_socket is None else address_of(stats_socket),
+        reload=reload,
+        table=is_terminal() and not plain,
+    )
+    run(partial(serve_until_told, order), heeds_signals=True)
+
+
+def _put_current_directory_on_path() -> None:
+    """Let the project that one stands in be found, as ``python -m`` does."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        fail(f"--mode {text}: permission bits in octal are due, from 0 to 777", status=2)
+    return mode
