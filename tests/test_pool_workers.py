@@ -1,0 +1,475 @@
+"""Workers that die, hang, or have no descriptor free: no job is lost, none is handled twice."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from helpers import counted, free_descriptors, until
+from pools import (
+    at_rest,
+    check_sums,
+    client_of,
+    ended,
+    ends,
+    lines,
+    null,
+    open_in,
+    pids,
+    watched,
+)
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import JobRefusedError, UnixConnection, WorkerDiedError, WorkerStartError
+from trio_unixconn.pool import AbandonedJob, _pool, _process, open_worker_pool
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_unixconn.pool import JobReceipt, WorkerPool
+
+pytestmark = pytest.mark.usefixtures("no_child_left")
+
+DO = "pool_handlers:do"
+HOLD = "pool_handlers:hold"
+SOON = 1.0
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers without a pause between."""
+    monkeypatch.setattr(_pool, "_LONGEST_PAUSE", 0.0)
+
+
+################################################################
+# Killed
+################################################################
+
+
+async def test_killed_before_it_acknowledges(shared: Path) -> None:
+    """Jobs of a worker that dies before it has them go to others, and are handled once."""
+    async with open_worker_pool(HOLD, workers=2) as pool:
+        victim, other = pids(pool)
+        os.kill(victim, signal.SIGSTOP)
+        receipts: list[JobReceipt] = []
+
+        async def submit(theirs: Any) -> None:
+            receipts.append(await pool.submit(theirs))
+
+        pairs = [ends() for _ in range(8)]
+        async with trio.open_nursery() as nursery:
+            for _, theirs in pairs:
+                nursery.start_soon(submit, theirs)
+            # The first is with the one that is stopped; the others go to who is not.
+            await until(lambda: len(receipts) == 7)
+            assert pool.statistics().workers[0].in_flight == 1
+            os.kill(victim, signal.SIGKILL)
+        assert victim not in {each.pid for each in receipts}
+        for client, _ in pairs:
+            said = await client.line()
+            assert said in [[each.pid, each.id] for each in receipts]
+            await client.end()
+        found = await at_rest(pool)
+        assert (found.handled, found.acknowledged, found.retried) == (8, 8, 1)
+        assert (found.abandoned, found.deaths) == (0, 1)
+        await until(lambda: pool.statistics().restarts == 1)
+        assert other in pids(pool)
+    assert len(lines(shared / "began")) == 8
+
+
+async def test_bound_to_one_that_dies(shared: Path) -> None:
+    """A job for one worker, which dies before it has it, goes to its successor."""
+    async with open_worker_pool(HOLD, workers=2) as pool, trio.open_nursery() as nursery:
+        victim = pids(pool)[1]
+        os.kill(victim, signal.SIGSTOP)
+        client, theirs = ends()
+
+        async def submit() -> None:
+            client.receipt = await pool.submit(theirs, to=1)
+
+        nursery.start_soon(submit)
+        await wait_all_tasks_blocked()
+        os.kill(victim, signal.SIGKILL)
+        pid, _ = await client.line()
+        await until(lambda: client.receipt is not None)
+        assert client.receipt is not None
+        assert (client.receipt.worker, client.receipt.pid) == (1, pid)
+        assert pid == pids(pool)[1] != victim
+        await client.end()
+
+
+async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a worker was handling when it died is reported, each job once, and nothing else."""
+    reported: list[AbandonedJob] = []
+    async with open_worker_pool(HOLD, workers=2, on_abandoned=reported.append) as pool:
+        clients = []
+        for _ in range(6):
+            client, theirs = ends()
+            client.receipt = await pool.submit(theirs)
+            await client.line()
+            clients.append(client)
+        victim = pids(pool)[0]
+        # One is done before.
+        done = next(each for each in clients if each.receipt and each.receipt.pid == victim)
+        await done.end()
+        await until(lambda: pool.statistics().handled == 1)
+        os.kill(victim, signal.SIGKILL)
+        due = {
+            AbandonedJob(each.receipt.id, 0, victim)
+            for each in clients
+            if each is not done and each.receipt is not None and each.receipt.pid == victim
+        }
+        await until(lambda: len(reported) >= len(due))
+        for client in clients:
+            if client is not done:
+                await client.end()
+        found = await at_rest(pool)
+        assert found.abandoned == len(due)
+        assert found.handled == 6 - len(due)
+        assert len(reported) == len(due)
+        assert set(reported) == due
+    said = [each for each in caplog.messages if "was being handled when its worker died" in each]
+    assert len(said) == len(due)
+    assert all("was killed by SIGKILL" in each for each in said)
+    assert any("worker 0" in each and "another is started" in each for each in caplog.messages)
+
+
+async def test_killed_at_random_under_load() -> None:
+    """Each job is handled, or was reported, whenever its worker was killed; none is both."""
+    reported: list[AbandonedJob] = []
+    receipts: dict[int, JobReceipt] = {}
+    told: dict[int, bytes] = {}
+
+    async def client(number: int) -> None:
+        mine, theirs = ends()
+        async with mine.stream:
+            receipt = await pool.submit(theirs, data=b"%d" % number)
+            receipts[receipt.id] = receipt
+            try:
+                told[receipt.id] = await mine.read()
+            except trio.BrokenResourceError:
+                told[receipt.id] = b""
+
+    async with open_worker_pool(
+        "pool_handlers:tell", workers=2, crash_limit=1000, on_abandoned=reported.append
+    ) as pool:
+        deaths = 0
+        async with trio.open_nursery() as nursery:
+            for number in range(400):
+                nursery.start_soon(client, number)
+                victim = pool._places[number // 20 % 2].link
+                if number % 20 == 0 and victim.state == "ready":
+                    # By what knows whether it was reaped.
+                    victim.process.kill()
+                    deaths += 1
+                await trio.lowlevel.checkpoint()
+        found = await at_rest(pool)
+    assert deaths > 1
+    assert len(receipts) == found.acknowledged == 400
+    abandoned = {each.id for each in reported}
+    assert len(reported) == len(abandoned) == found.abandoned
+    assert {each for each, text in told.items() if not text} <= abandoned
+    assert found.handled == 400 - len(abandoned)
+
+
+async def test_a_callback_that_raises() -> None:
+    """An exception out of on_abandoned ends the pool, in a group, as out of a task."""
+
+    def fail(job: AbandonedJob) -> None:
+        raise LookupError(f"about job {job.id}")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_worker_pool(DO, workers=2, on_abandoned=fail) as pool:
+            await pool.submit(null(), data=b"end")
+            await trio.sleep_forever()
+    assert str(caught.value.exceptions[0]) == "about job 1"
+
+
+async def test_a_handler_that_exits(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """SystemExit out of a handler ends its worker, which is replaced."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        await pool.submit(null(), data=b"exit")
+        await until(lambda: pool.statistics().restarts == 1)
+        assert await pool.call() == b"nothing to do"
+        check_sums(await at_rest(pool))
+    assert "SystemExit: 3" in capfd.readouterr().err
+
+
+################################################################
+# Without descriptors
+################################################################
+
+
+async def test_no_descriptor_free_in_one_worker(shared: Path) -> None:
+    """A worker that cannot receive a descriptor refuses the job, and another gets it."""
+    async with open_worker_pool(HOLD, workers=2, setup="pool_handlers:one_is_poor") as pool:
+        poor = {each.index: each.pid for each in pool.statistics().workers}
+        before = {pid: open_in(pid) for pid in poor.values()}
+        receipts = []
+        for _ in range(4):
+            async with client_of(pool) as client:
+                assert client.receipt is not None
+                assert await client.line() == [client.receipt.pid, client.receipt.id]
+                receipts.append(client.receipt)
+        assert len({each.pid for each in receipts}) == 1
+        found = await at_rest(pool)
+        assert found.retried >= 1
+        assert (found.handled, found.deaths) == (4, 0)
+        assert {pid: open_in(pid) for pid in poor.values()} == before
+        # Without a descriptor a job needs none.
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(call_nothing, pool)
+
+
+async def call_nothing(pool: WorkerPool) -> None:
+    with pytest.raises(Exception, match="NoneType"):
+        await pool.call()
+
+
+async def test_no_descriptor_free_anywhere(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that no worker can receive is given up after so many tries, with the reason."""
+    monkeypatch.setattr(_pool, "_FIRST_PAUSE", 0.001)
+    async with open_worker_pool(
+        HOLD, workers=1, setup="pool_handlers:one_is_poor", max_tries=4
+    ) as pool:
+        client, theirs = ends()
+        with pytest.raises(JobRefusedError, match="4 workers in turn did not take it") as caught:
+            await pool.submit(theirs)
+        assert isinstance(caught.value.__cause__, WorkerDiedError)
+        assert "had no descriptor free to receive it" in str(caught.value.__cause__)
+        assert await client.read() == b""
+        await client.end()
+        found = await at_rest(pool)
+        assert (found.refused, found.retried, found.acknowledged) == (1, 3, 0)
+    assert lines(shared / "began") == []
+
+
+async def test_one_descriptor_free(shared: Path) -> None:
+    """Many jobs that come at once go through a worker with room for one, one after the other."""
+    async with (
+        open_worker_pool(DO, workers=1, setup="pool_handlers:poor", max_tries=50) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(8):
+            nursery.start_soon(pool.call, null())
+        with trio.fail_after(60):
+            await until(lambda: pool.statistics().handled == 8)
+        check_sums(pool.statistics())
+        assert pool.statistics().deaths == 0
+
+
+async def test_no_descriptor_free_here(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    """A pool holds back the descriptors that a new worker takes; without them it tries again."""
+    async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
+        with free_descriptors(0):
+            os.kill(pids(pool)[0], signal.SIGKILL)
+            assert await pool.call() == b"nothing to do"
+        tries = counted(monkeypatch, _process, "start")
+        pool._reserve.close()
+        with free_descriptors(0):
+            os.kill(pids(pool)[0], signal.SIGKILL)
+            await until(lambda: len(tries) > 3)
+        assert await pool.call() == b"nothing to do"
+
+
+async def test_a_worker_cannot_be_started_for_want_of_memory(
+    monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    """What the system lacks for a new worker does not count as a crash, however often."""
+    real, tries = _process.start, list[int]()
+
+    def start(order: dict[str, Any]) -> _process.WorkerProcess:
+        tries.append(1)
+        if len(tries) < 5:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(order)
+
+    async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
+        monkeypatch.setattr(_process, "start", start)
+        os.kill(pids(pool)[0], signal.SIGKILL)
+        assert await pool.call() == b"nothing to do"
+    assert len(tries) == 5
+
+
+async def test_no_descriptor_free_to_send_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that cannot be sent, for want of a descriptor to hold it by, is sent later."""
+    real, tries = UnixConnection.send_message, list[int]()
+
+    async def send_message(self: UnixConnection, *arguments: Any, **options: Any) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        await real(self, *arguments, **options)
+
+    async with open_worker_pool(DO, workers=1) as pool:
+        monkeypatch.setattr(UnixConnection, "send_message", send_message)
+        assert await pool.call(null()) == b"nothing to do"
+    assert len(tries) == 3
+
+
+async def test_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that has no name here is not hidden: it ends the pool."""
+
+    async def send_message(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_worker_pool(DO, workers=1) as pool:
+            monkeypatch.setattr(UnixConnection, "send_message", send_message)
+            await pool.call(null())
+    assert caught.group_contains(OSError, match="Invalid argument")
+
+
+################################################################
+# Hanging, and talking nonsense
+################################################################
+
+
+async def test_a_worker_that_is_stopped(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that says nothing is killed; what it had not taken is handled by another."""
+    async with open_worker_pool(HOLD, workers=1, hang_timeout=SOON) as pool:
+        (pid,) = pids(pool)
+        with watched([pid]) as pidfds:
+            os.kill(pid, signal.SIGSTOP)
+            async with client_of(pool) as client:
+                assert (await client.line())[0] != pid
+            await ended(pidfds)
+        found = await at_rest(pool)
+        assert (found.handled, found.retried, found.deaths) == (1, 1, 1)
+    assert any("has not been heard of for" in each for each in caplog.messages)
+    assert any(f"(pid {pid}) hung for" in each for each in caplog.messages)
+
+
+async def test_a_handler_that_computes_for_ever(shared: Path) -> None:
+    """A handler without a checkpoint is a hang: its job was being handled, and is reported."""
+    reported: list[AbandonedJob] = []
+    async with open_worker_pool(
+        DO, workers=1, on_abandoned=reported.append, hang_timeout=SOON
+    ) as pool:
+        (pid,) = pids(pool)
+        async with client_of(pool, data=b"compute") as client:
+            assert await client.line() == [pid, 1]
+            assert await client.read() == b""
+        assert await pool.call() == b"nothing to do"
+        assert reported == [AbandonedJob(1, 0, pid)]
+
+
+async def test_hangs_are_not_looked_for() -> None:
+    """With an infinite timeout nobody is killed for saying nothing."""
+    async with open_worker_pool(DO, workers=1, hang_timeout=math.inf) as pool:
+        assert await pool.call() == b"nothing to do"
+
+
+async def test_a_pool_that_was_stopped_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the pool's own process did not run, what its workers said is heard first."""
+    async with open_worker_pool(DO, workers=2, hang_timeout=0.2) as pool:
+        before = pids(pool)
+        # As if it had been suspended.
+        real, slept = trio.sleep, list[float]()
+
+        async def sleep(seconds: float) -> None:
+            await real(seconds)
+            if seconds == pytest.approx(0.04) and len(slept) < 3:
+                slept.append(seconds)
+                time.sleep(0.4)
+
+        monkeypatch.setattr(trio, "sleep", sleep)
+        await until(lambda: len(slept) == 3)
+        assert await pool.call() == b"nothing to do"
+        assert pids(pool) == before
+
+
+@pytest.mark.parametrize("what", [b"nonsense", b"strange batch"])
+async def test_a_worker_that_talks_nonsense(what: bytes) -> None:
+    """A worker that says what no worker says is killed and replaced."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with pytest.raises(WorkerDiedError, match=r"said what no worker says .* killed by"):
+            await pool.call(data=what)
+        assert await pool.call() == b"nothing to do"
+
+
+async def test_a_worker_that_hangs_up() -> None:
+    """A worker that lives on, but cannot be heard any more, is one that hangs."""
+    async with open_worker_pool(DO, workers=1, hang_timeout=SOON) as pool:
+        with pytest.raises(WorkerDiedError, match="hung for"):
+            await pool.call(data=b"hang up")
+        assert await pool.call() == b"nothing to do"
+
+
+################################################################
+# Crash loops
+################################################################
+
+
+async def test_a_crash_loop(
+    shared: Path, no_pauses: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When workers die one after the other the pool ends, with what each died of."""
+    refused: list[JobRefusedError] = []
+    async with trio.open_nursery() as nursery:
+
+        async def submit(pool: WorkerPool) -> None:
+            with pytest.raises(JobRefusedError) as caught:
+                await pool.submit(null())
+            refused.append(caught.value)
+
+        with pytest.raises(ExceptionGroup, match="3 workers in turn died, or could not") as caught:
+            async with open_worker_pool(
+                DO, workers=1, setup="pool_handlers:only_once", crash_limit=3
+            ) as pool:
+                os.kill(pids(pool)[0], signal.SIGKILL)
+                await until(lambda: pool.statistics().workers[0].state == "starting")
+                # Waits outside of the block, which does not keep it.
+                nursery.start_soon(submit, pool)
+                await trio.sleep_forever()
+        await until(lambda: bool(refused))
+    kinds = [type(each) for each in caught.value.exceptions]
+    assert kinds == [WorkerDiedError, WorkerStartError, WorkerStartError]
+    assert "exited with status 9 before it was ready" in str(caught.value.exceptions[1])
+    assert any("exited with status 9" in each for each in caplog.messages)
+
+
+async def test_workers_that_die_soon(no_pauses: None) -> None:
+    """Workers that are ready and die at once are a crash loop, too."""
+    with pytest.raises(ExceptionGroup, match="4 workers in turn") as caught:
+        async with open_worker_pool(DO, workers=2, setup="pool_handlers:dies_soon", crash_limit=4):
+            await trio.sleep_forever()
+    assert {type(each) for each in caught.value.exceptions} <= {WorkerDiedError, WorkerStartError}
+
+
+async def test_no_crash_loop(no_pauses: None, shared: Path) -> None:
+    """Workers that finish a job before they die are of use, however many die."""
+    async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
+        for _ in range(4):
+            assert await pool.call() == b"nothing to do"
+            with pytest.raises(WorkerDiedError):
+                await pool.call(data=b"end")
+        assert pool.statistics().deaths == 4
+
+
+async def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause before a worker is started grows with those that died, up to a limit."""
+    pauses = [_pool._pause(failures) for failures in range(2000)]
+    assert pauses[:5] == [0.0, 0.05, 0.1, 0.2, 0.4]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 10
+
+
+async def test_logging_level(caplog: pytest.LogCaptureFixture) -> None:
+    """A pool that has nothing to complain about logs nothing."""
+    with caplog.at_level(logging.INFO, logger="trio_unixconn.pool"):
+        async with open_worker_pool(DO, workers=1) as pool:
+            await pool.call()
+    assert caplog.messages == []
