@@ -289,11 +289,30 @@ async def only_once() -> AsyncGenerator[None, None]:
 
 @asynccontextmanager
 async def waiting() -> AsyncGenerator[None, None]:
-    """Have all workers but the first wait before they are ready, until a file is there."""
+    """Have all workers but the first wait before they are ready, until there is a file."""
     if not first("one"):
         note("waits", os.getpid())
         while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
             await trio.sleep(0.01)
+    yield
+
+
+@asynccontextmanager
+async def two_at_most() -> AsyncGenerator[None, None]:
+    """Let two workers live; the others die when they start, but behind those."""
+    if not first("one") and not first("two"):
+        await trio.sleep(0.5)
+        os._exit(9)
+    yield
+
+
+@asynccontextmanager
+async def three_wait() -> AsyncGenerator[None, None]:
+    """Have all workers but the first two wait."""
+    if not first("one") and not first("two"):
+        note("waits", os.getpid())
+        await trio.sleep_forever()
+    note("ready", os.getpid())
     yield
 
 

@@ -1,0 +1,703 @@
+"""The life of a pool: drains, restarts, other sizes, signals, and its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+import trio.lowlevel
+from helpers import PEERS, counted, until
+from pools import (
+    at_rest,
+    check_sums,
+    children,
+    client_of,
+    ended,
+    ends,
+    has_ended,
+    lines,
+    null,
+    pids,
+    watched,
+)
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import (
+    HandlerError,
+    JobRefusedError,
+    PoolClosedError,
+    WorkerStartError,
+)
+from trio_unixconn.pool import AbandonedJob, _pool, _process, _worker, open_worker_pool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from trio_unixconn.pool import JobReceipt, WorkerPool
+
+pytestmark = pytest.mark.usefixtures("no_child_left")
+
+DO = "pool_handlers:do"
+HOLD = "pool_handlers:hold"
+
+
+def has(pool: WorkerPool, restarts: int) -> bool:
+    return pool.statistics().restarts >= restarts
+
+
+################################################################
+# Drains
+################################################################
+
+
+async def test_a_drain_finishes_what_there_is(shared: Path) -> None:
+    """A drain takes no more jobs, and lets handlers finish, and jobs that wait be handled."""
+    async with open_worker_pool(
+        HOLD, workers=1, setup="pool_handlers:noted", max_in_flight=1
+    ) as pool:
+        first, second = ends(), ends()
+        drained = trio.Event()
+
+        async def drain() -> None:
+            await pool.drain()
+            drained.set()
+
+        async with trio.open_nursery() as nursery:
+            await pool.submit(first[1])
+            nursery.start_soon(pool.submit, second[1])
+            await wait_all_tasks_blocked()
+            nursery.start_soon(drain)
+            await wait_all_tasks_blocked()
+            client, theirs = ends()
+            with pytest.raises(PoolClosedError, match="is draining"):
+                await pool.submit(theirs)
+            with pytest.raises(PoolClosedError):
+                await pool.restart()
+            with pytest.raises(PoolClosedError):
+                await pool.scale(3)
+            # It is as it was.
+            assert theirs.fileno() != -1
+            theirs.close()
+            await client.end()
+            for other, _ in first, second:
+                await other.line()
+                assert not drained.is_set()
+                await other.end()
+            await drained.wait()
+        assert children() == {}
+        found = pool.statistics()
+        assert (found.handled, found.abandoned, found.deaths) == (2, 0, 0)
+        check_sums(found)
+        # Once more is nothing more.
+        await pool.drain()
+    assert len(lines(shared / "ended")) == 1
+
+
+async def test_a_drain_with_a_deadline(shared: Path) -> None:
+    """At the deadline handlers are cancelled, and clean up; their callers are told."""
+    async with open_worker_pool(DO, workers=2) as pool, trio.open_nursery() as nursery:
+        failed: list[HandlerError] = []
+
+        async def call() -> None:
+            with pytest.raises(HandlerError, match="was cancelled: the worker ended") as caught:
+                await pool.call(data=b"forever")
+            failed.append(caught.value)
+
+        for _ in range(4):
+            nursery.start_soon(call)
+        await until(lambda: len(lines(shared / "began")) == 4)
+        await pool.drain(0.1)
+        assert len(failed) == 4
+        assert sorted(lines(shared / "ended")) == sorted(lines(shared / "began"))
+        found = pool.statistics()
+        assert (found.failed, found.abandoned) == (4, 0)
+        check_sums(found)
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan])
+async def test_a_drain_with_no_deadline_at_all(timeout: float) -> None:
+    """A timeout that is no length of time is refused, and the pool goes on."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with pytest.raises(ValueError, match="a timeout of 0 or more seconds is due"):
+            await pool.drain(timeout)
+        assert await pool.call() == b"nothing to do"
+
+
+async def test_a_drain_that_a_handler_does_not_heed(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that does not end in time is killed, and what it was at is reported."""
+    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    reported: list[AbandonedJob] = []
+    async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
+        (pid,) = pids(pool)
+        async with client_of(pool, data=b"compute") as client:
+            await client.line()
+            monkeypatch.setattr(_pool, "_SHORT_END", 0.2)
+            await pool.drain(0)
+    assert reported == [AbandonedJob(1, 0, pid)]
+
+
+async def test_a_drain_while_a_worker_is_stopped(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that a stopped worker was sent is given up at the end, and its submitter told."""
+    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    refused: list[JobRefusedError] = []
+    async with open_worker_pool(DO, workers=1) as pool, trio.open_nursery() as nursery:
+
+        async def submit() -> None:
+            with pytest.raises(JobRefusedError, match="the pool ended first") as caught:
+                await pool.submit(null())
+            refused.append(caught.value)
+
+        os.kill(pids(pool)[0], signal.SIGSTOP)
+        nursery.start_soon(submit)
+        await wait_all_tasks_blocked()
+        await pool.drain(0)
+        await until(lambda: len(refused) == 1)
+        check_sums(pool.statistics())
+
+
+async def test_a_worker_dies_during_a_drain(shared: Path) -> None:
+    """A drain has jobs handled by a new worker if the one that had to die did."""
+    async with open_worker_pool(DO, workers=1, max_in_flight=1) as pool:
+        answers: list[bytes] = []
+        async with trio.open_nursery() as nursery:
+
+            async def call() -> None:
+                answers.append(await pool.call())
+
+            os.kill(pids(pool)[0], signal.SIGSTOP)
+            for _ in range(3):
+                nursery.start_soon(call)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(pool.drain)
+            await wait_all_tasks_blocked()
+            os.kill(pids(pool)[0], signal.SIGKILL)
+        assert len(answers) == 3
+
+
+async def test_a_setup_that_fails_at_its_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """A setup that raises when its worker ends is shown by the worker, and hurts nobody else."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:failing_at_the_end") as pool:
+        assert await pool.call() == b"nothing to do"
+    assert "LookupError: the setup says no at the end" in capfd.readouterr().err
+
+
+################################################################
+# The end of the block
+################################################################
+
+
+async def test_left_by_an_exception(shared: Path) -> None:
+    """An exception ends the workers, whose handlers clean up, and comes out as it is."""
+    error = KeyError("of the block")
+    with pytest.raises(KeyError) as caught:
+        async with open_worker_pool(DO, workers=2, setup="pool_handlers:noted") as pool:
+            await pool.submit(null(), data=b"forever")
+            await until(lambda: "1" in lines(shared / "began"))
+            raise error
+    assert caught.value is error
+    assert "1" in lines(shared / "ended")
+    assert len(lines(shared / "ended")) == 3
+    with pytest.raises(PoolClosedError):
+        await pool.submit(0)
+
+
+async def test_left_by_a_cancellation(shared: Path) -> None:
+    """A cancellation ends the workers, whatever they do, and stays a cancellation."""
+    with trio.CancelScope() as scope:
+        async with open_worker_pool(DO, workers=2) as pool:
+            await pool.submit(null(), data=b"forever")
+            await until(lambda: lines(shared / "began") == ["1"])
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert lines(shared / "ended") == ["1"]
+
+
+async def test_left_while_a_handler_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that never comes to a checkpoint does not keep the block."""
+    monkeypatch.setattr(_pool, "_SHORT_END", 0.1)
+    with pytest.raises(ZeroDivisionError):
+        async with open_worker_pool(DO, workers=1) as pool:
+            async with client_of(pool, data=b"compute") as client:
+                await client.line()
+                raise ZeroDivisionError
+
+
+async def test_cancelled_during_the_drain(shared: Path) -> None:
+    """A drain at the end of the block can be cancelled; then handlers are, too."""
+    with trio.CancelScope() as scope:
+        async with open_worker_pool(DO, workers=1) as pool:
+            await pool.submit(null(), data=b"forever")
+            await until(lambda: lines(shared / "began") == ["1"])
+            scope.deadline = trio.current_time() + 0.1
+    assert scope.cancelled_caught
+
+
+async def test_submitters_outside_of_the_block(shared: Path) -> None:
+    """Who waits for a job outside of the block is told when the pool has ended."""
+    async with trio.open_nursery() as nursery:
+        told: list[str] = []
+
+        async def submit(pool: WorkerPool) -> None:
+            try:
+                await pool.submit(null())
+            except (JobRefusedError, PoolClosedError) as exc:
+                told.append(type(exc).__name__)
+
+        with pytest.raises(ZeroDivisionError):
+            async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=2) as pool:
+                os.kill(pids(pool)[0], signal.SIGSTOP)
+                for _ in range(5):
+                    nursery.start_soon(submit, pool)
+                await wait_all_tasks_blocked()
+                raise ZeroDivisionError
+        await until(lambda: len(told) == 5)
+        assert told == ["JobRefusedError"] * 5
+
+
+################################################################
+# Restarts
+################################################################
+
+
+MODULE = """
+async def handler(stream, job):
+    return b"version {version}"
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that can be written anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+    # Two versions in one second would be one.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    path = tmp_path / "pool_versions.py"
+    path.write_text(MODULE.format(version=1))
+    return path
+
+
+async def test_restart(module: Path) -> None:
+    """A restart replaces all workers, by such that import what the handler is now."""
+    async with open_worker_pool("pool_versions:handler", workers=2) as pool:
+        old = pids(pool)
+        assert await pool.call(to=1) == b"version 1"
+        module.write_text(MODULE.format(version=2))
+        with watched(old) as pidfds:
+            await pool.restart()
+            for to in 0, 1:
+                assert await pool.call(to=to) == b"version 2"
+            await ended(pidfds)
+        found = await at_rest(pool)
+        assert (found.restarts, found.deaths) == (2, 0)
+        assert [each.restarts for each in found.workers] == [1, 1]
+        assert not set(old) & set(pids(pool))
+
+
+async def test_restart_under_load(shared: Path) -> None:
+    """No job is lost, refused or handled twice while workers are replaced."""
+    receipts: list[JobReceipt] = []
+    over = trio.Event()
+
+    async def work() -> None:
+        while not over.is_set():
+            async with client_of(pool) as client:
+                assert client.receipt is not None
+                assert await client.line() == [client.receipt.pid, client.receipt.id]
+                receipts.append(client.receipt)
+
+    async with open_worker_pool(HOLD, workers=2) as pool:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(work)
+            for _ in range(3):
+                await pool.restart()
+            over.set()
+        found = await at_rest(pool)
+        assert found.handled == found.submitted == len(receipts)
+        assert (found.abandoned, found.retried, found.deaths, found.restarts) == (0, 0, 0, 6)
+    assert len(lines(shared / "began")) == len(set(lines(shared / "began"))) == len(receipts)
+
+
+async def test_old_workers_finish(shared: Path) -> None:
+    """A connection that an old worker has is not cut off, however long it takes."""
+    async with open_worker_pool(HOLD, workers=1) as pool, client_of(pool) as client:
+        (old,) = pids(pool)
+        assert await client.line() == [old, 1]
+        with watched([old]) as pidfds:
+            await pool.restart()
+            found = pool.statistics()
+            assert [each.state for each in found.workers] == ["ready", "draining"]
+            assert [each.index for each in found.workers] == [0, 0]
+            assert found.workers[1].pid == old
+            await client.stream.send_all(b"x")
+            assert await client.stream.receive_some(1) == b"X"
+            assert not has_ended(pidfds[0])
+            await client.end()
+            await ended(pidfds)
+
+
+async def test_a_restart_that_fails(module: Path) -> None:
+    """When a new worker cannot start, the old ones go on."""
+    async with open_worker_pool("pool_versions:handler", workers=2) as pool:
+        before = pids(pool)
+        module.write_text("1 / 0")
+        with pytest.raises(WorkerStartError, match="ZeroDivisionError"):
+            await pool.restart()
+        assert pids(pool) == before
+        for to in 0, 1:
+            assert await pool.call(to=to) == b"version 1"
+        module.write_text(MODULE.format(version=2))
+        await pool.restart()
+        assert await pool.call() == b"version 2"
+
+
+async def test_a_restart_behind_another_start(shared: Path, module: Path) -> None:
+    """A worker that is just being started may have the old code, and is replaced, too."""
+    async with (
+        open_worker_pool("pool_versions:handler", workers=1, setup="pool_handlers:waiting") as pool,
+        trio.open_nursery() as nursery,
+    ):
+        os.kill(pids(pool)[0], signal.SIGKILL)
+        await until(lambda: len(lines(shared / "waits")) == 1)
+        module.write_text(MODULE.format(version=2))
+        nursery.start_soon(pool.restart)
+        await wait_all_tasks_blocked()
+        (shared / "go on").touch()
+        await until(lambda: has(pool, 2))
+        assert await pool.call() == b"version 2"
+
+
+async def test_the_old_one_dies_while_the_new_one_fails(shared: Path, module: Path) -> None:
+    """A worker that dies while its successor fails to start is replaced all the same."""
+    async with open_worker_pool(
+        "pool_versions:handler", workers=1, setup="pool_handlers:waiting"
+    ) as pool:
+        async with trio.open_nursery() as nursery:
+
+            async def restart() -> None:
+                with pytest.raises(WorkerStartError):
+                    await pool.restart()
+
+            nursery.start_soon(restart)
+            await until(lambda: len(lines(shared / "waits")) == 1)
+            os.kill(pids(pool)[0], signal.SIGKILL)
+            await until(lambda: pool.statistics().deaths == 1)
+            os.kill(int(lines(shared / "waits")[0]), signal.SIGKILL)
+        (shared / "go on").touch()
+        assert await pool.call() == b"version 1"
+
+
+async def test_a_restart_that_is_cancelled(shared: Path) -> None:
+    """A restart that is cancelled leaves the old worker, and nothing of the new one."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
+        before = pids(pool)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.restart)
+                await until(lambda: len(lines(shared / "waits")) == 1)
+                scope.cancel()
+        await until(lambda: set(children()) == set(before))
+        assert await pool.call() == b"nothing to do"
+
+
+################################################################
+# Other sizes
+################################################################
+
+
+async def test_scale(shared: Path) -> None:
+    """A pool grows, and shrinks; those that leave finish what they have."""
+    async with open_worker_pool(HOLD, workers=1) as pool:
+        (first,) = pids(pool)
+        await pool.scale(3)
+        assert [each.index for each in pool.statistics().workers] == [0, 1, 2]
+        async with client_of(pool, to=2) as client:
+            pid, _ = await client.line()
+            await pool.scale(1)
+            found = pool.statistics()
+            assert [each.state for each in found.workers if each.pid in {first, pid}] == [
+                "ready",
+                "draining",
+            ]
+            await client.stream.send_all(b"x")
+            assert await client.stream.receive_some(1) == b"X"
+            with pytest.raises(ValueError, match="to must be the index of a worker, below 1"):
+                await pool.submit(null(), to=1)
+        await until(lambda: set(children()) == {first})
+        assert (await at_rest(pool)).deaths == 0
+        with pytest.raises(ValueError, match="a pool has at least one worker, not 0"):
+            await pool.scale(0)
+
+
+async def test_scale_that_fails(shared: Path) -> None:
+    """When new workers cannot start, or not all of them, there are as many as before."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_at_most") as pool:
+        before = pids(pool)
+        with pytest.raises(WorkerStartError):
+            await pool.scale(5)
+        await until(lambda: set(children()) == set(before))
+        assert pids(pool) == before
+
+
+async def test_scale_that_is_cancelled(shared: Path) -> None:
+    """A scale that is cancelled leaves no worker that belongs to nobody."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:three_wait") as pool:
+        before = pids(pool)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.scale, 5)
+                await until(lambda: len(lines(shared / "waits")) == 3)
+                await until(lambda: len(lines(shared / "ready")) == 2)
+                scope.cancel()
+        await until(lambda: set(children()) == set(before))
+
+
+async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:
+    """Jobs for a worker that is not there any more are given up, wherever they are."""
+    refused: list[str] = []
+    async with (
+        open_worker_pool(HOLD, workers=2, max_in_flight=1, max_queue=2) as pool,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def submit(theirs: Any) -> None:
+            with pytest.raises(JobRefusedError, match="there is no worker 1 any more") as caught:
+                await pool.submit(theirs, to=1)
+            refused.append(str(caught.value))
+
+        pairs = [ends() for _ in range(4)]
+        victim = pids(pool)[1]
+        os.kill(victim, signal.SIGSTOP)
+        for _, theirs in pairs:
+            # One is sent, two are in the queue, one waits for room.
+            nursery.start_soon(submit, theirs)
+            await wait_all_tasks_blocked()
+        await pool.scale(1)
+        await until(lambda: len(refused) == 3)
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: len(refused) == 4)
+        for client, _ in pairs:
+            assert await client.read() == b""
+            await client.end()
+        check_sums(await at_rest(pool))
+
+
+async def test_scale_down_while_a_worker_is_started(shared: Path) -> None:
+    """A worker that was being started for a place that is gone by then leaves at once."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
+        (shared / "go on").touch()
+        await pool.scale(2)
+        (shared / "go on").unlink()
+        (first, second) = pids(pool)
+        os.kill(second, signal.SIGKILL)
+        await until(lambda: len(lines(shared / "waits")) == 2)
+        await pool.scale(1)
+        (shared / "go on").touch()
+        await until(lambda: set(children()) == {first})
+        assert pids(pool) == [first]
+
+
+async def test_scale_down_between_two_tries(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a place that is gone no worker is tried again."""
+    monkeypatch.setattr(_pool, "_FIRST_PAUSE", 0.3)
+    async with open_worker_pool(DO, workers=2) as pool:
+        os.kill(pids(pool)[1], signal.SIGKILL)
+        await until(lambda: pool.statistics().deaths == 1)
+        starts = counted(monkeypatch, _process, "start")
+        await pool.scale(1)
+        place = pool._places[0]
+        assert await pool.call() == b"nothing to do"
+        await trio.lowlevel.checkpoint()
+        await until(lambda: not revives())
+        assert starts == []
+        assert pool._places == [place]
+
+
+def revives() -> list[str]:
+    """Return the names of the tasks that start workers anew."""
+    found: list[str] = []
+
+    def look(task: trio.lowlevel.Task) -> None:
+        if "restart" in task.name:
+            found.append(task.name)
+        for nursery in task.child_nurseries:
+            for child in nursery.child_tasks:
+                look(child)
+
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    look(root)
+    return found
+
+
+################################################################
+# Recycling
+################################################################
+
+
+async def test_recycling(shared: Path) -> None:
+    """A worker that has had its number of jobs is replaced; no job is lost by that."""
+    seen: set[bytes] = set()
+    async with open_worker_pool(DO, workers=1, max_jobs=5) as pool:
+        for _ in range(60):
+            seen.add(await pool.call(data=b"pid"))
+            if len(seen) > 2:
+                break
+            await until(lambda: not pool._places[0].busy)
+        found = await at_rest(pool)
+        assert found.restarts >= 2
+        assert found.handled == found.submitted
+        assert found.deaths == 0
+    assert len(seen) > 2
+
+
+async def test_recycling_that_fails(
+    module: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a successor cannot start, the old one goes on, and not each job tries it again."""
+    async with open_worker_pool("pool_versions:handler", workers=1, max_jobs=1) as pool:
+        starts = counted(monkeypatch, _process, "start")
+        module.write_text("1 / 0")
+        for _ in range(5):
+            assert await pool.call() == b"version 1"
+            await until(lambda: not pool._places[0].busy)
+        assert len(starts) == 1
+        (message,) = caplog.messages
+        assert "ZeroDivisionError" in message
+        assert message.endswith("; the old one goes on")
+        module.write_text(MODULE.format(version=2))
+        pool._places[0].again = -math.inf
+        assert await pool.call() == b"version 1"
+        await until(lambda: has(pool, 1))
+        assert await pool.call() == b"version 2"
+
+
+################################################################
+# Signals
+################################################################
+
+
+async def test_sigterm_to_a_worker(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that gets SIGTERM is replaced first, and finishes what it has."""
+    caplog.set_level("INFO", logger="trio_unixconn.pool")
+    async with open_worker_pool(HOLD, workers=1) as pool, client_of(pool) as client:
+        (old,) = pids(pool)
+        await client.line()
+        with watched([old]) as pidfds:
+            for _ in range(3):
+                os.kill(old, signal.SIGTERM)
+            await until(lambda: has(pool, 1))
+            async with client_of(pool) as other:
+                assert (await other.line())[0] != old
+            os.kill(old, signal.SIGTERM)
+            await client.stream.send_all(b"x")
+            assert await client.stream.receive_some(1) == b"X"
+            assert not has_ended(pidfds[0])
+            await client.end()
+            await ended(pidfds)
+        found = await at_rest(pool)
+        assert (found.deaths, found.abandoned, found.handled) == (0, 0, 2)
+        assert found.restarts == 1
+    assert any("was asked to end, and is replaced" in each for each in caplog.messages)
+
+
+async def test_sigint_to_a_worker() -> None:
+    """What a terminal sends to all is not for the workers, who are not in its foreground."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        (pid,) = pids(pool)
+        os.kill(pid, signal.SIGINT)
+        assert await pool.call(data=b"signal itself") == b"lives"
+        assert pids(pool) == [pid]
+        assert os.getsid(pid) == pid != os.getsid(0)
+
+
+def interrupted() -> None:
+    async def main() -> None:
+        async with open_worker_pool(DO, workers=1) as pool:
+            assert await pool.call() == b"nothing to do"
+            signal.raise_signal(signal.SIGINT)
+            await trio.sleep_forever()
+
+    trio.run(main)
+
+
+def test_keyboard_interrupt() -> None:
+    """A KeyboardInterrupt in the pool's process ends the workers, and comes out."""
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
+################################################################
+# The pool's process dies
+################################################################
+
+
+@asynccontextmanager
+async def driver(*arguments: str) -> AsyncGenerator[tuple[trio.Process, list[int]], None]:
+    """Start the process of a pool; yield it, and the pids of its workers."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, str(PEERS / "pool_driver.py"), *arguments],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    async with process.stdout:
+        try:
+            with trio.fail_after(30):
+                said = b""
+                while not said.endswith(b"\n"):
+                    said += await process.stdout.receive_some()
+            yield process, json.loads(said)
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()
+                await process.wait()
+
+
+@pytest.mark.parametrize(
+    "arguments", [(HOLD, "2"), (DO, "2", "compute")], ids=["waiting", "computing"]
+)
+async def test_the_pool_is_killed(arguments: tuple[str, ...], shared: Path) -> None:
+    """When the pool's process is killed its workers end, whatever their handlers do."""
+    async with driver(*arguments) as (process, workers):
+        with watched(workers) as pidfds:
+            assert not any(map(has_ended, pidfds))
+            process.kill()
+            await ended(pidfds)
+
+
+async def test_killed_with_a_job_on_its_way(shared: Path) -> None:
+    """A worker that was sent a job by a pool that is gone by then ends, and does not handle it."""
+    async with driver(HOLD, "1", "unused") as (process, workers):
+        with watched(workers) as pidfds:
+            os.kill(workers[0], signal.SIGSTOP)
+            process.kill()
+            os.kill(workers[0], signal.SIGCONT)
+            await ended(pidfds)
+
+
+def test_the_pool_was_gone_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose pool was gone before it began ends at once."""
+    ours, theirs = ends()
+    pid = os.fork()
+    if not pid:
+        _worker._check_parent(os.getppid() + 1)
+        os._exit(2)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    theirs.close()
+    ours.stream.socket.close()
