@@ -51,6 +51,13 @@ def first(name: str) -> bool:
 ################################################################
 
 
+async def until_draining(stream: Any, job: Job) -> None:
+    """Wait until this worker is to end, and say so."""
+    await stream.send_all(b"waits")
+    await job.draining.wait()
+    await stream.send_all(b", ends")
+
+
 async def tell(stream: Any, job: Job) -> bytes:
     """Tell what a handler gets, by the stream if there is one, and as the answer."""
     peer = job.peer

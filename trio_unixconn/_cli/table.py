@@ -35,7 +35,7 @@ def render(
     Args:
       drains: whether workers that have ended get no others in their place.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     for row in status.rows:

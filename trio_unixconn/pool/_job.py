@@ -39,11 +39,14 @@ class Job:
       id: the pool's number for it, as in :class:`JobReceipt`.
       data: the bytes that were submitted with it.
       state: what the worker's ``setup`` yielded; None without one.
+      draining: set when the worker is to end, for handlers that can come to an end sooner: one
+        that waits for the next request of a client need not wait any longer.
     """
 
     id: int
     data: bytes
     state: Any = attrs.field(repr=False)
+    draining: trio.Event = attrs.field(repr=False)
     _stream: Any = attrs.field(alias="stream", repr=False)
 
     @property

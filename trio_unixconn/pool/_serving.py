@@ -164,27 +164,34 @@ class WorkerServer:
     async def _accept_waiting(
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
     ) -> int:
-        """Accept what waits, as far as there is room, which is waited for; return how many."""
+        """Accept what waits, as far as there is room, which is waited for.
+
+        Returns:
+          How many; 0 only if none waited.
+        """
+        raw = stdlib_socket_of(listener.socket)
         while True:
             await self.pool.wait_for_room()
             room = self.pool.free() - self._asking
-            if room > 0:
-                break
-            await trio.sleep(PAUSE)
-        raw = stdlib_socket_of(listener.socket)
-        if raw.fileno() == -1:
-            # Closed by somebody else, while there was no room.
-            return 0
-        accepted, error = _accept(raw, min(_BURST, room))
-        self.accepted += len(accepted)
-        if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
-            self._asking += len(accepted)
-            for sock, name in accepted:
-                asking.start_soon(self._ask, listener, sock, name)
-        elif accepted:
-            fds = [sock.detach() for sock, _ in accepted]
-            self.pool.put_accepted(fds, _form_of(listener, raw))
-        if error is not None:
+            if room <= 0:
+                await trio.sleep(PAUSE)
+                continue
+            if raw.fileno() == -1:
+                # Closed by somebody else, while there was no room.
+                return 0
+            accepted, error = _accept(raw, min(_BURST, room))
+            self.accepted += len(accepted)
+            if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
+                self._asking += len(accepted)
+                for sock, name in accepted:
+                    asking.start_soon(self._ask, listener, sock, name)
+            elif accepted:
+                fds = [sock.detach() for sock, _ in accepted]
+                self.pool.put_accepted(fds, _form_of(listener, raw))
+            if error is None or accepted:
+                # What error there is comes again.
+                self._was_said = self._was_said and not accepted
+                return len(accepted)
             if not self._was_said:
                 logger.warning(
                     "cannot accept connections now (%s); trying again every %s seconds",
@@ -193,9 +200,6 @@ class WorkerServer:
                 )
             self._was_said = True
             await trio.sleep(PAUSE)
-        elif accepted:
-            self._was_said = False
-        return len(accepted)
 
     async def _ask(
         self, listener: UnixListener, sock: stdlib_socket.socket, name: str | bytes

@@ -152,6 +152,7 @@ class _Worker:
         # Of the jobs whose answers are awaited, which the pool may cancel.
         self._scopes: dict[int, trio.CancelScope] = {}
         self._deadline = trio.CancelScope()
+        self._draining = trio.Event()
 
     async def run(self) -> None:
         """Serve until the pool says that it is enough, or is gone."""
@@ -172,6 +173,7 @@ class _Worker:
 
     def _end_in(self, timeout: float) -> None:
         self._deadline.deadline = trio.current_time() + timeout
+        self._draining.set()
 
     async def _receive(self, handlers: trio.Nursery) -> None:
         decoder = _wire.Decoder()
@@ -238,7 +240,7 @@ class _Worker:
         try:
             if form != _wire.NO_DESCRIPTOR:
                 stream = stream_for(form, fd)
-            job = Job(number, data, self._state, stream)
+            job = Job(number, data, self._state, self._draining, stream)
             if wants_answer:
                 await self._answer(stream, job)
             else:

@@ -1,0 +1,193 @@
+"""The status of a server: rates out of samples, a table for 80 columns, lines above it."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import attrs
+import pytest
+from pool_numbers import STATISTICS, worker
+from rich.console import Console
+
+from trio_unixconn._cli.log import LogLines
+from trio_unixconn._cli.status import Sample, Sampler, Status
+from trio_unixconn._cli.table import render
+
+
+def sample(time: float, *handled: int, accepted: int = 0, gone: int = 0) -> Sample:
+    """Make one of workers with the pids 100, 101 and so on, from ``gone`` on."""
+    workers = tuple(
+        worker(number, 100 + gone + number, handled=each) for number, each in enumerate(handled)
+    )
+    pool = attrs.evolve(STATISTICS, workers=workers, handled=sum(handled) + 1000 * gone)
+    return Sample(time, pool, accepted, 0)
+
+
+################################################################
+# Rates
+################################################################
+
+
+def test_the_first_sample_has_no_rates() -> None:
+    """Nothing is said of what was before anybody looked."""
+    status = Sampler().take(sample(10, 500, accepted=700))
+    assert [each.rate for each in status.rows] == [0]
+    assert (status.accepted_rate, status.handled_rate) == (0, 0)
+    assert status.memory == 5 << 20
+
+
+def test_rates_are_per_second() -> None:
+    """Counts are divided by the time between the samples, whatever that is."""
+    sampler = Sampler()
+    sampler.take(sample(10, 0, 100, accepted=0))
+    status = sampler.take(sample(12, 10, 100, accepted=50))
+    assert [each.rate for each in status.rows] == [5, 0]
+    assert (status.accepted_rate, status.handled_rate) == (25, 5)
+
+
+def test_rates_are_of_the_last_seconds() -> None:
+    """What was before the window does not count any more."""
+    sampler = Sampler()
+    for time in range(20):
+        status = sampler.take(sample(time, 100 * time))
+        assert status.rows[0].rate == (100 if time else 0)
+    for time in range(20, 30):
+        status = sampler.take(sample(time, 1900))
+    assert status.rows[0].rate == 0
+    assert len(sampler._samples) == 6
+
+
+def test_a_new_worker_begins_at_nothing() -> None:
+    """A replacement's count is its own, and that of who has gone is not taken off."""
+    sampler = Sampler()
+    sampler.take(sample(0, 1000))
+    status = sampler.take(sample(2, 10, gone=1))
+    assert status.rows[0].rate == 5
+    assert status.handled_rate == 5
+
+
+def test_two_samples_at_one_time() -> None:
+    """Nothing is divided by zero."""
+    sampler = Sampler()
+    sampler.take(sample(0, 0))
+    assert sampler.take(sample(0, 10)).rows[0].rate == 0
+
+
+################################################################
+# The table
+################################################################
+
+
+def shown(status: Status, *, drains: bool = False, uptime: float = 59.9, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    with console.capture() as capture:
+        console.print(
+            render(
+                status,
+                title="app:handler",
+                addresses=["tcp:127.0.0.1:8000", "unix:" + "x" * 100],
+                uptime=uptime,
+                drains=drains,
+            )
+        )
+    return capture.get()
+
+
+def big() -> Status:
+    """Return a status with the largest numbers that one may meet."""
+    workers = tuple(
+        attrs.evolve(
+            worker(63, 4194304, state), in_flight=65535, handled=10**9, memory=2**36, restarts=9999
+        )
+        for state in ("ready", "draining", "starting")
+    )
+    pool = attrs.evolve(
+        STATISTICS, workers=workers, queued=10**5, in_flight=10**5, handled=10**10, failed=10**6
+    )
+    sampler = Sampler()
+    before = attrs.evolve(pool, workers=[attrs.evolve(workers[0], handled=999 * 10**6)])
+    sampler.take(Sample(0, before, 0, 0))
+    return sampler.take(Sample(1, pool, 10**9, 10**9))
+
+
+def test_80_columns() -> None:
+    """Nothing is cut or folded in 80 columns, also of large numbers."""
+    text = shown(big())
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "app:handler, up 0:00:59" in lines[0]
+    assert "tcp:127.0.0.1:8000" in lines[1]
+    for part in (
+        *("queued 100,000", "in flight 100,000", "handled 10,000,000,000 (0.0/s)"),
+        *("accepted 1,000,000,000 (1,000,000,000/s)", "denied 1,000,000,000"),
+        *("failed 1,000,000", "abandoned 2", "refused 4", "deaths 8", "retried 5", "restarts 7"),
+    ):
+        assert part in text
+    rows = [line.split() for line in lines if "4194304" in line]
+    assert rows[0] == [
+        *("63", "4194304", "ready", "65,535", "1,000,000,000", "1,000,000"),
+        *("9999", "65,536", "MiB"),
+    ]
+    assert [row[2] for row in rows] == ["ready", "draining", "starting"]
+
+
+def test_a_worker_that_has_no_memory_any_more() -> None:
+    """In a drain, who has ended is not said to be starting; what is not known is a dash."""
+    gone = attrs.evolve(worker(0, 100, "starting"), memory=0)
+    pool = attrs.evolve(STATISTICS, workers=(gone,))
+    text = shown(Sampler().take(Sample(0, pool, 0, 0)), drains=True, uptime=100_000)
+    assert "app:handler, draining, up 1 d 3:46:40" in text
+    row = next(line.split() for line in text.splitlines() if " 100 " in line)
+    assert row == ["0", "100", "ended", "1", "20", "0.0", "4", "-"]
+    assert "memory -" in text
+
+
+################################################################
+# Lines above the table
+################################################################
+
+
+def record(text: str, level: int = logging.INFO) -> logging.LogRecord:
+    return logging.LogRecord("trio_unixconn", level, __file__, 1, text, None, None)
+
+
+def test_lines_wait_for_a_flush() -> None:
+    """They are printed together, as they are, without what would act on the terminal."""
+    file = io.StringIO()
+    lines = LogLines(Console(file=file, width=20))
+    lines.flush()
+    lines.emit(record("a line that is longer than twenty columns \x1b[31m"))
+    lines.emit(record("[bold]two\nlines", logging.ERROR))
+    assert file.getvalue() == ""
+    lines.flush()
+    one, two, three = file.getvalue().splitlines()
+    assert one.endswith("INFO: a line that is longer than twenty columns \\x1b[31m")
+    assert two.endswith("ERROR: [bold]two")
+    assert three == "lines"
+
+
+def test_too_many_lines() -> None:
+    """Of a flood only the beginning is printed, and how many were left out."""
+    file = io.StringIO()
+    lines = LogLines(Console(file=file, width=80))
+    for number in range(60):
+        lines.emit(record(f"line {number}"))
+    lines.flush()
+    printed = file.getvalue().splitlines()
+    assert len(printed) == 51
+    assert printed[-1] == "... and 10 more, of which --plain shows each"
+    lines.emit(record("another"))
+    lines.flush()
+    assert file.getvalue().endswith("another\n")
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG])
+def test_what_is_not_for_users(level: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records for developers are left out."""
+    lines = LogLines(None)
+    logger = logging.Logger("x")  # noqa: LOG001 - one that nobody else has
+    logger.addHandler(lines)
+    logger.log(level, "no")
+    logger.info("yes")
+    assert capsys.readouterr().out.endswith("INFO: yes\n")

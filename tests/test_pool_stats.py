@@ -1,0 +1,355 @@
+"""serve_statistics: what a pool does, for whoever asks at a Unix socket."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import h11
+import pytest
+import trio
+from helpers import until
+from pool_numbers import STATISTICS
+from prometheus_client.parser import text_string_to_metric_families
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import (
+    ConnectionBrokenError,
+    PeerPolicy,
+    UnixServer,
+    open_unix_connection,
+    open_unix_listener,
+)
+from trio_unixconn.pool import (
+    PoolStatistics,
+    WorkerServer,
+    _exposition,
+    _stats,
+    serve_statistics,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from prometheus_client import Metric
+
+
+class Pool:
+    """What has statistics."""
+
+    def statistics(self) -> PoolStatistics:
+        return STATISTICS
+
+
+def server() -> WorkerServer:
+    pool: Any = Pool()
+    return WorkerServer(pool, [], accepted=120, denied=20)
+
+
+@asynccontextmanager
+async def asked_at(
+    path: Any, source: Any = None, **options: Any
+) -> AsyncGenerator[UnixServer, None]:
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(60):
+            yield await nursery.start(
+                partial(serve_statistics, source or server(), path, **options)
+            )
+        nursery.cancel_scope.cancel()
+
+
+async def ask(path: Path, *sent: bytes, ends: bool = False) -> bytes:
+    """Send that in pieces, and return all that comes."""
+    answer = b""
+    async with await open_unix_connection(path) as conn:
+        for each in sent:
+            await conn.send_all(each)
+            # Otherwise they come as one.
+            await wait_all_tasks_blocked(0.01)
+        if ends:
+            await conn.send_eof()
+        async for data in conn:
+            answer += data
+    return answer
+
+
+def families(text: str) -> dict[str, Metric]:
+    return {each.name: each for each in text_string_to_metric_families(text)}
+
+
+################################################################
+# The formats
+################################################################
+
+
+def test_json_has_it_all() -> None:
+    """The document has every attribute by its name, and each worker."""
+    document = json.loads(_exposition.as_json(STATISTICS, {"accepted": 1}))
+    assert document.pop("accepted") == 1
+    assert document == json.loads(json.dumps(attrs.asdict(STATISTICS)))
+
+
+def test_prometheus_reads_it() -> None:
+    """Prometheus's own parser finds every number, with help, and counters as such."""
+    text = _exposition.as_prometheus(STATISTICS, {"accepted": 120, "denied": 20})
+    found = families(text)
+    assert text.endswith("\n")
+    assert all(each.documentation for each in found.values())
+    for name, count in attrs.asdict(STATISTICS).items():
+        if name in ("queued", "in_flight"):
+            family = found[f"trio_unixconn_pool_jobs_{name}"]
+            assert family.type == "gauge"
+        elif name in ("restarts", "deaths"):
+            family = found[f"trio_unixconn_pool_{name}"]
+            assert family.type == "counter"
+        elif name == "workers":
+            continue
+        else:
+            family = found[f"trio_unixconn_pool_jobs_{name}"]
+            assert family.type == "counter"
+        (sample,) = family.samples
+        assert sample.value == count
+        assert sample.name.endswith("_total") == (family.type == "counter")
+    assert found["trio_unixconn_connections_accepted"].samples[0].value == 120
+    assert found["trio_unixconn_connections_denied"].samples[0].value == 20
+    assert {
+        each.labels["state"]: each.value for each in found["trio_unixconn_pool_workers"].samples
+    } == {"ready": 2, "draining": 1, "starting": 0}
+
+
+def test_no_two_samples_are_the_same() -> None:
+    """Each worker's samples can be told from each other, also of two at one place."""
+    found = families(_exposition.as_prometheus(STATISTICS, {}))
+    assert "trio_unixconn_connections_accepted" not in found
+    memory = found["trio_unixconn_worker_resident_memory_bytes"]
+    assert [(each.labels["worker"], each.labels["pid"], each.value) for each in memory.samples] == [
+        ("0", "100", 5 << 20),
+        ("1", "101", 5 << 20),
+        ("0", "99", 5 << 20),
+    ]
+    for family in found.values():
+        labels = [tuple(each.labels.items()) for each in family.samples]
+        assert len(set(labels)) == len(labels)
+    assert found["trio_unixconn_worker_age_seconds"].samples[0].value == 6.5
+
+
+def test_every_attribute_is_exposed() -> None:
+    """A field that is new in the statistics is not forgotten here."""
+    exposed = {each[0] for each in _exposition._POOL}
+    assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers"}
+
+
+def test_labels_are_escaped() -> None:
+    """What would end a label, or a line, comes back out of the parser as it was."""
+    odd = 'a"b\\c\nd'
+    lines = _exposition._family("odd", "gauge", "two\nlines \\", [({"label": odd}, 1)])
+    family = families("\n".join(lines) + "\n")["odd"]
+    assert family.samples[0].labels == {"label": odd}
+    assert family.documentation == "two\nlines \\"
+
+
+################################################################
+# Asking
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("sent", "ends"),
+    [
+        ([b"json\n"], False),
+        ([b"json\r\n"], False),
+        ([b"js", b"on\n"], False),
+        ([b"json"], True),
+        ([], True),
+        ([], False),
+        ([b"\n"], False),
+    ],
+)
+async def test_json_at_the_socket(tmp_path: Path, sent: list[bytes], *, ends: bool) -> None:
+    """The document comes for the word, for nothing, and for silence."""
+    async with asked_at(tmp_path / "s"):
+        document = json.loads(await ask(tmp_path / "s", *sent, ends=ends))
+    assert document["accepted"] == 120
+    assert document["workers"][0]["pid"] == 100
+
+
+async def test_prometheus_at_the_socket(tmp_path: Path) -> None:
+    """The other word gets the other format."""
+    async with asked_at(tmp_path / "s"):
+        found = families((await ask(tmp_path / "s", b"prometheus\n")).decode())
+    assert found["trio_unixconn_pool_jobs_handled"].samples[0].value == 80
+
+
+async def test_of_a_pool(tmp_path: Path) -> None:
+    """A pool without a server has the same, but no connections."""
+    async with asked_at(tmp_path / "s", Pool()):
+        assert "accepted" not in json.loads(await ask(tmp_path / "s", b"json\n"))
+
+
+async def test_an_unknown_word(tmp_path: Path) -> None:
+    """It is said what there is."""
+    async with asked_at(tmp_path / "s"):
+        assert await ask(tmp_path / "s", b"xml\n") == b"send json, prometheus or an HTTP request\n"
+
+
+def parsed(raw: bytes, method: str = "GET") -> tuple[h11.Response, str]:
+    """Read an answer as a client does that knows HTTP."""
+    http = h11.Connection(h11.CLIENT)
+    http.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+    http.send(h11.EndOfMessage())
+    http.receive_data(raw)
+    http.receive_data(b"")
+    response = http.next_event()
+    assert isinstance(response, h11.Response)
+    body = b""
+    while isinstance(event := http.next_event(), h11.Data):
+        body += event.data
+    assert isinstance(event, h11.EndOfMessage)
+    return response, body.decode()
+
+
+def request(target: str, method: str = "GET") -> bytes:
+    return f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+async def test_http(tmp_path: Path) -> None:
+    """GET / is the document, GET /metrics the other format, and the connection ends."""
+    path = tmp_path / "s"
+    async with asked_at(path):
+        response, text = parsed(await ask(path, request("/")))
+        assert response.status_code == 200
+        assert json.loads(text)["denied"] == 20
+        headers = dict(response.headers)
+        assert headers[b"content-type"] == b"application/json"
+        assert headers[b"connection"] == b"close"
+        raw = request("/metrics?x=1")
+        for pieces in ([raw], [raw[:3], raw[3:20], raw[20:]]):
+            response, text = parsed(await ask(path, *pieces))
+            assert dict(response.headers)[b"content-type"].startswith(b"text/plain; version=0.0.4")
+            assert families(text)["trio_unixconn_pool_deaths"].samples[0].value == 8
+        response, text = parsed(await ask(path, request("/metrics", "HEAD")), "HEAD")
+        assert (response.status_code, text) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (request("/nowhere"), 404),
+        (request("/metrics", "POST"), 405),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET /\n\n", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"y" * 20_000, 431),
+        (b"y" * 20_000, 431),
+    ],
+)
+async def test_http_that_cannot_be(tmp_path: Path, sent: bytes, status: int) -> None:
+    """Whatever else is asked for is answered with the status that says why."""
+    async with (
+        asked_at(tmp_path / "s"),
+        await open_unix_connection(tmp_path / "s") as conn,
+    ):
+        await conn.send_all(sent)
+        answer = b""
+        try:
+            async for data in conn:
+                answer += data
+        except ConnectionBrokenError:
+            # Not all was read.
+            assert status == 431
+        response, text = parsed(answer)
+        assert response.status_code == status
+        assert text
+        if status == 405:
+            assert dict(response.headers)[b"allow"] == b"GET, HEAD"
+
+
+async def test_half_a_request(tmp_path: Path) -> None:
+    """A client that ends its stream in the middle of a request is told that."""
+    async with asked_at(tmp_path / "s"):
+        raw = await ask(tmp_path / "s", b"GET / HTTP/1.1\r\nHost", ends=True)
+    assert parsed(raw)[0].status_code == 400
+
+
+async def test_curl(tmp_path: Path) -> None:
+    """The client curl gets both."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    path = tmp_path / "s"
+    async with asked_at(path):
+        for page, kind in (("", "application/json"), ("metrics", "text/plain")):
+            done = await trio.run_process(
+                ["curl", "-sSi", "--unix-socket", str(path), f"http://localhost/{page}"],
+                capture_stdout=True,
+                env={},
+            )
+            head, _, body = done.stdout.decode().partition("\r\n\r\n")
+            assert head.startswith("HTTP/1.1 200 OK")
+            assert f"Content-Type: {kind}" in head
+            assert body
+
+
+################################################################
+# Who asks, and how long
+################################################################
+
+
+async def test_only_who_may(tmp_path: Path) -> None:
+    """Another policy than that of the same user can be given; it denies without an answer."""
+    path = tmp_path / "s"
+    async with asked_at(path, policy=PeerPolicy(uids=[12345]), mode=0o666) as unix_server:
+        assert path.stat().st_mode & 0o777 == 0o666
+        assert await ask(path) == b""
+        assert unix_server.denied == 1
+
+
+async def test_the_same_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a policy only the user of this process may ask, also behind a listener's mode."""
+    path = tmp_path / "s"
+    monkeypatch.setattr(PeerPolicy, "same_user", lambda: PeerPolicy(uids=[12345]))
+    listener = await open_unix_listener(path, mode=0o666, receive_descriptors=False)
+    async with asked_at(listener):
+        assert await ask(path) == b""
+    assert not path.exists()
+
+
+async def test_who_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that begins a question and never ends it is closed."""
+    monkeypatch.setattr(_stats, "_LONGEST_EXCHANGE", 0.1)
+    async with asked_at(tmp_path / "s") as unix_server:
+        assert await ask(tmp_path / "s", b"GET / HTTP/1.1\r\n") == b""
+        await until(lambda: unix_server.connections == 0)
+
+
+async def test_who_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not wait for its answer is no error of ours."""
+    monkeypatch.setattr(_stats, "as_json", lambda *_: "x" * 2**24)
+    async with asked_at(tmp_path / "s") as unix_server:
+        async with await open_unix_connection(tmp_path / "s") as conn:
+            await conn.send_all(b"json\n")
+            await conn.receive_some(1)
+        await until(lambda: unix_server.connections == 0)
+        assert unix_server.crashed == 0
+
+
+async def test_without_h11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said which extra is missing, before anybody can ask."""
+    monkeypatch.setitem(sys.modules, "h11", None)
+    with pytest.raises(ImportError, match=r"pip install 'trio_unixconn\[cli\]'"):
+        await serve_statistics(server(), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_pool_needs_no_extra() -> None:
+    """Importing the pool imports nothing of the extra."""
+    program = (
+        "import sys; sys.modules['h11'] = sys.modules['watchfiles'] = None; "
+        "import trio_unixconn.pool"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
