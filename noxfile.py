@@ -111,6 +111,13 @@ def faults(session: nox.Session) -> None:
     session.run("python", "faults/backlog.py", *session.posargs)
 
 
+@nox.session(name="pool-faults")
+def pool_faults(session: nox.Session) -> None:
+    """Kill, stop, starve and replace workers under load; ``--quick``, ``--only``, ``--json``."""
+    install(session)
+    session.run("python", "pool_faults/pool_faults.py", *session.posargs)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure beside everybody else; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""

@@ -35,6 +35,7 @@ nitpick_ignore = [
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
     ("py:class", "Handler"),
+    ("py:class", "Submitted"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
@@ -46,6 +47,13 @@ autodoc_member_order = "bysource"
 _MADE_BY_THE_LIBRARY = {
     f"trio_unixconn.{name}"
     for name in (
+        "pool.AbandonedJob",
+        "pool.Job",
+        "pool.JobReceipt",
+        "pool.PoolStatistics",
+        "pool.WorkerPool",
+        "pool.WorkerServer",
+        "pool.WorkerStatistics",
         "AsyncResult",
         "CallbackAdapter",
         "CallbackConnection",
@@ -92,8 +100,21 @@ def _leave_as_text(
     return text if node.get("reftarget", "").startswith(_OTHER_PROJECTS) else None
 
 
+def _look_in_the_package(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element
+) -> Element | None:
+    """Find what a module of its own, as the pool's, calls by the name that the package gives it."""
+    name = f"trio_unixconn.{node.get('reftarget', '')}"
+    if node.get("refdomain") != "py":
+        return None
+    return env.domains.python_domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], name, node, text
+    )
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
     app.connect("autodoc-process-signature", _hide_constructor)
     app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)
+    app.connect("missing-reference", _look_in_the_package)

@@ -63,7 +63,7 @@ async def handler(stream: trio.abc.Stream, job: Job) -> None:
     greeting = b"Hello from process %d, for job %d!\n" % (os.getpid(), job.id)
     http = h11.Connection(h11.SERVER)
     try:
-        while http.our_state is h11.IDLE:
+        while http.our_state is h11.IDLE and not job.draining.is_set():
             with trio.fail_after(LONGEST_EXCHANGE):
                 await answer(stream, http, greeting)
             if http.our_state is http.their_state is h11.DONE:

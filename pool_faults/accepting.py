@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -46,6 +47,7 @@ class Accepting:
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
         self.receipts: list[tuple[int, int, int]] = []
+        self.taken: Counter[int] = Counter()
         self.errors: list[tuple[int, str]] = []
         self.reported: list[tuple[int, int]] = []
         self.accepted = 0
@@ -61,7 +63,7 @@ class Accepting:
 
     async def run(self, listeners: Sequence[Listener], task_status: Any) -> None:
         """Serve until it is told to stop."""
-        options = {"setup": "target:records", "on_abandoned": self.abandoned}
+        options: dict[str, Any] = {"setup": "target:records", "on_abandoned": self.abandoned}
         options |= self.order["options"]
         handler = self.order["handler"]
         if self.order["way"] == "serve":
@@ -101,12 +103,15 @@ class Accepting:
             self.errors.append((token, repr(exc)))
         else:
             self.receipts.append((receipt.id, token, receipt.pid))
+            self.taken[receipt.pid] += 1
 
     async def obey(self, do: str, **arguments: Any) -> Any:
         """Do what a line says."""
         assert self.pool is not None
         if do == "statistics":
-            return {**attrs.asdict(self.pool.statistics()), "accepted": self.count()}
+            return attrs.asdict(self.pool.statistics())
+        if do == "taken":
+            return self.taken[arguments["pid"]]
         try:
             if do == "restart":
                 await self.pool.restart()
@@ -150,7 +155,13 @@ async def main(order: dict[str, Any]) -> None:
         async for data in commands:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
-                say(await accepting.obey(**json.loads(line)))
+                nursery.start_soon(answer, accepting, json.loads(line))
+
+
+async def answer(accepting: Accepting, command: dict[str, Any]) -> None:
+    """Do what a line says, and say so."""
+    number = command.pop("number")
+    say({"number": number, "answer": await accepting.obey(**command)})
 
 
 def say(what: Any) -> None:

@@ -24,6 +24,8 @@ class Figure:
     Attributes:
       due: what it must be, in words; "" if it is only shown.
       holds: whether it is that.
+      example: some of what it counts.
+      rule: what it must be, in words that hold for all scenes.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Figure:
     due: str = ""
     holds: bool = True
     example: str = ""
+    rule: str = ""
 
 
 def shown(name: str, value: float) -> Figure:
@@ -41,18 +44,19 @@ def shown(name: str, value: float) -> Figure:
 def none(name: str, what: Collection[Any] | int) -> Figure:
     """Return a figure that must be 0: a number, or how many there are of something."""
     if isinstance(what, int):
-        return Figure(name, what, "0", not what)
-    return Figure(name, len(what), "0", not what, ", ".join(map(str, list(what)[:3])))
+        return Figure(name, what, "0", not what, rule="0")
+    example = ", ".join(map(str, list(what)[:3]))
+    return Figure(name, len(what), "0", not what, example, "0")
 
 
-def equal(name: str, value: float, due: float) -> Figure:
+def equal(name: str, value: float, due: float, rule: str = "") -> Figure:
     """Return a figure that must be another one."""
-    return Figure(name, value, f"{due:,}", value == due)
+    return Figure(name, value, f"{due:,}", value == due, rule=rule)
 
 
-def at_most(name: str, value: float, due: float) -> Figure:
+def at_most(name: str, value: float, due: float, rule: str = "") -> Figure:
     """Return a figure that may not be more."""
-    return Figure(name, value, f"at most {due:,}", value <= due)
+    return Figure(name, value, f"at most {due:,}", value <= due, rule=rule)
 
 
 def at_least(name: str, value: float, due: float) -> Figure:
@@ -119,14 +123,21 @@ def audit(
     unknown = [f"{token}: {was}" for token, was in failed.items() if token not in job_of]
     figures = [
         shown("clients", len(outcomes)),
-        equal("accepted", ledger["accepted"], len(outcomes)),
-        equal("acknowledged", counts["acknowledged"], len(outcomes)),
+        equal("accepted", ledger["accepted"], len(outcomes), "clients"),
+        equal("acknowledged", counts["acknowledged"], len(outcomes), "clients"),
         none("refused, or given up", counts["refused"] + counts["withdrawn"]),
         shown("handed to another worker", counts["retried"]),
-        equal("handled + reported", counts["handled"] + counts["abandoned"], len(outcomes)),
+        equal(
+            "handled + reported", counts["handled"] + counts["abandoned"], len(outcomes), "clients"
+        ),
         none("failed in the handler", counts["failed"]),
         shown("reported", len(ledger["reported"])),
-        equal("reported, as the pool has counted", counts["abandoned"], len(ledger["reported"])),
+        equal(
+            "reported, as the pool has counted",
+            counts["abandoned"],
+            len(ledger["reported"]),
+            "reported",
+        ),
         none("reported twice", twice(reported)),
         none("reported, never acknowledged", set(reported) - acknowledged),
         none("begun, never acknowledged", began - acknowledged),
@@ -137,7 +148,12 @@ def audit(
         shown("reported: begun, not ended", len((set(reported) & began) - ended)),
         # The last instruction of a handler, and its return, are not one. One handler runs at a
         # time.
-        at_most("reported: ended, but not returned", len(late), deaths),
+        at_most(
+            "reported: ended, but not returned",
+            len(late),
+            deaths,
+            "at most one for each worker killed",
+        ),
         shown("clients that failed", len(failed)),
         none("clients that failed, job not reported", of_failed - set(reported)),
         none("clients that failed, job had ended", of_failed & ended),
@@ -146,11 +162,18 @@ def audit(
     ]
     if has_receipts:
         figures.append(none("clients that failed, never acknowledged", unknown))
-        figures.append(equal("receipts", len(ledger["receipts"]), len(outcomes)))
+        figures.append(equal("receipts", len(ledger["receipts"]), len(outcomes), "clients"))
         figures.append(none("errors of submit", [was for _, was in ledger["errors"]]))
     else:
         # Whose they are, nobody knows: their tokens were not read. But not more than those.
-        figures.append(at_most("clients that failed, token not read", len(unknown), len(unread)))
+        figures.append(
+            at_most(
+                "clients that failed, token not read",
+                len(unknown),
+                len(unread),
+                "at most those reported",
+            )
+        )
     return figures
 
 

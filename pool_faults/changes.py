@@ -10,11 +10,11 @@ import resource
 import signal
 from typing import TYPE_CHECKING, Any
 
-import processes
+import outside
 import trio
-from audit import Figure, Records, at_least, audit, equal, leftovers, none, shown
+from audit import Figure, Records, at_least, at_most, audit, equal, leftovers, none, shown
 from clients import ANSWERED
-from running import PATIENCE, WORKERS, Running, running
+from running import PATIENCE, WORKERS, Running, running, until
 
 if TYPE_CHECKING:
     from clients import Load
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 Act = "Callable[[Running, Load], Awaitable[None]]"
 
 
-async def _under_load(
-    sizes: Sizes, way: str, act: Any, **options: Any
-) -> tuple[Load, list[Figure]]:
+async def _under_load(sizes: Sizes, way: str, act: Any, *, deaths: int = 0) -> list[Figure]:
     """Do something to a server while clients come; then look whether anybody noticed."""
-    async with running(way, **options) as server:
+    async with running(way) as server:
         load = server.load(at_a_time=sizes.at_a_time)
 
         async def acting() -> None:
@@ -40,12 +38,11 @@ async def _under_load(
         found = await server.leftovers()
         ledger = await server.finish()
         records = Records.of(server.records)
-    return load, [
-        none("connections that failed", load.failures()),
-        *audit(load.outcomes, ledger, records),
-        none("jobs that a death has ended", ledger["reported"]),
-        *leftovers(found, ledger),
-    ]
+    figures = [*audit(load.outcomes, ledger, records, deaths), *leftovers(found, ledger)]
+    if not deaths:
+        figures.insert(0, none("connections that failed", load.failures()))
+        figures.append(none("jobs that a death has ended", ledger["reported"]))
+    return figures
 
 
 async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
@@ -63,7 +60,7 @@ async def restarts(sizes: Sizes, seed: int) -> list[Figure]:
             numbers.update(before, after)
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load(sizes, "serve", act)
+    figures = await _under_load(sizes, "serve", act)
     return [
         shown("restarts", sizes.restarts),
         none("workers that a restart has not replaced", stayed),
@@ -78,16 +75,16 @@ async def scaling(sizes: Sizes, seed: int) -> list[Figure]:
     wrong: list[str] = []
 
     async def act(server: Running, load: Load) -> None:
-        counts = [rng.randrange(1, 9) for _ in range(3 * sizes.rounds)]
+        counts = [rng.randrange(1, 9) for _ in range(2 * sizes.rounds)]
         for count in [*counts, WORKERS]:
             await server.ask("scale", workers=count)
             if len(now := await server.pids()) != count:
                 wrong.append(f"{len(now)} where {count} were due")
             await load.more(sizes.step // 10)
 
-    _, figures = await _under_load(sizes, "serve", act)
+    figures = await _under_load(sizes, "serve", act)
     return [
-        shown("changes of their number", 3 * sizes.rounds + 1),
+        shown("changes of their number", 2 * sizes.rounds + 1),
         none("times that it was another number", wrong),
         *figures,
     ]
@@ -102,7 +99,7 @@ async def terminated(sizes: Sizes, seed: int) -> list[Figure]:
             await load.more(rng.randrange(1, sizes.step // 2))
             await server.signal_one(rng, signal.SIGTERM)
 
-    _, figures = await _under_load(sizes, "submit", act)
+    figures = await _under_load(sizes, "submit", act)
     return [shown("signals", 5 * sizes.rounds), *figures]
 
 
@@ -113,12 +110,9 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
     without: list[int] = []
     after: list[int] = []
 
-    async def handled(server: Running, pid: int) -> int:
-        """Return how many jobs a worker has finished, or has."""
-        for each in (await server.ask("statistics"))["workers"]:
-            if each["pid"] == pid:
-                return int(each["handled"] + each["in_flight"])
-        raise SystemExit(f"worker {pid} is no more:\n{server.log()[-1000:]}")
+    async def taken(server: Running, pid: int) -> int:
+        """Return how many jobs a worker has acknowledged."""
+        return int(await server.ask("taken", pid=pid))
 
     async def act(server: Running, load: Load) -> None:
         await load.more(sizes.step)
@@ -127,28 +121,63 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             # In turns: no room at all, and room for a part of a batch.
             room = 3 if number % 2 else 0
-            limit = processes.highest_descriptor(pid) + 1 + room if room else _STANDARD
+            limit = outside.highest_descriptor(pid) + 1 + room if room else _STANDARD
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
-            # What it has been sent before is answered first.
+            # What it has acknowledged before comes first.
             await load.more(sizes.step // 10)
-            before = await handled(server, pid)
+            before = await taken(server, pid)
             await load.more(sizes.step)
             if not room:
-                without.append(await handled(server, pid) - before)
+                without.append(await taken(server, pid) - before)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-            now = await handled(server, pid)
+            now = await taken(server, pid)
             with trio.move_on_after(PATIENCE):
-                while await handled(server, pid) <= now + 10:
+                while await taken(server, pid) <= now + 10:
                     await load.more(1)
-            after.append(await handled(server, pid) - now)
+            after.append(await taken(server, pid) - now)
 
-    _, figures = await _under_load(sizes, "submit", act)
+    figures = await _under_load(sizes, "submit", act)
     retried = next(each.value for each in figures if each.name == "handed to another worker")
     return [
         shown("times without room", 2 * sizes.rounds),
         at_least("jobs that moved on", retried, 1),
         equal("taken without room", sum(without), 0),
         at_least("taken after that, each time", min(after), 10),
+        *figures,
+    ]
+
+
+async def scarce_pool(sizes: Sizes, seed: int) -> list[Figure]:
+    """No descriptor free in the pool's process, and all workers killed."""
+    del seed
+    pids: set[int] = set()
+    waited: list[float] = []
+
+    async def act(server: Running, load: Load) -> None:
+        for _ in range(sizes.rounds):
+            await load.more(sizes.step)
+            soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+            # Fewer than there are clients, and as many as a busy server may have left.
+            limit = outside.highest_descriptor(server.pid) + 1 + sizes.at_a_time // 4
+            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, hard))
+            # Those that are started at once have descriptors that the dead ones had; so once more.
+            for _ in range(2):
+                await until(server.workers)
+                for pid in server.workers():
+                    if outside.send_to_child(pid, server.pid, signal.SIGKILL):
+                        pids.add(pid)
+                await trio.sleep(0.1)
+            begin = trio.current_time()
+            with trio.move_on_after(PATIENCE / 3):
+                await load.more(sizes.step)
+            waited.append(trio.current_time() - begin)
+            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            await load.more(sizes.step)
+
+    figures = await _under_load(sizes, "serve", act, deaths=WORKERS * sizes.rounds)
+    return [
+        shown("times that all were killed", sizes.rounds),
+        at_most("seconds until it served again, longest", round(max(waited), 2), PATIENCE / 6),
         *figures,
     ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import attrs
 import trio
 from audit import Figure, none
-from changes import drains, restarts, scaling, scarce, terminated
+from changes import drains, restarts, scaling, scarce, scarce_pool, terminated
 from deaths import (
     Sizes,
     everything,
@@ -43,6 +44,7 @@ SCENES: dict[str, Any] = {
     "parent": killed_pool,
     "parent-burn": killed_pool_burning,
     "emfile": scarce,
+    "emfile-pool": scarce_pool,
     "stop": stopped_workers,
     "scale": scaling,
     "term": terminated,
@@ -51,7 +53,7 @@ SCENES: dict[str, Any] = {
 }
 
 FULL = Sizes(connections=50_000, kills=50, restarts=20, ends=10, rounds=5, step=1000, at_a_time=100)
-QUICK = Sizes(connections=1500, kills=4, restarts=1, ends=1, rounds=1, step=200, at_a_time=20)
+QUICK = Sizes(connections=1000, kills=4, restarts=1, ends=1, rounds=1, step=100, at_a_time=16)
 TINY = Sizes(connections=300, kills=2, restarts=1, ends=1, rounds=1, step=50, at_a_time=10)
 
 
@@ -102,22 +104,55 @@ def table(results: list[Result]) -> Table:
     return shown
 
 
-def markdown(results: list[Result], sizes: Sizes, seed: int) -> str:
+def markdown(results: list[Result], seed: int) -> str:
     """Return the figures for the documentation."""
+    seconds = sum(each.seconds for each in results)
+    where = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    versions = f"Python {platform.python_version()} and trio {trio.__version__}"
     lines = [
         "# What happens when workers die",
         "",
-        f"Measured by `nox -s pool-faults -- --write`, seed {seed}, on "
-        f"{platform.system()} {platform.release()}, {platform.machine()}, with Python "
-        f"{platform.python_version()}, trio {trio.__version__}; "
-        f"{sizes.connections:,} connections in each of the first two scenes.",
+        f"Measured by `nox -s pool-faults -- --write`, seed {seed}, in {seconds / 60:.0f} minutes,",
+        f"on {where}, with {os.cpu_count()} processors, {versions}.",
+        "Where something is due, the exit status is 1 unless the figure is that.",
     ]
-    for result in results:
-        lines += ["", f"## {result.title}", "", "| figure | value | due |", "| --- | ---: | --- |"]
-        for each in result.figures:
-            value = f"{each.value:,}" if each.holds else f"**{each.value:,}**"
-            lines.append(f"| {each.name} | {value} | {each.due} |")
+    shared, own = split(results)
+    names = [
+        result.name for result in results if any(result.name in row for row in shared.values())
+    ]
+    lines += ["", "| scene | what is done |", "| --- | --- |"]
+    lines += [f"| {result.name} | {result.title} |" for result in results]
+    lines += ["", "## Who has said what about which connection", ""]
+    lines += [f"| | {' | '.join(names)} | due |", f"| --- |{' ---: |' * len(names)} --- |"]
+    for figure, row in shared.items():
+        rule = next(each.rule for each in row.values())
+        cells = [cell(row[name]) if name in row else "" for name in names]
+        lines.append(f"| {figure} | {' | '.join(cells)} | {rule} |")
+    lines += ["", "## And of each scene", "", "| scene | | | due |", "| --- | --- | ---: | --- |"]
+    for name, figures in own.items():
+        lines += [f"| {name} | {each.name} | {cell(each)} | {each.due} |" for each in figures]
     return "\n".join(lines) + "\n"
+
+
+def cell(figure: Figure) -> str:
+    """Return a figure's value, in bold if it is wrong."""
+    return f"{figure.value:,}" if figure.holds else f"**{figure.value:,}**"
+
+
+def split(
+    results: list[Result],
+) -> tuple[dict[str, dict[str, Figure]], dict[str, list[Figure]]]:
+    """Return the figures that many scenes have, and each scene's own."""
+    shared: dict[str, dict[str, Figure]] = {}
+    for result in results:
+        for each in result.figures:
+            shared.setdefault(each.name, {})[result.name] = each
+    shared = {figure: row for figure, row in shared.items() if len(row) > 2}
+    own = {
+        result.name: [each for each in result.figures if each.name not in shared]
+        for result in results
+    }
+    return shared, own
 
 
 def main() -> int:
@@ -152,7 +187,7 @@ def main() -> int:
         }
         given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if given.write:
-        MARKDOWN.write_text(markdown(results, sizes, given.seed), encoding="utf-8")
+        MARKDOWN.write_text(markdown(results, given.seed), encoding="utf-8")
     return bool(wrong)
 
 

@@ -6,6 +6,7 @@ The rule of this file: however a scene ends, nothing of its server is left.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import processes
+import outside
 import trio
 from clients import Load
 from target import RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Collection
 
 WORKERS = 4
 # For what has no event that is seen from here: a look, again and again.
@@ -32,11 +33,26 @@ LOOK = 0.02
 PATIENCE = 60
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[[], Any]) -> None:
     """Wait for what only shows when one looks."""
     with trio.fail_after(PATIENCE):
         while not holds():  # noqa: ASYNC110 - as said
             await trio.sleep(LOOK)
+
+
+_GONE: Any = object()
+
+
+class ServerGoneError(Exception):
+    """The server has ended; with the end of its log."""
+
+
+@attrs.define
+class _Answer:
+    """What the server will have answered."""
+
+    value: Any = None
+    came: trio.Event = attrs.field(factory=trio.Event)
 
 
 @attrs.define
@@ -53,7 +69,9 @@ class Running:
     port: int = 0
     idle_descriptors: int = 0
     idle_worker_descriptors: int = 0
-    _buffer: bytes = b""
+    _asked: dict[int, _Answer] = attrs.field(factory=dict[int, "_Answer"])
+    _sending: trio.Lock = attrs.field(factory=trio.Lock)
+    _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
     @property
     def pid(self) -> int:
@@ -70,23 +88,43 @@ class Running:
         return Load(self.port, str(self.folder / "socket"), **options)
 
     async def ask(self, do: str, **arguments: Any) -> Any:
-        """Have it do something, and return what it answers."""
+        """Have it do something, and return what it answers; several may ask at a time."""
         assert self.process.stdin is not None
-        await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        return await self.heard()
+        number = next(self._numbers)
+        line = json.dumps({"number": number, "do": do, **arguments}).encode() + b"\n"
+        answer = self._asked[number] = _Answer()
+        async with self._sending:
+            await self.process.stdin.send_all(line)
+        with trio.fail_after(2 * PATIENCE):
+            await answer.came.wait()
+        if answer.value is _GONE:
+            raise ServerGoneError(self.log()[-2000:])
+        return answer.value
 
-    async def heard(self) -> Any:
-        """Return what it says next."""
+    async def listen(self, task_status: trio.TaskStatus[None]) -> None:
+        """Hear what it says, until its end."""
         assert self.process.stdout is not None
-        parts = [self._buffer]
-        with trio.fail_after(PATIENCE):
-            while b"\n" not in parts[-1]:
-                more = await self.process.stdout.receive_some()
-                if not more:
-                    raise SystemExit(f"the server has died:\n{self.log()[-2000:]}")
-                parts.append(more)
-        line, _, self._buffer = b"".join(parts).partition(b"\n")
-        return json.loads(line)
+        buffer = b""
+        async for data in self.process.stdout:
+            # A ledger is long: it is looked at again only when its end has come.
+            if b"\n" not in data:
+                buffer += data
+                continue
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                said = json.loads(line)
+                if "port" in said:
+                    self.port = said["port"]
+                    task_status.started()
+                else:
+                    answer = self._asked.pop(said["number"])
+                    answer.value = said["answer"]
+                    answer.came.set()
+        if not self.port:
+            raise ServerGoneError(self.log()[-2000:])
+        for answer in self._asked.values():
+            answer.value = _GONE
+            answer.came.set()
 
     def log(self) -> str:
         """Return what it, its pool and its workers have logged."""
@@ -94,53 +132,53 @@ class Running:
 
     def workers(self) -> list[int]:
         """Return its workers, also those that are starting."""
-        return processes.children_of(self.pid)
+        return outside.children_of(self.pid)
 
     async def pids(self) -> list[int]:
         """Return the workers that take jobs."""
         found = (await self.ask("statistics"))["workers"]
         return [each["pid"] for each in found if each["state"] == "ready"]
 
-    async def signal_one(self, rng: random.Random, number: signal.Signals) -> int:
-        """Send a signal to a worker at random, and return which it was."""
+    async def signal_one(
+        self, rng: random.Random, number: signal.Signals, but: Collection[int] = ()
+    ) -> int:
+        """Send a signal to a worker at random, but not to some; return which it was."""
         while True:
-            some = self.workers()
-            if some and processes.send_to_child(pid := rng.choice(some), self.pid, number):
+            some = [each for each in self.workers() if each not in but]
+            if some and outside.send_to_child(pid := rng.choice(some), self.pid, number):
                 return pid
             # All are dead: the pool is about to start others.
             await trio.sleep(LOOK)
 
-    async def idle(self, workers: int = WORKERS) -> None:
+    async def idle(self) -> None:
         """Wait until all places have a worker, none is leaving, and no job is left."""
         begin = trio.current_time()
         while True:
             now = await self.ask("statistics")
             states = [each["state"] for each in now["workers"]]
-            if states == ["ready"] * workers and not now["in_flight"] and not now["queued"]:
+            if states == ["ready"] * WORKERS and not now["in_flight"] and not now["queued"]:
                 return
             if trio.current_time() > begin + PATIENCE:
                 raise TimeoutError(f"never idle: {now}\n{self.log()[-2000:]}")
             await trio.sleep(LOOK)
 
-    async def leftovers(self, workers: int = WORKERS) -> dict[str, int]:
+    async def leftovers(self) -> dict[str, int]:
         """Return what should not be there, once it is idle."""
-        await self.idle(workers)
+        await self.idle()
         # The peer of the last connection has seen its end before the worker has closed it.
         with contextlib.suppress(trio.TooSlowError), trio.fail_after(5):
-            await until(lambda: not any(self._more(workers).values()))
-        return self._more(workers)
+            await until(lambda: not any(self._more().values()))
+        return self._more()
 
-    def _more(self, workers: int) -> dict[str, int]:
+    def _more(self) -> dict[str, int]:
         pids = self.workers()
-        extra = processes.open_descriptors(self.pid) - self.idle_descriptors
-        # Of the pool, each worker more or less has a socket and a pidfd.
-        extra -= 2 * (workers - WORKERS)
+        extra = outside.open_descriptors(self.pid) - self.idle_descriptors
         return {
-            "zombies": processes.zombies_of(self.pid),
-            "processes too many": len(pids) - workers,
+            "zombies": outside.zombies_of(self.pid),
+            "processes too many": len(pids) - WORKERS,
             "descriptors leaked in the pool": extra,
             "descriptors leaked in workers": max(
-                (processes.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
+                (outside.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
                 default=0,
             ),
         }
@@ -153,7 +191,7 @@ class Running:
 
     def all(self) -> list[int]:
         """Return it and its workers, also those that are nobody's children any more."""
-        return processes.with_variable(RECORDS, str(self.records))
+        return outside.with_variable(RECORDS, str(self.records))
 
     def kill_all(self) -> None:
         """Kill whatever is left of it."""
@@ -177,7 +215,7 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
     with tempfile.TemporaryDirectory(prefix="pool-faults-") as name:
         folder = Path(name)
         (folder / "records").touch()
-        order = {
+        order: dict[str, Any] = {
             "way": way,
             "handler": f"target:{handler}",
             "unix": str(folder / "socket"),
@@ -193,14 +231,14 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
             )
         assert process.stdin is not None
         assert process.stdout is not None
-        async with process.stdin, process.stdout:
-            server = Running(folder, process)
+        server = Running(folder, process)
+        async with process.stdin, process.stdout, trio.open_nursery() as nursery:
             try:
-                server.port = (await server.heard())["port"]
-                await server.idle(order["options"]["workers"])
-                server.idle_descriptors = processes.open_descriptors(server.pid)
+                await nursery.start(server.listen)
+                await server.idle()
+                server.idle_descriptors = outside.open_descriptors(server.pid)
                 server.idle_worker_descriptors = max(
-                    map(processes.open_descriptors, server.workers())
+                    map(outside.open_descriptors, server.workers())
                 )
                 yield server
             finally:

@@ -89,6 +89,7 @@ FOLDERS = {
         "_link",
         "_process",
         "_board",
+        "_reserve",
         "_delivery",
         "_statistics",
         "_targets",

@@ -1,8 +1,9 @@
-"""The examples of worker pools run, without a warning and without a word on standard error."""
+"""The examples of worker pools run, without a warning; and what the design says of others."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+DESIGN = Path(__file__).parent.parent / "docs" / "explanation" / "pools.md"
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,10 @@ def test_example(name: str, said: str) -> None:
     assert done.stderr == ""
     assert done.returncode == 0
     assert said in done.stdout
+
+
+def test_what_is_said_of_others() -> None:
+    """What waits in the queue of a listener with SO_REUSEPORT is reset when that is closed."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", DESIGN.read_text(), re.DOTALL | re.MULTILINE)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"True\n", b"")

@@ -8,6 +8,7 @@ Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fstat(2)
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import socket as stdlib_socket
@@ -40,8 +41,13 @@ _FAMILIES: Final = {
     stdlib_socket.AF_INET6: _wire.TCP6,
     _kernel.AF_UNIX: _wire.UNIX,
 }
-# What open(2) makes a file of, but for a directory, and what has none.
-_NO_FILES: Final = {DescriptorKind.DIRECTORY, DescriptorKind.SYMBOLIC_LINK}
+# What is neither read nor written.
+_NO_FILES: Final = {
+    DescriptorKind.DIRECTORY,
+    DescriptorKind.SYMBOLIC_LINK,
+    DescriptorKind.ANONYMOUS,
+}
+_O_PATH: Final[int] = getattr(os, "O_PATH", 0)
 
 
 class Delivery:
@@ -85,15 +91,15 @@ class Delivery:
         to: int | None = None,
         wants_answer: bool = False,
     ) -> None:
-        self.id = number
-        self.fd = fd
-        self.form = form
-        self.data = data
-        self.to = to
-        self.wants_answer = wants_answer
-        self.tries = 0
+        self.id: int = number
+        self.fd: int = fd
+        self.form: int = form
+        self.data: bytes = data
+        self.to: int | None = to
+        self.wants_answer: bool = wants_answer
+        self.tries: int = 0
         self.task: trio.lowlevel.Task | None = None
-        self.sent = False
+        self.sent: bool = False
         self.outcome: Any = None
         self.cause: BaseException | None = None
         self.raise_cancel: Callable[[], Any] | None = None
@@ -208,17 +214,16 @@ def _form_of(fd: int) -> int:
     kind = kind_of(fd)
     if kind is DescriptorKind.SOCKET:
         return _form_of_socket(fd, kind)
-    if kind in _NO_FILES or _is_anonymous(fd, kind):
+    if kind in _NO_FILES:
         raise WrongDescriptorKindError(
             f"a stream socket, or a file to read or write, is due; a {kind.value} is neither", kind
         )
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & _O_PATH:
+        raise WrongDescriptorKindError(
+            f"a file to read or write is due; this {kind.value} was opened only as a path (O_PATH)",
+            kind,
+        )
     return _wire.OTHER
-
-
-def _is_anonymous(fd: int, kind: DescriptorKind) -> bool:
-    return kind is DescriptorKind.ANONYMOUS and os.readlink(f"/proc/self/fd/{fd}").startswith(
-        "anon_inode:"
-    )
 
 
 def _form_of_socket(fd: int, kind: DescriptorKind) -> int:

@@ -21,17 +21,7 @@ if TYPE_CHECKING:
     from ._statistics import Counters
 
 
-# A worker that has jobs, and has said nothing for so many seconds, is busy with one of them, or
-# has no processor: a job would wait there. It counts as if it had so many more.
-_SILENCE: Final = 0.002
-_SILENT: Final = 2
 _LARGE: Final = 16 * 1024
-
-
-def load_of(link: Link, now: float) -> int:
-    """Return how busy a worker is."""
-    count = len(link.in_flight)
-    return count + _SILENT if count and now - link.last_heard > _SILENCE else count
 
 
 class Dispatcher:
@@ -90,8 +80,7 @@ class Dispatcher:
             return
         if self.bound:
             ready = [link for link in ready if not self._hand_over_bound(link)]
-        now = trio.current_time()
-        ranked = sorted((load_of(link, now), link.taken, link.index, link) for link in ready)
+        ranked = sorted((len(link.in_flight), link.taken, link.index, link) for link in ready)
         if waiting == 1 and ranked:
             ranked[0][-1].hand_over([self.queue.popleft()])
         elif waiting:
@@ -111,12 +100,9 @@ class Dispatcher:
         return True
 
     def _share_out(self, ready: list[tuple[Link, int]]) -> None:
-        """Hand over many jobs, so that all are as equally busy as can be; the busiest is first.
-
-        Those that are not ready will be in a moment, and have a right to their share, too.
-        """
+        """Hand over many jobs, an equal share to each at the most; the busiest worker is first."""
         queue = self.queue
-        most = -(-len(queue) // len(self.links))
+        most = -(-len(queue) // len(ready))
         shares: dict[Link, list[Delivery]] = {}
         while queue and ready:
             # The last is the least busy; with one more it may not be any longer.

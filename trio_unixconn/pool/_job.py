@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket as stdlib_socket
 from contextlib import suppress
+from io import FileIO
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
@@ -38,11 +39,14 @@ class Job:
       id: the pool's number for it, as in :class:`JobReceipt`.
       data: the bytes that were submitted with it.
       state: what the worker's ``setup`` yielded; None without one.
+      draining: set when the worker is to end, for handlers that can come to an end sooner: one
+        that waits for the next request of a client need not wait any longer.
     """
 
     id: int
     data: bytes
     state: Any = attrs.field(repr=False)
+    draining: trio.Event = attrs.field(repr=False)
     _stream: Any = attrs.field(alias="stream", repr=False)
 
     @property
@@ -82,7 +86,7 @@ class Job:
         return map_sealed(fileno(), max_bytes)
 
 
-def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes]:
+def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
     """Make what the handler gets of a descriptor, which is that object's from now on.
 
     Raises:
@@ -100,12 +104,23 @@ def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes]:
             return UnixConnection.from_fd(fd, receive_descriptors=False)
         if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
             return stream_of(fd)
-        mode = _MODES[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
-        return file_of(fd, mode, _FILES)
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if access == os.O_RDWR and not _has_position(fd):
+            # One buffer for both is for what can be rewound: no terminal, no pipe.
+            return open(fd, "r+b", buffering=0)
+        return file_of(fd, _MODES[access], _FILES)
     except BaseException:
         with suppress(OSError):
             os.close(fd)
         raise
+
+
+def _has_position(fd: int) -> bool:
+    try:
+        os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return False
+    return True
 
 
 def close_now(stream: Any) -> None:

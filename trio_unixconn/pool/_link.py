@@ -3,8 +3,9 @@
 The rule of this file: each delivery that was handed to a link is, at every moment, in one of
 three places: on its way (``batch``), acknowledged (``in_flight``), or with its pool again.
 
-At most one batch is on its way at a time. A worker that is busy acknowledges nothing, and so is
-sent nothing more: what is to be done waits in the pool, where any worker can have it.
+A worker is sent a batch when it asks for more, which it does when the handlers of the last one
+have begun and nobody computes there. One that computes is sent nothing: what is to be done waits
+in the pool, where any worker can have it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Link:
       in_flight: what it has acknowledged, and not finished: by number, the delivery if its
         answer is awaited.
       limit: how many jobs it may be handed at once.
+      wants_more: whether it has asked for jobs, and got none since.
       resting: whether it has just refused a job, for want of descriptors.
       error: why it has ended, or could not start.
       last_heard: when it last said something, in trio's time.
@@ -93,21 +95,22 @@ class Link:
     def __init__(self, index: int, process: WorkerProcess, owner: Owner) -> None:
         self.index = index
         self.process = process
-        self.pid = process.pid
-        self.state = "starting"
+        self.pid: int = process.pid
+        self.state: str = "starting"
         self.batch: list[Delivery] = []
         self.in_flight: dict[int, Delivery | None] = {}
-        self.limit = _MOST
-        self.resting = False
+        self.limit: int = _MOST
+        self.resting: bool = False
         self.error: Exception | None = None
-        self.last_heard = trio.current_time()
-        self.started = math.inf
-        self.taken = 0
-        self.handled = 0
-        self.failed = 0
-        self.settled = trio.Event()
-        self.gone = trio.Event()
+        self.last_heard: float = trio.current_time()
+        self.started: float = math.inf
+        self.taken: int = 0
+        self.handled: int = 0
+        self.failed: int = 0
+        self.settled: trio.Event = trio.Event()
+        self.gone: trio.Event = trio.Event()
         self._owner = owner
+        self.wants_more = True
         self._number = 0
         self._is_sent = True
         self._orders: list[bytes] = []
@@ -123,7 +126,7 @@ class Link:
         return (
             self.state == "ready"
             and self._is_sent
-            and not self.batch
+            and self.wants_more
             and not self.resting
             and len(self.in_flight) < most
         )
@@ -133,6 +136,7 @@ class Link:
         for delivery in deliveries:
             delivery.sent = True
         self.batch = deliveries
+        self.wants_more = False
         self._is_sent = False
         self._something.unpark()
 
@@ -192,7 +196,6 @@ class Link:
             with trio.CancelScope(shield=True):
                 self.process.kill()
                 status = await self.process.wait() or status
-                await self.process.conn.aclose()
                 self._bury(status)
 
     def _bury(self, status: int) -> None:
@@ -214,7 +217,8 @@ class Link:
                 delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
         # What it had finished and could not tell any more was not being handled.
         noted = self.process.board.noted() if in_flight else ()
-        self.process.board.close()
+        # All at once, and nobody else takes what is free then before a new worker is due.
+        self.process.close()
         abandoned = [number for number in in_flight if number not in noted]
         if len(abandoned) < len(in_flight):
             self.handled += len(in_flight) - len(abandoned)
@@ -243,8 +247,12 @@ class Link:
 
     async def _send_batch(self) -> None:
         self._number += 1
-        while self.batch:
+        while True:
             batch = self.batch
+            if not batch:
+                # All were given up, and nothing was sent that is answered.
+                self.wants_more = True
+                break
             fds = [each.fd for each in batch if each.fd >= 0]
             sent = [
                 _wire.SentJob(each.id, each.form, each.wants_answer, each.data) for each in batch
@@ -263,8 +271,8 @@ class Link:
             else:
                 break
         self._is_sent = True
-        if not self.batch:
-            # It was acknowledged before this task came to run again.
+        if self.wants_more:
+            # It has said so before this task came to run again.
             self._owner.pump()
 
     def _give_up_closed(self) -> None:
@@ -341,6 +349,10 @@ class Link:
         if delivery is not None:
             delivery.settle(HandlerError(f"the handler of job {number} failed", text))
 
+    def _more(self, _: bytes) -> None:
+        self.wants_more = True
+        self._owner.pump()
+
     def _leaving(self, _: bytes) -> None:
         self._owner.leaving(self)
 
@@ -361,7 +373,6 @@ class Link:
         self.taken += len(deliveries)
         self.limit = min(_MOST, 2 * self.limit)
         self._owner.acknowledged(self, len(deliveries))
-        self._owner.pump()
 
     def _refused(self, body: bytes) -> None:
         self._check_number(body)
@@ -373,6 +384,7 @@ class Link:
         # One of many may have had room: that it came with others is not its fault.
         self.limit = 1
         self.resting = True
+        self.wants_more = True
         self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
         self._owner.refused(self)
 
@@ -391,5 +403,6 @@ _HEARS: Final = {
     _wire.READY: Link._ready,  # noqa: SLF001
     _wire.FAILED: Link._failed_to_start,  # noqa: SLF001
     _wire.LEAVING: Link._leaving,  # noqa: SLF001
+    _wire.MORE: Link._more,  # noqa: SLF001
     _wire.BEAT: Link._beat,  # noqa: SLF001
 }

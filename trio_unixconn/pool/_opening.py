@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import operator
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
 
 import trio
 
 from ._pool import PoolOptions, WorkerPool
+from ._reserve import Reserve
 from ._targets import check_reference
 
 if TYPE_CHECKING:
@@ -157,16 +158,17 @@ async def open_worker_pool(
         on_abandoned=on_abandoned,
     )
     raised: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        pool = WorkerPool(options, nursery)
-        try:
-            await pool._open()  # noqa: SLF001 - its constructor
-            yield pool
-            await pool.drain()
-        except BaseException as exc:  # noqa: BLE001 - raised below, not in a group of the nursery's
-            raised = exc
-            await pool._abort()  # noqa: SLF001 - as above
-        nursery.cancel_scope.cancel()
+    with closing(Reserve()) as reserve:
+        async with trio.open_nursery() as nursery:
+            pool = WorkerPool(options, nursery, reserve)
+            try:
+                await pool._open()  # noqa: SLF001 - its constructor
+                yield pool
+                await pool.drain()
+            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+                raised = exc
+                await pool._abort()  # noqa: SLF001 - as above
+            nursery.cancel_scope.cancel()
     if pool._failure is not None:  # noqa: SLF001 - as above
         raise pool._failure  # noqa: SLF001 - as above
     if raised is not None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from .._buffers import Buffer
+    from ._reserve import Reserve
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
@@ -103,9 +104,10 @@ def _pause(failures: int) -> float:
 class WorkerPool:
     """Workers that get jobs; :func:`open_worker_pool` makes one."""
 
-    def __init__(self, options: PoolOptions, nursery: trio.Nursery) -> None:
+    def __init__(self, options: PoolOptions, nursery: trio.Nursery, reserve: Reserve) -> None:
         self._options = options
         self._nursery = nursery
+        self._reserve = reserve
         self._counters = Counters()
         self._dispatcher = Dispatcher(
             options.max_in_flight, options.max_queue, options.max_tries, self._counters
@@ -390,7 +392,8 @@ class WorkerPool:
             "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
         }
         try:
-            process = _process.start(order)
+            with self._reserve.spent():
+                process = _process.start(order)
         except OSError as exc:
             raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
         link = Link(index, process, self)
@@ -562,6 +565,8 @@ class WorkerPool:
     def acknowledged(self, link: Link, count: int) -> None:
         """Count jobs that were taken."""
         self._counters.acknowledged += count
+        # The pool's copies are closed.
+        self._reserve.fill()
         most = self._options.max_jobs
         if most is not None and link.taken >= most and link.state == "ready":
             self._renew(link)
@@ -625,6 +630,7 @@ class WorkerPool:
 
     def ended(self, link: Link) -> None:
         """Have a worker that died replaced."""
+        self._reserve.fill()
         self._draining.discard(link)
         if self._dispatcher.links.get(link.index) is link:
             del self._dispatcher.links[link.index]

@@ -38,7 +38,8 @@ class WorkerProcess:
         self._popen = popen
         self.conn = conn
         self.board = board
-        self.pid = popen.pid
+        self.pid: int = popen.pid
+        self._pidfd = _pidfd_of(popen.pid)
 
     async def wait(self) -> int:
         """Wait until it has ended, and reap it.
@@ -49,20 +50,30 @@ class WorkerProcess:
         if self._popen.returncode is not None:
             # The number may be another's by now.
             return self._popen.returncode
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except (AttributeError, OSError):
-            # Not Linux, before 5.3, or no descriptor is free.
+        if self._pidfd < 0:
             return await trio.to_thread.run_sync(self._popen.wait, abandon_on_cancel=True)
-        try:
-            await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await trio.lowlevel.wait_readable(self._pidfd)
         return self._popen.wait()
 
     def kill(self) -> None:
         """Kill it, if it has not been reaped."""
         self._popen.kill()
+
+    def close(self) -> None:
+        """Close what belongs to it, once it has been reaped."""
+        self.conn._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
+        self.board.close()
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _pidfd_of(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        # Not Linux, before 5.3, or no descriptor is free.
+        return -1
 
 
 def start(order: dict[str, Any]) -> WorkerProcess:

@@ -33,6 +33,7 @@ ANSWER: Final = 21
 ERROR: Final = 22
 BEAT: Final = 23
 LEAVING: Final = 24
+MORE: Final = 25
 
 # How a descriptor is made into what the handler gets.
 NO_DESCRIPTOR: Final = 0

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG: Final = 1
 _READ: Final = 65536
+# After how many rounds of trio's scheduler a worker asks for more: in the first its handlers
+# begin, in the second those go on that found their data there.
+_ROUNDS: Final = 2
 # What a worker without a pool has to finish its jobs in, and after which it is gone, whatever
 # its handlers do: together less than a second.
 _ORPHAN_DRAIN: Final = 0.5
@@ -142,12 +145,14 @@ class _Worker:
         # What is to be told to the pool: whole frames, and numbers of jobs that are done.
         self._out: list[bytes] = []
         self._done: list[int] = []
+        self._wants_more = False
         self._sending = False
         self._sent = trio.lowlevel.ParkingLot()
         self._something = trio.lowlevel.ParkingLot()
         # Of the jobs whose answers are awaited, which the pool may cancel.
         self._scopes: dict[int, trio.CancelScope] = {}
         self._deadline = trio.CancelScope()
+        self._draining = trio.Event()
 
     async def run(self) -> None:
         """Serve until the pool says that it is enough, or is gone."""
@@ -168,6 +173,7 @@ class _Worker:
 
     def _end_in(self, timeout: float) -> None:
         self._deadline.deadline = trio.current_time() + timeout
+        self._draining.set()
 
     async def _receive(self, handlers: trio.Nursery) -> None:
         decoder = _wire.Decoder()
@@ -222,6 +228,11 @@ class _Worker:
                 # Before it runs, as the pool may have it cancelled at once.
                 self._scopes[job.id] = trio.CancelScope()
             handlers.start_soon(self._handle, job, fd, name="trio_unixconn.pool handler")
+        # Only when all tasks have run, and so nobody computes, is there room for more.
+        for _ in range(_ROUNDS):
+            await trio.lowlevel.checkpoint()
+        self._wants_more = True
+        self._something.unpark()
 
     async def _handle(self, sent: _wire.SentJob, fd: int) -> None:
         number, form, wants_answer, data = sent
@@ -229,7 +240,7 @@ class _Worker:
         try:
             if form != _wire.NO_DESCRIPTOR:
                 stream = stream_for(form, fd)
-            job = Job(number, data, self._state, stream)
+            job = Job(number, data, self._state, self._draining, stream)
             if wants_answer:
                 await self._answer(stream, job)
             else:
@@ -271,7 +282,7 @@ class _Worker:
 
     async def _send_news(self) -> None:
         while True:
-            if not self._out and not self._done:
+            if not self._out and not self._done and not self._wants_more:
                 await self._something.park()
             try:
                 await self._tell()
@@ -286,6 +297,9 @@ class _Worker:
         if self._done:
             self._out.append(_wire.ids(_wire.DONE, self._done))
             self._done.clear()
+        if self._wants_more:
+            self._out.append(_wire.frame(_wire.MORE))
+            self._wants_more = False
         if not self._out:
             return
         news = b"".join(self._out)

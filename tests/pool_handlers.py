@@ -1,0 +1,331 @@
+"""What the workers of the tests run; tests name it, workers import it.
+
+The rule of this file: a handler says what it sees through its stream or its answer. What several
+workers share is in the folder that POOL_FOLDER names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+import trio.lowlevel
+
+from trio_unixconn import Credentials
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from trio_unixconn.pool import Job
+
+LARGEST = 16 * 1024 * 1024
+
+
+def note(name: str, text: object) -> None:
+    """Append a line to a file that workers and the test share."""
+    with open(Path(os.environ["POOL_FOLDER"], name), "a") as file:
+        file.write(f"{text}\n")
+
+
+def first(name: str) -> bool:
+    """Whether no worker has asked this before."""
+    try:
+        Path(os.environ["POOL_FOLDER"], name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+################################################################
+# Handlers
+################################################################
+
+
+async def until_draining(stream: Any, job: Job) -> None:
+    """Wait until this worker is to end, and say so."""
+    await stream.send_all(b"waits")
+    await job.draining.wait()
+    await stream.send_all(b", ends")
+
+
+async def tell(stream: Any, job: Job) -> bytes:
+    """Tell what a handler gets, by the stream if there is one, and as the answer."""
+    peer = job.peer
+    told = {
+        "type": type(stream).__name__,
+        "mode": getattr(stream, "mode", None),
+        "family": stream.socket.family if isinstance(stream, trio.SocketStream) else None,
+        "id": job.id,
+        "data": job.data.decode(),
+        "state": job.state,
+        "peer": (peer.pid, peer.uid) if isinstance(peer, Credentials) else peer,
+        "pid": os.getpid(),
+    }
+    text = json.dumps(told).encode()
+    if isinstance(stream, trio.SocketStream):
+        await stream.send_all(text)
+    return text
+
+
+async def hold(stream: Any, job: Job) -> bytes:
+    """Say the worker's pid and the job's number, then echo until the other end is closed."""
+    note("began", job.id)
+    try:
+        await stream.send_all(b"%d %d\n" % (os.getpid(), job.id))
+        async for data in stream:
+            await stream.send_all(data.upper())
+    except trio.Cancelled:
+        note("cancelled", job.id)
+        raise
+    return b"held"
+
+
+async def copy(stream: Any, job: Job) -> bytes:
+    """Read a file to its end, and write the job's data, as far as it is open for that."""
+    data: bytes = stream.read() if stream.readable() else b""
+    if stream.writable():
+        stream.write(job.data)
+    return data
+
+
+async def map_buffer(stream: Any, job: Job) -> bytes:
+    """Map what came; the data says how large it may be."""
+    with job.map_buffer(int(job.data)) as view:
+        return bytes(view).upper()
+
+
+async def length(stream: Any, job: Job) -> bytes:
+    return str(len(job.data)).encode()
+
+
+async def do(stream: Any, job: Job) -> Any:
+    """Do what the data names."""
+    return await DEEDS[job.data.decode()](stream, job)
+
+
+async def _pid(stream: Any, job: Job) -> bytes:
+    return str(os.getpid()).encode()
+
+
+async def _descriptors(stream: Any, job: Job) -> bytes:
+    return str(len(os.listdir("/proc/self/fd"))).encode()
+
+
+async def _raise(stream: Any, job: Job) -> None:
+    raise RuntimeError("the handler says no")
+
+
+async def _forever(stream: Any, job: Job) -> None:
+    note("began", job.id)
+    try:
+        await trio.sleep_forever()
+    finally:
+        note("ended", job.id)
+
+
+async def _stubborn(stream: Any, job: Job) -> bytes:
+    """Have something to do when it is cancelled."""
+    note("began", job.id)
+    try:
+        await trio.sleep_forever()
+    except trio.Cancelled:
+        return b"all the same"
+
+
+async def _compute(stream: Any, job: Job) -> None:
+    """Never come to a checkpoint, though without using the processor."""
+    stream.socket.send(b"%d %d\n" % (os.getpid(), job.id))
+    while True:
+        time.sleep(0.01)
+
+
+async def _exit(stream: Any, job: Job) -> None:
+    sys.exit(3)
+
+
+async def _end(stream: Any, job: Job) -> None:
+    os._exit(7)
+
+
+async def _signal_itself(stream: Any, job: Job) -> bytes:
+    os.kill(os.getpid(), signal.SIGINT)
+    return b"lives"
+
+
+async def _detach(stream: Any, job: Job) -> bytes:
+    stream.detach().close()
+    return b"detached"
+
+
+async def _nonsense(stream: Any, job: Job) -> None:
+    """Say to the pool what no worker says."""
+    os.write(own_end(), b"\xff\0\0\0\0\0")
+    await trio.sleep_forever()
+
+
+async def _strange_batch(stream: Any, job: Job) -> None:
+    """Acknowledge a batch that there is not."""
+    os.write(own_end(), b"\x12\0\4\0\0\0\xff\xff\xff\xff")
+    await trio.sleep_forever()
+
+
+async def _hang_up(stream: Any, job: Job) -> None:
+    """Close the worker's end, though the worker lives on."""
+    socket.socket(fileno=os.dup(own_end())).shutdown(socket.SHUT_WR)
+    await trio.sleep_forever()
+
+
+def own_end() -> int:
+    """Return the descriptor of the worker's connection."""
+    return int(sys.orig_argv[2])
+
+
+def returning(value: Any) -> Any:
+    async def deed(stream: Any, job: Job) -> Any:
+        return value
+
+    return deed
+
+
+DEEDS = {
+    "pid": _pid,
+    "descriptors": _descriptors,
+    "raise": _raise,
+    "forever": _forever,
+    "stubborn": _stubborn,
+    "compute": _compute,
+    "exit": _exit,
+    "end": _end,
+    "signal itself": _signal_itself,
+    "detach": _detach,
+    "nonsense": _nonsense,
+    "strange batch": _strange_batch,
+    "hang up": _hang_up,
+    "return nothing": returning(None),
+    "return much": returning(bytes(LARGEST)),
+    "return too much": returning(bytes(LARGEST + 1)),
+    "": returning(b"nothing to do"),
+}
+
+
+class Handler:
+    """A handler need not be a function."""
+
+    async def __call__(self, stream: Any, job: Job) -> bytes:
+        return b"of an object"
+
+    async def method(self, stream: Any, job: Job) -> bytes:
+        return b"of a method"
+
+
+an_object = Handler()
+a_partial = partial(partial(length), stream=None)
+
+
+def not_async(stream: Any, job: Job) -> None: ...
+
+
+NOT_CALLABLE = 5
+
+
+################################################################
+# Setups
+################################################################
+
+
+@asynccontextmanager
+async def noted() -> AsyncGenerator[dict[str, int], None]:
+    """Note when it begins and ends, and yield a state."""
+    note("began", os.getpid())
+    yield {"pid": os.getpid()}
+    await trio.lowlevel.checkpoint()
+    note("ended", os.getpid())
+
+
+@asynccontextmanager
+async def failing() -> AsyncGenerator[None, None]:
+    raise LookupError("the setup says no")
+    yield
+
+
+@asynccontextmanager
+async def failing_at_the_end() -> AsyncGenerator[None, None]:
+    yield
+    raise LookupError("the setup says no at the end")
+
+
+@asynccontextmanager
+async def dying() -> AsyncGenerator[None, None]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    await trio.sleep_forever()
+    yield
+
+
+@asynccontextmanager
+async def never_ready() -> AsyncGenerator[None, None]:
+    await trio.sleep_forever()
+    yield
+
+
+@asynccontextmanager
+async def only_once() -> AsyncGenerator[None, None]:
+    """Let the first worker live; the others die when they start."""
+    if not first("once"):
+        os._exit(9)
+    yield
+
+
+@asynccontextmanager
+async def waiting() -> AsyncGenerator[None, None]:
+    """Have all workers but the first wait before they are ready, until a file is there."""
+    if not first("one"):
+        note("waits", os.getpid())
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
+            await trio.sleep(0.01)
+    yield
+
+
+@asynccontextmanager
+async def dies_soon() -> AsyncGenerator[None, None]:
+    """Be ready, and die."""
+
+    async def die() -> None:
+        await trio.lowlevel.checkpoint()
+        os._exit(5)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(die)
+        yield
+
+
+@asynccontextmanager
+async def one_is_poor() -> AsyncGenerator[bool, None]:
+    """Leave the first worker no descriptor that is free."""
+    poor = first("poor")
+    if poor:
+        leave_free(0)
+    yield poor
+
+
+@asynccontextmanager
+async def poor() -> AsyncGenerator[None, None]:
+    """Leave each worker one descriptor that is free."""
+    leave_free(1)
+    yield
+
+
+def leave_free(count: int) -> None:
+    lowest = os.open("/", os.O_RDONLY)
+    os.close(lowest)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + count, hard))

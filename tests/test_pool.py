@@ -1,0 +1,334 @@
+"""A pool of workers: how it begins, and what a handler gets."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pool_handlers
+import pytest
+import trio
+from helpers import free_descriptors
+from pools import at_rest, children, client_of, ends, lines, pids
+
+from trio_unixconn import (
+    HandlerError,
+    WorkerStartError,
+)
+from trio_unixconn.pool import JobReceipt, open_worker_pool
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("no_child_left")
+
+CALLS = "pool_handlers:do"
+
+
+################################################################
+# How it begins
+################################################################
+
+
+async def test_workers_are_ready(shared: Path) -> None:
+    """When the block is entered all workers are there, and their setups have been entered."""
+    async with open_worker_pool(
+        "pool_handlers:tell", workers=3, setup="pool_handlers:noted"
+    ) as pool:
+        found = pool.statistics()
+        assert [each.state for each in found.workers] == ["ready"] * 3
+        assert [each.index for each in found.workers] == [0, 1, 2]
+        assert set(children()) == set(pids(pool))
+        assert sorted(map(int, lines(shared / "began"))) == sorted(pids(pool))
+        assert not (shared / "ended").exists()
+        assert all(each.memory > 1_000_000 and each.age >= 0 for each in found.workers)
+        began = pids(pool)
+    assert sorted(map(int, lines(shared / "ended"))) == sorted(began)
+
+
+async def test_as_many_workers_as_processors() -> None:
+    """Without a number there is a worker for each processor that this process may use."""
+    async with open_worker_pool(CALLS) as pool:
+        assert len(pids(pool)) == len(os.sched_getaffinity(0))
+
+
+async def test_processors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process cannot ask for its processors, those of the machine count."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    async with open_worker_pool(CALLS) as pool:
+        assert len(pids(pool)) == 1
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "said"),
+    [
+        ("no_such_module:handler", {}, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("pool_handlers:no_such_name", {}, "AttributeError"),
+        ("pool_handlers:not_async", {}, "TypeError: the handler .* must be async"),
+        (CALLS, {"setup": "pool_handlers:NOT_CALLABLE"}, "TypeError: the setup .* must be"),
+        (CALLS, {"setup": "pool_handlers:failing"}, "LookupError: the setup says no"),
+        (CALLS, {"setup": "pool_handlers:first"}, "TypeError"),
+        ("pool_broken:handler", {}, "SystemExit: 3"),
+    ],
+)
+async def test_workers_that_cannot_start(
+    handler: str,
+    options: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One plain error has the worker's traceback, whatever was wrong there."""
+    (tmp_path / "pool_broken.py").write_text("import sys; sys.exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WorkerStartError, match=said) as caught:
+        async with open_worker_pool(handler, workers=2, **options):
+            pytest.fail("the block was entered")
+    assert "Traceback (most recent call last)" in caught.value.traceback
+
+
+async def test_a_worker_that_dies_while_it_starts(shared: Path) -> None:
+    """The error says how it ended, if it could say nothing itself."""
+    with pytest.raises(WorkerStartError, match=r"was killed by SIGKILL before it was ready"):
+        async with open_worker_pool(CALLS, workers=1, setup="pool_handlers:dying"):
+            pytest.fail("the block was entered")
+    with pytest.raises(
+        WorkerStartError, match=r"exited with status 9 before it was ready"
+    ) as caught:
+        async with open_worker_pool(CALLS, workers=3, setup="pool_handlers:only_once"):
+            pytest.fail("the block was entered")
+    assert caught.value.traceback == ""
+
+
+async def test_a_worker_that_is_never_ready() -> None:
+    """A worker that takes too long is killed."""
+    with pytest.raises(WorkerStartError, match=r"was not ready after 0\.5 seconds, and was killed"):
+        async with open_worker_pool(
+            CALLS, workers=2, setup="pool_handlers:never_ready", start_timeout=0.5
+        ):
+            pytest.fail("the block was entered")
+
+
+async def test_a_worker_that_fails_and_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that its module has left running does not keep a worker that could not start."""
+    (tmp_path / "pool_stays.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()\n1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    with pytest.raises(WorkerStartError, match="ZeroDivisionError"):
+        async with open_worker_pool("pool_stays:handler", workers=1):
+            pytest.fail("the block was entered")
+
+
+async def test_cancelled_while_it_starts() -> None:
+    """Nothing is left of a pool whose beginning was cancelled."""
+    with trio.move_on_after(0.5) as scope:
+        async with open_worker_pool(CALLS, workers=2, setup="pool_handlers:never_ready"):
+            pytest.fail("the block was entered")
+    assert scope.cancelled_caught
+
+
+async def test_no_descriptor_for_a_worker() -> None:
+    """A worker for which no descriptor is free is an error that says so, and nothing leaks."""
+    for free in range(5):
+        with (
+            free_descriptors(free),
+            pytest.raises(WorkerStartError, match=r"could not be started: .*Too many open"),
+        ):
+            async with open_worker_pool(CALLS, workers=1):
+                pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "error", "said"),
+    [
+        (pool_handlers.do, {}, TypeError, 'a handler is named as "package.module:name"'),
+        ("module.name", {}, ValueError, "a handler is named"),
+        ("module:", {}, ValueError, "a handler is named"),
+        (":name", {}, ValueError, "a handler is named"),
+        ("a b:name", {}, ValueError, "a handler is named"),
+        (CALLS, {"setup": "s"}, ValueError, "a setup is named"),
+        (CALLS, {"workers": 0}, ValueError, "workers must be at least 1, not 0"),
+        (CALLS, {"workers": 1.5}, TypeError, "float"),
+        (CALLS, {"max_queue": 0}, ValueError, "max_queue must be at least 1"),
+        (CALLS, {"max_jobs": 0}, ValueError, "max_jobs must be at least 1"),
+        (CALLS, {"start_timeout": 0}, ValueError, "start_timeout must be more than 0"),
+        (CALLS, {"hang_timeout": math.nan}, ValueError, "hang_timeout must be more than 0"),
+        (CALLS, {"drain_timeout": -1}, ValueError, "drain_timeout must be 0 or more"),
+    ],
+)
+async def test_options_that_cannot_be(
+    handler: Any, options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """What cannot be is refused before anything is started."""
+    with pytest.raises(error, match=said):
+        async with open_worker_pool(handler, **options):
+            pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(
+    ("handler", "answer"),
+    [
+        ("pool_handlers:an_object", b"of an object"),
+        ("pool_handlers:an_object.method", b"of a method"),
+    ],
+)
+async def test_handlers_that_are_no_functions(handler: str, answer: bytes) -> None:
+    """A handler may be an object with an async __call__, or something's method."""
+    async with open_worker_pool(handler, workers=1) as pool:
+        assert await pool.call() == answer
+
+
+async def test_a_handler_that_is_a_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler may be a partial of an async function."""
+    (tmp_path / "pool_partial.py").write_text(
+        "from functools import partial\n"
+        "async def work(greeting, stream, job):\n    return greeting + job.data\n"
+        "handler = partial(partial(work), b'hello ')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    async with open_worker_pool("pool_partial:handler", workers=1) as pool:
+        assert await pool.call(data=b"world") == b"hello world"
+
+
+################################################################
+# What a handler gets
+################################################################
+
+
+async def tcp(family: socket.AddressFamily, host: str) -> tuple[trio.SocketStream, socket.socket]:
+    """Return a client's stream, and the server's socket."""
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        client = trio.socket.socket(family)
+        await client.connect(listener.getsockname())
+        return trio.SocketStream(client), listener.accept()[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+async def test_tcp(family: socket.AddressFamily, host: str, shared: Path) -> None:
+    """Of a TCP socket the handler gets a SocketStream, and the peer's address."""
+    async with open_worker_pool(
+        "pool_handlers:tell", workers=1, setup="pool_handlers:noted"
+    ) as pool:
+        stream, theirs = await tcp(family, host)
+        async with stream:
+            receipt = await pool.submit(theirs, data=b"some data")
+            told = json.loads(b"".join([data async for data in stream]))
+            name = list(stream.socket.getsockname())
+    assert receipt == JobReceipt(told["id"], 0, told["pid"])
+    assert (told["type"], told["family"]) == ("SocketStream", family)
+    assert (told["data"], told["peer"]) == ("some data", name)
+    assert told["state"] == {"pid": told["pid"]}
+
+
+async def test_unix() -> None:
+    """Of a Unix socket the handler gets a UnixConnection, and the peer's credentials."""
+    async with (
+        open_worker_pool("pool_handlers:tell", workers=1) as pool,
+        client_of(pool) as client,
+    ):
+        told = await client.told()
+    assert (told["type"], told["family"]) == ("UnixConnection", socket.AF_UNIX)
+    assert told["peer"] == [os.getpid(), os.geteuid()]
+    assert (told["data"], told["state"]) == ("", None)
+
+
+async def test_pipes() -> None:
+    """Of either end of a pipe the handler gets a file to read or to write."""
+    async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+        read, write = os.pipe()
+        await pool.submit(write, data=b"through a pipe")
+        assert await pool.call(read) == b"through a pipe"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "answer", "left"),
+    [
+        ("rb", os.O_RDONLY, b"before", b"before"),
+        ("wb", os.O_WRONLY, b"", b"behind"),
+        ("ab", os.O_WRONLY | os.O_APPEND, b"", b"beforebehind"),
+        ("rb+", os.O_RDWR, b"before", b"beforebehind"),
+    ],
+)
+async def test_files(mode: str, flags: int, answer: bytes, left: bytes, tmp_path: Path) -> None:
+    """Of a file the handler gets one that is open for the same."""
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+        fd = os.open(path, flags)
+        assert await pool.call(fd, data=b"behind") == answer
+    assert path.read_bytes() == left
+
+
+async def test_what_a_file_is() -> None:
+    """Of a file there is no peer."""
+    async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+        answer = await pool.call(os.open("/dev/null", os.O_RDONLY))
+    told = json.loads(answer)
+    assert (told["type"], told["mode"], told["peer"]) == ("BufferedReader", "rb", None)
+
+
+async def test_a_terminal() -> None:
+    """Of what is open for both, and has no position, the handler gets an unbuffered file."""
+    async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+        ours, theirs = os.openpty()
+        answer = await pool.call(theirs)
+        os.close(ours)
+    told = json.loads(answer)
+    assert (told["type"], told["mode"]) == ("FileIO", "rb+")
+
+
+async def test_nothing() -> None:
+    """A call needs no descriptor; then there is no stream."""
+    async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+        told = json.loads(await pool.call(data=b"just data"))
+        assert (told["type"], told["data"], told["peer"]) == ("NoneType", "just data", None)
+        with pytest.raises(TypeError, match="a stream, socket, file or descriptor is due"):
+            await pool.submit(None)
+
+
+F_ADD_SEALS, SEALS = 1033, 15
+
+
+def sealed(data: bytes) -> int:
+    fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.write(fd, data)
+    fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
+    return fd
+
+
+async def test_sealed_memory() -> None:
+    """A handler maps sealed memory without a copy; what is not sealed is an error there."""
+    async with open_worker_pool("pool_handlers:map_buffer", workers=1) as pool:
+        assert await pool.call(sealed(b"a buffer"), data=b"100") == b"A BUFFER"
+        with pytest.raises(HandlerError, match="UnsafeBufferError"):
+            await pool.call(sealed(b"a buffer"), data=b"7")
+        with pytest.raises(HandlerError, match="UnsafeBufferError"):
+            await pool.call(os.memfd_create("not sealed"), data=b"100")
+        with pytest.raises(HandlerError, match="this job has no file"):
+            await pool.call(data=b"100")
+        client, theirs = ends()
+        async with client.stream:
+            with pytest.raises(HandlerError, match="UnsafeBufferError"):
+                await pool.call(theirs, data=b"100")
+
+
+async def test_a_stream_that_cannot_be_made() -> None:
+    """A socket that was connected to nothing fails in the worker, which goes on."""
+    async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+        with pytest.raises(HandlerError, match="WrongDescriptorKindError"):
+            await pool.call(socket.socket(socket.AF_UNIX))
+        assert (await at_rest(pool)).failed == 1
+        await pool.call()

@@ -1,0 +1,46 @@
+"""A little of each scene of ``nox -s pool-faults``; but no time is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import until
+
+from pool_faults import SCENES
+from trio_unixconn.pool import open_worker_pool
+
+PROGRAM = Path(__file__).parents[1] / "pool_faults" / "pool_faults.py"
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_scene(scene: str, tmp_path: Path) -> None:
+    """What clients saw, what the pool has said, and what handlers wrote is one story."""
+    figures = tmp_path / "figures"
+    # What is killed leaves no coverage, but half a file of it.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--tiny", "--only", scene, "--json", figures],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+        check=False,
+    )
+    assert figures.exists(), done.stderr
+    found = json.loads(figures.read_text())["scenes"][scene]["figures"]
+    wrong = [each for each in found if not each["holds"] and "seconds" not in each["name"]]
+    assert not wrong, done.stderr
+
+
+async def test_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has no pidfds, workers are waited for all the same."""
+    monkeypatch.delattr(os, "pidfd_open")
+    async with open_worker_pool("pool_handlers:do", workers=2) as pool:
+        pid = pool.statistics().workers[0].pid
+        await pool.restart()
+        await until(lambda: all(each.pid != pid for each in pool.statistics().workers))

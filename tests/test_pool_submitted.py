@@ -1,0 +1,180 @@
+"""What can be submitted to a pool, and who owns it then."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import socket
+import tempfile
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pool_handlers
+import pytest
+import trio
+from pools import at_rest, ends, open_in, pids
+
+from trio_unixconn import (
+    HandlerError,
+    UnixConnection,
+    WrongDescriptorKindError,
+    connection_pair,
+)
+from trio_unixconn.pool import open_worker_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("no_child_left")
+
+
+def raw(pair: socket.socket) -> Any:
+    return pair.detach()
+
+
+def of_trio(pair: socket.socket) -> Any:
+    return trio.socket.from_stdlib_socket(pair)
+
+
+def stream(pair: socket.socket) -> Any:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(pair))
+
+
+def itself(pair: socket.socket) -> Any:
+    return pair
+
+
+@pytest.mark.parametrize("form", [raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket])
+async def test_forms_of_a_socket(form: Callable[[socket.socket], Any]) -> None:
+    """A socket is taken in any form, and is not the caller's any more."""
+    async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+        client, theirs = ends()
+        what = form(theirs)
+        await pool.submit(what)
+        if isinstance(what, int):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(what)
+        else:
+            assert getattr(what, "socket", what).fileno() == -1
+        async with client.stream:
+            # No copy is open here: the end comes when the worker's is closed.
+            assert (await client.told())["type"] == "UnixConnection"
+
+
+async def test_forms_of_a_file(tmp_path: Path) -> None:
+    """A file is taken as an object, too: it is flushed and closed."""
+    path = tmp_path / "file"
+    async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+        with open(path, "w") as text:
+            text.write("in the buffer, ")
+            await pool.submit(text, data=b"appended, ")
+            assert text.closed
+        with open(path, "ab", buffering=0) as unbuffered:
+            await pool.submit(unbuffered, data=b"and again")
+            assert unbuffered.closed
+        await at_rest(pool)
+        with tempfile.NamedTemporaryFile(dir=tmp_path) as wrapped:
+            wrapped.write(b"temporary")
+            wrapped.seek(0)
+            assert await pool.call(wrapped) == b"temporary"
+        with open(path, "rb") as file:
+            assert await pool.call(file) == b"in the buffer, appended, and again"
+
+
+class Unclosable:
+    """Has a descriptor, but nothing to close it by."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def fileno(self) -> int:
+        return self.fd
+
+
+class Failing(Unclosable):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        raise OSError("cannot be closed")
+
+
+async def test_what_is_refused(tmp_path: Path) -> None:
+    """What no handler can have is refused, and left as it was."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram,
+        select.epoll() as epoll,
+        open(os.devnull, "rb") as null,
+    ):
+        full = open("/dev/full", "wb")  # noqa: SIM115 - it cannot be closed without an error
+        folder = os.open(tmp_path, os.O_RDONLY)
+        path = os.open(os.devnull, os.O_PATH)
+        full.write(b"x")
+        closed = socket.socket()
+        closed.close()
+        gone, other = connection_pair()
+        await gone.aclose()
+        await other.aclose()
+        cases: list[tuple[Any, type[Exception], str]] = [
+            (listening, WrongDescriptorKindError, "this one listens"),
+            (trio.socket.from_stdlib_socket(listening), WrongDescriptorKindError, "listens"),
+            (datagram, WrongDescriptorKindError, "a stream socket is due"),
+            (epoll, WrongDescriptorKindError, "anonymous inode"),
+            (folder, WrongDescriptorKindError, "directory"),
+            (path, WrongDescriptorKindError, "only as a path"),
+            (Unclosable(null.fileno()), TypeError, r"Unclosable has no close\(\)"),
+            (Failing(null.fileno()), OSError, "cannot be closed"),
+            (full, OSError, "No space left"),
+            (closed, ValueError, "closed"),
+            (gone, trio.ClosedResourceError, "closed"),
+            (999_999, OSError, "is closed"),
+            (-1, ValueError, "no descriptor"),
+            (True, TypeError, "a descriptor is due"),
+            ("text", TypeError, "a descriptor is due"),
+            (object(), TypeError, "a descriptor is due"),
+        ]
+        async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+            for what, error, said in cases:
+                with pytest.raises(error, match=said):
+                    await pool.submit(what)
+            with pytest.raises(TypeError, match="bytes"):
+                await pool.submit(null, data="text")  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="at most 16777216 bytes, not 16777217"):
+                await pool.submit(null, data=bytes(pool_handlers.LARGEST + 1))
+            for to in (-1, 1):
+                with pytest.raises(ValueError, match="the index of a worker, below 1"):
+                    await pool.submit(null, to=to)
+            assert pool.statistics().submitted == 0
+        for fd in (listening, datagram, epoll, null, full, folder, path):
+            assert os.fstat(fd if isinstance(fd, int) else fd.fileno())
+        with suppress(OSError):
+            full.close()
+        os.close(folder)
+        os.close(path)
+
+
+async def test_nothing_leaks() -> None:
+    """After many jobs of all kinds there are as many descriptors as before, on both sides."""
+    async with open_worker_pool("pool_handlers:do", workers=1) as pool:
+        await pool.call(data=b"pid")
+        (pid,) = pids(pool)
+        before, here = open_in(pid), open_in(os.getpid())
+        for _ in range(50):
+            for fd in os.open("/dev/null", os.O_RDWR), os.memfd_create("memory"):
+                await pool.submit(fd)
+            for data in b"", b"raise":
+                client, theirs = ends()
+                await pool.submit(theirs, data=data)
+                await client.read()
+                await client.end()
+            with pytest.raises(HandlerError):
+                await pool.call(os.dup(0), data=b"raise")
+            read, write = os.pipe()
+            assert await pool.call(read, data=b"detach") == b"detached"
+            os.close(write)
+            await pool.call(data=b"pid")
+        gc.collect()
+        await at_rest(pool)
+        assert (open_in(pid), open_in(os.getpid())) == (before, here)
