@@ -34,7 +34,6 @@ class Worker:
     taken: int = 0
     limit: int = 64
     state: str = "ready"
-    last_heard: float = 0.0
     batch: list[Delivery] = attrs.field(factory=list[Delivery])
 
     def has_room(self, most: int) -> bool:
@@ -61,9 +60,6 @@ def dispatcher(
 ) -> Dispatcher:
     made = Dispatcher(max_in_flight, max_queue, max_tries, Counters())
     made.links = cast("dict[int, Link]", {each.index: each for each in workers})
-    now = trio.current_time()
-    for each in workers:
-        each.last_heard = now
     return made
 
 
@@ -98,21 +94,6 @@ async def test_the_least_busy_is_next() -> None:
     assert [ids(each.batch) for each in workers] == [[], [], [5]]
 
 
-async def test_who_is_silent_counts_as_busier() -> None:
-    """A worker that has a job, and says nothing, is asked after those that have one more."""
-    workers = [Worker(0, {1: None}), Worker(1, dict.fromkeys([2, 3]))]
-    made = dispatcher(*workers)
-    workers[0].last_heard -= 1
-    put(made, some([4]))
-    assert [ids(each.batch) for each in workers] == [[], [4]]
-    # One that has no job has nothing to say.
-    workers = [Worker(0), Worker(1, {1: None})]
-    made = dispatcher(*workers)
-    workers[0].last_heard -= 1
-    put(made, some([4]))
-    assert [ids(each.batch) for each in workers] == [[4], []]
-
-
 async def test_one_after_the_other() -> None:
     """Jobs that come one by one go round among workers that finish them."""
     workers = [Worker(0), Worker(1), Worker(2)]
@@ -145,7 +126,8 @@ async def test_shares(loads: list[int], count: int, most: int, limit: int) -> No
     left = ids(made.queue)
     assert sorted([*handed, *left]) == ids(put_at_once)
     assert left == ids(put_at_once)[len(handed) :]
-    fair = -(-count // len(workers))
+    ready = sum(load < most for load in loads)
+    fair = -(-count // max(ready, 1))
     for worker in workers:
         assert ids(worker.batch) == sorted(ids(worker.batch))
         assert len(worker.batch) <= min(limit, fair)
@@ -254,7 +236,7 @@ async def test_room() -> None:
         assert woken == [0]
         made.withdraw(made.queue[0])
         await wait_all_tasks_blocked()
-        assert woken == [0, 1, 2]
+        assert sorted(woken) == [0, 1, 2]
     assert made.counters.withdrawn == 1
 
 

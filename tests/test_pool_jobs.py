@@ -42,6 +42,8 @@ async def test_even_shares(shared: Path) -> None:
             client, theirs = ends()
             client.receipt = await pool.submit(theirs)
             clients.append(client)
+            # One that has just got a job gets no other before it has asked for that.
+            await until(lambda: all(link.wants_more for link in pool._links()))
         for client in clients:
             assert client.receipt is not None
             assert await client.line() == [client.receipt.pid, client.receipt.id]
