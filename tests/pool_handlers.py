@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 import trio.lowlevel
 
-from trio_unixconn import Credentials
+from trio_unixconn import ConnectionBrokenError, Credentials
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -81,9 +81,11 @@ async def hold(stream: Any, job: Job) -> bytes:
     """Say the worker's pid and the job's number, then echo until the other end is closed."""
     note("began", job.id)
     try:
-        await stream.send_all(b"%d %d\n" % (os.getpid(), job.id))
-        async for data in stream:
-            await stream.send_all(data.upper())
+        # Clients that close before they have read what was sent reset the connection.
+        with suppress(ConnectionBrokenError):
+            await stream.send_all(b"%d %d\n" % (os.getpid(), job.id))
+            async for data in stream:
+                await stream.send_all(data.upper())
     except trio.Cancelled:
         note("cancelled", job.id)
         raise

@@ -70,6 +70,11 @@ def has_ended(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
+def null() -> int:
+    """Open a descriptor, for jobs that need one only to be jobs."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
 @attrs.define
 class Client:
     """One end of a connection, whose other end a handler has."""

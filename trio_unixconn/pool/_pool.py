@@ -263,9 +263,11 @@ class WorkerPool:
         Raises:
           PoolClosedError: the pool takes no more jobs.
         """
+        self._check_open()
         while self._dispatcher.free() <= 0:
-            self._check_open()
             await self._dispatcher.waiting.park()
+            # There is also room when all that waited was given up at the end.
+            self._check_open()
 
     def _check_open(self) -> None:
         if self._closed is not None:

@@ -1,0 +1,403 @@
+"""Jobs on their way: acknowledged, answered, waiting for room, cancelled."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pool_handlers
+import pytest
+import trio
+from helpers import until
+from pools import at_rest, check_sums, client_of, ends, lines, null, pids
+from trio.testing import wait_all_tasks_blocked
+
+from trio_unixconn import HandlerError, JobRefusedError, PoolClosedError, WorkerDiedError
+from trio_unixconn.pool import open_worker_pool
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_unixconn.pool import JobReceipt, WorkerPool
+
+pytestmark = pytest.mark.usefixtures("no_child_left")
+
+DO = "pool_handlers:do"
+HOLD = "pool_handlers:hold"
+
+
+################################################################
+# Acknowledged
+################################################################
+
+
+async def test_even_shares(shared: Path) -> None:
+    """Connections that stay open are spread evenly, and receipts say who has which."""
+    async with open_worker_pool(HOLD, workers=3) as pool, trio.open_nursery() as nursery:
+        clients = []
+        for _ in range(9):
+            client, theirs = ends()
+            client.receipt = await pool.submit(theirs)
+            clients.append(client)
+        for client in clients:
+            assert client.receipt is not None
+            assert await client.line() == [client.receipt.pid, client.receipt.id]
+        found = pool.statistics()
+        assert [each.in_flight for each in found.workers] == [3, 3, 3]
+        assert (found.submitted, found.acknowledged, found.in_flight) == (9, 9, 9)
+        check_sums(found)
+        for client in clients:
+            nursery.start_soon(client.end)
+        assert (await at_rest(pool)).handled == 9
+
+
+async def test_one_worker_only(shared: Path) -> None:
+    """A job for one worker goes to that one, whoever is less busy."""
+    async with open_worker_pool(HOLD, workers=2) as pool:
+        for _ in range(3):
+            client, theirs = ends()
+            receipt = await pool.submit(theirs, to=1)
+            assert (receipt.worker, receipt.pid) == (1, pids(pool)[1])
+            await client.end()
+
+
+async def test_many_at_once() -> None:
+    """Hundreds that are submitted at once are all handled, each once, by all workers."""
+    receipts: list[JobReceipt] = []
+
+    async def submit() -> None:
+        client, theirs = ends()
+        async with client.stream:
+            receipts.append(await pool.submit(theirs, data=b"x"))
+            told = await client.told()
+            assert (told["id"], told["pid"]) == (receipts[-1].id, receipts[-1].pid) or told["data"]
+
+    async with open_worker_pool("pool_handlers:tell", workers=2, max_in_flight=30) as pool:
+        async with trio.open_nursery() as nursery:
+            for _ in range(300):
+                nursery.start_soon(submit)
+        found = await at_rest(pool)
+        assert (found.submitted, found.acknowledged, found.handled) == (300, 300, 300)
+        assert len({each.id for each in receipts}) == 300
+        assert all(each.handled > 50 for each in found.workers)
+
+
+################################################################
+# Answered
+################################################################
+
+
+async def test_answers() -> None:
+    """What a handler returns is what a call returns, up to 16 MiB; so is what goes with it."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        assert await pool.call() == b"nothing to do"
+        assert await pool.call(null(), data=b"pid") == str(pids(pool)[0]).encode()
+        assert await pool.call(data=b"return much") == bytes(pool_handlers.LARGEST)
+    async with open_worker_pool("pool_handlers:length", workers=1) as pool:
+        for data in b"", memoryview(b"12345"), bytearray(100_000), bytes(pool_handlers.LARGEST):
+            assert int(await pool.call(data=data)) == len(data)
+
+
+async def test_no_answers(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that raises, or returns no bytes, is an error of its caller's; nobody else's."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with pytest.raises(HandlerError, match="RuntimeError: the handler says no") as caught:
+            await pool.call(data=b"raise")
+        assert "Traceback (most recent call last)" in caught.value.traceback
+        with pytest.raises(HandlerError, match="returned None, where bytes were due"):
+            await pool.call(data=b"return nothing")
+        with pytest.raises(HandlerError, match="returned 16777217 bytes"):
+            await pool.call(data=b"return too much")
+        with pytest.raises(HandlerError, match="KeyError: 'no such deed'"):
+            await pool.call(data=b"no such deed")
+        assert await pool.call() == b"nothing to do"
+        assert ((await at_rest(pool)).failed, pool.statistics().handled) == (4, 1)
+    assert caplog.messages == []
+
+
+async def test_a_job_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """A job that fails is logged, counted, and its stream closed."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        async with client_of(pool, data=b"raise") as client:
+            assert await client.read() == b""
+        assert (await at_rest(pool)).failed == 1
+    (message,) = caplog.messages
+    assert message.startswith("worker 0 (pid ")
+    assert message.endswith("RuntimeError: the handler says no")
+
+
+async def test_the_worker_of_a_call_dies(shared: Path) -> None:
+    """A call whose worker dies fails, and is not tried again; the next one works."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with pytest.raises(WorkerDiedError, match=r"exited with status 7 while it handled job 1"):
+            await pool.call(data=b"end")
+        assert await pool.call() == b"nothing to do"
+        found = await at_rest(pool)
+        assert (found.abandoned, found.deaths, found.restarts) == (1, 1, 1)
+
+
+################################################################
+# Waiting for room
+################################################################
+
+
+def has(receipts: list[JobReceipt], count: int) -> bool:
+    return len(receipts) >= count
+
+
+async def test_backpressure(shared: Path) -> None:
+    """No more jobs are in flight or wait than may; behind that, submit waits."""
+    receipts: list[JobReceipt] = []
+    async with (
+        open_worker_pool(HOLD, workers=2, max_in_flight=2, max_queue=3) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        clients = []
+
+        async def submit(theirs: Any) -> None:
+            receipts.append(await pool.submit(theirs))
+
+        for _ in range(10):
+            client, theirs = ends()
+            clients.append(client)
+            nursery.start_soon(submit, theirs)
+        await until(lambda: len(receipts) == 4)
+        await wait_all_tasks_blocked()
+        found = pool.statistics()
+        assert (found.in_flight, found.queued, found.submitted) == (4, 3, 7)
+        check_sums(found)
+        for done in range(1, 11):
+            began = [client for client in clients if client.stream.socket.is_readable()]
+            assert len(began) <= 4
+            for client in began[:1]:
+                clients.remove(client)
+                await client.end()
+            await until(partial(has, receipts, min(10, 4 + done)))
+            assert pool.statistics().in_flight <= 4
+        await at_rest(pool)
+    assert len({each.id for each in receipts}) == 10
+
+
+async def test_room_for_who_waits(shared: Path) -> None:
+    """Who waits for room, and is told that the pool drains, hears that the job was given up."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=1) as pool:
+        async with client_of(pool):
+            async with trio.open_nursery() as nursery:
+                waiting = [ends() for _ in range(2)]
+
+                async def submit(theirs: Any, said: str) -> None:
+                    with pytest.raises(JobRefusedError, match=said):
+                        await pool.submit(theirs)
+
+                nursery.start_soon(submit, waiting[0][1], "the pool ended first")
+                await wait_all_tasks_blocked()
+                nursery.start_soon(submit, waiting[1][1], "the pool is draining")
+                await wait_all_tasks_blocked()
+                await pool.drain(0)
+            for client, _ in waiting:
+                # It was the pool's, and is closed.
+                assert await client.read() == b""
+                await client.end()
+        with pytest.raises(PoolClosedError):
+            await pool.submit(0)
+        os.fstat(0)
+        check_sums(pool.statistics())
+
+
+################################################################
+# Cancelled
+################################################################
+
+
+async def test_cancelled_before_anything() -> None:
+    """Who is cancelled already has submitted nothing, but owns it no more."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        client, theirs = ends()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await pool.submit(theirs)
+        assert scope.cancelled_caught
+        async with client.stream:
+            assert await client.read() == b""
+        assert pool.statistics().submitted == 0
+
+
+async def test_withdrawn(shared: Path) -> None:
+    """A job that is cancelled while it waits is never handled, and its descriptor closed."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=2) as pool:
+        async with client_of(pool) as first, trio.open_nursery() as nursery:
+            pairs = [ends() for _ in range(3)]
+            scopes = [trio.CancelScope() for _ in pairs]
+
+            async def submit(number: int, to: int | None) -> None:
+                with scopes[number]:
+                    await pool.submit(pairs[number][1], to=to)
+
+            for number, to in enumerate([None, 0, None]):
+                nursery.start_soon(submit, number, to)
+                await wait_all_tasks_blocked()
+            # Two wait in the queue, the last for room.
+            assert (pool.statistics().queued, pool.statistics().submitted) == (2, 3)
+            for scope in reversed(scopes):
+                scope.cancel()
+            await wait_all_tasks_blocked()
+            assert all(scope.cancelled_caught for scope in scopes)
+            for client, _ in pairs:
+                assert await client.read() == b""
+                await client.end()
+            await first.end()
+        found = await at_rest(pool)
+        assert (found.withdrawn, found.handled) == (2, 1)
+    assert lines(shared / "began") == ["1"]
+
+
+async def test_cancelled_too_late(shared: Path) -> None:
+    """A job that was sent is not taken back: a cancelled submit waits, and returns."""
+    async with open_worker_pool(HOLD, workers=1) as pool:
+        (pid,) = pids(pool)
+        client, theirs = ends()
+        async with client.stream, trio.open_nursery() as nursery:
+            os.kill(pid, signal.SIGSTOP)
+            receipts: list[JobReceipt] = []
+            scope = trio.CancelScope()
+
+            async def submit() -> None:
+                with scope:
+                    receipts.append(await pool.submit(theirs))
+
+            nursery.start_soon(submit)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+            await wait_all_tasks_blocked()
+            assert receipts == []
+            os.kill(pid, signal.SIGCONT)
+            assert await client.line() == [pid, 1]
+            await until(lambda: bool(receipts))
+        assert not scope.cancelled_caught
+        found = await at_rest(pool)
+        assert (found.handled, found.withdrawn) == (1, 0)
+
+
+async def test_cancelled_and_comes_back(shared: Path) -> None:
+    """A job whose worker dies before it has it, and which was cancelled, goes to nobody else."""
+    async with open_worker_pool(HOLD, workers=2) as pool:
+        pid = pids(pool)[0]
+        client, theirs = ends()
+        async with client.stream, trio.open_nursery() as nursery:
+            os.kill(pid, signal.SIGSTOP)
+            scope = trio.CancelScope()
+
+            async def submit() -> None:
+                with scope:
+                    await pool.submit(theirs, to=0)
+
+            nursery.start_soon(submit)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+            os.kill(pid, signal.SIGKILL)
+            assert await client.read() == b""
+        assert scope.cancelled_caught
+        found = await at_rest(pool)
+        assert (found.withdrawn, found.retried, found.acknowledged) == (1, 0, 0)
+    assert lines(shared / "began") == []
+
+
+async def test_calls_that_are_cancelled(shared: Path) -> None:
+    """When a call is cancelled its handler is, wherever the job is; the call ends behind it."""
+    async with open_worker_pool(DO, workers=2, max_in_flight=50) as pool:
+        for number in range(200):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call_forever, pool)
+                for _ in range(number % 9):
+                    await trio.lowlevel.checkpoint()
+                # It is on its way now, or taken, or begun.
+                nursery.cancel_scope.cancel()
+        found = await at_rest(pool)
+        assert found.submitted > 100
+        assert found.failed + found.withdrawn == found.submitted
+        assert lines(shared / "began") == lines(shared / "ended")
+
+
+async def call_forever(pool: WorkerPool) -> None:
+    await pool.call(data=b"forever")
+
+
+async def test_a_call_that_is_cancelled_while_it_runs(shared: Path) -> None:
+    """A call that was begun ends when its handler has cleaned up; others go on."""
+    async with open_worker_pool(DO, workers=1) as pool, trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as calls:
+                calls.start_soon(call_forever, pool)
+                await until(lambda: len(lines(shared / "began")) == 1)
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert lines(shared / "ended") == ["1"]
+        assert await pool.call() == b"nothing to do"
+        # One that answers all the same has its answer returned.
+        answers: list[bytes] = []
+        late = trio.CancelScope()
+
+        async def call() -> None:
+            with late:
+                answers.append(await pool.call(data=b"stubborn"))
+
+        nursery.start_soon(call)
+        await until(lambda: len(lines(shared / "began")) == 2)
+        late.cancel()
+        await until(lambda: bool(answers))
+        assert answers == [b"all the same"]
+
+
+async def test_a_cancelled_call_whose_worker_dies(shared: Path) -> None:
+    """A call that is cancelled ends as cancelled, also if its worker dies before it has ended."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call_forever, pool)
+                await until(lambda: lines(shared / "began") == ["1"])
+                os.kill(pids(pool)[0], signal.SIGSTOP)
+                scope.cancel()
+                os.kill(pids(pool)[0], signal.SIGKILL)
+        assert scope.cancelled_caught
+        assert (await at_rest(pool)).abandoned == 1
+
+
+################################################################
+# Descriptors that are closed behind the pool's back
+################################################################
+
+
+async def test_closed_by_their_submitter(shared: Path) -> None:
+    """A descriptor that its submitter closes though it was the pool's costs that job only."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=2) as pool:
+        errors: list[JobRefusedError] = []
+        async with client_of(pool) as first, client_of(pool) as second:
+            async with trio.open_nursery() as nursery:
+                pairs = [ends() for _ in range(3)]
+                fds = [theirs.detach() for _, theirs in pairs]
+
+                async def submit(fd: int) -> None:
+                    try:
+                        await pool.submit(fd)
+                    except JobRefusedError as exc:
+                        errors.append(exc)
+
+                for fd in fds:
+                    nursery.start_soon(submit, fd)
+                    await wait_all_tasks_blocked()
+                os.close(fds[0])
+                os.close(fds[2])
+                await first.end()
+                await second.end()
+                assert (await pairs[1][0].line())[1] == 4
+                for client, _ in pairs:
+                    await client.end()
+            assert len(errors) == 2
+            assert all("its descriptor was closed" in str(each) for each in errors)
+        found = await at_rest(pool)
+        assert (found.handled, found.refused, found.deaths) == (3, 2, 0)
+    # What may be open under the number by now is not closed.
+    gc.collect()
