@@ -156,6 +156,8 @@ async def main(order: dict[str, Any]) -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 nursery.start_soon(answer, accepting, json.loads(line))
+        # Who has started this is gone.
+        nursery.cancel_scope.cancel()
 
 
 async def answer(accepting: Accepting, command: dict[str, Any]) -> None:

@@ -35,6 +35,8 @@ from deaths import (
 from rich.console import Console
 from rich.table import Table
 
+# What no scene takes, in seconds, unless somebody waits in vain.
+LONGEST = 300
 MARKDOWN = Path(__file__).with_suffix(".md")
 
 SCENES: dict[str, Any] = {
@@ -81,7 +83,8 @@ async def play(name: str, sizes: Sizes, seed: int) -> Result:
     scene = SCENES[name]
     begin = time.monotonic()
     try:
-        figures = await scene(sizes, seed)
+        with trio.fail_after(LONGEST):
+            figures = await scene(sizes, seed)
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
         traceback.print_exception(exc)
         figures = [none("ended by an error", [repr(exc)])]

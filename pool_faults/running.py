@@ -31,6 +31,8 @@ WORKERS = 4
 # For what has no event that is seen from here: a look, again and again.
 LOOK = 0.02
 PATIENCE = 60
+# Who draws at random kills five in turn at one place now and then, with which a pool would end.
+_CRASH_LIMIT = 100
 
 
 async def until(holds: Callable[[], Any]) -> None:
@@ -147,6 +149,8 @@ class Running:
             some = [each for each in self.workers() if each not in but]
             if some and outside.send_to_child(pid := rng.choice(some), self.pid, number):
                 return pid
+            if self.process.poll() is not None:
+                raise ServerGoneError(self.log()[-2000:])
             # All are dead: the pool is about to start others.
             await trio.sleep(LOOK)
 
@@ -219,7 +223,7 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
             "way": way,
             "handler": f"target:{handler}",
             "unix": str(folder / "socket"),
-            "options": {"workers": WORKERS, **options},
+            "options": {"workers": WORKERS, "crash_limit": _CRASH_LIMIT, **options},
         }
         with (folder / "log").open("wb") as log:
             process = await trio.lowlevel.open_process(

@@ -106,7 +106,7 @@ def big() -> Status:
         STATISTICS, workers=workers, queued=10**5, in_flight=10**5, handled=10**10, failed=10**6
     )
     sampler = Sampler()
-    before = attrs.evolve(pool, workers=[attrs.evolve(workers[0], handled=999 * 10**6)])
+    before = attrs.evolve(pool, workers=(attrs.evolve(workers[0], handled=999 * 10**6),))
     sampler.take(Sample(0, before, 0, 0))
     return sampler.take(Sample(1, pool, 10**9, 10**9))
 

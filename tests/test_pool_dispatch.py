@@ -31,7 +31,7 @@ class Worker:
 
     index: int
     in_flight: dict[int, None] = attrs.field(factory=dict[int, None])
-    taken: int = 0
+    recent: int = 0
     limit: int = 64
     state: str = "ready"
     batch: list[Delivery] = attrs.field(factory=list[Delivery])
@@ -48,7 +48,6 @@ class Worker:
 
     def acknowledge(self) -> None:
         self.in_flight.update(dict.fromkeys(each.id for each in self.batch))
-        self.taken += len(self.batch)
         self.batch = []
 
     def finish(self) -> None:
@@ -86,7 +85,7 @@ async def test_the_least_busy_is_next() -> None:
     """A job goes to the worker that has the fewest; among those, to who has had the fewest."""
     workers = [
         Worker(0, dict.fromkeys([1, 2])),
-        Worker(1, {3: None}, taken=9),
+        Worker(1, {3: None}, recent=9),
         Worker(2, {4: None}),
     ]
     made = dispatcher(*workers)
@@ -103,7 +102,7 @@ async def test_one_after_the_other() -> None:
         for each in workers:
             each.acknowledge()
             each.finish()
-    assert [each.taken for each in workers] == [10, 10, 10]
+    assert [each.recent for each in workers] == [10, 10, 10]
 
 
 @given(
@@ -302,3 +301,14 @@ async def test_clear() -> None:
         with pytest.raises(JobRefusedError, match="the pool ended first"):
             raise each.outcome
     assert made.counters.refused == 3
+
+
+async def test_what_was_long_ago_counts_less() -> None:
+    """A new worker is not handed all jobs until it has had as many as the others ever had."""
+    old, new = Worker(0, recent=250), Worker(1)
+    made = dispatcher(old, new)
+    put(made, some(range(1, 129)))
+    made.pump()
+    assert (old.recent, new.recent) == (314 // 2, 64 // 2)
+    for each in made.queue:
+        each.close()

@@ -446,10 +446,13 @@ async def test_a_listener_that_somebody_closes_while_there_is_no_room() -> None:
             await trio.sleep_forever()
 
 
-async def test_a_listener_that_somebody_closes_in_a_drain() -> None:
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_listener_that_somebody_closes_in_a_drain(*, waits: bool) -> None:
     """There is nothing left to accept then, and the drain comes to its end."""
     listener = await tcp()
     async with serving("echo", listener) as server:
+        if waits:
+            await wait_all_tasks_blocked()
         server.drain()
         await listener.aclose()
 

@@ -1,7 +1,7 @@
 """The jobs that wait, and which worker gets which.
 
 The rule of this file: a job is in the queue or with one worker, never both; the least busy
-worker is next, and among those the one that has had the fewest.
+worker is next, and among those the one that has had the fewest lately.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _LARGE: Final = 16 * 1024
+# How many jobs a worker is handed until what it was handed before counts half.
+_RECENT: Final = 256
 
 
 class Dispatcher:
@@ -80,9 +82,9 @@ class Dispatcher:
             return
         if self.bound:
             ready = [link for link in ready if not self._hand_over_bound(link)]
-        ranked = sorted((len(link.in_flight), link.taken, link.index, link) for link in ready)
+        ranked = sorted((len(link.in_flight), link.recent, link.index, link) for link in ready)
         if waiting == 1 and ranked:
-            ranked[0][-1].hand_over([self.queue.popleft()])
+            self._hand_over(ranked[0][-1], [self.queue.popleft()])
         elif waiting:
             self._share_out([(link, load) for load, _, _, link in reversed(ranked)])
         self._room()
@@ -94,7 +96,7 @@ class Dispatcher:
         share: list[Delivery] = []
         while mine and not (share and self._is_full(link, share, link.limit)):
             share.append(mine.popleft())
-        link.hand_over(share)
+        self._hand_over(link, share)
         if not mine:
             del self.bound[link.index]
         return True
@@ -116,7 +118,15 @@ class Dispatcher:
                 at -= 1
             ready.insert(at, (link, load + 1))
         for link, share in shares.items():
-            link.hand_over(share)
+            self._hand_over(link, share)
+
+    def _hand_over(self, link: Link, share: list[Delivery]) -> None:
+        link.hand_over(share)
+        link.recent += len(share)
+        if link.recent > _RECENT:
+            # Older ones count less and less: who is new need not catch up with all of them.
+            for each in self.links.values():
+                each.recent //= 2
 
     def _is_full(self, link: Link, share: list[Delivery], most: int) -> bool:
         # Many bytes are sent alone: who waits for the next should not wait for them.

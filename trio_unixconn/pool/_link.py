@@ -85,6 +85,7 @@ class Link:
       in_flight: what it has acknowledged, and not finished: by number, the delivery if its
         answer is awaited.
       limit: how many jobs it may be handed at once.
+      recent: how many jobs it was handed lately; the dispatcher counts.
       wants_more: whether it has asked for jobs, and got none since.
       resting: whether it has just refused a job, for want of descriptors.
       error: why it has ended, or could not start.
@@ -105,6 +106,7 @@ class Link:
         self.last_heard: float = trio.current_time()
         self.started: float = math.inf
         self.taken: int = 0
+        self.recent: int = 0
         self.handled: int = 0
         self.failed: int = 0
         self.settled: trio.Event = trio.Event()

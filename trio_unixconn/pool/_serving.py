@@ -141,6 +141,8 @@ class WorkerServer:
             try:
                 await trio.lowlevel.wait_readable(raw)
             except (ValueError, trio.ClosedResourceError) as exc:
+                if self._accepting.cancel_called:
+                    return
                 raise ConnectionClosedError("somebody else has closed this listener") from exc
             await self._accept_waiting(listener, asking)
 

@@ -1,0 +1,776 @@
+"""``trio-unixconn serve``, run as a user runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pyte
+import pytest
+from commands import COMMAND, ended, run, started
+
+from trio_unixconn._cli.reloading import folders_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+APP = """
+import trio
+
+ANSWER = b"one"
+
+async def once(stream, job):
+    await stream.receive_some(100)
+    await stream.send_all(ANSWER)
+
+async def hold(stream, job):
+    await stream.send_all(b"held")
+    await stream.receive_some(100)
+    await stream.send_all(ANSWER)
+
+async def die(stream, job):
+    import os
+    os.kill(os.getpid(), 9)
+
+async def fail(stream, job):
+    await stream.receive_some(100)
+    raise RuntimeError("not today")
+"""
+
+
+def hear_signals() -> None:
+    """Whoever started these tests in the background may have had them ignored."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Make a folder with a module of handlers, to stand in."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "app.py").write_text(APP)
+    return folder
+
+
+@attrs.define
+class Served:
+    """A server's process, and the lines that it has printed."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    lines: list[str] = attrs.field(factory=list[str])
+
+    def line(self, text: str) -> str:
+        """Read until a line has that in it, and return it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(("".join(self.lines), ended(self.process)))
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def drained(self) -> str:
+        """Have it drain, and return what it has printed since."""
+        self.send(signal.SIGTERM)
+        done = ended(self.process)
+        assert done.returncode == 0, done
+        assert done.stderr == ""
+        return str(done.stdout)
+
+
+@contextmanager
+def serving(
+    project: Path, handler: str, *arguments: str, **options: Any
+) -> Generator[Served, None, None]:
+    """Serve at ``s`` with one worker, from when it is ready on."""
+    # Compiled files are told from newer sources only by whole seconds and sizes.
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
+    with started(
+        *("serve", f"app:{handler}", "--bind", "unix:s", "--workers", "1", *arguments),
+        **{"cwd": project, "env": env, "preexec_fn": hear_signals, **options},
+    ) as process:
+        served = Served(process, project)
+        served.line("ready: ")
+        yield served
+
+
+def connected(address: Any) -> socket.socket:
+    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+    client = socket.socket(socket.AF_UNIX if isinstance(address, (str, bytes)) else family)
+    client.settimeout(60)
+    client.connect(address)
+    return client
+
+
+def answer(address: Any) -> bytes:
+    """Send a byte, and return all that comes."""
+    with connected(address) as client:
+        client.sendall(b"x")
+        return rest_of(client)
+
+
+def rest_of(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+################################################################
+# Serving, and the end
+################################################################
+
+
+def test_several_binds(project: Path) -> None:
+    """Each kind of address is served and printed as it is, and a drain ends with status 0."""
+    name = f"@trio_unixconn-{os.getpid()}"
+    binds = ["tcp:127.0.0.1:0", "tcp:[::1]:0", f"unix:{name}", f"unix:{project}/%61bs"]
+    arguments = [part for each in binds for part in ("--bind", each)]
+    with serving(project, "once", *arguments, "--mode", "640") as served:
+        text = "".join(served.lines)
+        four = re.search(r"listening at tcp:127\.0\.0\.1:(\d+)\n", text)
+        six = re.search(r"listening at tcp:\[::1\]:(\d+)\n", text)
+        assert four
+        assert six
+        assert f"listening at unix:{name}\n" in text
+        assert f"serves app:once (pid {served.process.pid})" in text
+        addresses: list[Any] = [("127.0.0.1", int(four[1])), ("::1", int(six[1]), 0, 0)]
+        addresses += ["\0" + name[1:], str(project / "abs"), str(project / "s")]
+        for each in addresses:
+            assert answer(each) == b"one"
+        assert (project / "abs").stat().st_mode & 0o777 == 0o640
+        told = served.drained()
+    assert re.search(r"INFO: SIGTERM: draining, with \d in flight and 0 queued", told)
+    assert "drained: 5 accepted, 0 denied, 5 handled, 0 failed, 0 abandoned, 0 refused" in told
+    assert sorted(path.name for path in project.iterdir()) == ["app.py"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signals) -> None:
+    """Who is being handled, or waits, is answered, and the exit status is 0."""
+    with serving(project, "hold", "--max-in-flight", "1") as served:
+        first, second = connected(str(project / "s")), connected(str(project / "s"))
+        with first, second:
+            assert first.recv(4) == b"held"
+            served.send(number)
+            assert f"{number.name}: draining, with 1 in flight" in served.line("draining")
+            # One restart more or less makes no difference to who drains.
+            served.send(signal.SIGHUP)
+            for client in (first, second):
+                client.sendall(b"x")
+                assert rest_of(client).endswith(b"one")
+        done = ended(served.process)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "drained: 2 accepted, 0 denied, 2 handled" in done.stdout
+
+
+def test_the_second_signal(project: Path) -> None:
+    """It ends at once, with the signal's exit status, though a handler is at work."""
+    with serving(project, "hold") as served, connected(str(project / "s")) as client:
+        assert client.recv(4) == b"held"
+        served.send(signal.SIGTERM)
+        served.line("draining")
+        served.send(signal.SIGINT)
+        done = ended(served.process)
+        assert done.returncode == 128 + signal.SIGINT
+        assert done.stderr == "trio-unixconn: interrupted\n"
+    assert not (project / "s").exists()
+
+
+def test_a_drain_has_a_deadline(project: Path) -> None:
+    """After --drain-timeout a handler is cancelled, which is counted, and the status is 0."""
+    with (
+        serving(project, "hold", "--drain-timeout", "0.1") as served,
+        connected(str(project / "s")) as client,
+    ):
+        assert client.recv(4) == b"held"
+        told = served.drained()
+    assert "1 failed" in told
+
+
+def test_a_signal_before_it_is_ready(project: Path) -> None:
+    """It ends at once, and nothing is left, also not a worker that is being started."""
+    (project / "slow.py").write_text("import time; time.sleep(1000)")
+    with started(
+        *("serve", "slow:handler", "--bind", "unix:s", "--stats-socket", "stats"),
+        cwd=project,
+        preexec_fn=hear_signals,
+    ) as process:
+        Served(process, project).line("listening at unix:s")
+        process.send_signal(signal.SIGTERM)
+        done = ended(process)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "trio-unixconn: ended by SIGTERM\n"
+    assert {path.name for path in project.iterdir()} == {"app.py", "slow.py"}
+
+
+def test_ignored_signals_stay_ignored(project: Path) -> None:
+    """What nohup has ignored restarts nothing."""
+
+    def nohup() -> None:
+        hear_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with serving(project, "once", preexec_fn=nohup) as served:
+        served.send(signal.SIGHUP)
+        assert answer(str(project / "s")) == b"one"
+        assert "restart" not in served.drained()
+
+
+def test_nobody_reads_what_it_says(project: Path) -> None:
+    """Once its standard output is closed by who read it, the server goes on in silence."""
+    with serving(project, "fail") as served:
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+        for _ in range(3):
+            assert answer(str(project / "s")) == b""
+        served.send(signal.SIGTERM)
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
+        assert served.process.wait(60) == 0
+        served.process.stdout = None
+
+
+def test_from_a_script(project: Path) -> None:
+    """The current directory is found also where Python has only the script's folder."""
+    script = project.parent / "script.py"
+    script.write_text("from trio_unixconn.__main__ import main\nmain()\n")
+    with subprocess.Popen(
+        [sys.executable, script, "serve", "app:once", "--bind", "unix:s", "--workers", "1"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,  # noqa: PLW1509
+    ) as process:
+        served = Served(process, project)
+        served.line("ready: ")
+        assert answer(str(project / "s")) == b"one"
+        served.drained()
+
+
+################################################################
+# Restarts and deaths
+################################################################
+
+
+def test_restart(project: Path) -> None:
+    """SIGHUP brings in the new code; while that is broken, the old workers go on."""
+    with serving(project, "once") as served:
+        served.send(signal.SIGHUP)
+        assert "SIGHUP: restarting" in served.line("restarting")
+        assert "restarted: workers " in served.line("restarted")
+        (project / "app.py").write_text(APP.replace("one", "the second"))
+        served.send(signal.SIGHUP)
+        served.line("restarted")
+        assert answer(str(project / "s")) == b"the second"
+        (project / "app.py").write_text("this is no Python")
+        served.send(signal.SIGHUP)
+        served.line("ERROR")
+        served.line("SyntaxError")
+        served.line("the old workers go on")
+        assert answer(str(project / "s")) == b"the second"
+        (project / "app.py").write_text(APP.replace("one", "the third"))
+        served.send(signal.SIGHUP)
+        served.line("restarted")
+        assert answer(str(project / "s")) == b"the third"
+        assert "3 accepted, 0 denied, 3 handled" in served.drained()
+
+
+def test_restarts_do_not_pile_up(project: Path) -> None:
+    """While one restart is under way and another waits, a third is that one."""
+    gate = project / "gate"
+    (project / "app.py").write_text(
+        APP + "\nimport os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"
+    )
+    with serving(project, "once") as served:
+        gate.touch()
+        # The first is under way when it says so; whether the next signals come as one is the
+        # kernel's to say.
+        served.send(signal.SIGHUP)
+        served.line("restarting")
+        os.set_blocking(served.process.stdout.fileno(), False)  # type: ignore[union-attr]
+        said = ""
+
+        def is_said() -> bool:
+            nonlocal said
+            served.send(signal.SIGHUP)
+            with suppress(BlockingIOError, TypeError):
+                said += os.read(served.process.stdout.fileno(), 4096).decode()  # type: ignore[union-attr]
+            return "a restart is waiting already" in said
+
+        until(is_said)
+        gate.unlink()
+        os.set_blocking(served.process.stdout.fileno(), True)  # type: ignore[union-attr]
+        served.line("restarted")
+        served.line("restarted")
+        served.drained()
+
+
+def test_a_worker_that_is_killed(project: Path) -> None:
+    """It is said and replaced, and the server goes on."""
+    with serving(project, "once") as served:
+        pid = int(re.findall(r"workers (\d+)", served.lines[-1])[0])
+        os.kill(pid, signal.SIGKILL)
+        line = served.line("SIGKILL")
+        assert "WARNING" in line
+        assert "another is started" in line
+        assert answer(str(project / "s")) == b"one"
+        served.drained()
+
+
+def test_workers_that_cannot_live(project: Path) -> None:
+    """A crash loop ends the server with its cause, and exit status 1; no traceback of ours."""
+
+    def deaf() -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+
+    arguments = ("--crash-limit", "1")
+    with serving(project, "die", *arguments, preexec_fn=deaf) as served:
+        with suppress(ConnectionError):
+            answer(str(project / "s"))
+        done = ended(served.process)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first.startswith("trio-unixconn: 1 workers in turn died")
+    assert "SIGKILL" in second
+    assert not (project / "s").exists()
+
+
+def test_a_handler_that_cannot_be_imported(project: Path) -> None:
+    """The worker's traceback, one clear line, exit status 1, and nothing is left."""
+    (project / "broken.py").write_text("import nothing_of_that_name\n")
+    arguments = ("--bind", "unix:s", "--stats-socket", "stats", "--workers", "2")
+    done = run("serve", "broken:handler", *arguments, cwd=project)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines.count(lines[0]) == 1
+    assert "import nothing_of_that_name" in done.stderr
+    assert re.fullmatch(
+        r"trio-unixconn: worker \d could not start: "
+        r"ModuleNotFoundError: No module named 'nothing_of_that_name'",
+        lines[-1],
+    )
+    assert "_cli" not in done.stderr
+    assert {path.name for path in project.iterdir()} <= {"app.py", "broken.py", "__pycache__"}
+
+
+################################################################
+# Mistakes
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bind", "127.0.0.1:80"], "tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N or systemd is"),
+        (["--bind", "fd:x"], "fd:N or systemd is due"),
+        (["--bind", "tcp::8000"], "every address of this machine is 0.0.0.0 or [::]"),
+        (["--bind", "tcp:::1:8000"], "with an address of IPv6 in brackets"),
+        (["--bind", "tcp:8000"], "tcp:HOST:PORT is due"),
+        (["--bind", "tcp:localhost:http"], "a port is a number from 0 to 65535"),
+        (["--bind", "tcp:localhost:65536"], "a port is a number"),
+        (["--bind", "unix:"], "is not the address of a Unix socket"),
+        (["--bind", "unix:what=ever"], "does not name one socket"),
+        (["--bind", "unix:@"], "without a character"),
+        (["--bind", "unix:s", "--mode", "rw"], "permission bits in octal"),
+        (["--bind", "unix:s", "--mode", "7777"], "permission bits in octal"),
+        (["--bind", "unix:s", "--workers", "0"], "workers must be at least 1, not 0"),
+        (["--bind", "unix:s", "--hang-timeout", "0"], "hang_timeout must be more than 0"),
+        (["--bind", "unix:s", "--setup", "app.x"], "package.module:name"),
+        (["--bind", "unix:s", "--stats-socket", "unix:x"], "not the address"),
+        ([], "--bind"),
+    ],
+)
+def test_what_cannot_be_asked_for(project: Path, arguments: list[str], said: str) -> None:
+    """A wrong argument is a line and exit status 2, before anything is opened."""
+    done = run("serve", "app:once", *arguments, cwd=project, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in project.iterdir()] == ["app.py"]
+
+
+def test_a_handler_without_a_module(project: Path) -> None:
+    """What names no handler is exit status 2."""
+    done = run("serve", "app", "--bind", "unix:s", cwd=project)
+    assert done.returncode == 2
+    assert 'package.module:name", not ' in done.stderr
+
+
+def test_where_somebody_listens(project: Path) -> None:
+    """An address that is taken is a line that names it, and exit status 1."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind(str(project / "taken"))
+        unix.listen()
+        bind = f"tcp:127.0.0.1:{tcp.getsockname()[1]}"
+        for each, name in ((bind, bind), ("unix:taken", "taken")):
+            done = run("serve", "app:once", "--bind", "unix:s", "--bind", each, cwd=project)
+            assert done.returncode == 1
+            assert re.match(rf"trio-unixconn: .*{re.escape(name)}: .* in use", done.stderr)
+            assert len(done.stderr.splitlines()) == 1
+            assert not (project / "s").exists()
+
+
+################################################################
+# Sockets that are open already
+################################################################
+
+
+@contextmanager
+def listening(family: int, address: Any) -> Generator[socket.socket, None, None]:
+    with socket.socket(family) as sock:
+        sock.bind(address)
+        sock.listen()
+        yield sock
+
+
+def test_descriptors(project: Path) -> None:
+    """Inherited sockets of both kinds are served; they stay open for the others."""
+    with (
+        listening(socket.AF_INET, ("127.0.0.1", 0)) as tcp,
+        listening(socket.AF_UNIX, str(project / "u")) as unix,
+    ):
+        fds = [tcp.fileno(), unix.fileno()]
+        arguments = [part for fd in fds for part in ("--bind", f"fd:{fd}")]
+        with serving(project, "once", *arguments, pass_fds=fds) as served:
+            text = "".join(served.lines)
+            assert f"listening at tcp:127.0.0.1:{tcp.getsockname()[1]}\n" in text
+            assert f"listening at unix:{project / 'u'}\n" in text
+            assert answer(tcp.getsockname()) == answer(str(project / "u")) == b"one"
+            served.drained()
+        assert (project / "u").exists()
+        connected(tcp.getsockname()).close()
+
+
+def test_another_kind_of_socket(project: Path) -> None:
+    """A stream socket of another family is printed as Python names it."""
+    if not hasattr(socket, "AF_VSOCK"):
+        pytest.skip("there are no such sockets")
+    try:
+        sock = socket.socket(socket.AF_VSOCK)
+        sock.bind((socket.VMADDR_CID_ANY, 0xFFFF_FFFF))
+        sock.listen()
+    except OSError as exc:
+        pytest.skip(f"there are no such sockets: {exc}")
+    with (
+        closing(sock),
+        serving(project, "once", "--bind", f"fd:{sock.fileno()}", pass_fds=[sock.fileno()]) as it,
+    ):
+        assert f"listening at {sock.getsockname()}\n" in "".join(it.lines)
+        it.drained()
+
+
+def test_what_systemd_passes(project: Path) -> None:
+    """LISTEN_FDS from 3 on are served, and the workers see nothing of it."""
+    (project / "app.py").write_text(
+        APP.replace(
+            'b"one"', 'repr([x for x in __import__("os").environ if "LISTEN" in x]).encode()'
+        )
+    )
+    with listening(socket.AF_INET, ("127.0.0.1", 0)) as tcp:
+        program = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='x'); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        )
+        arguments = ["serve", "app:once", "--bind", "systemd", "--workers", "1"]
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(tcp.fileno()), *COMMAND[1:], *arguments],
+            cwd=project,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=[tcp.fileno()],
+            preexec_fn=hear_signals,  # noqa: PLW1509
+        ) as process:
+            served = Served(process, project)
+            served.line("ready: ")
+            assert answer(tcp.getsockname()) == b"[]"
+            served.drained()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "no sockets were passed (LISTEN_FDS)"),
+        ({"LISTEN_FDS": "0"}, "no sockets were passed"),
+        ({"LISTEN_FDS": "x"}, "no sockets were passed"),
+        ({"LISTEN_FDS": "1", "LISTEN_PID": "1"}, "were passed to process '1' (LISTEN_PID)"),
+    ],
+)
+def test_systemd_has_passed_nothing(project: Path, variables: dict[str, str], said: str) -> None:
+    """Sockets that are not there, or another's, are a line and exit status 1."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
+    done = run("serve", "app:once", "--bind", "systemd", cwd=project, env={**env, **variables})
+    assert done.returncode == 1
+    assert done.stderr.startswith("trio-unixconn: systemd: ")
+    assert said in done.stderr
+
+
+def test_descriptors_that_cannot_be(project: Path) -> None:
+    """A descriptor that is closed, no socket, or no listener is a line that names it."""
+    with (
+        socket.socket(socket.AF_UNIX) as unix,
+        socket.socket(socket.AF_INET) as tcp,
+        open(project / "app.py") as file,
+        listening(socket.AF_UNIX, str(project / "u")) as good,
+    ):
+        fds = [each.fileno() for each in (unix, tcp, file, good)]
+        for fd, said in (
+            (99999, "descriptor 99999 is not open: whoever starts this has to pass it on"),
+            (fds[0], "a listening Unix stream socket is due"),
+            (fds[1], "SocketListener requires a listening socket"),
+            (fds[2], "Socket operation on non-socket"),
+        ):
+            arguments = ("--bind", f"fd:{fds[3]}", "--bind", f"fd:{fd}")
+            done = run("serve", "app:once", *arguments, cwd=project, pass_fds=fds)
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"trio-unixconn: fd:{fd}: ")
+            assert said in done.stderr
+        # The same one twice.
+        arguments = ("--bind", f"fd:{fds[3]}") * 2
+        done = run("serve", "app:once", *arguments, cwd=project, pass_fds=fds)
+        assert (done.returncode, "is not open" in done.stderr) == (1, True)
+
+
+################################################################
+# Statistics
+################################################################
+
+
+def test_statistics(project: Path) -> None:
+    """The socket answers while the server runs, and also while it drains; then it is gone."""
+    with serving(project, "hold", "--stats-socket", "stats") as served:
+        assert any("statistics at unix:stats" in line for line in served.lines)
+        path = str(project / "stats")
+        assert os.stat(path).st_mode & 0o777 == 0o600
+
+        def document() -> Any:
+            with connected(path) as client:
+                client.sendall(b"json\n")
+                return json.loads(rest_of(client))
+
+        with connected(str(project / "s")) as client:
+            assert client.recv(4) == b"held"
+            assert document()["accepted"] == 1
+            served.send(signal.SIGTERM)
+            served.line("draining")
+            assert document()["in_flight"] == 1
+            client.sendall(b"x")
+            assert rest_of(client) == b"one"
+        assert ended(served.process).returncode == 0
+    assert [each.name for each in project.iterdir()] == ["app.py"]
+
+
+################################################################
+# On a terminal
+################################################################
+
+
+class Terminal:
+    """A terminal of 80 columns with a server in front of it."""
+
+    def __init__(self, project: Path, *arguments: str, **environment: str) -> None:
+        self.screen = pyte.HistoryScreen(80, 30, history=1000)
+        self._stream = pyte.ByteStream(self.screen)
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
+        env = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+        }
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", "app:once", "--bind", "unix:s", "--workers", "2", *arguments],
+            cwd=project,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**env, "TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            preexec_fn=hear_signals,  # noqa: PLW1509
+        )
+        os.close(slave)
+
+    def read(self) -> bool:
+        """Read what comes; False at its end."""
+        if select.select([self._master], [], [], 0.05)[0]:
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:
+                return False
+            self._stream.feed(data)
+        return True
+
+    def shows(self, text: str) -> str:
+        """Wait until that is on the screen; return all of it."""
+        until(lambda: self.read() and text in self.text())
+        return self.text()
+
+    def text(self) -> str:
+        before = [
+            "".join(line[column].data for column in range(80)).rstrip()
+            for line in self.screen.history.top
+        ]
+        return "\n".join([*before, *(line.rstrip() for line in self.screen.display)])
+
+    def end(self) -> str:
+        while self.read():
+            pass
+        assert self.process.wait(60) == 0
+        return self.text()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_the_table(project: Path) -> None:
+    """A terminal shows the workers and the totals, with what is logged above, and the summary."""
+    with closing(Terminal(project)) as terminal:
+        first = terminal.shows("workers ")
+        assert "app:once, starting" in first or "app:once, up" in first
+        terminal.shows("app:once, up 0:00:0")
+        for _ in range(3):
+            assert answer(str(project / "s")) == b"one"
+        text = terminal.shows("handled 3 (")
+        assert "accepted 3 (" in text
+        header = next(line for line in text.splitlines() if "in flight  " in line)
+        assert header.split() == [
+            *("#", "pid", "state", "in", "flight", "handled", "per", "s", "restarts", "memory")
+        ]
+        rows = [line.split() for line in text.splitlines() if " ready " in line]
+        assert [row[0] for row in rows] == ["0", "1"]
+        assert sum(int(row[4]) for row in rows) == 3
+        assert all(row[-1] == "MiB" for row in rows)
+        terminal.process.send_signal(signal.SIGHUP)
+        text = terminal.shows("restarted: workers ")
+        text = terminal.shows("restarts 2")
+        terminal.process.send_signal(signal.SIGTERM)
+        text = terminal.end()
+    # One table is left, the last, with the log above and the summary below.
+    assert text.count("app:once, draining, up") == 1
+    assert text.count("in flight  ") == 1
+    order = [
+        "serves app:once",
+        "restarting",
+        "SIGTERM: draining",
+        "in flight  ",
+        "drained: 3 accep",
+    ]
+    places = [text.index(each) for each in order]
+    assert places == sorted(places)
+    assert not (project / "s").exists()
+
+
+@pytest.mark.parametrize(("arguments", "environment"), [(["--plain"], {}), ([], {"TERM": "dumb"})])
+def test_plain_lines_on_a_terminal(
+    project: Path, arguments: list[str], environment: dict[str, str]
+) -> None:
+    """With --plain, or on a terminal that can only print, there is no table."""
+    with closing(Terminal(project, *arguments, **environment)) as terminal:
+        terminal.shows("ready: workers ")
+        terminal.process.send_signal(signal.SIGTERM)
+        text = terminal.end()
+    assert "drained: 0 accepted" in text.replace("\n", "")
+    assert "memory" not in text
+
+
+################################################################
+# Reloading
+################################################################
+
+
+def changed_until(served: Served, path: Path, text: str, answers: bytes) -> None:
+    """Write a file again and again until it is noticed: the watch may not have begun."""
+
+    def is_new() -> bool:
+        if answer(str(served.folder / "s")) == answers:
+            return True
+        path.write_text(text)
+        time.sleep(0.3)
+        return False
+
+    until(is_new)
+
+
+def test_reload(project: Path) -> None:
+    """A changed file restarts the workers; a broken one is logged, and the old ones go on."""
+    with serving(project, "once", "--reload") as served:
+        assert f"watching {project}\n" in served.line("watching")
+        changed_until(served, project / "app.py", APP.replace("one", "two"), b"two")
+        assert f"changed: {project / 'app.py'}: restarting" in served.line("changed")
+        served.line("restarted")
+        (project / "app.py").write_text("this is no Python")
+        served.line("SyntaxError")
+        served.line("the old workers go on")
+        assert answer(str(project / "s")) == b"two"
+        # What is no Python file is of no interest.
+        (project / "notes.txt").write_text("x")
+        changed_until(served, project / "app.py", APP.replace("one", "three"), b"three")
+        told = served.drained()
+    assert "notes.txt" not in told
+    assert "drained" in told
+
+
+def test_reload_of_a_package_elsewhere(project: Path) -> None:
+    """The folder of the handler's package is watched, too."""
+    package = project.parent / "elsewhere" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "app.py").write_text(APP)
+    with started(
+        *("serve", "package.app:once", "--bind", "unix:s", "--workers", "1", "--reload"),
+        cwd=project,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
+        },
+        preexec_fn=hear_signals,
+    ) as process:
+        served = Served(process, project)
+        served.line("ready: ")
+        assert f"watching {project}, {package}\n" in served.line("watching")
+        changed_until(served, package / "app.py", APP.replace("one", "two"), b"two")
+        served.drained()
+
+
+@pytest.mark.parametrize("handler", ["sys:exit", "nothing_there:handler", "app:once"])
+def test_what_is_watched_besides(
+    project: Path, handler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a module without a file, without itself, or in the current directory: only that."""
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    assert folders_of(handler) == [str(project)]
