@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from collections.abc import Generator as Yields
 from pathlib import Path
@@ -153,11 +154,15 @@ def test_workers_end_with_their_parent(key: str, tmp_path: Path) -> None:
     try:
         assert server.port
         members = family(server.pid)
+        pidfds = [os.pidfd_open(pid) for pid in members]
         os.kill(server.pid, signal.SIGKILL)
     finally:
         server.close()
     assert len(members) == 5
-    assert not [pid for pid in members if os.path.exists(f"/proc/{pid}/exe")]
+    for pidfd in pidfds:
+        # It is readable when the process has ended.
+        assert select.select([pidfd], [], [], 60)[0]
+        os.close(pidfd)
 
 
 def test_who_fails_has_last_words(tmp_path: Path) -> None:

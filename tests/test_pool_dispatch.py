@@ -31,10 +31,9 @@ class Worker:
 
     index: int
     in_flight: dict[int, None] = attrs.field(factory=dict[int, None])
-    taken: int = 0
+    recent: int = 0
     limit: int = 64
     state: str = "ready"
-    last_heard: float = 0.0
     batch: list[Delivery] = attrs.field(factory=list[Delivery])
 
     def has_room(self, most: int) -> bool:
@@ -49,7 +48,6 @@ class Worker:
 
     def acknowledge(self) -> None:
         self.in_flight.update(dict.fromkeys(each.id for each in self.batch))
-        self.taken += len(self.batch)
         self.batch = []
 
     def finish(self) -> None:
@@ -61,9 +59,6 @@ def dispatcher(
 ) -> Dispatcher:
     made = Dispatcher(max_in_flight, max_queue, max_tries, Counters())
     made.links = cast("dict[int, Link]", {each.index: each for each in workers})
-    now = trio.current_time()
-    for each in workers:
-        each.last_heard = now
     return made
 
 
@@ -90,27 +85,12 @@ async def test_the_least_busy_is_next() -> None:
     """A job goes to the worker that has the fewest; among those, to who has had the fewest."""
     workers = [
         Worker(0, dict.fromkeys([1, 2])),
-        Worker(1, {3: None}, taken=9),
+        Worker(1, {3: None}, recent=9),
         Worker(2, {4: None}),
     ]
     made = dispatcher(*workers)
     put(made, some([5]))
     assert [ids(each.batch) for each in workers] == [[], [], [5]]
-
-
-async def test_who_is_silent_counts_as_busier() -> None:
-    """A worker that has a job, and says nothing, is asked after those that have one more."""
-    workers = [Worker(0, {1: None}), Worker(1, dict.fromkeys([2, 3]))]
-    made = dispatcher(*workers)
-    workers[0].last_heard -= 1
-    put(made, some([4]))
-    assert [ids(each.batch) for each in workers] == [[], [4]]
-    # One that has no job has nothing to say.
-    workers = [Worker(0), Worker(1, {1: None})]
-    made = dispatcher(*workers)
-    workers[0].last_heard -= 1
-    put(made, some([4]))
-    assert [ids(each.batch) for each in workers] == [[4], []]
 
 
 async def test_one_after_the_other() -> None:
@@ -122,7 +102,7 @@ async def test_one_after_the_other() -> None:
         for each in workers:
             each.acknowledge()
             each.finish()
-    assert [each.taken for each in workers] == [10, 10, 10]
+    assert [each.recent for each in workers] == [10, 10, 10]
 
 
 @given(
@@ -145,7 +125,8 @@ async def test_shares(loads: list[int], count: int, most: int, limit: int) -> No
     left = ids(made.queue)
     assert sorted([*handed, *left]) == ids(put_at_once)
     assert left == ids(put_at_once)[len(handed) :]
-    fair = -(-count // len(workers))
+    ready = sum(load < most for load in loads)
+    fair = -(-count // max(ready, 1))
     for worker in workers:
         assert ids(worker.batch) == sorted(ids(worker.batch))
         assert len(worker.batch) <= min(limit, fair)
@@ -254,7 +235,7 @@ async def test_room() -> None:
         assert woken == [0]
         made.withdraw(made.queue[0])
         await wait_all_tasks_blocked()
-        assert woken == [0, 1, 2]
+        assert sorted(woken) == [0, 1, 2]
     assert made.counters.withdrawn == 1
 
 
@@ -320,3 +301,14 @@ async def test_clear() -> None:
         with pytest.raises(JobRefusedError, match="the pool ended first"):
             raise each.outcome
     assert made.counters.refused == 3
+
+
+async def test_what_was_long_ago_counts_less() -> None:
+    """A new worker is not handed all jobs until it has had as many as the others ever had."""
+    old, new = Worker(0, recent=250), Worker(1)
+    made = dispatcher(old, new)
+    put(made, some(range(1, 129)))
+    made.pump()
+    assert (old.recent, new.recent) == (314 // 2, 64 // 2)
+    for each in made.queue:
+        each.close()

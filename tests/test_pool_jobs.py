@@ -12,7 +12,7 @@ import pool_handlers
 import pytest
 import trio
 from helpers import until
-from pools import at_rest, check_sums, client_of, ends, lines, null, pids
+from pools import Client, at_rest, check_sums, client_of, ends, lines, null, pids
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import HandlerError, JobRefusedError, PoolClosedError, WorkerDiedError
@@ -42,6 +42,8 @@ async def test_even_shares(shared: Path) -> None:
             client, theirs = ends()
             client.receipt = await pool.submit(theirs)
             clients.append(client)
+            # One that has just got a job gets no other before it has asked for that.
+            await until(lambda: all(link.wants_more for link in pool._links()))
         for client in clients:
             assert client.receipt is not None
             assert await client.line() == [client.receipt.pid, client.receipt.id]
@@ -148,6 +150,10 @@ def has(receipts: list[JobReceipt], count: int) -> bool:
     return len(receipts) >= count
 
 
+def has_begun(client: Client) -> bool:
+    return client.stream.socket.is_readable()
+
+
 async def test_backpressure(shared: Path) -> None:
     """No more jobs are in flight or wait than may; behind that, submit waits."""
     receipts: list[JobReceipt] = []
@@ -170,11 +176,12 @@ async def test_backpressure(shared: Path) -> None:
         assert (found.in_flight, found.queued, found.submitted) == (4, 3, 7)
         check_sums(found)
         for done in range(1, 11):
-            began = [client for client in clients if client.stream.socket.is_readable()]
+            # A job that was taken begins a moment later.
+            await until(lambda: any(map(has_begun, clients)))
+            began = list(filter(has_begun, clients))
             assert len(began) <= 4
-            for client in began[:1]:
-                clients.remove(client)
-                await client.end()
+            clients.remove(began[0])
+            await began[0].end()
             await until(partial(has, receipts, min(10, 4 + done)))
             assert pool.statistics().in_flight <= 4
         await at_rest(pool)
