@@ -426,6 +426,7 @@ async def test_a_listener_that_somebody_closes() -> None:
         pytest.RaisesExc(ConnectionClosedError, match="somebody else"), flatten_subgroups=True
     ):
         async with serving("echo", listener):
+            await wait_all_tasks_blocked()
             await listener.aclose()
             await trio.sleep_forever()
 
@@ -446,15 +447,26 @@ async def test_a_listener_that_somebody_closes_while_there_is_no_room() -> None:
             await trio.sleep_forever()
 
 
-@pytest.mark.parametrize("waits", [True, False])
-async def test_a_listener_that_somebody_closes_in_a_drain(*, waits: bool) -> None:
+async def test_a_listener_that_somebody_closes_in_a_drain() -> None:
     """There is nothing left to accept then, and the drain comes to its end."""
     listener = await tcp()
     async with serving("echo", listener) as server:
-        if waits:
-            await wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         server.drain()
         await listener.aclose()
+
+
+async def test_a_listener_that_is_closed_before_it_was_waited_for() -> None:
+    """Its task ends in silence if a drain has begun by then."""
+    listener = await tcp()
+    pool: Any = None
+    server = WorkerServer(pool, [listener])
+    await listener.aclose()
+    async with trio.open_nursery() as asking:
+        with pytest.raises(ConnectionClosedError):
+            await server._accept_from(listener, asking)
+        server._accepting.cancel()
+        await server._accept_from(listener, asking)
 
 
 async def test_a_check_that_fails(tmp_path: Path) -> None:

@@ -137,14 +137,15 @@ class WorkerServer:
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
     ) -> None:
         raw = stdlib_socket_of(listener.socket)
-        while True:
+        # Trio would remember for ever that somebody waits for descriptor -1.
+        while raw.fileno() != -1:
             try:
                 await trio.lowlevel.wait_readable(raw)
-            except (ValueError, trio.ClosedResourceError) as exc:
-                if self._accepting.cancel_called:
-                    return
-                raise ConnectionClosedError("somebody else has closed this listener") from exc
+            except trio.ClosedResourceError:
+                break
             await self._accept_waiting(listener, asking)
+        if not self._accepting.cancel_called:
+            raise ConnectionClosedError("somebody else has closed this listener")
 
     async def _accept_last(
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
