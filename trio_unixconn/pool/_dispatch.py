@@ -166,6 +166,7 @@ class Dispatcher:
         """Give up many."""
         for delivery in list(deliveries):
             self.give_up(delivery, why)
+        self._room()
 
     def clear(self, why: str) -> None:
         """Give up all jobs that wait."""

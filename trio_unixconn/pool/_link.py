@@ -151,25 +151,27 @@ class Link:
         self._killed_for = self._killed_for or why
         self.process.kill()
 
-    async def leave(self, timeout: float, end_time: float = _END_TIME) -> None:
+    def ask_to_leave(self, timeout: float) -> None:
         """Have the worker finish its jobs and end; after ``timeout`` its handlers are cancelled.
 
-        Returns when it is gone; it is killed ``end_time`` after that, and if this is cancelled.
+        Of several timeouts the one that is up first counts.
         """
-        if self.state in ("starting", "ready"):
+        if self.state != "ended":
             self.state = "draining"
             self._order(_wire.seconds(_wire.DRAIN, timeout))
-        try:
-            with trio.move_on_after(timeout + end_time):
-                await self.gone.wait()
-                return
-            self.kill("did not end in time when it was asked to")
-        except BaseException:
-            self.kill("was no longer needed")
-            raise
-        finally:
-            with trio.CancelScope(shield=True):
-                await self.gone.wait()
+
+    async def leave(self, timeout: float, end_time: float | None = None) -> None:
+        """Ask the worker to leave, and wait until it is gone; it is killed if that takes too long.
+
+        Args:
+          end_time: what it may take behind ``timeout``, in seconds.
+        """
+        self.ask_to_leave(timeout)
+        with trio.move_on_after(timeout + (_END_TIME if end_time is None else end_time)):
+            await self.gone.wait()
+            return
+        self.kill("did not end in time when it was asked to")
+        await self.gone.wait()
 
     def _order(self, order: bytes) -> None:
         self._orders.append(order)
@@ -180,25 +182,26 @@ class Link:
     ################################################################
 
     async def run(self) -> None:
-        """Be there for the worker until it has ended; whoever cancels this kills it."""
-        status = 0
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, name="trio_unixconn.pool send")
-                received = trio.Event()
-                nursery.start_soon(self._receive, received, name="trio_unixconn.pool receive")
-                status = await self.process.wait()
-                # What it has said before is still to be heard. Behind that comes the end, also
-                # if a child of its own holds the other end.
-                with contextlib.suppress(OSError):
-                    self.process.conn.socket.shutdown(trio.socket.SHUT_RD)
-                await received.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
+        """Be there for the worker until it has ended, which nothing but its end ends."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._live()
+            finally:
                 self.process.kill()
-                status = await self.process.wait() or status
-                self._bury(status)
+                self._bury(await self.process.wait())
+
+    async def _live(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, name="trio_unixconn.pool send")
+            received = trio.Event()
+            nursery.start_soon(self._receive, received, name="trio_unixconn.pool receive")
+            await self.process.wait()
+            # What it has said before is still to be heard. Behind that comes the end, also if a
+            # child of its own holds the other end.
+            with contextlib.suppress(OSError):
+                self.process.conn.socket.shutdown(trio.socket.SHUT_RD)
+            await received.wait()
+            nursery.cancel_scope.cancel()
 
     def _bury(self, status: int) -> None:
         self.state = "ended"

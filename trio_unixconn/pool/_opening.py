@@ -168,6 +168,7 @@ async def open_worker_pool(
             except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
                 raised = exc
                 await pool._abort()  # noqa: SLF001 - as above
+            pool._kill()  # noqa: SLF001 - as above
             nursery.cancel_scope.cancel()
     if pool._failure is not None:  # noqa: SLF001 - as above
         raise pool._failure  # noqa: SLF001 - as above

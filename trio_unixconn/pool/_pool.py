@@ -114,6 +114,8 @@ class WorkerPool:
         )
         self._places: list[_Place] = []
         self._draining: set[Link] = set()
+        # All whose processes are there, also such as are being started.
+        self._alive: set[Link] = set()
         self._numbers = itertools.count(1)
         # Why no more jobs are taken, and whether workers that die are not replaced any more.
         self._closed: str | None = None
@@ -399,19 +401,20 @@ class WorkerPool:
         except OSError as exc:
             raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
         link = Link(index, process, self)
+        self._alive.add(link)
         self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {index}")
         try:
             with trio.move_on_after(options.start_timeout):
                 await link.settled.wait()
+            if link.started < math.inf:
+                return link
+            if link.error is None:
+                link.kill(f"was not ready after {options.start_timeout} seconds")
+            # Mostly it ends by itself; but what it has imported may have threads that do not.
+            await link.leave(0.0)
         except BaseException:
             link.kill("was no longer needed")
             raise
-        if link.started < math.inf:
-            return link
-        if link.error is None:
-            link.kill(f"was not ready after {options.start_timeout} seconds")
-        # Mostly it ends by itself; but what it has imported may have threads that do not.
-        await link.leave(0.0)
         assert link.error is not None  # noqa: S101 - it has ended
         raise link.error
 
@@ -446,6 +449,7 @@ class WorkerPool:
             link.kill("was no longer needed")
         elif link.state != "ended":
             self._draining.add(link)
+            link.ask_to_leave(self._options.drain_timeout)
             self._nursery.start_soon(link.leave, self._options.drain_timeout)
 
     def _revive_soon(self, place: _Place) -> None:
@@ -633,6 +637,7 @@ class WorkerPool:
     def ended(self, link: Link) -> None:
         """Have a worker that died replaced."""
         self._reserve.fill()
+        self._alive.discard(link)
         self._draining.discard(link)
         if self._dispatcher.links.get(link.index) is link:
             del self._dispatcher.links[link.index]
@@ -694,6 +699,11 @@ class WorkerPool:
         await self._fill(range(self._options.workers))
         if self._options.hang_timeout < math.inf:
             self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
+
+    def _kill(self) -> None:
+        """Kill whoever is still there, such as workers that were just being started."""
+        for link in self._alive:
+            link.kill("was no longer needed")
 
     async def _abort(self) -> None:
         """End the workers at once: their handlers are cancelled, and have a moment for that."""

@@ -162,20 +162,26 @@ class _Worker:
             nursery.start_soon(self._send_beats, name="trio_unixconn.pool heartbeat")
             with self._deadline:
                 async with trio.open_nursery() as handlers:
-                    try:
-                        await self._receive(handlers)
-                    except UnixConnectionError:
-                        # The pool is gone, and could not be told what was taken.
-                        self._end_in(_ORPHAN_DRAIN)
+                    # It goes on while handlers finish, as the pool may have less patience by then.
+                    nursery.start_soon(self._receive, handlers, name="trio_unixconn.pool receive")
+                    await self._draining.wait()
             with contextlib.suppress(UnixConnectionError):
                 await self._tell()
             nursery.cancel_scope.cancel()
 
     def _end_in(self, timeout: float) -> None:
-        self._deadline.deadline = trio.current_time() + timeout
+        # The first time that is up counts.
+        self._deadline.deadline = min(self._deadline.deadline, trio.current_time() + timeout)
         self._draining.set()
 
     async def _receive(self, handlers: trio.Nursery) -> None:
+        # An error: the pool could not be told what was taken.
+        with contextlib.suppress(UnixConnectionError):
+            await self._receive_until_end(handlers)
+        # The pool is gone.
+        self._end_in(_ORPHAN_DRAIN)
+
+    async def _receive_until_end(self, handlers: trio.Nursery) -> None:
         decoder = _wire.Decoder()
         while True:
             fds: list[int] | None
@@ -188,12 +194,8 @@ class _Worker:
             except UnixConnectionError:
                 data, fds = b"", []
             if not data:
-                self._end_in(_ORPHAN_DRAIN)
                 return
             for frame in decoder.feed(data, fds):
-                if frame.kind == _wire.DRAIN:
-                    self._end_in(_wire.read_seconds(frame.body))
-                    return
                 await self._obey(handlers, frame)
 
     async def _obey(self, handlers: trio.Nursery, frame: _wire.Frame) -> None:
@@ -204,6 +206,8 @@ class _Worker:
             for each in _wire.read_ids(body):
                 if each in self._scopes:
                     self._scopes[each].cancel()
+        elif kind == _wire.DRAIN:
+            self._end_in(_wire.read_seconds(body))
         else:
             raise _wire.WireError(f"a frame of kind {kind} came")
 
