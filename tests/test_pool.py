@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,15 @@ async def test_cancelled_while_it_starts() -> None:
         async with open_worker_pool(CALLS, workers=2, setup="pool_handlers:never_ready"):
             pytest.fail("the block was entered")
     assert scope.cancelled_caught
+
+
+async def test_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process cannot be held on to by a descriptor, a thread waits for it."""
+    monkeypatch.delattr(os, "pidfd_open")
+    async with open_worker_pool(CALLS, workers=1) as pool:
+        assert await pool.call() == b"nothing to do"
+        os.kill(pids(pool)[0], signal.SIGKILL)
+        assert await pool.call() == b"nothing to do"
 
 
 async def test_no_descriptor_for_a_worker() -> None:
