@@ -181,6 +181,12 @@ async def _strange_batch(stream: Any, job: Job) -> None:
     await trio.sleep_forever()
 
 
+async def _strange_answer(stream: Any, job: Job) -> None:
+    """Answer a job that there is not."""
+    os.write(own_end(), b"\x15\0\x08\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff")
+    await trio.sleep_forever()
+
+
 async def _hang_up(stream: Any, job: Job) -> None:
     """Close the worker's end, though the worker lives on."""
     socket.socket(fileno=os.dup(own_end())).shutdown(socket.SHUT_WR)
@@ -212,6 +218,7 @@ DEEDS = {
     "detach": _detach,
     "nonsense": _nonsense,
     "strange batch": _strange_batch,
+    "strange answer": _strange_answer,
     "hang up": _hang_up,
     "return nothing": returning(None),
     "return much": returning(bytes(LARGEST)),
@@ -307,11 +314,12 @@ async def two_at_most() -> AsyncGenerator[None, None]:
 
 
 @asynccontextmanager
-async def three_wait() -> AsyncGenerator[None, None]:
-    """Have all workers but the first two wait."""
+async def two_are_ready() -> AsyncGenerator[None, None]:
+    """Have all workers but the first two wait, until there is a file."""
     if not first("one") and not first("two"):
         note("waits", os.getpid())
-        await trio.sleep_forever()
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
+            await trio.sleep(0.01)
     note("ready", os.getpid())
     yield
 
@@ -336,6 +344,13 @@ async def one_is_poor() -> AsyncGenerator[bool, None]:
     if poor:
         leave_free(0)
     yield poor
+
+
+@asynccontextmanager
+async def destitute() -> AsyncGenerator[None, None]:
+    """Leave no worker a descriptor that is free."""
+    leave_free(0)
+    yield
 
 
 @asynccontextmanager

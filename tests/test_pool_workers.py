@@ -391,7 +391,7 @@ async def test_a_pool_that_was_stopped_itself(monkeypatch: pytest.MonkeyPatch) -
         assert pids(pool) == before
 
 
-@pytest.mark.parametrize("what", [b"nonsense", b"strange batch"])
+@pytest.mark.parametrize("what", [b"nonsense", b"strange batch", b"strange answer"])
 async def test_a_worker_that_talks_nonsense(what: bytes) -> None:
     """A worker that says what no worker says is killed and replaced."""
     async with open_worker_pool(DO, workers=1) as pool:
