@@ -187,9 +187,32 @@ async def _strange_answer(stream: Any, job: Job) -> None:
     await trio.sleep_forever()
 
 
+async def _turn_deaf(stream: Any, job: Job) -> None:
+    """Take no more, though the worker lives on for a moment."""
+    with socket.socket(fileno=os.dup(own_end())) as sock:
+        sock.shutdown(socket.SHUT_RD)
+    await trio.sleep_forever()
+
+
+class Avenger(trio.abc.Instrument):
+    """Kills this process when a task has ended, before anything else happens."""
+
+    def __init__(self) -> None:
+        self.task = trio.lowlevel.current_task()
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        if task is self.task:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _finish_and_die(stream: Any, job: Job) -> None:
+    trio.lowlevel.add_instrument(Avenger())
+
+
 async def _hang_up(stream: Any, job: Job) -> None:
     """Close the worker's end, though the worker lives on."""
-    socket.socket(fileno=os.dup(own_end())).shutdown(socket.SHUT_WR)
+    with socket.socket(fileno=os.dup(own_end())) as sock:
+        sock.shutdown(socket.SHUT_WR)
     await trio.sleep_forever()
 
 
@@ -219,6 +242,8 @@ DEEDS = {
     "nonsense": _nonsense,
     "strange batch": _strange_batch,
     "strange answer": _strange_answer,
+    "turn deaf": _turn_deaf,
+    "finish and die": _finish_and_die,
     "hang up": _hang_up,
     "return nothing": returning(None),
     "return much": returning(bytes(LARGEST)),

@@ -419,3 +419,23 @@ async def test_closed_by_their_submitter(shared: Path) -> None:
         assert (found.refused, found.deaths) == (2, 0)
     # What may be open under the number by now is not closed.
     gc.collect()
+
+
+async def test_closed_and_alone(shared: Path) -> None:
+    """A worker that could not be sent the only job there was gets the next."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=1) as pool:
+        async with client_of(pool) as first, trio.open_nursery() as nursery:
+            client, theirs = ends()
+            fd = theirs.detach()
+
+            async def submit() -> None:
+                with pytest.raises(JobRefusedError, match="its descriptor was closed"):
+                    await pool.submit(fd)
+
+            nursery.start_soon(submit)
+            await wait_all_tasks_blocked()
+            os.close(fd)
+            await first.end()
+        await client.end()
+        async with client_of(pool) as last:
+            assert (await last.line())[1] == 3

@@ -100,6 +100,8 @@ async def test_cancelling_what_is_not_there(shared: Path) -> None:
         await worker.tell(_wire.ids(_wire.CANCEL, [99, 1]))
         number, text = _wire.read_about(await worker.hear(_wire.ERROR))
         assert (number, text) == (1, b"the handler was cancelled, because the call was")
+        await worker.tell(_wire.seconds(_wire.DRAIN, 0))
+        assert await worker.process.wait() == 0
 
 
 async def test_nonsense(capfd: pytest.CaptureFixture[str]) -> None:

@@ -241,7 +241,7 @@ class Link:
             if self._is_sent and not self._orders:
                 await self._something.park()
             try:
-                # Orders behind: a worker that is told to drain reads no further.
+                # Orders behind: no job may follow what has a worker drain.
                 if not self._is_sent:
                     await self._send_batch()
                 while self._orders:
