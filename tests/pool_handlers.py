@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 import trio.lowlevel
 
-from trio_unixconn import ConnectionBrokenError, Credentials
+from trio_unixconn import (
+    ConnectionBrokenError,
+    Credentials,
+    EndOfStreamError,
+    UnexpectedControlMessageError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -90,6 +95,16 @@ async def hold(stream: Any, job: Job) -> bytes:
         note("cancelled", job.id)
         raise
     return b"held"
+
+
+async def receive(stream: Any, job: Job) -> bytes:
+    """Say whether a descriptor can be received."""
+    await stream.send_all(b"%d\n" % os.getpid())
+    try:
+        os.close(await stream.receive_fd())
+    except (UnexpectedControlMessageError, EndOfStreamError):
+        return b"refused"
+    return b"received"
 
 
 async def copy(stream: Any, job: Job) -> bytes:

@@ -21,6 +21,7 @@ from trio_unixconn import (
     WrongDescriptorKindError,
     connection_pair,
 )
+from trio_unixconn._socket import stdlib_socket_of
 from trio_unixconn.pool import open_worker_pool
 
 if TYPE_CHECKING:
@@ -61,6 +62,27 @@ async def test_forms_of_a_socket(form: Callable[[socket.socket], Any]) -> None:
         async with client.stream:
             # No copy is open here: the end comes when the worker's is closed.
             assert (await client.told())["type"] == "UnixConnection"
+
+
+@pytest.mark.parametrize("refuses", [None, "refuses"])
+async def test_whether_descriptors_are_welcome(refuses: str | None) -> None:
+    """A connection that takes no descriptors takes none in the worker either."""
+    async with open_worker_pool("pool_handlers:receive", workers=1) as pool:
+        client, theirs = ends()
+        answers: list[bytes] = []
+
+        async def call() -> None:
+            conn = UnixConnection.from_stdlib_socket(theirs, receive_descriptors=not refuses)
+            answers.append(await pool.call(conn))
+
+        async with client.stream, trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await client.line()
+            # Where the kernel refuses it for the worker, nothing is sent.
+            with suppress(PermissionError):
+                socket.send_fds(stdlib_socket_of(client.stream.socket), [b"x"], [0])
+            await client.stream.send_eof()
+        assert answers == [b"refused" if refuses else b"received"]
 
 
 async def test_forms_of_a_file(tmp_path: Path) -> None:

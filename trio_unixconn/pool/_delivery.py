@@ -23,6 +23,7 @@ from .._buffers import bytes_of
 from .._connection import UnixConnection
 from .._descriptors import check_open, descriptor_number
 from .._kinds import DescriptorKind, kind_of
+from .._receiving import RefusingReceiver
 from .._socket import stdlib_socket_of
 from ..errors import WrongDescriptorKindError
 from . import _wire
@@ -169,7 +170,8 @@ def take_over(what: Submitted) -> tuple[int, int]:
         given; it is as it was.
     """
     if isinstance(what, UnixConnection):
-        return what.detach(), _wire.UNIX
+        refuses = isinstance(what._receiver, RefusingReceiver)  # noqa: SLF001 - of one package
+        return what.detach(), _wire.REFUSING if refuses else _wire.UNIX
     if isinstance(what, trio.SocketStream):
         what = what.socket
     if isinstance(what, trio.socket.SocketType):
