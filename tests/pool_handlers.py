@@ -181,9 +181,38 @@ async def _strange_batch(stream: Any, job: Job) -> None:
     await trio.sleep_forever()
 
 
+async def _strange_answer(stream: Any, job: Job) -> None:
+    """Answer a job that there is not."""
+    os.write(own_end(), b"\x15\0\x08\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff")
+    await trio.sleep_forever()
+
+
+async def _turn_deaf(stream: Any, job: Job) -> None:
+    """Take no more, though the worker lives on for a moment."""
+    with socket.socket(fileno=os.dup(own_end())) as sock:
+        sock.shutdown(socket.SHUT_RD)
+    await trio.sleep_forever()
+
+
+class Avenger(trio.abc.Instrument):
+    """Kills this process when a task has ended, before anything else happens."""
+
+    def __init__(self) -> None:
+        self.task = trio.lowlevel.current_task()
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        if task is self.task:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _finish_and_die(stream: Any, job: Job) -> None:
+    trio.lowlevel.add_instrument(Avenger())
+
+
 async def _hang_up(stream: Any, job: Job) -> None:
     """Close the worker's end, though the worker lives on."""
-    socket.socket(fileno=os.dup(own_end())).shutdown(socket.SHUT_WR)
+    with socket.socket(fileno=os.dup(own_end())) as sock:
+        sock.shutdown(socket.SHUT_WR)
     await trio.sleep_forever()
 
 
@@ -212,6 +241,9 @@ DEEDS = {
     "detach": _detach,
     "nonsense": _nonsense,
     "strange batch": _strange_batch,
+    "strange answer": _strange_answer,
+    "turn deaf": _turn_deaf,
+    "finish and die": _finish_and_die,
     "hang up": _hang_up,
     "return nothing": returning(None),
     "return much": returning(bytes(LARGEST)),
@@ -307,11 +339,12 @@ async def two_at_most() -> AsyncGenerator[None, None]:
 
 
 @asynccontextmanager
-async def three_wait() -> AsyncGenerator[None, None]:
-    """Have all workers but the first two wait."""
+async def two_are_ready() -> AsyncGenerator[None, None]:
+    """Have all workers but the first two wait, until there is a file."""
     if not first("one") and not first("two"):
         note("waits", os.getpid())
-        await trio.sleep_forever()
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
+            await trio.sleep(0.01)
     note("ready", os.getpid())
     yield
 
@@ -336,6 +369,13 @@ async def one_is_poor() -> AsyncGenerator[bool, None]:
     if poor:
         leave_free(0)
     yield poor
+
+
+@asynccontextmanager
+async def destitute() -> AsyncGenerator[None, None]:
+    """Leave no worker a descriptor that is free."""
+    leave_free(0)
+    yield
 
 
 @asynccontextmanager

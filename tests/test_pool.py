@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pool_handlers
@@ -55,6 +56,15 @@ async def test_as_many_workers_as_processors() -> None:
     """Without a number there is a worker for each processor that this process may use."""
     async with open_worker_pool(CALLS) as pool:
         assert len(pids(pool)) == len(os.sched_getaffinity(0))
+
+
+async def test_as_much_as_you_like() -> None:
+    """Limits may be as large as a number can be."""
+    most = sys.maxsize
+    async with open_worker_pool(
+        CALLS, workers=1, max_in_flight=most, max_queue=most, max_tries=most, crash_limit=most
+    ) as pool:
+        assert await pool.call() == b"nothing to do"
 
 
 async def test_processors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -377,11 +378,17 @@ async def test_a_cancelled_call_whose_worker_dies(shared: Path) -> None:
 ################################################################
 
 
+async def call_without(pool: WorkerPool) -> None:
+    with pytest.raises(HandlerError, match="NoneType"):
+        await pool.call()
+
+
 async def test_closed_by_their_submitter(shared: Path) -> None:
     """A descriptor that its submitter closes though it was the pool's costs that job only."""
-    async with open_worker_pool(HOLD, workers=1, max_in_flight=2) as pool:
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=4) as pool:
         errors: list[JobRefusedError] = []
-        async with client_of(pool) as first, client_of(pool) as second:
+        async with contextlib.AsyncExitStack() as stack:
+            busy = [await stack.enter_async_context(client_of(pool)) for _ in range(4)]
             async with trio.open_nursery() as nursery:
                 pairs = [ends() for _ in range(3)]
                 fds = [theirs.detach() for _, theirs in pairs]
@@ -395,16 +402,40 @@ async def test_closed_by_their_submitter(shared: Path) -> None:
                 for fd in fds:
                     nursery.start_soon(submit, fd)
                     await wait_all_tasks_blocked()
+                nursery.start_soon(call_without, pool)
+                await wait_all_tasks_blocked()
                 os.close(fds[0])
                 os.close(fds[2])
-                await first.end()
-                await second.end()
-                assert (await pairs[1][0].line())[1] == 4
+                for client in busy:
+                    # At once, so that one message would carry all.
+                    client.stream.socket.close()
+                assert (await pairs[1][0].line())[1] == 6
                 for client, _ in pairs:
                     await client.end()
             assert len(errors) == 2
             assert all("its descriptor was closed" in str(each) for each in errors)
         found = await at_rest(pool)
-        assert (found.handled, found.refused, found.deaths) == (3, 2, 0)
+        assert (found.handled, found.failed) == (5, 1)
+        assert (found.refused, found.deaths) == (2, 0)
     # What may be open under the number by now is not closed.
     gc.collect()
+
+
+async def test_closed_and_alone(shared: Path) -> None:
+    """A worker that could not be sent the only job there was gets the next."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=1) as pool:
+        async with client_of(pool) as first, trio.open_nursery() as nursery:
+            client, theirs = ends()
+            fd = theirs.detach()
+
+            async def submit() -> None:
+                with pytest.raises(JobRefusedError, match="its descriptor was closed"):
+                    await pool.submit(fd)
+
+            nursery.start_soon(submit)
+            await wait_all_tasks_blocked()
+            os.close(fd)
+            await first.end()
+        await client.end()
+        async with client_of(pool) as last:
+            assert (await last.line())[1] == 3

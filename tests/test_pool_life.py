@@ -139,7 +139,7 @@ async def test_a_drain_of_less_patience(shared: Path) -> None:
             nursery.start_soon(pool.drain)
             await until(lambda: pool.statistics().workers[0].state == "draining")
             scope.cancel()
-            await until(lambda: lines(shared / "ended") == ["1"])
+            await until(lambda: len(lines(shared / "ended")) == 1)
             assert [each.state for each in pool.statistics().workers] == ["draining"]
             await pool.drain(0)
         assert sorted(lines(shared / "ended")) == ["1", "2"]
@@ -479,7 +479,7 @@ async def test_scale_that_fails(shared: Path) -> None:
 
 async def test_scale_that_is_cancelled(shared: Path) -> None:
     """A scale that is cancelled leaves no worker that belongs to nobody."""
-    async with open_worker_pool(DO, workers=1, setup="pool_handlers:three_wait") as pool:
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_are_ready") as pool:
         before = pids(pool)
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
@@ -488,6 +488,61 @@ async def test_scale_that_is_cancelled(shared: Path) -> None:
                 await until(lambda: len(lines(shared / "ready")) == 2)
                 scope.cancel()
         await until(lambda: set(children()) == set(before))
+
+
+async def test_one_dies_while_another_is_awaited(shared: Path) -> None:
+    """A new worker that dies before all new ones are there is replaced, and counted."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_are_ready") as pool:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.scale, 3)
+            await until(lambda: len(lines(shared / "waits")) == 1)
+            await until(lambda: len(lines(shared / "ready")) == 2)
+            with watched([int(lines(shared / "ready")[1])]) as pidfds:
+                await until(lambda: len(pool._alive) == 3)
+                await until(lambda: sum(link.state == "ready" for link in pool._alive) == 2)
+                os.kill(int(lines(shared / "ready")[1]), signal.SIGKILL)
+                await ended(pidfds)
+            await until(lambda: len(pool._alive) == 2)
+            (shared / "go on").touch()
+        for to in range(3):
+            assert await pool.call(to=to) == b"nothing to do"
+        assert pool.statistics().deaths == 1
+
+
+async def test_a_worker_is_ready_when_all_leave(shared: Path) -> None:
+    """A worker that is ready only when the pool drains already is not kept."""
+    async with open_worker_pool(HOLD, workers=1, setup="pool_handlers:waiting") as pool:
+        (shared / "go on").touch()
+        await pool.scale(2)
+        (shared / "go on").unlink()
+        first, second = pids(pool)
+        async with client_of(pool, to=0) as client, trio.open_nursery() as nursery:
+            await client.line()
+            os.kill(second, signal.SIGKILL)
+            await until(lambda: len(lines(shared / "waits")) == 2)
+            nursery.start_soon(pool.drain)
+            await until(lambda: pool.statistics().workers[0].state == "draining")
+            (shared / "go on").touch()
+            await until(lambda: set(children()) == {first})
+            await client.end()
+
+
+async def test_who_leaves_has_no_descriptor_free(shared: Path) -> None:
+    """A worker that refuses a job while it leaves is not waited for; the job is given up."""
+    async with open_worker_pool(DO, workers=2, setup="pool_handlers:destitute") as pool:
+        async with trio.open_nursery() as nursery:
+            victim = pids(pool)[1]
+            os.kill(victim, signal.SIGSTOP)
+
+            async def submit() -> None:
+                with pytest.raises(JobRefusedError, match="there is no worker 1 any more"):
+                    await pool.submit(null(), to=1)
+
+            nursery.start_soon(submit)
+            await wait_all_tasks_blocked()
+            await pool.scale(1)
+            os.kill(victim, signal.SIGCONT)
+        check_sums(await at_rest(pool))
 
 
 async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:

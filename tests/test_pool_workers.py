@@ -145,6 +145,16 @@ async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFi
     assert any("worker 0" in each and "another is started" in each for each in caplog.messages)
 
 
+async def test_finished_but_not_told(shared: Path) -> None:
+    """A job that was finished when its worker died, but not told of, was not being handled."""
+    reported: list[AbandonedJob] = []
+    async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
+        await pool.submit(null(), data=b"finish and die")
+        await until(lambda: pool.statistics().deaths == 1)
+        found = await at_rest(pool)
+        assert (found.handled, found.abandoned, reported) == (1, 0, [])
+
+
 async def test_killed_at_random_under_load() -> None:
     """Each job is handled, or was reported, whenever its worker was killed; none is both."""
     reported: list[AbandonedJob] = []
@@ -391,13 +401,25 @@ async def test_a_pool_that_was_stopped_itself(monkeypatch: pytest.MonkeyPatch) -
         assert pids(pool) == before
 
 
-@pytest.mark.parametrize("what", [b"nonsense", b"strange batch"])
+@pytest.mark.parametrize("what", [b"nonsense", b"strange batch", b"strange answer"])
 async def test_a_worker_that_talks_nonsense(what: bytes) -> None:
     """A worker that says what no worker says is killed and replaced."""
     async with open_worker_pool(DO, workers=1) as pool:
         with pytest.raises(WorkerDiedError, match=r"said what no worker says .* killed by"):
             await pool.call(data=what)
         assert await pool.call() == b"nothing to do"
+
+
+async def test_a_worker_that_is_deaf(shared: Path) -> None:
+    """A job that cannot be sent to a worker any more goes to another."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        (pid,) = pids(pool)
+        await pool.submit(null(), data=b"turn deaf")
+        await until(lambda: pool._places[0].link.wants_more)
+        answer = await pool.call(data=b"pid")
+        assert int(answer) != pid
+        found = await at_rest(pool)
+        assert (found.retried, found.failed, found.deaths) == (1, 1, 1)
 
 
 async def test_a_worker_that_hangs_up() -> None:

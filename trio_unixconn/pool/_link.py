@@ -241,7 +241,7 @@ class Link:
             if self._is_sent and not self._orders:
                 await self._something.park()
             try:
-                # Orders behind: a worker that is told to drain reads no further.
+                # Orders behind: no job may follow what has a worker drain.
                 if not self._is_sent:
                     await self._send_batch()
                 while self._orders:
@@ -320,10 +320,11 @@ class Link:
         hear(self, body)
 
     def _ready(self, _: bytes) -> None:
+        # If not, it comes too late.
         if self.state == "starting":
             self.state = "ready"
-        self.started = trio.current_time()
-        self.settled.set()
+            self.started = trio.current_time()
+            self.settled.set()
 
     def _failed_to_start(self, body: bytes) -> None:
         text = body.decode(errors="replace")
@@ -340,10 +341,11 @@ class Link:
     def _answered(self, body: bytes) -> None:
         number, answer = _wire.read_about(body)
         delivery = self.in_flight.pop(number, None)
+        if delivery is None:
+            raise _wire.WireError(f"an answer to job {number}, where none is due")
         self.handled += 1
         self._owner.handled(self, 1)
-        if delivery is not None:
-            delivery.settle(answer)
+        delivery.settle(answer)
 
     def _failed(self, body: bytes) -> None:
         number, said = _wire.read_about(body)

@@ -39,6 +39,9 @@ _LONGEST_PAUSE: Final = 10.0
 # A worker that has lived so long, or has finished a job, does not count as one that cannot.
 _LONG_LIFE: Final = 10.0
 _LONGEST_REST: Final = 1.0
+# How many jobs a worker can have finished without having said so, whatever it may have in flight:
+# "as many as you like" is no size for a file.
+_MOST_NOTED: Final = 2**20
 # What workers have to clean up in, when the pool's block was left by an exception.
 _SHORT_END: Final = 1.0
 
@@ -392,7 +395,7 @@ class WorkerPool:
         order = {
             "handler": options.handler,
             "setup": options.setup,
-            "board": options.max_in_flight,
+            "board": min(options.max_in_flight, _MOST_NOTED),
             "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
         }
         try:
