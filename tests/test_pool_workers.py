@@ -114,9 +114,9 @@ async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFi
     reported: list[AbandonedJob] = []
     async with open_worker_pool(HOLD, workers=2, on_abandoned=reported.append) as pool:
         clients = []
-        for _ in range(6):
+        for number in range(6):
             client, theirs = ends()
-            client.receipt = await pool.submit(theirs)
+            client.receipt = await pool.submit(theirs, to=number % 2)
             await client.line()
             clients.append(client)
         victim = pids(pool)[0]
@@ -130,6 +130,7 @@ async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFi
             for each in clients
             if each is not done and each.receipt is not None and each.receipt.pid == victim
         }
+        assert len(due) == 2
         await until(lambda: len(reported) >= len(due))
         for client in clients:
             if client is not done:
