@@ -94,7 +94,7 @@ class Link:
     """
 
     def __init__(self, index: int, process: WorkerProcess, owner: Owner) -> None:
-        self.index = index
+        self.index: int = index
         self.process = process
         self.pid: int = process.pid
         self.state: str = "starting"
@@ -112,7 +112,7 @@ class Link:
         self.settled: trio.Event = trio.Event()
         self.gone: trio.Event = trio.Event()
         self._owner = owner
-        self.wants_more = True
+        self.wants_more: bool = True
         self._number = 0
         self._is_sent = True
         self._orders: list[bytes] = []
@@ -357,7 +357,7 @@ class Link:
             delivery.settle(HandlerError(f"the handler of job {number} failed", text))
 
     def _more(self, _: bytes) -> None:
-        self.wants_more = True
+        self.wants_more: bool = True
         self._owner.pump()
 
     def _leaving(self, _: bytes) -> None:
@@ -391,7 +391,7 @@ class Link:
         # One of many may have had room: that it came with others is not its fault.
         self.limit = 1
         self.resting = True
-        self.wants_more = True
+        self.wants_more: bool = True
         self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
         self._owner.refused(self)
 
