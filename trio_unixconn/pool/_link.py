@@ -357,7 +357,7 @@ class Link:
             delivery.settle(HandlerError(f"the handler of job {number} failed", text))
 
     def _more(self, _: bytes) -> None:
-        self.wants_more: bool = True
+        self.wants_more = True
         self._owner.pump()
 
     def _leaving(self, _: bytes) -> None:
@@ -391,7 +391,7 @@ class Link:
         # One of many may have had room: that it came with others is not its fault.
         self.limit = 1
         self.resting = True
-        self.wants_more: bool = True
+        self.wants_more = True
         self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
         self._owner.refused(self)
 
