@@ -22,6 +22,7 @@ import attrs
 
 from . import _kernel
 from ._credentials import LAYOUTS, PLATFORM, PLATFORMS, Credentials, vouched
+from ._descriptors import none_negative
 from .errors import (
     DescriptorsTruncatedError,
     NotSupportedError,
@@ -208,8 +209,8 @@ def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
     for level, kind, payload in ancdata:
         if level == _SOL_SOCKET and kind in (_SCM_RIGHTS, _kernel.SCM_PIDFD):
             slots = _slots(payload)
-            good = slots if min(slots, default=0) >= 0 else [slot for slot in slots if slot >= 0]
-            truncated = truncated or (kind == _SCM_RIGHTS and good is not slots)
+            good = slots if none_negative(payload) else [slot for slot in slots if slot >= 0]
+            truncated = truncated or (kind == _SCM_RIGHTS and len(good) < len(slots))
             (fds if kind == _SCM_RIGHTS else pidfds).extend(good)
         elif level == _SOL_SOCKET and _CREDENTIALS and kind == _CREDENTIALS.kind:
             try:
@@ -291,10 +292,9 @@ def count_descriptors(received: Received) -> int:
     count = 0
     for level, kind, payload in ancdata:
         if (level, kind) == RIGHTS:
-            slots = _slots(payload)
-            if min(slots, default=0) < 0:
+            if not none_negative(payload):
                 return 0
-            count += len(slots)
+            count += len(payload) // 4
         elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
             return 0
     return 0 if flags & _MSG_CTRUNC else count
@@ -342,6 +342,18 @@ def up_to_descriptors(received: Received, most: int) -> list[int]:
       DescriptorsTruncatedError: the kernel dropped descriptors.
     """
     data, ancdata, flags, _ = received
+    if len(ancdata) == 1:
+        level, kind, payload = ancdata[0]
+        # The common case without building anything but what is returned.
+        if (
+            kind == _SCM_RIGHTS
+            and level == _SOL_SOCKET
+            and 4 <= len(payload) <= 4 * most
+            and not flags & _MSG_CTRUNC
+            and _ARRIVE_CLOEXEC
+            and none_negative(payload)
+        ):
+            return _slots(payload)
     parsed = parse(ancdata, flags)
     if parsed.truncated or parsed.others or not 1 <= len(parsed.fds) <= most:
         raise _refusal(f"between 1 and {most} descriptors were due", data, parsed)

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import os
 import select
+import sys
+from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
 _LARGEST_DESCRIPTOR: Final = 2**31 - 1
+# Which byte of an int has its sign.
+_SIGN: Final = 3 if sys.byteorder == "little" else 0
 
 
 class HasFileno(Protocol):
@@ -63,7 +68,12 @@ def descriptor_number(fd: FileDescriptor) -> int:
     return int(number)
 
 
-def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[int]:
+def none_negative(numbers: bytes) -> bool:
+    """Whether none of these ints is negative: 0.2 us for 253 of them, where min() takes 3."""
+    return numbers[_SIGN::4].isascii()
+
+
+def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> array[int]:
     """Return the numbers of ``fds``, each as :func:`descriptor_number`.
 
     Raises:
@@ -71,28 +81,27 @@ def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> list[
         ``most``.
     """
     fds = list(fds)
-    # 253 ints in 8 us; one by one they take 31.
+    numbers: array[int] = array("i")
+    # 253 ints in 9 us; one by one they take 31.
     if set(map(type, fds)) == {int}:
-        numbers: list[int] = fds  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
-        if min(numbers) >= 0 and max(numbers) <= _LARGEST_DESCRIPTOR:
-            _check_count(numbers, most)
-            return numbers
-    numbers = []
-    for position, fd in enumerate(fds):
-        try:
-            numbers.append(descriptor_number(fd))
-        except (TypeError, ValueError) as exc:
-            raise type(exc)(f"at position {position}: {exc}") from exc
-    _check_count(numbers, most)
-    return numbers
-
-
-def _check_count(numbers: list[int], most: int | None) -> None:
+        with suppress(OverflowError):
+            numbers = array("i", fds)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    if not numbers or not none_negative(numbers.tobytes()):
+        numbers = array("i", _one_by_one(fds))
     if most is not None and len(numbers) > most:
         raise ValueError(
             f"one message carries at most {most} descriptors, not {len(numbers)}; send_fds() "
             "sends any number, in several messages"
         )
+    return numbers
+
+
+def _one_by_one(fds: list[FileDescriptor]) -> Iterator[int]:
+    for position, fd in enumerate(fds):
+        try:
+            yield descriptor_number(fd)
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"at position {position}: {exc}") from exc
 
 
 def check_open(number: int) -> None:
@@ -107,7 +116,7 @@ def check_open(number: int) -> None:
         raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
 
 
-def check_all_open(numbers: list[int]) -> None:
+def check_all_open(numbers: Sequence[int]) -> None:
     """Raise unless all of them are open; with one poll(2), where one by one takes a call each.
 
     Raises:
@@ -117,7 +126,7 @@ def check_all_open(numbers: list[int]) -> None:
     for number in set(numbers):
         poll.register(number, 0)
     try:
-        suspects = [number for number, _ in poll.poll(0)]
+        suspects: Sequence[int] = [number for number, _ in poll.poll(0)]
     except OSError:
         # More than RLIMIT_NOFILE, which may have been lowered since.
         suspects = numbers

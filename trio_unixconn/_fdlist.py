@@ -41,10 +41,12 @@ class UnixFDList:
       TypeError, ValueError: one of them is no descriptor; then none is owned.
     """
 
-    __slots__ = ("__weakref__", "_fds")
+    __slots__ = ("__weakref__", "_fds", "_gaps")
 
     def __init__(self, fds: Iterable[int] = ()) -> None:
         self._fds: list[int] = []
+        # Whether any was taken out, so that nobody has to look for that in all.
+        self._gaps = False
         self._fds = [_number(fd) for fd in fds]
 
     @classmethod
@@ -57,6 +59,7 @@ class UnixFDList:
         """Make a list that owns what the kernel has given, and keeps that list."""
         fd_list = cls.__new__(cls)
         fd_list._fds = fds  # noqa: SLF001 - its own class
+        fd_list._gaps = False  # noqa: SLF001 - its own class
         return fd_list
 
     def append(self, fd: int) -> int:
@@ -97,7 +100,8 @@ class UnixFDList:
           Descriptors that the caller owns.
         """
         fds, self._fds = self._fds, []
-        return [fd for fd in fds if fd != _TAKEN] if _TAKEN in fds else fds
+        gaps, self._gaps = self._gaps, False
+        return [fd for fd in fds if fd != _TAKEN] if gaps else fds
 
     def take(self, index: SupportsIndex) -> int:
         """Take out one descriptor, which the caller owns from now on.
@@ -107,7 +111,7 @@ class UnixFDList:
           ValueError: it was taken before.
         """
         fd = self[index]
-        self._fds[operator.index(index)] = _TAKEN
+        self._leave_gap(index)
         return fd
 
     def take_file(
@@ -130,7 +134,7 @@ class UnixFDList:
         """
         check_mode(mode)
         file = file_of(self[index], mode, kinds)
-        self._fds[operator.index(index)] = _TAKEN
+        self._leave_gap(index)
         return file
 
     def take_socket(self, index: SupportsIndex) -> trio.socket.SocketType:
@@ -141,7 +145,7 @@ class UnixFDList:
           WrongDescriptorKindError: not a socket. The list still owns it.
         """
         sock = socket_of(self[index])
-        self._fds[operator.index(index)] = _TAKEN
+        self._leave_gap(index)
         return sock
 
     def take_stream(self, index: SupportsIndex) -> trio.abc.HalfCloseableStream:
@@ -155,7 +159,7 @@ class UnixFDList:
           WrongDescriptorKindError: not a connected stream socket. The list still owns it.
         """
         stream = stream_of(self[index])
-        self._fds[operator.index(index)] = _TAKEN
+        self._leave_gap(index)
         return stream
 
     def close(self) -> None:
@@ -176,6 +180,10 @@ class UnixFDList:
                 first = first or exc
         if first is not None:
             raise first
+
+    def _leave_gap(self, index: SupportsIndex) -> None:
+        self._gaps = True
+        self._fds[operator.index(index)] = _TAKEN
 
     def __len__(self) -> int:
         return len(self._fds)
