@@ -52,6 +52,9 @@ FOLDER = Path(__file__).parent
 RESULT = FOLDER / "result.json"
 TABLES = FOLDER / "result.md"
 ROUNDS, QUICK_ROUNDS = 15, 5
+# How often everybody is started afresh. Where a process happens to have its memory makes it up to
+# a tenth faster or slower for all its life; a ratio of two processes is in part that of their luck.
+STARTS, QUICK_STARTS = 5, 1
 # How much worse a ratio may get before that is a regression.
 TOLERANCE = 1.10
 Anyone = TypeVar("Anyone", bound=Contestant)
@@ -64,6 +67,7 @@ class Run:
     folder: str
     quick: bool
     rounds: int
+    starts: int
     pairs: list[Pair] = attrs.field(factory=list)
     missing: dict[str, str] = attrs.field(factory=dict)
     failed: dict[str, str] = attrs.field(factory=dict)
@@ -91,6 +95,7 @@ class Run:
         """End all of them."""
         for pair in self.pairs:
             pair.close()
+        self.pairs.clear()
 
     def entries_of(self, case: Case) -> dict[str, tuple[int, str]]:
         """Return who can run a case and in which ways: by name, the pair and the variant."""
@@ -100,16 +105,22 @@ class Run:
             for variant in pair.cases.get(case.name, ())
         }
 
-    def rounds_of(self, case: Case) -> int:
-        """Return how often a case is run."""
-        return min(self.rounds, case.rounds)
+    def rounds_of(self, case: Case, start: int) -> int:
+        """Return how often a case is run by those who were started at one of the starts."""
+        return len(range(start, min(self.rounds, case.rounds), self.starts))
 
-    def measure(self, case: Case, progress: Progress, task: TaskID) -> dict[str, list[float]]:
+    def turns(self, cases: list[Case]) -> int:
+        """Return how many runs there are in all, if nobody fails."""
+        return sum(len(self.entries_of(case)) * min(self.rounds, case.rounds) for case in cases)
+
+    def measure(
+        self, case: Case, rounds: int, progress: Progress, task: TaskID
+    ) -> dict[str, list[float]]:
         """Run a case in turns; return the values of each who did not fail."""
         count = case.quick if self.quick else case.count
         entries = self.entries_of(case)
         values: dict[str, list[float]] = {name: [] for name in entries}
-        for turn in range(-1, self.rounds_of(case)):
+        for turn in range(-1 if rounds else 0, rounds):
             for name in in_turn(values, turn):
                 i, variant = entries[name]
                 # The first turn is for warming up.
@@ -133,6 +144,15 @@ class Run:
         contestant = self.pairs[i].contestant
         self.pairs[i].close()
         self.pairs[i] = Pair(contestant, self.folder)
+
+
+def joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Return the values of those who failed in no part."""
+    return {
+        name: [value for part in parts for value in part[name]]
+        for name in parts[0]
+        if all(name in part for part in parts)
+    }
 
 
 def in_turn(names: Iterable[str], turn: int) -> list[str]:
@@ -169,20 +189,25 @@ def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick:
         "quick": quick,
         "cases": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        running = Run(folder, quick, rounds)
-        try:
-            running.start(contestants)
-            total = sum(len(running.entries_of(case)) * running.rounds_of(case) for case in cases)
-            with progress_bar() as progress:
-                task = progress.add_task("", total=total)
+    measured: dict[str, list[dict[str, list[float]]]] = {case.title: [] for case in cases}
+    starts = QUICK_STARTS if quick else STARTS
+    with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
+        running = Run(folder, quick, rounds, starts)
+        task = progress.add_task("", total=None)
+        for start in range(starts):
+            try:
+                running.start(contestants)
+                progress.update(task, total=running.turns(cases))
                 for case in cases:
                     progress.update(task, description=case.title)
-                    values = running.measure(case, progress, task)
-                    if any(map(is_ours, values)):
-                        result["cases"][case.title] = summary(case, values)
-        finally:
-            running.close()
+                    turns = running.rounds_of(case, start)
+                    measured[case.title].append(running.measure(case, turns, progress, task))
+            finally:
+                running.close()
+    for case in cases:
+        values = joined(measured[case.title])
+        if any(map(is_ours, values)):
+            result["cases"][case.title] = summary(case, values)
     result |= {
         "versions": running.versions,
         "missing": running.missing,

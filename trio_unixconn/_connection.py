@@ -197,7 +197,8 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_credentials.html
         """
-        can_tell_credentials()
+        if _control.CREDENTIALS is None:
+            can_tell_credentials()
         received = await self._receiver.receive(1, cancellable, passcred=True)
         if not received[0]:
             raise ended("a byte with credentials", received)

@@ -221,11 +221,15 @@ class Receiver(ConnectedSocket):
 
     def _return_lent(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
-        lent, raw = self._lent, self.raw
-        while lent:
-            option = lent.pop()
-            if raw.fileno() != -1:
-                raw.setsockopt(_SOL_SOCKET, option, 0)
+        setsockopt = self.raw.setsockopt
+        try:
+            for option in self._lent:
+                setsockopt(_SOL_SOCKET, option, 0)
+        except OSError:
+            if self.raw.fileno() != -1:
+                raise
+        finally:
+            self._lent.clear()
 
 
 class RefusingReceiver(Receiver):
