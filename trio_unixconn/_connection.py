@@ -260,7 +260,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         ConnectionBrokenError: the peer would take them for the rest of this message.
         """
         numbers = _descriptors.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
-        messages = [_control.rights(*numbers)] if numbers else []
+        messages = [_control.rights_of(numbers)] if numbers else []
         if credentials is not None:
             messages.append(_control.credentials(credentials))
         with bytes_of(data) as view:
@@ -314,6 +314,9 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         received = await self._receiver.receive(
             size, cancellable, passcred=credentials, passpidfd=pidfd
         )
+        fds = _control.only_rights(received, most)
+        if fds is not None:
+            return Message(received[0], UnixFDList.owning(fds), None, UnixFDList.owning([]))
         parsed = _control.whole_message(received, most)
         return Message(
             received[0],

@@ -81,6 +81,11 @@ def rights(*numbers: int) -> ControlMessage:
     return *required_rights(), struct.pack(f"{len(numbers)}i", *numbers)
 
 
+def rights_of(numbers: array[int]) -> ControlMessage:
+    """Return the control message that carries these descriptors; as :func:`rights`."""
+    return *required_rights(), numbers.tobytes()
+
+
 def right(number: int) -> ControlMessage:
     """Return the control message that carries one descriptor; as :func:`rights`, sooner."""
     if _SCM_RIGHTS is not None and _HAS_SENDMSG:
@@ -286,6 +291,28 @@ def lone_descriptor(received: Received) -> int:
     return -1
 
 
+def only_rights(received: Received, most: int) -> list[int] | None:
+    """Return the descriptors of a message that has up to ``most``, or none, and nothing else.
+
+    This is the common case, without building anything. None for every other message, which
+    :func:`parse` looks at in full; it may still be fine.
+    """
+    _, ancdata, flags, _ = received
+    if len(ancdata) > 1 or flags & _MSG_CTRUNC or not _ARRIVE_CLOEXEC:
+        return None
+    if not ancdata:
+        return []
+    level, kind, payload = ancdata[0]
+    if (
+        kind == _SCM_RIGHTS
+        and level == _SOL_SOCKET
+        and len(payload) <= 4 * most
+        and none_negative(payload)
+    ):
+        return _slots(payload)
+    return None
+
+
 def count_descriptors(received: Received) -> int:
     """Return how many descriptors came with a message; 0 if :func:`parse` would find fault."""
     _, ancdata, flags, _ = received
@@ -341,19 +368,10 @@ def up_to_descriptors(received: Received, most: int) -> list[int]:
       UnexpectedControlMessageError: none, more, or anything else; all of it is closed.
       DescriptorsTruncatedError: the kernel dropped descriptors.
     """
+    fds = only_rights(received, most)
+    if fds:
+        return fds
     data, ancdata, flags, _ = received
-    if len(ancdata) == 1:
-        level, kind, payload = ancdata[0]
-        # The common case without building anything but what is returned.
-        if (
-            kind == _SCM_RIGHTS
-            and level == _SOL_SOCKET
-            and 4 <= len(payload) <= 4 * most
-            and not flags & _MSG_CTRUNC
-            and _ARRIVE_CLOEXEC
-            and none_negative(payload)
-        ):
-            return _slots(payload)
     parsed = parse(ancdata, flags)
     if parsed.truncated or parsed.others or not 1 <= len(parsed.fds) <= most:
         raise _refusal(f"between 1 and {most} descriptors were due", data, parsed)

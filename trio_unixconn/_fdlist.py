@@ -171,6 +171,8 @@ class UnixFDList:
         Raises:
           OSError: the first error of close(2); all have been closed by then.
         """
+        if not self._fds:
+            return
         first: OSError | None = None
         close = os.close
         for fd in self.steal_fds():
@@ -216,7 +218,9 @@ class UnixFDList:
 
     def __del__(self) -> None:
         # Not there when the constructor was called wrongly.
-        fds = list(self) if getattr(self, "_fds", None) else []
+        if not getattr(self, "_fds", None):
+            return
+        fds = list(self)
         if fds:
             # First closed, because a warning may be an exception.
             with suppress(OSError):

@@ -117,8 +117,8 @@ class UnixFDMessage:
           ValueError: more descriptors than one message carries.
           NotSupportedError: the platform passes none.
         """
-        return _control.rights(
-            *_descriptors.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
+        return _control.rights_of(
+            _descriptors.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
         )
 
     @classmethod
