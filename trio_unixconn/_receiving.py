@@ -86,8 +86,10 @@ class Receiver(ConnectedSocket):
                 await cancel_shielded_checkpoint()
                 return received
             raw = self.raw
-            if passcred:
-                self._lend_passcred()
+            if passcred and _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
+                # As _lend_passcred(), without the call.
+                raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
+                self._lent.append(_PASSCRED)
             if passpidfd:
                 self._lend_passpidfd()
             try:
