@@ -66,7 +66,6 @@ _OWN: Final = (
     else None
 )
 _ucred: Final = struct.Struct("iII")
-_UNKNOWN_ID: Final = 0xFFFFFFFF
 _MOMENT: Final = 0.01
 _NO_LINGER: Final = struct.pack("ii", 0, 0)
 _int: Final = struct.Struct("i")
@@ -351,9 +350,9 @@ def only_credentials(received: Received) -> Credentials | None:
     if len(ancdata) == 1:
         level, kind, payload = ancdata[0]
         if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12 and not flags & _MSG_CTRUNC:
-            pid, uid, gid = _ucred.unpack(payload)
-            if pid > 0 and _UNKNOWN_ID not in (uid, gid):
-                return vouched(pid, uid, gid)
+            known = vouched(payload)
+            if known is not None:
+                return known
     parsed = parse(ancdata, flags)
     if parsed.fds or parsed.others or parsed.truncated or len(parsed.credentials) > 1:
         raise _refusal("credentials were due", data, parsed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -365,13 +366,20 @@ _new: Final = object.__new__
 _set_pid: Final = Credentials.__dict__["pid"].__set__
 _set_uid: Final = Credentials.__dict__["uid"].__set__
 _set_gid: Final = Credentials.__dict__["gid"].__set__
+_ucred: Final = struct.Struct("iII")
 
 
-def vouched(pid: int, uid: int, gid: int) -> Credentials:
-    """Return a value of three ids that the kernel has given, and that need no look.
+@lru_cache(maxsize=64)
+def vouched(ucred: bytes) -> Credentials | None:
+    """Return what the kernel says in Linux's layout, 12 bytes; None if it names nobody.
 
-    In 0.24 us, where ``Credentials(pid, uid, gid)`` takes 0.48.
+    The same bytes are the same value, and a peer sends the same each time: to remember the last
+    few takes 3 % from credentials there and back. A new one takes half as long as by the
+    constructor, which looks at what a caller may have given.
     """
+    pid, uid, gid = _ucred.unpack(ucred)
+    if pid <= 0 or _UNKNOWN_ID in (uid, gid):
+        return None
     made = _new(Credentials)
     _set_pid(made, pid)
     _set_uid(made, uid)
