@@ -132,6 +132,7 @@ async def test_nothing_to_send_on_a_closed_connection() -> None:
         ([0, 0, True], 1, TypeError, "at position 2: .*not True"),
         ([0, "0"], 253, TypeError, "at position 1: .*not str"),
         ([-1], 253, ValueError, "at position 0: .*number -1"),
+        ([0, 2**31], 253, ValueError, "at position 1: .*number 2147483648"),
         ([0, io.BytesIO()], 253, ValueError, "at position 1: fileno"),
         (0, 253, TypeError, "int"),
     ],

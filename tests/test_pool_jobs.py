@@ -44,7 +44,7 @@ async def test_even_shares(shared: Path) -> None:
             client.receipt = await pool.submit(theirs)
             clients.append(client)
             # One that has just got a job gets no other before it has asked for that.
-            await until(lambda: all(link.wants_more for link in pool._links()))
+            await until(lambda: all(link.wants_more for link in pool._supervisor.links()))
         for client in clients:
             assert client.receipt is not None
             assert await client.line() == [client.receipt.pid, client.receipt.id]

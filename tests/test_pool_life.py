@@ -37,7 +37,14 @@ from trio_unixconn import (
     PoolClosedError,
     WorkerStartError,
 )
-from trio_unixconn.pool import AbandonedJob, _pool, _process, _worker, open_worker_pool
+from trio_unixconn.pool import (
+    AbandonedJob,
+    _place,
+    _process,
+    _supervisor,
+    _worker,
+    open_worker_pool,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -165,7 +172,7 @@ async def test_a_drain_that_a_handler_does_not_heed(
         (pid,) = pids(pool)
         async with client_of(pool, data=b"compute") as client:
             await client.line()
-            monkeypatch.setattr(_pool, "_SHORT_END", 0.2)
+            monkeypatch.setattr(_supervisor, "_SHORT_END", 0.2)
             await pool.drain(0)
     assert reported == [AbandonedJob(1, 0, pid)]
 
@@ -251,7 +258,7 @@ async def test_left_by_a_cancellation(shared: Path) -> None:
 
 async def test_left_while_a_handler_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler that never comes to a checkpoint does not keep the block."""
-    monkeypatch.setattr(_pool, "_SHORT_END", 0.1)
+    monkeypatch.setattr(_supervisor, "_SHORT_END", 0.1)
     with pytest.raises(ZeroDivisionError):
         async with (
             open_worker_pool(DO, workers=1) as pool,
@@ -498,11 +505,13 @@ async def test_one_dies_while_another_is_awaited(shared: Path) -> None:
             await until(lambda: len(lines(shared / "waits")) == 1)
             await until(lambda: len(lines(shared / "ready")) == 2)
             with watched([int(lines(shared / "ready")[1])]) as pidfds:
-                await until(lambda: len(pool._alive) == 3)
-                await until(lambda: sum(link.state == "ready" for link in pool._alive) == 2)
+                await until(lambda: len(pool._supervisor.alive) == 3)
+                await until(
+                    lambda: sum(link.state == "ready" for link in pool._supervisor.alive) == 2
+                )
                 os.kill(int(lines(shared / "ready")[1]), signal.SIGKILL)
                 await ended(pidfds)
-            await until(lambda: len(pool._alive) == 2)
+            await until(lambda: len(pool._supervisor.alive) == 2)
             (shared / "go on").touch()
         for to in range(3):
             assert await pool.call(to=to) == b"nothing to do"
@@ -591,18 +600,18 @@ async def test_scale_down_while_a_worker_is_started(shared: Path) -> None:
 
 async def test_scale_down_between_two_tries(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a place that is gone no worker is tried again."""
-    monkeypatch.setattr(_pool, "_FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(_place, "FIRST_PAUSE", 0.3)
     async with open_worker_pool(DO, workers=2) as pool:
         os.kill(pids(pool)[1], signal.SIGKILL)
         await until(lambda: pool.statistics().deaths == 1)
         starts = counted(monkeypatch, _process, "start")
         await pool.scale(1)
-        place = pool._places[0]
+        place = pool._supervisor.places[0]
         assert await pool.call() == b"nothing to do"
         await trio.lowlevel.checkpoint()
         await until(lambda: not revives())
         assert starts == []
-        assert pool._places == [place]
+        assert pool._supervisor.places == [place]
 
 
 def revives() -> list[str]:
@@ -635,7 +644,7 @@ async def test_recycling(shared: Path) -> None:
             seen.add(await pool.call(data=b"pid"))
             if len(seen) > 2:
                 break
-            await until(lambda: not pool._places[0].busy)
+            await until(lambda: not pool._supervisor.places[0].busy)
         found = await at_rest(pool)
         assert found.restarts >= 2
         assert found.handled == found.submitted
@@ -652,13 +661,13 @@ async def test_recycling_that_fails(
         module.write_text("1 / 0")
         for _ in range(5):
             assert await pool.call() == b"version 1"
-            await until(lambda: not pool._places[0].busy)
+            await until(lambda: not pool._supervisor.places[0].busy)
         assert len(starts) == 1
         (message,) = caplog.messages
         assert "ZeroDivisionError" in message
         assert message.endswith("; the old one goes on")
         module.write_text(MODULE.format(version=2))
-        pool._places[0].again = -math.inf
+        pool._supervisor.places[0].again = -math.inf
         assert await pool.call() == b"version 1"
         await until(lambda: has(pool, 1))
         assert await pool.call() == b"version 2"

@@ -223,15 +223,11 @@ class Receiver(ConnectedSocket):
 
     def _return_lent(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
-        setsockopt = self.raw.setsockopt
-        try:
+        raw = self.raw
+        if raw.fileno() != -1:
             for option in self._lent:
-                setsockopt(_SOL_SOCKET, option, 0)
-        except OSError:
-            if self.raw.fileno() != -1:
-                raise
-        finally:
-            self._lent.clear()
+                raw.setsockopt(_SOL_SOCKET, option, 0)
+        self._lent.clear()
 
 
 class RefusingReceiver(Receiver):

@@ -5,85 +5,20 @@ The rule of this file: when the block has ended, however it ended, no worker is 
 
 from __future__ import annotations
 
-import operator
-import os
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
 
 import trio
 
-from ._pool import PoolOptions, WorkerPool
+from ._options import pool_options
+from ._pool import WorkerPool
 from ._reserve import Reserve
-from ._targets import check_reference
+from ._supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from ._statistics import AbandonedJob
-
-
-def available_cpus() -> int:
-    """Return how many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
-def pool_options(
-    handler: str,
-    *,
-    workers: int | None = None,
-    setup: str | None = None,
-    max_in_flight: int = 1000,
-    max_queue: int = 1000,
-    max_tries: int = 3,
-    max_jobs: int | None = None,
-    start_timeout: float = 60,
-    hang_timeout: float = 10,
-    drain_timeout: float = 30,
-    crash_limit: int = 5,
-    on_abandoned: Callable[[AbandonedJob], None] | None = None,
-) -> PoolOptions:
-    """Check what was asked for.
-
-    Raises:
-      TypeError, ValueError: something that cannot be.
-    """
-    check_reference(handler, "a handler")
-    if setup is not None:
-        check_reference(setup, "a setup")
-    counts = {
-        "workers": available_cpus() if workers is None else workers,
-        "max_in_flight": max_in_flight,
-        "max_queue": max_queue,
-        "max_tries": max_tries,
-        "max_jobs": 1 if max_jobs is None else max_jobs,
-        "crash_limit": crash_limit,
-    }
-    for name, count in counts.items():
-        if operator.index(count) < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    times = {"start_timeout": start_timeout, "hang_timeout": hang_timeout}
-    for name, time in times.items():
-        if not time > 0:
-            raise ValueError(f"{name} must be more than 0 seconds, not {time}")
-    if not drain_timeout >= 0:
-        raise ValueError(f"drain_timeout must be 0 or more seconds, not {drain_timeout}")
-    return PoolOptions(
-        handler=handler,
-        workers=counts["workers"],
-        setup=setup,
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        max_tries=max_tries,
-        max_jobs=max_jobs,
-        start_timeout=start_timeout,
-        hang_timeout=hang_timeout,
-        drain_timeout=drain_timeout,
-        crash_limit=crash_limit,
-        on_abandoned=on_abandoned,
-    )
 
 
 @asynccontextmanager
@@ -160,17 +95,17 @@ async def open_worker_pool(
     raised: BaseException | None = None
     with closing(Reserve()) as reserve:
         async with trio.open_nursery() as nursery:
-            pool = WorkerPool(options, nursery, reserve)
+            supervisor = Supervisor(options, nursery, reserve)
             try:
-                await pool._open()  # noqa: SLF001 - its constructor
-                yield pool
-                await pool.drain()
+                await supervisor.open()
+                yield WorkerPool(supervisor)
+                await supervisor.drain()
             except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
                 raised = exc
-                await pool._abort()  # noqa: SLF001 - as above
-            pool._kill()  # noqa: SLF001 - as above
+                await supervisor.abort()
+            supervisor.kill()
             nursery.cancel_scope.cancel()
-    if pool._failure is not None:  # noqa: SLF001 - as above
-        raise pool._failure  # noqa: SLF001 - as above
+    if supervisor.failure is not None:
+        raise supervisor.failure
     if raised is not None:
         raise raised

@@ -24,13 +24,14 @@ from .._socket import stdlib_socket_of
 from ..errors import ConnectionClosedError
 from . import _wire
 from ._opening import open_worker_pool
-from ._pool import WorkerPool, logger
+from ._supervisor import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Unpack
 
+    from ._pool import WorkerPool
     from ._statistics import AbandonedJob, PoolStatistics
 
 Listener = "trio.SocketListener | UnixListener"
@@ -107,7 +108,7 @@ class WorkerServer:
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
         if not self._accepting.cancel_called:
-            timeout = self.pool._options.drain_timeout if timeout is None else timeout  # noqa: SLF001 - of this room
+            timeout = self.pool._supervisor.options.drain_timeout if timeout is None else timeout  # noqa: SLF001 - of this room
             self._deadline = trio.current_time() + timeout
             self._accepting.cancel()
 
@@ -174,8 +175,8 @@ class WorkerServer:
         """
         raw = stdlib_socket_of(listener.socket)
         while True:
-            await self.pool.wait_for_room()
-            room = self.pool.free() - self._asking
+            await self.pool._wait_for_room()  # noqa: SLF001 - of this room
+            room = self.pool._free() - self._asking  # noqa: SLF001 - as above
             if room <= 0:
                 await trio.sleep(PAUSE)
                 continue
@@ -190,7 +191,7 @@ class WorkerServer:
                     asking.start_soon(self._ask, listener, sock, name)
             elif accepted:
                 fds = [sock.detach() for sock, _ in accepted]
-                self.pool.put_accepted(fds, _form_of(listener, raw))
+                self.pool._put_accepted(fds, _form_of(listener, raw))  # noqa: SLF001 - as above
             if error is None or accepted:
                 # What error there is comes again.
                 self._was_said = self._was_said and not accepted
@@ -213,7 +214,7 @@ class WorkerServer:
             async with conn:
                 if await listener._admits(conn):  # noqa: SLF001 - as serve_unix
                     form = _form_of(listener, sock)
-                    self.pool.put_accepted([conn.detach()], form)
+                    self.pool._put_accepted([conn.detach()], form)  # noqa: SLF001
                 else:
                     self.denied += 1
         finally:
