@@ -12,7 +12,6 @@ import fcntl
 import io
 import os
 import socket as stdlib_socket
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -107,11 +106,14 @@ class Delivery:
 
     def close(self) -> None:
         """Close the pool's copy of the descriptor; closing twice is allowed."""
-        fd, self.fd = self.fd, -1
+        fd = self.fd
         if fd >= 0:
-            # What a failed close has to say is about bytes that somebody wrote there before.
-            with suppress(OSError):
+            self.fd = -1
+            try:  # noqa: SIM105 - of every job
                 os.close(fd)
+            except OSError:
+                # What it has to say is about bytes that somebody wrote there before.
+                pass
 
     def settle(self, outcome: Any) -> None:
         """Tell who waits what became of it: the first time counts."""
@@ -126,7 +128,8 @@ class Delivery:
             trio.lowlevel.reschedule(task)
 
     def __del__(self) -> None:
-        self.close()
+        if self.fd >= 0:
+            self.close()
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ worker is next, and among those the one that has had the fewest lately.
 from __future__ import annotations
 
 from collections import deque
+from heapq import heappop, heapreplace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -86,7 +87,7 @@ class Dispatcher:
         if waiting == 1 and ranked:
             self._hand_over(ranked[0][-1], [self.queue.popleft()])
         elif waiting:
-            self._share_out([(link, load) for load, _, _, link in reversed(ranked)])
+            self._share_out([(link, load) for load, _, _, link in ranked])
         self._room()
 
     def _hand_over_bound(self, link: Link) -> bool:
@@ -94,31 +95,37 @@ class Dispatcher:
         if not mine:
             return False
         share: list[Delivery] = []
-        while mine and not (share and self._is_full(link, share, link.limit)):
+        room = min(link.limit, self.max_in_flight - len(link.in_flight))
+        while mine and len(share) < room:
             share.append(mine.popleft())
+            if len(share[-1].data) > _LARGE:
+                break
         self._hand_over(link, share)
         if not mine:
             del self.bound[link.index]
         return True
 
     def _share_out(self, ready: list[tuple[Link, int]]) -> None:
-        """Hand over many jobs, an equal share to each at the most; the busiest worker is first."""
+        """Hand over many jobs, an equal share to each at the most; the least busy one is first."""
         queue = self.queue
         most = -(-len(queue) // len(ready))
-        shares: dict[Link, list[Delivery]] = {}
-        while queue and ready:
-            # The last is the least busy; with one more it may not be any longer.
-            link, load = ready.pop()
-            share = shares.setdefault(link, [])
+        # By load and place, so this is a heap.
+        turns: list[tuple[int, int, int, Link, list[Delivery]]] = [
+            (load, place, min(most, link.limit, self.max_in_flight - load), link, [])
+            for place, (link, load) in enumerate(ready)
+        ]
+        while queue and turns:
+            load, place, room, link, share = turns[0]
             share.append(queue.popleft())
-            if self._is_full(link, share, most):
-                continue
-            at = len(ready)
-            while at and ready[at - 1][1] <= load:
-                at -= 1
-            ready.insert(at, (link, load + 1))
-        for link, share in shares.items():
-            self._hand_over(link, share)
+            # Many bytes are sent alone: who waits for the next should not wait for them.
+            if len(share) == room or len(share[-1].data) > _LARGE:
+                heappop(turns)
+                self._hand_over(link, share)
+            else:
+                heapreplace(turns, (load + 1, place, room, link, share))
+        for _, _, _, link, share in turns:
+            if share:
+                self._hand_over(link, share)
 
     def _hand_over(self, link: Link, share: list[Delivery]) -> None:
         link.hand_over(share)
@@ -127,11 +134,6 @@ class Dispatcher:
             # Older ones count less and less: who is new need not catch up with all of them.
             for each in self.links.values():
                 each.recent //= 2
-
-    def _is_full(self, link: Link, share: list[Delivery], most: int) -> bool:
-        # Many bytes are sent alone: who waits for the next should not wait for them.
-        room = self.max_in_flight - len(link.in_flight)
-        return len(share) >= min(most, link.limit, room) or len(share[-1].data) > _LARGE
 
     def _room(self) -> None:
         if self.waiting and self.free() > 0:

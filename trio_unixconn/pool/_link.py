@@ -259,10 +259,7 @@ class Link:
                 self.wants_more = True
                 break
             fds = [each.fd for each in batch if each.fd >= 0]
-            sent = [
-                _wire.SentJob(each.id, each.form, each.wants_answer, each.data) for each in batch
-            ]
-            message = _wire.jobs(self._number, sent, carries=bool(fds))
+            message = _wire.jobs(self._number, batch, carries=bool(fds))
             try:
                 await self.process.conn.send_message(message, fds=fds)
             except OSError as exc:

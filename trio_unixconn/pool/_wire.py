@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,6 +81,19 @@ class SentJob(NamedTuple):
     data: bytes
 
 
+class AnyJob(Protocol):
+    """What a SentJob is made from: whatever has its attributes."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def form(self) -> int: ...
+    @property
+    def wants_answer(self) -> bool: ...
+    @property
+    def data(self) -> bytes: ...
+
+
 class WireError(ValueError):
     """What came is no frame: the other end is not one of ours, or of another version."""
 
@@ -90,13 +103,13 @@ def frame(kind: int, body: bytes = b"", *, carries: bool = False) -> bytes:
     return _header.pack(kind, carries, len(body)) + body
 
 
-def jobs(batch: int, sent: Iterable[SentJob], *, carries: bool) -> bytes:
+def jobs(batch: int, sent: Iterable[AnyJob], *, carries: bool) -> bytes:
     """Return the frame that hands jobs over; their descriptors go with it, in order."""
     parts = [_number.pack(batch)]
-    for each, form, wants_answer, data in sent:
-        parts.append(_job.pack(each, form, wants_answer, len(data)))
-        if data:
-            parts.append(data)
+    for each in sent:
+        parts.append(_job.pack(each.id, each.form, each.wants_answer, len(each.data)))
+        if each.data:
+            parts.append(each.data)
     return frame(JOBS, b"".join(parts), carries=carries)
 
 

@@ -258,9 +258,11 @@ class _Worker:
             self._say(number, f"the handler {why or traceback.format_exc()}")
             raise
         finally:
-            # ValueError: the handler has detached a file.
-            with contextlib.suppress(OSError, ValueError):
+            try:  # noqa: SIM105 - of every job
                 close_now(stream)
+            except (OSError, ValueError):
+                # ValueError: the handler has detached a file.
+                pass
             if wants_answer:
                 del self._scopes[number]
             self._something.unpark()
