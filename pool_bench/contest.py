@@ -133,6 +133,12 @@ class Run:
             except FailedError as exc:
                 self._drop(name, f"warming up: {exc}")
 
+    def _start_afresh(self) -> None:
+        contestants = [server.contestant for server in self.servers.values()]
+        self.close()
+        self.start(contestants)
+        self.warm_up()
+
     def close(self) -> None:
         """End all of them."""
         for name, server in self.servers.items():
@@ -169,6 +175,9 @@ class Run:
         turns: list[Turn] = []
         rounds = self.rounds_of(load)
         while names and len(turns) < rounds + self._more_turns(turns, rounds):
+            if load.fresh and turns and len(turns) % load.fresh == 0:
+                self._start_afresh()
+                names = [name for name in names if name in self.servers]
             turns.append(self._turn(load, names, rate, seed=len(turns) + 1))
             names = [name for name in names if name in turns[-1]]
             progress.update(task, advance=len(names) if len(turns) <= rounds else 0)

@@ -33,6 +33,8 @@ class Load:
       idle: how many others are open beside and say nothing; None: none, and that is for
         everybody. A load with idle ones is ours alone.
       rounds: at most so many, because one takes long.
+      fresh: after so many turns everybody is started afresh, because where a process happens to
+        have its memory makes it faster or slower for all its life; 0: never.
     """
 
     title: str
@@ -42,6 +44,7 @@ class Load:
     is_open: bool = False
     idle: int | None = None
     rounds: int = 1000
+    fresh: int = 0
 
     @property
     def figure(self) -> str:
@@ -64,7 +67,7 @@ def beside(idle: int) -> str:
 
 
 LOADS = [
-    Load(EVEN, 2, 0.5),
+    Load(EVEN, 2, 0.5, fresh=2),
     Load(UNEVEN, 3, 0.8, burns=True),
     Load(EVEN_OPEN, 2, 0.5, is_open=True),
     Load(UNEVEN_OPEN, 5, 1.5, burns=True, is_open=True),

@@ -290,6 +290,8 @@ class _Worker:
         while True:
             if not self._out and not self._done and not self._wants_more:
                 await self._something.park()
+                # What other handlers have to tell now goes along: each message has the pool run.
+                await trio.lowlevel.checkpoint()
             try:
                 await self._tell()
             except UnixConnectionError:
