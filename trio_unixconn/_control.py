@@ -273,7 +273,7 @@ def lone_descriptor(received: Received) -> int:
     _, ancdata, flags, _ = received
     if len(ancdata) == 1:
         level, kind, payload = ancdata[0]
-    elif len(ancdata) == 2 and ancdata[0][:2] == CREDENTIALS:
+    elif len(ancdata) == 2 and ancdata[0][1] == _OWN and ancdata[0][0] == _SOL_SOCKET:
         level, kind, payload = ancdata[1]
     else:
         return -1

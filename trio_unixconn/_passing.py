@@ -21,7 +21,7 @@ from ._kinds import DescriptorKind, check_mode, file_of, socket_of, stream_of
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     import trio
 
@@ -164,15 +164,10 @@ class DescriptorPassing:
         if len(numbers) > per_message:
             # With several messages, a closed one in the middle would be seen too late.
             _descriptors.check_all_open(numbers)
-        groups: list[Sequence[int]]
-        if per_message == 1:
-            groups = list(zip(numbers, strict=True))
-        else:
-            groups = [numbers[i : i + per_message] for i in range(0, len(numbers), per_message)]
-        if not groups:
+        if not numbers:
             await self._sender.send_all(b"", cancellable)
             return 0
-        return await self._sender.send_each(groups, cancellable)
+        return await self._sender.send_each(numbers, per_message, cancellable)
 
     @enable_ki_protection
     async def receive_fds(

@@ -12,7 +12,6 @@ import errno
 import os
 import socket as stdlib_socket
 from array import array
-from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -56,19 +55,15 @@ _LONGEST_PAUSE: Final = 0.1
 
 
 class _Burst:
-    """Groups of descriptors, each a message of its own, and how many messages have gone."""
+    """Descriptors that go in messages of so many each, and how many have gone."""
 
-    __slots__ = ("copies", "groups", "sent")
+    __slots__ = ("numbers", "per_message", "sent")
 
-    def __init__(self, groups: list[Sequence[int]]) -> None:
-        self.groups = groups
+    def __init__(self, numbers: array[int], per_message: int) -> None:
+        # Once this has had to wait, duplicates.
+        self.numbers = numbers
+        self.per_message = per_message
         self.sent = 0
-        # What is sent in place of a descriptor, once this has had to wait.
-        self.copies: dict[int, int] = {}
-
-    def descriptors_sent(self) -> int:
-        """Return how many descriptors have gone."""
-        return sum(map(len, self.groups[: self.sent]))
 
 
 class Sender(ConnectedSocket):
@@ -171,15 +166,17 @@ class Sender(ConnectedSocket):
                     refusal = _FULL
 
     @enable_ki_protection
-    async def send_each(self, groups: list[Sequence[int]], cancellable: Cancellable | None) -> int:
-        """Send each group of descriptors with a byte of its own; many for one checkpoint.
+    async def send_each(
+        self, numbers: array[int], per_message: int, cancellable: Cancellable | None
+    ) -> int:
+        """Send descriptors in messages of a byte each; many for one checkpoint.
 
         Returns:
           How many descriptors went: all, or fewer if trio's cancellation came in between,
           which then is seen at the next checkpoint.
         """
         self._begin_sending()
-        burst = _Burst(groups)
+        burst = _Burst(numbers, per_message)
         try:
             if cancellable is not None:
                 await begin_under(cancellable)
@@ -190,36 +187,33 @@ class Sender(ConnectedSocket):
                 await cancel_shielded_checkpoint()
             else:
                 await self._send_each_later(burst, refusal, cancellable)
-            return burst.descriptors_sent()
+            return burst.sent
         except FAILURES as exc:
-            gone = burst.descriptors_sent()
+            gone = burst.sent
             said = f"{gone} descriptors were sent before" if gone else "nothing was sent"
-            error = await self.failed(exc, [_control.rights(*groups[0])], said)
+            error = await self.failed(exc, [_control.rights_of(numbers[:per_message])], said)
             if isinstance(error, UnixConnectionError):
                 error.sent = gone
             raise error from exc
         except OperationCancelled as exc:
-            exc.sent = burst.descriptors_sent()
+            exc.sent = burst.sent
             raise
         finally:
             self.busy = False
 
     def _send_now(self, burst: _Burst) -> OSError | None:
         """Send until all has gone or the kernel refuses; return the refusal."""
-        sendmsg, groups, copies = self.raw.sendmsg, burst.groups, burst.copies
+        sendmsg, numbers, count = self.raw.sendmsg, burst.numbers, burst.per_message
         level, kind = _control.required_rights()
-        for position in range(burst.sent, len(groups)):
-            group = groups[position]
-            if copies:
-                group = [copies[fd] for fd in group]
+        for position in range(burst.sent, len(numbers), count):
             try:
-                sendmsg(_ONE_BYTE, [(level, kind, array("i", group))], _FLAGS)
+                sendmsg(_ONE_BYTE, [(level, kind, numbers[position : position + count])], _FLAGS)
             except OSError as exc:
                 burst.sent = position
                 if exc.errno not in _TRY_LATER:
                     raise
                 return exc
-        burst.sent = len(groups)
+        burst.sent = len(numbers)
         return None
 
     @enable_ki_protection
@@ -229,9 +223,13 @@ class Sender(ConnectedSocket):
         # One for each that is different, in a list that the UnixFDList owns as it grows.
         made: list[int] = []
         with UnixFDList.owning(made):
-            for fd in set(chain.from_iterable(burst.groups[burst.sent :])):
-                made.append(os.dup(fd))
-                burst.copies[fd] = made[-1]
+            copies: dict[int, int] = {}
+            for fd in burst.numbers[burst.sent :]:
+                if fd not in copies:
+                    made.append(os.dup(fd))
+                    copies[fd] = made[-1]
+            # What has gone already stands in front, and is not looked at again.
+            burst.numbers = array("i", [copies.get(fd, fd) for fd in burst.numbers])
             pause = _FIRST_PAUSE
             while refusal is not None:
                 before = burst.sent
