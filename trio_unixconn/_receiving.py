@@ -179,7 +179,8 @@ class Receiver(ConnectedSocket):
 
     def release(self) -> None:
         """Leave nothing behind before the socket is closed: no descriptor and no option."""
-        self._return_lent()
+        if self._lent:
+            self._return_lent()
         self._drop_ahead()
 
     def _drop_ahead(self) -> int:
