@@ -312,3 +312,27 @@ async def test_what_was_long_ago_counts_less() -> None:
     assert (old.recent, new.recent) == (314 // 2, 64 // 2)
     for each in made.queue:
         each.close()
+
+
+async def test_nobody_is_left_for_what_others_may_have() -> None:
+    """Jobs that any worker may have wait, where the only one that is free got one of its own."""
+    worker = Worker(0, {1: None})
+    its = dispatcher(worker, max_in_flight=1)
+    put(its, some([2], to=0))
+    put(its, some([3, 4]))
+    worker.finish()
+    its.pump()
+    assert [each.id for each in worker.batch] == [2]
+    assert [each.id for each in its.queue] == [3, 4]
+
+
+def test_a_job_that_is_dropped_closes_its_descriptor() -> None:
+    """Whatever becomes of a job, its descriptor is closed; what that has to say hurts nobody."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    delivery = Delivery(1, fd, _wire.OTHER)
+    del delivery
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    closed = Delivery(2, fd, _wire.OTHER)
+    closed.close()
+    assert closed.fd == -1

@@ -217,6 +217,56 @@ async def test_a_worker_dies_during_a_drain(shared: Path) -> None:
         assert len(answers) == 3
 
 
+async def test_a_drain_while_a_worker_is_replaced(shared: Path) -> None:
+    """A drain lets the old worker finish, though its replacement is not ready yet."""
+    async with (
+        open_worker_pool(HOLD, workers=1, setup="pool_handlers:waiting", max_jobs=1) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        client, theirs = ends()
+        await pool.submit(theirs)
+        await client.line()
+        await until(lambda: len(lines(shared / "waits")) == 1)
+        restarted = trio.Event()
+
+        async def restart() -> None:
+            with pytest.raises(PoolClosedError):
+                await pool.restart()
+            restarted.set()
+
+        nursery.start_soon(restart)
+        nursery.start_soon(pool.drain)
+        await until(lambda: [each.state for each in pool.statistics().workers] == ["draining"])
+        (shared / "go on").touch()
+        await restarted.wait()
+        await until(lambda: len(children()) == 1)
+        await client.stream.send_all(b"still there")
+        assert await client.stream.receive_some() == b"STILL THERE"
+        await client.end()
+    found = pool.statistics()
+    assert (found.handled, found.abandoned) == (1, 0)
+
+
+async def test_scale_up_during_a_drain(shared: Path) -> None:
+    """Workers that are ready only when the pool drains are not kept, and who asked is told."""
+    async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
+        async with trio.open_nursery() as nursery:
+            told = trio.Event()
+
+            async def scale() -> None:
+                with pytest.raises(PoolClosedError):
+                    await pool.scale(3)
+                told.set()
+
+            nursery.start_soon(scale)
+            await until(lambda: len(lines(shared / "waits")) == 2)
+            await pool.drain()
+            (shared / "go on").touch()
+            await told.wait()
+        await until(lambda: children() == {})
+        assert len(pool.statistics().workers) == 1
+
+
 async def test_a_setup_that_fails_at_its_end(capfd: pytest.CaptureFixture[str]) -> None:
     """A setup that raises when its worker ends is shown by the worker, and hurts nobody else."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:failing_at_the_end") as pool:

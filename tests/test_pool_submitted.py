@@ -6,6 +6,7 @@ import gc
 import os
 import select
 import socket
+import ssl
 import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,9 @@ async def test_what_is_refused(tmp_path: Path) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram,
         select.epoll() as epoll,
         open(os.devnull, "rb") as null,
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).wrap_socket(
+            socket.socket(), server_side=True
+        ) as encrypted,
     ):
         full = open("/dev/full", "wb")  # noqa: SIM115 - it cannot be closed without an error
         folder = os.open(tmp_path, os.O_RDONLY)
@@ -143,6 +147,7 @@ async def test_what_is_refused(tmp_path: Path) -> None:
             (listening, WrongDescriptorKindError, "this one listens"),
             (trio.socket.from_stdlib_socket(listening), WrongDescriptorKindError, "listens"),
             (datagram, WrongDescriptorKindError, "a stream socket is due"),
+            (encrypted, TypeError, "an SSLSocket cannot be handed over"),
             (epoll, WrongDescriptorKindError, "anonymous inode"),
             (folder, WrongDescriptorKindError, "directory"),
             (path, WrongDescriptorKindError, "only as a path"),
@@ -169,7 +174,7 @@ async def test_what_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match="the index of a worker, below 1"):
                     await pool.submit(null, to=to)
             assert pool.statistics().submitted == 0
-        for fd in (listening, datagram, epoll, null, full, folder, path):
+        for fd in (listening, datagram, encrypted, epoll, null, full, folder, path):
             assert os.fstat(fd if isinstance(fd, int) else fd.fileno())
         with suppress(OSError):
             full.close()

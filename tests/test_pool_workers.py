@@ -213,6 +213,21 @@ async def test_a_callback_that_raises() -> None:
     assert str(caught.value.exceptions[0]) == "about job 1"
 
 
+async def test_a_handler_that_exits_beside_others(shared: Path) -> None:
+    """What is cut off in the middle when a handler exits is reported, or its submitter told."""
+    reported: list[AbandonedJob] = []
+    async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
+        for _ in range(3):
+            await pool.submit(null(), data=b"forever")
+        await until(lambda: len(lines(shared / "began")) == 3)
+        await pool.submit(null(), data=b"exit")
+        await until(lambda: pool.statistics().deaths == 1)
+        found = await at_rest(pool)
+        assert found.handled == 0
+        assert found.failed + found.abandoned == 4
+        assert found.abandoned == len(reported)
+
+
 async def test_a_handler_that_exits(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """SystemExit out of a handler ends its worker, which is replaced."""
     async with open_worker_pool(DO, workers=1) as pool:

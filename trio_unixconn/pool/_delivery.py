@@ -12,6 +12,7 @@ import fcntl
 import io
 import os
 import socket as stdlib_socket
+import ssl
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -182,6 +183,11 @@ def take_over(what: Submitted) -> tuple[int, int]:
         form = _form_of(raw.fileno())
         trio.lowlevel.notify_closing(raw)
         return what.detach(), form
+    if isinstance(what, ssl.SSLSocket):
+        raise TypeError(
+            "an SSLSocket cannot be handed over: what it knows of the encryption is in this "
+            "process; submit the plain socket, and have the handler wrap it"
+        )
     if isinstance(what, stdlib_socket.socket):
         form = _form_of(what.fileno())
         return what.detach(), form

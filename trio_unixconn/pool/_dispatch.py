@@ -40,14 +40,14 @@ class Dispatcher:
     def __init__(
         self, max_in_flight: int, max_queue: int, max_tries: int, counters: Counters
     ) -> None:
-        self.max_in_flight = max_in_flight
-        self.max_queue = max_queue
-        self.max_tries = max_tries
-        self.counters = counters
+        self.max_in_flight: int = max_in_flight
+        self.max_queue: int = max_queue
+        self.max_tries: int = max_tries
+        self.counters: Counters = counters
         self.links: dict[int, Link] = {}
         self.queue: deque[Delivery] = deque()
         self.bound: dict[int, deque[Delivery]] = {}
-        self.waiting = trio.lowlevel.ParkingLot()
+        self.waiting: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
 
     def count(self) -> int:
         """Return how many jobs wait."""
@@ -86,7 +86,7 @@ class Dispatcher:
         ranked = sorted((len(link.in_flight), link.recent, link.index, link) for link in ready)
         if waiting == 1 and ranked:
             self._hand_over(ranked[0][-1], [self.queue.popleft()])
-        elif waiting:
+        elif waiting and ranked:
             self._share_out([(link, load) for load, _, _, link in ranked])
         self._room()
 

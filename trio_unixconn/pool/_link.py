@@ -340,18 +340,19 @@ class Link:
         delivery = self.in_flight.pop(number, None)
         if delivery is None:
             raise _wire.WireError(f"an answer to job {number}, where none is due")
+        # First who waits is told: what the owner does then is about others.
+        delivery.settle(answer)
         self.handled += 1
         self._owner.handled(self, 1)
-        delivery.settle(answer)
 
     def _failed(self, body: bytes) -> None:
         number, said = _wire.read_about(body)
         text = said.decode(errors="replace")
         delivery = self.in_flight.pop(number, None)
-        self.failed += 1
-        self._owner.failed(self, number, text, awaited=delivery is not None)
         if delivery is not None:
             delivery.settle(HandlerError(f"the handler of job {number} failed", text))
+        self.failed += 1
+        self._owner.failed(self, number, text, awaited=delivery is not None)
 
     def _more(self, _: bytes) -> None:
         self.wants_more = True

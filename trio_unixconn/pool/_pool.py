@@ -44,8 +44,9 @@ class WorkerPool:
         """Hand a stream, socket, file or descriptor to the least busy worker.
 
         Ownership moves to the pool at once, whatever happens then: ``what`` is detached or
-        closed, or, if it is an int, not the caller's any more. Only a TypeError, a ValueError
-        or a PoolClosedError leaves it as it was.
+        closed, or, if it is an int, not the caller's any more. Only what is no job, or a pool
+        that is closed, leaves it as it was: TypeError, ValueError, OSError (EBADF),
+        WrongDescriptorKindError and PoolClosedError.
 
         A job that no worker has yet is withdrawn when this is cancelled: it is never handled.
         Once a worker has been sent it, it is too late: this waits for the acknowledgement, and
@@ -63,7 +64,8 @@ class WorkerPool:
           Who took it, once that worker has said so.
 
         Raises:
-          TypeError, ValueError, OSError: nothing that a worker can have.
+          TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a worker can
+            have.
           PoolClosedError: the pool takes no more jobs.
           JobRefusedError: ``max_tries`` workers died, or had no descriptor free, before they
             could acknowledge it; or the pool ended before a worker had it, or there is no

@@ -216,6 +216,8 @@ class WorkerServer:
             conn = listener._connection(trio.socket.from_stdlib_socket(sock), name)  # noqa: SLF001
             async with conn:
                 if await listener._admits(conn):  # noqa: SLF001 - as serve_unix
+                    # Somebody may have had the pool drain meanwhile.
+                    self.pool._supervisor.check_open()  # noqa: SLF001 - of this room
                     form = _form_of(listener, sock)
                     self.pool._put_accepted([conn.detach()], form)  # noqa: SLF001
                 else:

@@ -101,7 +101,7 @@ class Supervisor:
                 while place.busy:
                     # What is being started there may have imported the old handler already.
                     await place.changed.wait()
-                    self.check_open()
+                self.check_open()
                 await self._replace(place)
 
     async def scale(self, workers: int) -> None:
@@ -157,6 +157,8 @@ class Supervisor:
                     nursery.start_soon(fill, index)
             if errors:
                 raise errors[0]
+            # A drain may have begun meanwhile.
+            self.check_open()
         except BaseException:
             for link in links.values():
                 self._leave(link)
@@ -224,7 +226,10 @@ class Supervisor:
         place.end()
         old = place.link
         self._settle(place, new)
-        self._leave(old)
+        # If not, the place is gone, or the pool is ending: then others see to it that the old one
+        # finishes what it has.
+        if place.link is new:
+            self._leave(old)
 
     def _leave(self, link: Link) -> None:
         """Have a worker finish what it has, and end, while everything else goes on."""

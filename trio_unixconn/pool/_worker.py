@@ -255,7 +255,9 @@ class _Worker:
             self._say(number, traceback.format_exc())
         except BaseException as exc:
             why = "was cancelled: the worker ended" if isinstance(exc, trio.Cancelled) else ""
-            self._say(number, f"the handler {why or traceback.format_exc()}")
+            # Not noted: it was cut off in the middle, and if this cannot be told any more, the
+            # pool is to report it.
+            self._tell_of(number, f"the handler {why or traceback.format_exc()}")
             raise
         finally:
             try:  # noqa: SIM105 - of every job
@@ -283,6 +285,9 @@ class _Worker:
 
     def _say(self, number: int, text: str) -> None:
         self._note(number)
+        self._tell_of(number, text)
+
+    def _tell_of(self, number: int, text: str) -> None:
         said = text.encode(errors="backslashreplace")[: _wire.MAX_DATA]
         self._out.append(_wire.about(_wire.ERROR, number, said))
 
