@@ -54,7 +54,9 @@ async def test_a_drain_waits_for_nothing_that_was_withdrawn() -> None:
     """When the last job that waits is withdrawn, a drain asks the workers to end at once."""
     with trio.fail_after(60):
         async with (
-            open_worker_pool("test_pool_batches:wait", workers=1, max_in_flight=1) as pool,
+            open_worker_pool(
+                "test_pool_batches:wait", workers=1, max_in_flight=1, drain_timeout=0
+            ) as pool,
             trio.open_nursery() as nursery,
         ):
             await pool.submit(null())

@@ -332,10 +332,12 @@ async def test_a_drain_of_a_queue_that_never_ends(monkeypatch: pytest.MonkeyPatc
     async with serving("echo", listener) as server:
         clients = [connected(listener) for _ in range(5)]
         server.drain()
+        await until(lambda: listener.socket.fileno() == -1)
+        # The handlers wait for them.
+        for client in clients:
+            client.close()
     # One at a time: perhaps some before the drain, and two behind its beginning.
     assert server.accepted < 5
-    for client in clients:
-        client.close()
 
 
 async def test_the_deadline_of_a_drain_while_there_is_no_room(tmp_path: Path) -> None:
