@@ -101,7 +101,7 @@ def serve(
     one ends at once. Exit status 0 after a drain.
     """
     # --help needs none of it.
-    from ..pool._options import pool_options  # noqa: PLC0415
+    from ..pool._options import PoolOptions  # noqa: PLC0415
     from .binds import read_bind  # noqa: PLC0415
     from .serving import Order, is_terminal, serve_until_told  # noqa: PLC0415
 
@@ -118,7 +118,7 @@ def serve(
         "crash_limit": crash_limit,
     }
     try:
-        pool_options(handler, **options)
+        PoolOptions(handler, **options)
     except ValueError as exc:
         fail(str(exc), status=2)
     _put_current_directory_on_path()

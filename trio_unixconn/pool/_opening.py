@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ._options import pool_options
+from ._options import PoolOptions
 from ._pool import WorkerPool
 from ._reserve import Reserve
 from ._supervisor import Supervisor
@@ -78,7 +78,7 @@ async def open_worker_pool(
       WorkerStartError: a worker could not be started; with its traceback.
       ExceptionGroup: of the causes, when workers died again and again.
     """
-    options = pool_options(
+    options = PoolOptions(
         handler,
         workers=workers,
         setup=setup,

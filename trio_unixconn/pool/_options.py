@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -19,22 +19,10 @@ if TYPE_CHECKING:
     from ._statistics import AbandonedJob
 
 
-@attrs.frozen(kw_only=True)
-class PoolOptions:
-    """What :func:`open_worker_pool` was asked for; see there."""
-
-    handler: str
-    workers: int
-    setup: str | None
-    max_in_flight: int
-    max_queue: int
-    max_tries: int
-    max_jobs: int | None
-    start_timeout: float
-    hang_timeout: float
-    drain_timeout: float
-    crash_limit: int
-    on_abandoned: Callable[[AbandonedJob], None] | None
+_COUNTS: Final = [
+    *("workers", "max_in_flight", "max_queue"),
+    *("max_tries", "max_jobs", "crash_limit"),
+]
 
 
 def available_cpus() -> int:
@@ -45,57 +33,42 @@ def available_cpus() -> int:
         return os.cpu_count() or 1
 
 
-def pool_options(
-    handler: str,
-    *,
-    workers: int | None = None,
-    setup: str | None = None,
-    max_in_flight: int = 1000,
-    max_queue: int = 1000,
-    max_tries: int = 3,
-    max_jobs: int | None = None,
-    start_timeout: float = 60,
-    hang_timeout: float = 10,
-    drain_timeout: float = 30,
-    crash_limit: int = 5,
-    on_abandoned: Callable[[AbandonedJob], None] | None = None,
-) -> PoolOptions:
-    """Check what was asked for.
+def _or_available_cpus(workers: int | None) -> int:
+    return available_cpus() if workers is None else workers
+
+
+@attrs.frozen
+class PoolOptions:
+    """The checked options of :func:`open_worker_pool`.
 
     Raises:
-      TypeError, ValueError: something that cannot be.
+      TypeError, ValueError: an option is invalid.
     """
-    check_reference(handler, "a handler")
-    if setup is not None:
-        check_reference(setup, "a setup")
-    counts = {
-        "workers": available_cpus() if workers is None else workers,
-        "max_in_flight": max_in_flight,
-        "max_queue": max_queue,
-        "max_tries": max_tries,
-        "max_jobs": 1 if max_jobs is None else max_jobs,
-        "crash_limit": crash_limit,
-    }
-    for name, count in counts.items():
-        if operator.index(count) < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    times = {"start_timeout": start_timeout, "hang_timeout": hang_timeout}
-    for name, time in times.items():
-        if not time > 0:
-            raise ValueError(f"{name} must be more than 0 seconds, not {time}")
-    if not drain_timeout >= 0:
-        raise ValueError(f"drain_timeout must be 0 or more seconds, not {drain_timeout}")
-    return PoolOptions(
-        handler=handler,
-        workers=counts["workers"],
-        setup=setup,
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        max_tries=max_tries,
-        max_jobs=max_jobs,
-        start_timeout=start_timeout,
-        hang_timeout=hang_timeout,
-        drain_timeout=drain_timeout,
-        crash_limit=crash_limit,
-        on_abandoned=on_abandoned,
-    )
+
+    handler: str
+    workers: int = attrs.field(default=None, converter=_or_available_cpus, kw_only=True)
+    setup: str | None = attrs.field(default=None, kw_only=True)
+    max_in_flight: int = attrs.field(default=1000, kw_only=True)
+    max_queue: int = attrs.field(default=1000, kw_only=True)
+    max_tries: int = attrs.field(default=3, kw_only=True)
+    max_jobs: int | None = attrs.field(default=None, kw_only=True)
+    start_timeout: float = attrs.field(default=60, kw_only=True)
+    hang_timeout: float = attrs.field(default=10, kw_only=True)
+    drain_timeout: float = attrs.field(default=30, kw_only=True)
+    crash_limit: int = attrs.field(default=5, kw_only=True)
+    on_abandoned: Callable[[AbandonedJob], None] | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        check_reference(self.handler, "a handler")
+        if self.setup is not None:
+            check_reference(self.setup, "a setup")
+        for name in _COUNTS:
+            count = getattr(self, name)
+            if not (name == "max_jobs" and count is None) and operator.index(count) < 1:
+                raise ValueError(f"{name} must be at least 1, not {count}")
+        for name in ("start_timeout", "hang_timeout"):
+            time = getattr(self, name)
+            if not time > 0:
+                raise ValueError(f"{name} must be more than 0 seconds, not {time}")
+        if not self.drain_timeout >= 0:
+            raise ValueError(f"drain_timeout must be 0 or more seconds, not {self.drain_timeout}")

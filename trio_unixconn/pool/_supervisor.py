@@ -447,6 +447,7 @@ class Supervisor:
         return place if place is not None and place.link is link else None
 
     def look_idle(self) -> None:
+        """Let a drain check whether any job is left."""
         if self._idle:
             self._idle.unpark_all()
 
@@ -455,6 +456,11 @@ class Supervisor:
     ################################################################
 
     async def open(self) -> None:
+        """Start the workers and the tasks that watch them.
+
+        Raises:
+          WorkerStartError: a worker could not start; the others are stopped.
+        """
         await self._fill(range(self.options.workers))
         if self.options.hang_timeout < math.inf:
             self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
