@@ -13,7 +13,7 @@ from helpers import clog, unclog
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection, connection_pair
-from trio_unixconn._socket import sleep_under
+from trio_unixconn._socket import sleep_cancellable
 
 RECEIVES = ["receive_fd", "receive_credentials"]
 SENDS = ["send_fd", "send_credentials"]
@@ -369,5 +369,5 @@ async def test_pauses_end_when_a_cancellable_fires(autojump_clock: MockClock) ->
         nursery.start_soon(fire)
         begun = trio.current_time()
         with pytest.raises(OperationCancelled):
-            await sleep_under(60, cancellable)
+            await sleep_cancellable(60, cancellable)
         assert trio.current_time() - begun == pytest.approx(1)

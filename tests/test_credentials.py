@@ -12,7 +12,8 @@ import attrs
 import pytest
 
 from trio_unixconn import Credentials, NotSupportedError, _credentials, _kernel
-from trio_unixconn._credentials import PLATFORMS, peer_credentials, platform_named
+from trio_unixconn._credentials import peer_credentials
+from trio_unixconn._ucred import LAYOUTS, PLATFORMS, platform_named
 
 GROUPS = struct.pack("=h2x16I", 2, 30, 40, *[0] * 14)
 
@@ -108,7 +109,7 @@ def test_layouts_read(layout: str) -> None:
 )
 def test_layout_sizes(layout: str, size: int) -> None:
     """The structures have the sizes that the systems' compilers give them."""
-    assert _credentials.LAYOUTS[layout].fields.size == size
+    assert LAYOUTS[layout].fields.size == size
 
 
 def test_apple_says_no_pid() -> None:
@@ -133,7 +134,7 @@ def test_ucred_cannot_be_written() -> None:
 @pytest.mark.parametrize("layout", [*NATIVE, "apple-xucred"])
 def test_too_short(layout: str) -> None:
     """Too few bytes are refused, with how many are due."""
-    size = _credentials.LAYOUTS[layout].fields.size
+    size = LAYOUTS[layout].fields.size
     with pytest.raises(ValueError, match=f"at least {size} bytes, but 3 came"):
         Credentials.from_native(b"abc", layout)
 
@@ -193,9 +194,9 @@ def test_platform_names(name: str, row: str | None) -> None:
 def test_layouts_that_platforms_name_exist() -> None:
     """No platform names a layout that is not in the table."""
     for platform in PLATFORMS.values():
-        assert platform.native in _credentials.LAYOUTS
+        assert platform.native in LAYOUTS
         for way in (platform.option, platform.message):
-            assert way is None or way.layout in _credentials.LAYOUTS
+            assert way is None or way.layout in LAYOUTS
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ async def test_plain_read_with_credentials_on() -> None:
 async def test_peer_that_refuses_descriptors() -> None:
     """SO_PASSRIGHTS off at the peer is DescriptorsRefusedError, and bytes still pass."""
     async with stdlib_peer() as peer:
-        if not await peer.ask("refuse_descriptors"):
+        if not await peer.ask("disable_passrights"):
             pytest.skip("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
         with pytest.raises(DescriptorsRefusedError, match="takes no descriptors") as caught:
             await peer.conn.send_fd(0)

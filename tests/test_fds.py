@@ -23,7 +23,7 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     UnixConnection,
     UnixFDList,
-    _receiving,
+    _receiver,
     connection_pair,
 )
 
@@ -490,7 +490,7 @@ async def test_option_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> Non
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 3)
-        monkeypatch.setattr(_receiving, "_SOL_SOCKET", 77)
+        monkeypatch.setattr(_receiver, "_SOL_SOCKET", 77)
         before = count_open()
         assert await take(two.fds(), 1) == [0]
         assert count_open() == before

@@ -158,7 +158,7 @@ async def test_connection_that_was_aborted_in_the_queue(
 
         failing = Failing(fileno=os.dup(real.fileno()))
         with failing:
-            monkeypatch.setattr("trio_unixconn._listener.stdlib_socket_of", lambda _: failing)
+            monkeypatch.setattr("trio_unixconn._listener.raw_socket", lambda _: failing)
             with pytest.raises(OSError, match="broken"):
                 listener._accept_waiting()
             conn = listener._accept_waiting()

@@ -9,8 +9,8 @@ import trio_unixconn
 
 PACKAGE = Path(trio_unixconn.__file__).parent
 
-# From the top to the bottom; a room may import what stands below it. Files of one folder are
-# one room, whose own order stands in FOLDERS.
+# From the top to the bottom; a module may import those below it. The modules of a subpackage
+# share one layer; their own order is in FOLDERS.
 LAYERS = [
     "__init__",
     "__main__",
@@ -22,32 +22,31 @@ LAYERS = [
     "_server",
     "_listener",
     "_client",
-    "_admission",
     "_policy",
+    "_accept",
     "_callbacks",
     "_callback_connection",
-    "_callback_passing",
     "_results",
     "_connection",
-    "_peer",
-    "_passing",
-    "_receiving",
-    "_sending",
+    "_receiver",
+    "_sender",
     "_socket",
     "_messages",
-    "_control",
-    "_descriptors",
-    "_sealed",
+    "_ancillary",
+    "_fds",
+    "_memfd",
     "_identity",
     "_fdlist",
-    "_kinds",
+    "_fdtypes",
     "_cancellable",
-    "_binding",
+    "_bind",
     "_paths",
     "_address",
-    "_options",
+    "_sockopts",
     "_credentials",
+    "_ucred",
     "_kernel",
+    "_closing",
     "_buffers",
     "errors",
     "_version",
@@ -110,8 +109,8 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path) -> set[str]:
-    """Return the project's modules that a module imports, by their names in the package."""
-    folder = name.split(".")[:-1]
+    """Return the modules of the package that a module imports, by name."""
+    package = name.split(".")[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -120,7 +119,7 @@ def imports_of(name: str, path: Path) -> set[str]:
                     found.add(alias.name.removeprefix("trio_unixconn").lstrip(".") or "__init__")
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                base = folder[: len(folder) - node.level + 1]
+                base = package[: len(package) - node.level + 1]
             elif node.module and node.module.split(".")[0] == "trio_unixconn":
                 base = []
                 node.module = node.module.removeprefix("trio_unixconn").lstrip(".") or None
@@ -138,20 +137,20 @@ def imports_of(name: str, path: Path) -> set[str]:
 
 
 def rank(name: str) -> tuple[int, int]:
-    room, _, file = name.partition(".")
-    return LAYERS.index(room), FOLDERS[room].index(file or "__init__") if room in FOLDERS else 0
+    layer, _, file = name.partition(".")
+    return LAYERS.index(layer), FOLDERS[layer].index(file or "__init__") if layer in FOLDERS else 0
 
 
-def test_every_room_is_on_the_map() -> None:
-    """No file stands outside of the layer map, and the map names no file that is not there."""
-    rooms = {name.partition(".")[0] for name in modules()}
-    assert rooms == set(LAYERS)
-    for folder, files in FOLDERS.items():
-        assert {p.stem for p in (PACKAGE / folder).glob("*.py")} == set(files)
+def test_every_module_is_on_the_map() -> None:
+    """Every module is in LAYERS or FOLDERS, and every entry is a module."""
+    names = {name.partition(".")[0] for name in modules()}
+    assert names == set(LAYERS)
+    for package, files in FOLDERS.items():
+        assert {p.stem for p in (PACKAGE / package).glob("*.py")} == set(files)
 
 
 def test_imports_point_down() -> None:
-    """A room imports only rooms below it, also in TYPE_CHECKING blocks and functions."""
+    """A module imports only those below it, even in TYPE_CHECKING blocks and functions."""
     upward = [
         f"{name} imports {imported}"
         for name, path in modules().items()
@@ -161,7 +160,7 @@ def test_imports_point_down() -> None:
     assert upward == []
 
 
-def test_nobody_imports_the_package_root() -> None:
+def test_no_module_imports_the_package_root() -> None:
     """No module imports trio_unixconn itself, which would make a circle."""
     assert [name for name, path in modules().items() if "__init__" in imports_of(name, path)] == []
 
@@ -170,23 +169,23 @@ def test_an_upward_import_would_be_seen(tmp_path: Path) -> None:
     """The check itself can fail: it sees every form of import."""
     module = tmp_path / "_kernel.py"
     module.write_text(
-        "from ._connection import UnixConnection\nfrom . import _control\n"
+        "from ._connection import UnixConnection\nfrom . import _ancillary\n"
         "import trio_unixconn._listener\nfrom trio_unixconn import errors\n"
         "from . import connection_pair\nimport os\nfrom pathlib import Path\n"
     )
     assert imports_of("_kernel", module) == {
         "_connection",
-        "_control",
+        "_ancillary",
         "_listener",
         "errors",
         "__init__",
     }
 
 
-def test_one_room_calls_sendmsg_and_one_recvmsg() -> None:
-    """Nothing but _sending calls sendmsg, and nothing but _receiving recvmsg.
+def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
+    """Only _sender calls sendmsg, and only _receiver recvmsg.
 
-    The doctor's lab tries the kernel itself, and carries nothing for anybody.
+    The exception is the doctor's lab, which probes the kernel.
     """
     callers = {
         (name, node.attr)
@@ -195,4 +194,4 @@ def test_one_room_calls_sendmsg_and_one_recvmsg() -> None:
         if isinstance(node, ast.Attribute) and node.attr in {"sendmsg", "recvmsg", "recvmsg_into"}
     }
     lab = {("_doctor.lab", "sendmsg"), ("_doctor.lab", "recvmsg")}
-    assert callers - lab == {("_sending", "sendmsg"), ("_receiving", "recvmsg")}
+    assert callers - lab == {("_sender", "sendmsg"), ("_receiver", "recvmsg")}

@@ -309,7 +309,7 @@ async def test_buffers(data: Any) -> None:
 async def test_peer_that_refuses_descriptors() -> None:
     """SO_PASSRIGHTS off at the peer refuses descriptors, and messages without them pass."""
     async with stdlib_peer() as peer:
-        if not await peer.ask("refuse_descriptors"):
+        if not await peer.ask("disable_passrights"):
             pytest.skip("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
         for credentials in (None, Credentials()):
             with pytest.raises(DescriptorsRefusedError, match="takes no descriptors"):

@@ -12,7 +12,7 @@ import pytest
 from helpers import as_nobody
 
 from trio_unixconn import UnixSocketAddress, open_unix_connection, open_unix_listener
-from trio_unixconn._paths import explained, explained_bind
+from trio_unixconn._paths import describe_bind_error, describe_connect_error
 
 
 @pytest.fixture
@@ -156,9 +156,9 @@ def test_errors_without_more_to_say(path: Path) -> None:
     address = UnixSocketAddress.path(path)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
-    for explain in (explained, explained_bind):
+    for explain in (describe_connect_error, describe_bind_error):
         error = explain(OSError(5, "Input/output error"), address)
         assert str(error) == f"[Errno 5] Input/output error: '{path}'"
         assert "[Errno 5]" in str(explain(OSError(5, "x"), UnixSocketAddress.abstract("n")))
-    denied = explained_bind(PermissionError(13, "Permission denied"), address)
+    denied = describe_bind_error(PermissionError(13, "Permission denied"), address)
     assert str(denied) == f"[Errno 13] Permission denied: '{path}'"

@@ -436,7 +436,7 @@ async def test_denied_before_a_byte_is_read(path: Path) -> None:
             def never(*_: object, **__: object) -> Any:
                 raise AssertionError
 
-            patch.setattr("trio_unixconn._receiving.Receiver.receive", never)
+            patch.setattr("trio_unixconn._receiver.Receiver.receive", never)
             await accept_all(listener)
         assert listener.denied == 1
         # Nobody holds the writing end any more.

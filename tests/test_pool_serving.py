@@ -22,11 +22,11 @@ from trio_unixconn import (
     PeerPolicy,
     UnixListener,
     WorkerStartError,
-    _binding,
+    _bind,
     open_unix_connection,
     open_unix_listener,
 )
-from trio_unixconn._admission import PAUSE
+from trio_unixconn._accept import ACCEPT_RETRY_DELAY
 from trio_unixconn.pool import PoolStatistics, WorkerServer, _serving, serve_with_workers
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ async def test_without_free_descriptors(caplog: pytest.LogCaptureFixture) -> Non
         with free_descriptors(1):
             client = connected(listener)
             await until(lambda: "cannot accept connections now" in caplog.text)
-            await trio.sleep(3 * PAUSE)
+            await trio.sleep(3 * ACCEPT_RETRY_DELAY)
             assert caplog.text.count("cannot accept connections now") == 1
             assert server.accepted == 0
         assert await answer(client, b"at last") == b"at last"
@@ -394,7 +394,7 @@ async def test_a_path_that_cannot_be_removed(
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     async with serving("echo", listener):
-        monkeypatch.setattr(_binding, "unbind", cannot)
+        monkeypatch.setattr(_bind, "unbind", cannot)
     assert "cannot be taken away" in caplog.text
     assert (tmp_path / "s").exists()
 

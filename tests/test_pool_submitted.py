@@ -22,7 +22,7 @@ from trio_unixconn import (
     WrongDescriptorKindError,
     connection_pair,
 )
-from trio_unixconn._socket import stdlib_socket_of
+from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import open_worker_pool
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ async def test_whether_descriptors_are_welcome(refuses: str | None) -> None:
             await client.line()
             # Where the kernel refuses it for the worker, nothing is sent.
             with suppress(PermissionError):
-                socket.send_fds(stdlib_socket_of(client.stream.socket), [b"x"], [0])
+                socket.send_fds(raw_socket(client.stream.socket), [b"x"], [0])
             await client.stream.send_eof()
         assert answers == [b"refused" if refuses else b"received"]
 

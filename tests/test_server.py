@@ -26,7 +26,7 @@ from trio_unixconn import (
     UnixConnection,
     UnixListener,
     UnixServer,
-    _binding,
+    _bind,
     open_unix_connection,
     open_unix_listener,
     serve_unix,
@@ -190,7 +190,7 @@ async def test_drain_with_no_deadline_at_all(path: Path, timeout: float) -> None
 
 async def test_drain_without_free_descriptors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that needs a descriptor to take the path away waits for one; handlers go on."""
-    tries = counted(monkeypatch, _binding, "unbind")
+    tries = counted(monkeypatch, _bind, "unbind")
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         async with await open_unix_connection(path) as client:
@@ -212,7 +212,7 @@ async def test_drain_that_may_not_take_the_path_away(
     def unbind(_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(_binding, "unbind", unbind)
+    monkeypatch.setattr(_bind, "unbind", unbind)
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         async with await open_unix_connection(path) as client:
@@ -232,7 +232,7 @@ async def test_cancelled_while_draining(path: Path, monkeypatch: pytest.MonkeyPa
         server = await start(nursery, echo, path)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            tries = counted(monkeypatch, _binding, "unbind")
+            tries = counted(monkeypatch, _bind, "unbind")
             server.drain()
             await until(lambda: len(tries) > 2)
             nursery.cancel_scope.cancel()

@@ -12,18 +12,22 @@ from ._callbacks import (
 )
 from ._cancellable import Cancellable as Cancellable, CancellableScope as CancellableScope
 from ._client import open_unix_connection as open_unix_connection
-from ._connection import UnixConnection as UnixConnection, connection_pair as connection_pair
+from ._connection import (
+    DescriptorStream as DescriptorStream,
+    FileDescriptor as FileDescriptor,
+    UnixConnection as UnixConnection,
+    connection_pair as connection_pair,
+)
 from ._credentials import Credentials as Credentials
 from ._fdlist import UnixFDList as UnixFDList
+from ._fdtypes import DescriptorKind as DescriptorKind
 from ._identity import PeerIdentity as PeerIdentity
-from ._kinds import DescriptorKind as DescriptorKind
 from ._listener import UnixListener as UnixListener, open_unix_listener as open_unix_listener
 from ._messages import (
     Message as Message,
     UnixCredentialsMessage as UnixCredentialsMessage,
     UnixFDMessage as UnixFDMessage,
 )
-from ._passing import DescriptorStream as DescriptorStream, FileDescriptor as FileDescriptor
 from ._policy import PeerPolicy as PeerPolicy
 from ._results import AsyncReadyCallback as AsyncReadyCallback, AsyncResult as AsyncResult
 from ._server import UnixServer as UnixServer, serve_unix as serve_unix

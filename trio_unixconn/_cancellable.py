@@ -46,7 +46,7 @@ def check_cancellable(value: Cancellable) -> None:
         raise TypeError(f"a Cancellable or None is due, not {type(value).__name__}")
 
 
-async def begin_under(cancellable: Cancellable) -> None:
+async def checkpoint_cancellable(cancellable: Cancellable) -> None:
     """Begin an operation: raise, at a checkpoint, if its Cancellable has fired.
 
     What was fired is decided once: a reset during the checkpoint does not let it through.
@@ -68,7 +68,7 @@ def _this_run() -> trio.lowlevel.TrioToken | None:
         return None
 
 
-def in_run(run: trio.lowlevel.TrioToken, call: Callable[[], object]) -> None:
+def call_in_trio_thread(run: trio.lowlevel.TrioToken, call: Callable[[], object]) -> None:
     """Call ``call`` in a trio run: at once if that is this one, or soon, from other threads.
 
     If the run has ended meanwhile, there is nothing left to call it for.
@@ -349,4 +349,4 @@ class CancellableScope:
     def fire(self) -> None:
         """Cancel the scope; :meth:`Cancellable.cancel` calls this, in any thread."""
         self._fired = True
-        in_run(self._run, self._scope.cancel)
+        call_in_trio_thread(self._run, self._scope.cancel)

@@ -18,11 +18,10 @@ from trio.lowlevel import enable_ki_protection
 
 from . import _kernel
 from ._address import UnixSocketAddress
-from ._admission import denied_peer
 from ._connection import UnixConnection
-from ._options import set_options
-from ._paths import connectable, explained
-from ._receiving import refuse_descriptors
+from ._paths import connectable, describe_connect_error
+from ._policy import check_peer
+from ._sockopts import disable_passrights, enable_passing
 from .errors import PeerDeniedError
 
 if TYPE_CHECKING:
@@ -78,16 +77,16 @@ async def open_unix_connection(
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        set_options(sock, credentials=credentials, pidfds=pidfds)
+        enable_passing(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
             # Before the server can send the first one.
-            refuse_descriptors(sock)
+            disable_passrights(sock)
         await _connect(sock, name)
         conn = UnixConnection.from_stdlib_socket(
             sock, receive_descriptors=receive_descriptors, remote_address=name
         )
         if policy is not None:
-            peer = await denied_peer(conn, policy)
+            peer = await check_peer(conn, policy)
             if peer is not None:
                 raise PeerDeniedError(
                     errno.EACCES,
@@ -113,6 +112,6 @@ async def _connect(sock: stdlib_socket.socket, name: UnixSocketAddress) -> None:
             await trio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
             pause = min(2 * pause, _LONGEST_PAUSE)
         except OSError as exc:
-            raise explained(exc, name) from exc
+            raise describe_connect_error(exc, name) from exc
         else:
             return

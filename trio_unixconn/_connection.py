@@ -2,7 +2,7 @@
 
 The rule of this file: it says what each operation sends and what it takes for an answer; how a
 message travels is the business of _sending and _receiving, and what may have come with what
-that of _control.
+that of _ancillary.
 
 Sources: unix(7), trio's SocketStream, https://docs.gtk.org/gio-unix/class.Connection.html
 """
@@ -11,36 +11,86 @@ from __future__ import annotations
 
 import errno
 import operator
+import os
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final, overload
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, overload
 
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection, notify_closing
 
-from . import _control, _descriptors, _kernel
+from . import _ancillary, _fds, _kernel, _memfd
+from ._address import UnixSocketAddress
 from ._buffers import bytes_of
-from ._credentials import Credentials, can_tell_credentials
+from ._credentials import Credentials, can_tell_credentials, peer_credentials
 from ._fdlist import UnixFDList
-from ._kinds import register_stream
+from ._fds import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
+from ._fdtypes import (
+    DescriptorKind,
+    check_mode,
+    open_file,
+    open_socket,
+    open_stream,
+    register_stream,
+)
+from ._identity import get_peer_groups, get_peer_security_context, identify, open_peer_pidfd
 from ._messages import Message
-from ._passing import NUL, DescriptorPassing, FileDescriptor, at_least, ended
-from ._peer import KnownPeer
-from ._receiving import Receiver, RefusingReceiver
-from ._sending import Sender
-from ._socket import check_connected, stdlib_socket_of
+from ._receiver import Receiver, RefusingReceiver
+from ._sender import Sender
+from ._sockopts import check_connected, raw_socket
+from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Collection, Iterable
 
-    from ._address import UnixSocketAddress
+    from ._ancillary import Received
     from ._buffers import Buffer
     from ._cancellable import Cancellable
+    from ._identity import PeerIdentity
+
+_T = TypeVar("_T")
 
 # As trio.SocketStream.
 DEFAULT_RECEIVE_SIZE: Final = 65536
 
+# A byte must travel with a control message on a stream; Gio sends NUL.
+NUL: Final = b"\0"
 
-class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream):
+DEFAULT_READ_AHEAD: Final = 128
+
+
+class DescriptorStream:
+    """What :meth:`UnixConnection.fds` returns: an async iterator over descriptors."""
+
+    __slots__ = ("_read_ahead", "_receiver")
+
+    def __init__(self, receiver: Receiver, read_ahead: int) -> None:
+        self._receiver = receiver
+        self._read_ahead = read_ahead
+
+    def __aiter__(self) -> DescriptorStream:
+        return self
+
+    @enable_ki_protection
+    async def __anext__(self) -> int:
+        receiver = self._receiver
+        ahead = receiver.ahead
+        if ahead and not receiver.busy:
+            first = ahead[0]
+            # What was read ahead of an error, or is no lone descriptor, receive() looks at.
+            if isinstance(first, tuple) and first[0] >= 0:
+                ahead.popleft()
+                return first[0]
+        is_ahead = bool(ahead)
+        received = await receiver.receive(1, None)
+        if not received[0]:
+            close_trailing_fds(received)
+            raise StopAsyncIteration
+        if not is_ahead:
+            receiver.read_ahead(self._read_ahead - 1)
+        return _ancillary.one_descriptor(received)
+
+
+class UnixConnection(trio.abc.HalfCloseableStream):
     """A connected Unix-domain stream socket: ``Gio.UnixConnection`` for trio.
 
     It is a ``trio.abc.HalfCloseableStream`` with the whole interface of
@@ -95,7 +145,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         local_address: UnixSocketAddress | None = None,
         remote_address: UnixSocketAddress | None = None,
     ) -> None:
-        raw = stdlib_socket_of(socket)
+        raw = raw_socket(socket)
         check_connected(raw)
         self.socket: trio.socket.SocketType = socket
         self._sender = Sender(socket, raw)
@@ -145,7 +195,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         """
         if type(fd) is not int:
             raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = _descriptors.descriptor_number(fd)
+        number = _fds.descriptor_number(fd)
         try:
             sock = stdlib_socket.socket(fileno=number)
         except OSError as exc:
@@ -158,6 +208,269 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
             raise
         sock.set_inheritable(False)
         return connection
+
+    ################################################################
+    # Descriptors
+    ################################################################
+
+    @enable_ki_protection
+    async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
+        """Send one descriptor, with one NUL byte that it travels with.
+
+        The descriptor stays the caller's, who may close it once this has returned. It may
+        also be closed while this waits: a duplicate is what waits.
+
+        Args:
+          fd: an int, or anything with ``fileno()``.
+          cancellable: ends the wait when it fires.
+
+        Returns:
+          True, as in Gio.
+
+        Raises:
+          TypeError, ValueError: not a descriptor; nothing was sent.
+          OSError: EBADF, the descriptor is closed; EMFILE, none is free for the duplicate
+            while waiting. Nothing was sent.
+          DescriptorsRefusedError: the peer takes no descriptors.
+          NotSupportedError: the platform passes none.
+
+        Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
+        """
+        number = _fds.descriptor_number(fd)
+        await self._sender.send(NUL, [_ancillary.right(number)], cancellable, (number,))
+        return True
+
+    @enable_ki_protection
+    async def receive_fd(self, cancellable: Cancellable | None = None) -> int:
+        """Receive one descriptor and the one byte that it travels with.
+
+        Returns:
+          The descriptor, close-on-exec. The caller owns it and must close it. Whether it
+          blocks is a property of the open file, which the peer shares, and is left alone.
+
+        Raises:
+          EndOfStreamError: the stream ended before.
+          UnexpectedControlMessageError: the next byte did not come with exactly one
+            descriptor. It is in ``.data``; whatever came with it is closed.
+          DescriptorsTruncatedError: the descriptor was lost, as no slot was free for it.
+
+        Source: https://docs.gtk.org/gio-unix/method.Connection.receive_fd.html (which returns
+        -1 without an error at the end of the stream)
+        """
+        received = await self._receiver.receive(1, cancellable)
+        if not received[0]:
+            raise end_of_stream_error("a descriptor", received)
+        return _ancillary.one_descriptor(received)
+
+    @enable_ki_protection
+    async def send_fds(
+        self,
+        fds: Iterable[FileDescriptor],
+        *,
+        per_message: int = _kernel.SCM_MAX_FD,
+        cancellable: Cancellable | None = None,
+    ) -> int:
+        """Send any number of descriptors, in order, with as few checkpoints as the peer allows.
+
+        Each message has one NUL byte and up to ``per_message`` descriptors. The descriptors
+        stay the caller's, and may be closed while this waits: duplicates are what waits.
+
+        Args:
+          per_message: 1 to 253; with 1, the peer receives each with ``receive_fd``, as a Gio
+            program must.
+
+        Returns:
+          How many were sent: all of them, or fewer if a trio cancellation came in between.
+          What the kernel has taken is not undone; the cancellation is seen at the next
+          checkpoint.
+
+        Raises:
+          OperationCancelled: the Cancellable fired; ``.sent`` says how many had gone.
+          ConnectionBrokenError: the peer left; ``.sent`` likewise.
+          TypeError, ValueError, OSError: as :meth:`send_fd`, before anything is sent.
+          DescriptorsRefusedError: the peer takes no descriptors.
+        """
+        if not 1 <= operator.index(per_message) <= _kernel.SCM_MAX_FD:
+            raise ValueError(
+                f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, not {per_message}"
+            )
+        numbers = _fds.descriptor_numbers(fds, None)
+        if len(numbers) > per_message:
+            # With several messages, a closed one in the middle would be seen too late.
+            _fds.check_all_open(numbers)
+        if not numbers:
+            await self._sender.send_all(b"", cancellable)
+            return 0
+        return await self._sender.send_fds(numbers, per_message, cancellable)
+
+    @enable_ki_protection
+    async def receive_fds(
+        self, max_fds: int, *, cancellable: Cancellable | None = None
+    ) -> UnixFDList:
+        """Receive between 1 and ``max_fds`` descriptors: those that have come.
+
+        Waits for one message, and takes those behind it that are there already and fit. Each
+        has one byte and at least one descriptor, as :meth:`send_fds` sends them.
+
+        Returns:
+          A list that owns them, close-on-exec.
+
+        Raises:
+          EndOfStreamError: the stream ended before.
+          UnexpectedControlMessageError: the first message has no descriptor or more than
+            ``max_fds``; all are closed, and the byte is in ``.data``.
+          DescriptorsTruncatedError: some were lost, as no slot was free for them.
+          ValueError: ``max_fds`` is below 1.
+        """
+        most = check_at_least(max_fds, 1, "max_fds")
+        received = await self._receiver.receive(1, cancellable)
+        if not received[0]:
+            raise end_of_stream_error("descriptors", received)
+        fds = _ancillary.up_to_descriptors(received, most)
+        for more in self._receiver.ahead_that_fits(most - len(fds)):
+            fds += _ancillary.up_to_descriptors(more, most)
+        return UnixFDList.owning(fds)
+
+    def fds(self, *, read_ahead: int = DEFAULT_READ_AHEAD) -> DescriptorStream:
+        """Iterate over descriptors: ``async for fd in conn.fds()``.
+
+        Each message must be one byte with one descriptor, as ``send_fd`` and
+        ``send_fds(per_message=1)`` send them. The caller owns what it gets. Messages that are
+        there already are read in bursts, with one checkpoint for each burst. The iteration
+        ends at the end of the stream.
+
+        Nothing is lost when the loop is left early, by break, exception or cancellation:
+        what was read ahead serves the next receive, whichever it is.
+
+        Args:
+          read_ahead: how many messages to read at a time, and so to hold at most.
+
+        Raises:
+          ValueError: ``read_ahead`` is below 1.
+
+        Iterating raises what :meth:`receive_fd` raises, but for the end of the stream; it can
+        be gone on with after an UnexpectedControlMessageError.
+        """
+        return DescriptorStream(self._receiver, check_at_least(read_ahead, 1, "read_ahead"))
+
+    ################################################################
+    # Typed, and checked before it is handed over
+    ################################################################
+
+    @enable_ki_protection
+    async def receive_file(
+        self,
+        mode: str = "rb",
+        *,
+        kinds: Collection[DescriptorKind] = (DescriptorKind.REGULAR_FILE,),
+        cancellable: Cancellable | None = None,
+    ) -> IO[Any]:
+        """Receive a descriptor as an open Python file.
+
+        Args:
+          mode: as for ``open``; what the descriptor must be open for.
+          kinds: what it may be open on.
+
+        Returns:
+          A file that the caller owns. Its position is that of the open file, which the sender
+          shares.
+
+        Raises:
+          WrongDescriptorKindError: something else came; it is closed.
+          TypeError, ValueError: not a mode, or no kinds; nothing was received.
+          All that :meth:`receive_fd` raises.
+        """
+        check_mode(mode)
+        kinds = frozenset(kinds)
+        fd = await self.receive_fd(cancellable)
+        return _convert_or_close(fd, lambda: open_file(fd, mode, kinds))
+
+    @enable_ki_protection
+    async def receive_socket(
+        self, *, cancellable: Cancellable | None = None
+    ) -> trio.socket.SocketType:
+        """Receive a descriptor as a trio socket of its family and type.
+
+        The open socket becomes non-blocking, for all who share it.
+
+        Returns:
+          A socket that the caller owns.
+
+        Raises:
+          WrongDescriptorKindError: something else came; it is closed.
+          All that :meth:`receive_fd` raises.
+        """
+        fd = await self.receive_fd(cancellable)
+        return _convert_or_close(fd, lambda: open_socket(fd))
+
+    @enable_ki_protection
+    async def receive_stream(
+        self, *, cancellable: Cancellable | None = None
+    ) -> trio.abc.HalfCloseableStream:
+        """Receive a descriptor of a connected stream socket as a stream.
+
+        The open socket becomes non-blocking, for all who share it.
+
+        Returns:
+          A :class:`UnixConnection` for a Unix socket, otherwise a ``trio.SocketStream``; the
+          caller owns it.
+
+        Raises:
+          WrongDescriptorKindError: something else came; it is closed.
+          All that :meth:`receive_fd` raises.
+        """
+        fd = await self.receive_fd(cancellable)
+        return _convert_or_close(fd, lambda: open_stream(fd))
+
+    ################################################################
+    # Sealed memory
+    ################################################################
+
+    @enable_ki_protection
+    async def send_buffer(
+        self, data: Buffer | FileDescriptor, *, cancellable: Cancellable | None = None
+    ) -> None:
+        """Send bytes as sealed memory: one descriptor, however many bytes.
+
+        Args:
+          data: a contiguous buffer, which is copied once, into a new memfd; or a memfd of the
+            caller's, which is sealed now and not copied.
+
+        Raises:
+          UnsafeBufferError: a descriptor that is no memfd, or that cannot be sealed, because
+            it is mapped for writing.
+          NotSupportedError: the platform has no memfds.
+          All that :meth:`send_fd` raises.
+
+        Source: memfd_create(2)
+        """
+        with UnixFDList([sealed_memory_of(data)]) as fds:
+            await self.send_fd(fds[0], cancellable)
+
+    @enable_ki_protection
+    async def receive_buffer(
+        self, max_bytes: int, *, cancellable: Cancellable | None = None
+    ) -> memoryview:
+        """Receive sealed memory, mapped and not copied.
+
+        Returns:
+          A read-only view; the mapping ends with it, and with what was made from it, such as
+          ``numpy.frombuffer(view)``.
+
+        Raises:
+          UnsafeBufferError: no sealed memory came, or more than ``max_bytes``; nothing was
+            mapped, and the descriptor is closed.
+          OSError: EMFILE; before Python 3.13 each mapping has a descriptor of its own.
+          ValueError: ``max_bytes`` is negative.
+          All that :meth:`receive_fd` raises.
+
+        Source: memfd_create(2) ("File sealing")
+        """
+        most = check_at_least(max_bytes, 0, "max_bytes")
+        fd = await self.receive_fd(cancellable)
+        view = _convert_or_close(fd, lambda: _memfd.map_sealed(fd, most))
+        os.close(fd)
+        return view
 
     ################################################################
     # Credentials
@@ -177,7 +490,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._sender.send(NUL, [_control.own_credentials()], cancellable)
+        await self._sender.send(NUL, [_ancillary.own_credentials()], cancellable)
         return True
 
     @enable_ki_protection
@@ -197,12 +510,12 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_credentials.html
         """
-        if _control.CREDENTIALS is None:
+        if _ancillary.CREDENTIALS is None:
             can_tell_credentials()
         received = await self._receiver.receive(1, cancellable, passcred=True)
         if not received[0]:
-            raise ended("a byte with credentials", received)
-        credentials = _control.only_credentials(received)
+            raise end_of_stream_error("a byte with credentials", received)
+        credentials = _ancillary.only_credentials(received)
         return self.get_peer_credentials() if credentials is None else credentials
 
     @enable_ki_protection
@@ -225,7 +538,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         """
         if not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Credentials are due, not {type(credentials).__name__}")
-        await self._sender.send(NUL, [_control.credentials(credentials)], cancellable)
+        await self._sender.send(NUL, [_ancillary.credentials(credentials)], cancellable)
         return True
 
     ################################################################
@@ -259,10 +572,10 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         If this is cancelled or fails when a part of the bytes has gone, later sends raise
         ConnectionBrokenError: the peer would take them for the rest of this message.
         """
-        numbers = _descriptors.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
-        messages = [_control.rights_of(numbers)] if numbers else []
+        numbers = _fds.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
+        messages = [_ancillary.rights_of(numbers)] if numbers else []
         if credentials is not None:
-            messages.append(_control.credentials(credentials))
+            messages.append(_ancillary.credentials(credentials))
         with bytes_of(data) as view:
             if not view:
                 if messages:
@@ -305,8 +618,8 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
           ValueError: ``max_bytes`` is below 1, or ``max_fds`` not from 0 to 253.
           NotSupportedError: ``pidfd`` on a kernel before Linux 6.5, or elsewhere.
         """
-        size = at_least(max_bytes, 1, "max_bytes")
-        most = at_least(max_fds, 0, "max_fds")
+        size = check_at_least(max_bytes, 1, "max_bytes")
+        most = check_at_least(max_fds, 0, "max_fds")
         if most > _kernel.SCM_MAX_FD:
             raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, not {most}")
         if credentials:
@@ -314,10 +627,10 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         received = await self._receiver.receive(
             size, cancellable, passcred=credentials, passpidfd=pidfd
         )
-        fds = _control.only_rights(received, most)
+        fds = _ancillary.only_rights(received, most)
         if fds is not None:
             return Message(received[0], UnixFDList.owning(fds), None, UnixFDList.owning([]))
-        parsed = _control.whole_message(received, most)
+        parsed = _ancillary.whole_message(received, most)
         return Message(
             received[0],
             UnixFDList.owning(parsed.fds),
@@ -364,7 +677,7 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
             raise ValueError("max_bytes must be >= 1")
         received = await self._receiver.receive(size, None)
         if received[1] or received[2] & _kernel.MSG_CTRUNC:
-            return _control.only_bytes(received)
+            return _ancillary.only_bytes(received)
         return received[0]
 
     async def aclose(self) -> None:
@@ -427,7 +740,108 @@ class UnixConnection(DescriptorPassing, KnownPeer, trio.abc.HalfCloseableStream)
         return self.socket.getsockopt(level, option, buffersize)
 
     ################################################################
-    # What Gio.SocketConnection and Gio.IOStream give
+    # The peer, and the addresses of both ends
+    ################################################################
+
+    def get_peer_credentials(self) -> Credentials:
+        """Return who connected, or listened, at the other end (``Gio.Socket.get_credentials``).
+
+        Vouched for by the kernel, noted down when the connection was made, and unchanged
+        since: of a socketpair, both ends name the process that made the pair.
+
+        Raises:
+          ConnectionClosedError: this side closed the connection.
+          NotSupportedError: the platform cannot tell.
+
+        Source: unix(7) (``SO_PEERCRED``), https://docs.gtk.org/gio/method.Socket.get_credentials.html
+        """
+        return peer_credentials(self._asked().getsockopt)
+
+    def open_peer_pidfd(self) -> int | None:
+        """Open a pidfd of the process that :meth:`get_peer_credentials` names.
+
+        A pid becomes another process's once its own has ended; a pidfd never does.
+
+        Returns:
+          A descriptor that the caller owns, close-on-exec; None where the kernel has none
+          (before Linux 6.5, and elsewhere).
+
+        Raises:
+          PeerGoneError: the process has ended and was reaped, on every kernel.
+          OSError: EMFILE.
+          ConnectionClosedError: this side closed the connection.
+
+        Source: ``SO_PEERPIDFD`` of Linux 6.5, pidfd_open(2)
+        """
+        return open_peer_pidfd(self._asked())
+
+    def get_peer_groups(self) -> tuple[int, ...]:
+        """Return the supplementary groups that the peer had when the connection was made.
+
+        Raises:
+          NotSupportedError: the kernel cannot tell (before Linux 4.13, and elsewhere).
+          ConnectionClosedError: this side closed the connection.
+
+        Source: ``SO_PEERGROUPS`` of Linux 4.13
+        """
+        return get_peer_groups(self._asked())
+
+    def get_peer_security_context(self) -> str | None:
+        """Return the peer's SELinux, AppArmor or Smack label; None if the kernel gives none.
+
+        Raises:
+          ConnectionClosedError: this side closed the connection.
+
+        Source: socket(7) (``SO_PEERSEC``)
+        """
+        return get_peer_security_context(self._asked())
+
+    def get_peer_identity(self, *, with_pidfd: bool = True) -> PeerIdentity:
+        """Gather all of these at once, and hold on to the process.
+
+        Args:
+          with_pidfd: whether to hold on to it, which takes a descriptor. Without one, nothing
+            can be told about the process as it is now.
+
+        Returns:
+          An identity that the caller owns: it holds a pidfd, so use it in a ``with`` block.
+
+        Raises:
+          NotSupportedError: the platform tells no credentials.
+          OSError: EMFILE.
+          ConnectionClosedError: this side closed the connection.
+        """
+        return identify(self._asked(), with_pidfd=with_pidfd)
+
+    def get_local_address(self) -> UnixSocketAddress:
+        """Return the name of this end; unnamed unless it was bound or accepted.
+
+        Of an accepted connection it is the name that the listener was opened with; the kernel
+        may know it under another, as a path can be renamed.
+
+        Raises:
+          ConnectionClosedError: this side closed the connection.
+        """
+        sock = self._asked()
+        return self._local_address or UnixSocketAddress.from_native(sock.getsockname())
+
+    def get_remote_address(self) -> UnixSocketAddress:
+        """Return the name of the peer's end; unnamed unless it was bound.
+
+        Of a connection that was opened by name it is that name.
+
+        Raises:
+          ConnectionClosedError: this side closed the connection.
+        """
+        sock = self._asked()
+        return self._remote_address or UnixSocketAddress.from_native(sock.getpeername())
+
+    def _asked(self) -> stdlib_socket.socket:
+        self._receiver.check_open()
+        return self._receiver.raw
+
+    ################################################################
+    # Gio.SocketConnection and Gio.IOStream
     ################################################################
 
     def is_connected(self) -> bool:
@@ -463,3 +877,57 @@ def connection_pair() -> tuple[UnixConnection, UnixConnection]:
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     one, two = stdlib_socket.socketpair(family, stdlib_socket.SOCK_STREAM)
     return UnixConnection.from_stdlib_socket(one), UnixConnection.from_stdlib_socket(two)
+
+
+def _convert_or_close(fd: int, convert: Callable[[], _T]) -> _T:
+    """Return what ``convert`` makes of a descriptor; if it raises, close it as refused."""
+    try:
+        return convert()
+    except BaseException:
+        _ancillary.close_all([fd])
+        raise
+
+
+def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
+    """Return a sealed memfd with the bytes of ``data``, or a duplicate of one, sealed now.
+
+    The caller owns it.
+
+    Raises:
+      TypeError, ValueError, OSError, UnsafeBufferError, NotSupportedError: as
+        :meth:`UnixConnection.send_buffer`.
+    """
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        number = _fds.descriptor_number(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        _memfd.seal(number)
+        return os.dup(number)
+    with view:
+        return _memfd.sealed_memory(view)
+
+
+def end_of_stream_error(due: str, received: Received) -> EndOfStreamError:
+    """Return the error for a stream that ended where something was due."""
+    close_trailing_fds(received)
+    return EndOfStreamError(f"{due} was due, but the peer has ended the stream")
+
+
+def close_trailing_fds(received: Received) -> None:
+    """Close what came with the end of the stream.
+
+    With SO_PASSCRED on, a control message comes even then, and with SO_PASSPIDFD a pidfd.
+    """
+    _ancillary.parse(received[1], received[2]).close()
+
+
+def check_at_least(value: int, least: int, name: str) -> int:
+    """Return ``value`` if it is at least ``least``.
+
+    Raises:
+      TypeError, ValueError: it is not, and is called ``name``.
+    """
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    return number

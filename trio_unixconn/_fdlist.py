@@ -14,7 +14,7 @@ import warnings
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
-from ._kinds import DescriptorKind, check_mode, file_of, kind_of, socket_of, stream_of
+from ._fdtypes import DescriptorKind, check_mode, kind_of, open_file, open_socket, open_stream
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -133,7 +133,7 @@ class UnixFDList:
             still owns it.
         """
         check_mode(mode)
-        file = file_of(self[index], mode, kinds)
+        file = open_file(self[index], mode, kinds)
         self._leave_gap(index)
         return file
 
@@ -144,7 +144,7 @@ class UnixFDList:
           IndexError, ValueError: as :meth:`take`.
           WrongDescriptorKindError: not a socket. The list still owns it.
         """
-        sock = socket_of(self[index])
+        sock = open_socket(self[index])
         self._leave_gap(index)
         return sock
 
@@ -158,7 +158,7 @@ class UnixFDList:
           IndexError, ValueError: as :meth:`take`.
           WrongDescriptorKindError: not a connected stream socket. The list still owns it.
         """
-        stream = stream_of(self[index])
+        stream = open_stream(self[index])
         self._leave_gap(index)
         return stream
 

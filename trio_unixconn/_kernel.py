@@ -10,6 +10,7 @@ does not name, include/uapi/asm-generic/socket.h and include/linux/socket.h of L
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import platform
@@ -76,6 +77,9 @@ MSG_CTRUNC: Final = _named("MSG_CTRUNC") or 0
 MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
+
+# No file descriptor or memory is free at the moment.
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 # The kernel takes and gives at most this many descriptors in one message (SCM_MAX_FD).
 SCM_MAX_FD: Final = 253

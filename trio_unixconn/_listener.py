@@ -9,6 +9,7 @@ Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 from __future__ import annotations
 
 import errno
+import logging
 import operator
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -16,15 +17,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from . import _binding, _kernel
+from . import _bind, _kernel
 from ._address import UnixSocketAddress
-from ._admission import NO_ROOM, is_admitted, logger
 from ._connection import UnixConnection
-from ._descriptors import descriptor_number
-from ._options import set_options
-from ._paths import explained_bind
-from ._receiving import refuse_descriptors
-from ._socket import stdlib_socket_of
+from ._fds import descriptor_number
+from ._paths import describe_bind_error
+from ._policy import admit_or_close
+from ._sockopts import check_listening, disable_passrights, enable_passing, raw_socket
 from .errors import AddressInUseError, ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from ._policy import PeerPolicy
 
 T = TypeVar("T")
+
+logger: Final = logging.getLogger("trio_unixconn")
 
 # The connection that was to be accepted is gone; the next one may be fine. The list is
 # accept(2)'s, as far as it can happen to a Unix socket.
@@ -80,18 +81,18 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
     ) -> None:
         if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
-        _check_listening(socket)
+        check_listening(socket)
         self.socket: trio.socket.SocketType = socket
         self.denied: int = 0
         self._policy = policy
         self._receive_descriptors = receive_descriptors
         self._address = address or UnixSocketAddress.from_native(socket.getsockname())
-        self._binding: _binding.Binding | None = None
+        self._binding: _bind.Binding | None = None
         self._leaving = trio.Lock()
         # How many connections may wait at a time; 0 if others accept from the same queue.
         self._longest_queue = 0
         if not receive_descriptors:
-            refuse_descriptors(stdlib_socket_of(socket))
+            disable_passrights(raw_socket(socket))
 
     @classmethod
     def from_fd(
@@ -120,7 +121,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
             what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
             raise ValueError(f"descriptor {number} {what}: a listening Unix socket is due") from exc
         try:
-            _check_listening(sock)
+            check_listening(sock)
             listener = cls(
                 trio.socket.from_stdlib_socket(sock),
                 policy=policy,
@@ -163,7 +164,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
 
     async def _admits(self, conn: UnixConnection) -> bool:
         """Whether the policy admits the peer; if not, that is counted and ``conn`` closed."""
-        if self._policy is None or await is_admitted(conn, self._policy):
+        if self._policy is None or await admit_or_close(conn, self._policy):
             return True
         self.denied += 1
         return False
@@ -191,7 +192,7 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
 
         None if none does.
         """
-        raw = stdlib_socket_of(self.socket)
+        raw = raw_socket(self.socket)
         while True:
             try:
                 sock, name = raw.accept()
@@ -248,7 +249,9 @@ class UnixListener(trio.abc.Listener[UnixConnection]):
                 return
             with trio.move_on_after(_PATIENCE) as patience:
                 try:
-                    await _when_unlocked(lambda: _binding.unbind(binding), or_at=NO_ROOM)
+                    await _when_unlocked(
+                        lambda: _bind.unbind(binding), or_at=_kernel.OUT_OF_RESOURCES
+                    )
                 except OSError:
                     self._binding = None
                     raise
@@ -276,18 +279,6 @@ async def remove_path(listener: UnixListener) -> None:
         )
 
 
-def _check_listening(sock: trio.socket.SocketType | stdlib_socket.socket) -> None:
-    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
-    due = "a listening Unix stream socket is due"
-    if sock.fileno() == -1:
-        raise ValueError(f"{due}, but this socket is closed")
-    if sock.family != family or sock.type != stdlib_socket.SOCK_STREAM:
-        raise ValueError(f"{due}, not {sock!r}")
-    option = _kernel.SO_ACCEPTCONN
-    if option is not None and not sock.getsockopt(_kernel.SOL_SOCKET, option):
-        raise ValueError(f"{due}, but this socket does not listen; call listen() first")
-
-
 def _check_options(mode: int, backlog: int) -> None:
     if not 0 <= operator.index(mode) <= 0o7777:
         raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
@@ -309,7 +300,7 @@ async def _when_unlocked(
     while True:
         try:
             return await trio.to_thread.run_sync(work, limiter=limiter)
-        except _binding.LockHeldError:
+        except _bind.LockHeldError:
             pass
         except OSError as exc:
             if exc.errno not in or_at:
@@ -379,9 +370,9 @@ async def open_unix_listener(
 
     def listen() -> None:
         """Do what is to be done before anybody can connect, and listen."""
-        set_options(sock, credentials=credentials, pidfds=pidfds)
+        enable_passing(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
-            refuse_descriptors(sock)
+            disable_passrights(sock)
         sock.listen(backlog)
 
     binding = None
@@ -393,12 +384,12 @@ async def open_unix_listener(
                 listen()
             else:
                 binding = await _when_unlocked(
-                    lambda: _binding.bind(sock, name.native, mode, listen, replace=replace)
+                    lambda: _bind.bind(sock, name.native, mode, listen, replace=replace)
                 )
         except AddressInUseError:
             raise
         except OSError as exc:
-            raise explained_bind(exc, name) from exc
+            raise describe_bind_error(exc, name) from exc
         # Behind this point the path is there, and nothing can fail.
         listener = UnixListener(
             socket,

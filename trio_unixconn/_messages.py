@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from . import _control, _descriptors
+from . import _ancillary, _fds
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from ._control import ControlMessage
-    from ._descriptors import FileDescriptor
+    from ._ancillary import ControlMessage
+    from ._fds import FileDescriptor
 
 
 @attrs.frozen(eq=False)
@@ -84,7 +84,7 @@ class UnixFDMessage:
           TypeError, ValueError: not a descriptor.
           OSError: EBADF or EMFILE.
         """
-        self.fd_list.append(_descriptors.descriptor_number(fd))
+        self.fd_list.append(_fds.descriptor_number(fd))
 
     def get_fd_list(self) -> UnixFDList:
         """Return the list, which stays this message's."""
@@ -117,8 +117,8 @@ class UnixFDMessage:
           ValueError: more descriptors than one message carries.
           NotSupportedError: the platform passes none.
         """
-        return _control.rights_of(
-            _descriptors.descriptor_numbers(self.fd_list, _control.MOST_DESCRIPTORS)
+        return _ancillary.rights_of(
+            _fds.descriptor_numbers(self.fd_list, _ancillary.MOST_DESCRIPTORS)
         )
 
     @classmethod
@@ -127,9 +127,9 @@ class UnixFDMessage:
 
         The message owns the descriptors.
         """
-        if (level, msg_type) != _control.RIGHTS:
+        if (level, msg_type) != _ancillary.RIGHTS:
             return None
-        return cls(UnixFDList(_control.parse([(level, msg_type, data)], 0).fds))
+        return cls(UnixFDList(_ancillary.parse([(level, msg_type, data)], 0).fds))
 
 
 @attrs.frozen
@@ -145,7 +145,7 @@ class UnixCredentialsMessage:
     @staticmethod
     def is_supported() -> bool:
         """Whether a process can send credentials on this platform."""
-        return _control.CREDENTIALS is not None
+        return _ancillary.CREDENTIALS is not None
 
     def get_credentials(self) -> Credentials:
         """Return the credentials."""
@@ -173,12 +173,12 @@ class UnixCredentialsMessage:
         Raises:
           NotSupportedError: a process cannot send credentials on this platform.
         """
-        return _control.credentials(self.credentials)
+        return _ancillary.credentials(self.credentials)
 
     @classmethod
     def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixCredentialsMessage | None:
         """Read what recvmsg returned; None if it is another kind, malformed, or of nobody."""
-        if (level, msg_type) != _control.CREDENTIALS:
+        if (level, msg_type) != _ancillary.CREDENTIALS:
             return None
-        parsed = _control.parse([(level, msg_type, data)], 0)
+        parsed = _ancillary.parse([(level, msg_type, data)], 0)
         return cls(parsed.credentials[0]) if parsed.credentials else None

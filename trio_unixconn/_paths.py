@@ -64,7 +64,7 @@ def bindable(folder: bytes, fd: int, name: bytes) -> Generator[bytes, None, None
         yield b"/proc/self/fd/%d/%s" % (fd, name)
 
 
-def explained_bind(exc: OSError, address: UnixSocketAddress) -> OSError:
+def describe_bind_error(exc: OSError, address: UnixSocketAddress) -> OSError:
     """Return the error of a bind, with the address, and which folder it is about."""
     number = errno.ENAMETOOLONG if exc.errno is None else exc.errno
     text, more = exc.strerror or os.strerror(number), ""
@@ -83,7 +83,7 @@ def explained_bind(exc: OSError, address: UnixSocketAddress) -> OSError:
     return OSError(number, f"{text}: {more}" if more else text, str(address))
 
 
-def explained(exc: OSError, address: UnixSocketAddress) -> OSError:
+def describe_connect_error(exc: OSError, address: UnixSocketAddress) -> OSError:
     """Return the error of a connect, with the address and what is there.
 
     Its type, errno and filename are those that the number stands for.

@@ -9,13 +9,21 @@ Sources: unix(7), credentials(7), user_namespaces(7)
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from trio.lowlevel import disable_ki_protection
+import trio
+from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from . import _kernel
+from ._accept import ACCEPT_RETRY_DELAY
 from ._identity import PeerIdentity
+
+if TYPE_CHECKING:
+    from ._connection import UnixConnection
+
+logger: Final = logging.getLogger("trio_unixconn")
 
 PeerCheck = Callable[[PeerIdentity], Awaitable[bool]]
 
@@ -172,3 +180,48 @@ def _names(given: Iterable[str]) -> Iterable[str]:
     if isinstance(given, str):
         raise TypeError(f"a list of names is due, not one name; write [{given!r}]")
     return given
+
+
+@enable_ki_protection
+async def admit_or_close(conn: UnixConnection, policy: PeerPolicy) -> bool:
+    """Whether ``policy`` admits the peer; if not, it is logged and ``conn`` is closed."""
+    admitted = False
+    try:
+        peer = await check_peer(conn, policy)
+        if peer is None:
+            admitted = True
+        else:
+            logger.warning("%s: denied %s by %r", conn.get_local_address(), peer, policy)
+    finally:
+        if not admitted:
+            # Closing does not wait; shielded, a cancellation does not hide what was decided.
+            with trio.CancelScope(shield=True):
+                await conn.aclose()
+    return admitted
+
+
+@enable_ki_protection
+async def check_peer(conn: UnixConnection, policy: PeerPolicy) -> PeerIdentity | None:
+    """Return who was denied, None if the peer is admitted."""
+    with await _identified(conn, with_pidfd=policy.needs_pidfd) as peer:
+        return None if await policy.admits(peer) else peer
+
+
+async def _identified(conn: UnixConnection, *, with_pidfd: bool) -> PeerIdentity:
+    was_said = False
+    while True:
+        try:
+            return conn.get_peer_identity(with_pidfd=with_pidfd)
+        except OSError as exc:
+            if exc.errno not in _kernel.OUT_OF_RESOURCES:
+                raise
+            if not was_said:
+                logger.warning(
+                    "%s: cannot look at the process of a peer now (%s); trying again every %s "
+                    "seconds",
+                    conn.get_local_address(),
+                    exc.strerror,
+                    ACCEPT_RETRY_DELAY,
+                )
+            was_said = True
+        await trio.sleep(ACCEPT_RETRY_DELAY)

@@ -8,18 +8,21 @@ Sources: accept(2), trio.serve_listeners
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._admission import NO_ROOM, PAUSE, is_admitted, logger
+from . import _kernel
+from ._accept import ACCEPT_RETRY_DELAY
 from ._listener import UnixListener, open_unix_listener, remove_path
+from ._policy import admit_or_close
 from .errors import NotSupportedError
 
 if sys.version_info < (3, 11):
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from ._address import UnixSocketAddress
     from ._connection import UnixConnection
     from ._policy import PeerPolicy
+
+logger: Final = logging.getLogger("trio_unixconn")
 
 Handler = Callable[["UnixConnection"], Awaitable[Any]]
 
@@ -118,16 +123,16 @@ class UnixServer:
                 # about whom it is still being asked.
                 return await self.listener._accept_any()  # noqa: SLF001 - as above
             except OSError as exc:
-                if exc.errno not in NO_ROOM:
+                if exc.errno not in _kernel.OUT_OF_RESOURCES:
                     raise
                 if not was_said:
                     logger.exception(
                         "%s: cannot accept connections now; trying again every %s seconds",
                         self.listener.get_local_address(),
-                        PAUSE,
+                        ACCEPT_RETRY_DELAY,
                     )
                 was_said = True
-            await trio.sleep(PAUSE)
+            await trio.sleep(ACCEPT_RETRY_DELAY)
 
     async def _handle_waiting(self, handlers: trio.Nursery) -> None:
         """Handle those that waited in the queue when nobody new could connect any more."""
@@ -141,9 +146,9 @@ class UnixServer:
                 conn = self.listener._accept_waiting()  # noqa: SLF001 - as above
             except OSError as exc:
                 self._slots.release_on_behalf_of(slot)
-                if exc.errno not in NO_ROOM:
+                if exc.errno not in _kernel.OUT_OF_RESOURCES:
                     raise
-                await trio.sleep(PAUSE)
+                await trio.sleep(ACCEPT_RETRY_DELAY)
                 continue
             if conn is None:
                 self._slots.release_on_behalf_of(slot)
@@ -172,7 +177,7 @@ class UnixServer:
             crash, rest = _crash_and_rest(exc) if self._logs_errors else (None, exc)
             if crash is not None:
                 self.crashed += 1
-                logger.error(
+                logger.exception(
                     "%s: the handler of a connection crashed; its peer was %s",
                     self.listener._address,  # noqa: SLF001 - as above; it may be closed
                     peer,
@@ -189,7 +194,7 @@ class UnixServer:
     async def _admits(self, conn: UnixConnection) -> bool:
         # The listener's own policy first, as its accept() asks it.
         if await self.listener._admits(conn) and (  # noqa: SLF001 - as above
-            self._policy is None or await is_admitted(conn, self._policy)
+            self._policy is None or await admit_or_close(conn, self._policy)
         ):
             return True
         self.denied += 1

@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint
 
-from . import _control, _kernel
-from ._cancellable import FIRED, in_run
+from . import _ancillary
+from ._cancellable import FIRED, call_in_trio_thread
 from .errors import (
     ConnectionBrokenError,
     ConnectionBusyError,
     ConnectionClosedError,
     DescriptorsRefusedError,
-    NotSupportedError,
     OperationCancelled,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ._ancillary import ControlMessage
     from ._cancellable import Cancellable
-    from ._control import ControlMessage
 
 _PEER_GONE: Final = frozenset(
     {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN}
@@ -100,7 +99,7 @@ class ConnectedSocket:
             return ConnectionClosedError("this side has sent its end of file (send_eof)")
         if messages is None or exc.errno in _PEER_GONE:
             return ConnectionBrokenError(f"the connection is broken: {exc}")
-        if exc.errno == errno.EPERM and not _control.forged(messages):
+        if exc.errno == errno.EPERM and not _ancillary.forged(messages):
             return DescriptorsRefusedError(
                 errno.EPERM,
                 f"the peer takes no descriptors (SO_PASSRIGHTS is off at its end); {gone}, and "
@@ -123,7 +122,7 @@ class _Alarm:
     def fire(self) -> None:
         """Wake who waits; :meth:`Cancellable.cancel` calls this, in any thread."""
         self.fired = True
-        in_run(self._run, self._wake)
+        call_in_trio_thread(self._run, self._wake)
 
     def _wake(self) -> None:
         if not self.over and self._raw.fileno() != -1:
@@ -132,7 +131,7 @@ class _Alarm:
             trio.lowlevel.notify_closing(self._raw)
 
 
-async def wait_under(
+async def wait_cancellable(
     wait: Callable[[stdlib_socket.socket], Awaitable[None]],
     raw: stdlib_socket.socket,
     cancellable: Cancellable | None,
@@ -167,52 +166,10 @@ async def wait_under(
             cancellable.detach(alarm)
 
 
-async def sleep_under(seconds: float, cancellable: Cancellable | None) -> None:
+async def sleep_cancellable(seconds: float, cancellable: Cancellable | None) -> None:
     """Sleep, until the Cancellable fires if there is one."""
     if cancellable is None:
         await trio.sleep(seconds)
     else:
         with cancellable.scope():
             await trio.sleep(seconds)
-
-
-def stdlib_socket_of(socket: trio.socket.SocketType) -> stdlib_socket.socket:
-    """Return the standard library socket beneath a trio socket.
-
-    Raises:
-      TypeError: not a trio socket, or one without a descriptor beneath.
-    """
-    if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
-    # trio has no public way to the socket beneath. The attribute is as old as trio's
-    # sockets, and a second socket object for the same descriptor would not be told when
-    # trio's closes it.
-    raw: object = getattr(socket, "_sock", None)
-    if not isinstance(raw, stdlib_socket.socket):
-        raise TypeError(f"a trio socket on a real descriptor is due, not {type(socket).__name__}")
-    return raw
-
-
-def check_connected(sock: stdlib_socket.socket) -> None:
-    """Raise ValueError unless ``sock`` is a connected Unix stream socket."""
-    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
-    if not _kernel.HAS_SENDMSG:
-        raise NotSupportedError("this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
-    due = "a connected Unix stream socket is due"
-    if sock.fileno() == -1:
-        raise ValueError(f"{due}, but this socket is closed")
-    if sock.family != family:
-        raise ValueError(f"{due}, but this is an {_name_of(sock.family)} socket")
-    if sock.type != stdlib_socket.SOCK_STREAM:
-        raise ValueError(f"{due}, but this is a {_name_of(sock.type)} socket")
-    option = _kernel.SO_ACCEPTCONN
-    if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
-        raise ValueError(f"{due}, but this socket listens; accept() its connections")
-    try:
-        sock.getpeername()
-    except OSError as exc:
-        raise ValueError(f"{due}, but this socket is not connected ({exc.strerror})") from exc
-
-
-def _name_of(constant: int) -> str:
-    return getattr(constant, "name", str(constant))

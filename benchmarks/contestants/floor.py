@@ -194,7 +194,7 @@ async def message_right(sock: socket.socket, job: Job) -> None:
         close_each(fds)
 
 
-def stream_of(sock: socket.socket) -> trio.SocketStream:
+def open_stream(sock: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
@@ -259,7 +259,7 @@ async def accept_right(stream: trio.SocketStream, job: Job) -> None:
 
 async def with_idle(stream: trio.SocketStream, job: Job, play: Callable[..., Any]) -> Any:
     """Play ping-pong while other connections wait to receive."""
-    streams = [stream_of(sock) for sock in crowd(job)]
+    streams = [open_stream(sock) for sock in crowd(job)]
     async with trio.open_nursery() as nursery:
         for each in streams:
             nursery.start_soon(each.receive_some, 1)
@@ -283,7 +283,7 @@ async def idle_right(stream: trio.SocketStream, job: Job) -> None:
 
 
 async def received_once(socks: list[socket.socket]) -> list[Any]:
-    streams = [stream_of(sock) for sock in socks]
+    streams = [open_stream(sock) for sock in socks]
     for stream in streams:
         await stream.receive_some(1)
     return streams
@@ -314,12 +314,12 @@ if __name__ == "__main__":
             "ten thousand descriptors": {"": pair(ten_thousand_left, ten_thousand_right)},
             "credentials, ping-pong": {"": pair(credentials_left, credentials_right)},
             "1 KiB and 2 descriptors, ping-pong": {"": pair(message_left, message_right)},
-            "bytes, ping-pong": {"trio.SocketStream": pair(bytes_left, bytes_right, stream_of)},
-            "a large buffer": {"trio.SocketStream": pair(buffer_left, buffer_right, stream_of)},
+            "bytes, ping-pong": {"trio.SocketStream": pair(bytes_left, bytes_right, open_stream)},
+            "a large buffer": {"trio.SocketStream": pair(buffer_left, buffer_right, open_stream)},
             "accept and check credentials": {
-                "trio.SocketListener": pair(accept_left, accept_right, stream_of)
+                "trio.SocketListener": pair(accept_left, accept_right, open_stream)
             },
-            "bytes, others idle": {"trio.SocketStream": pair(idle_left, idle_right, stream_of)},
+            "bytes, others idle": {"trio.SocketStream": pair(idle_left, idle_right, open_stream)},
         },
         memory,
         "trio.SocketStream",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
-from binding_driver import forked, status_of
+from bind_driver import forked, status_of
 
 from trio_unixconn import UnixConnection, serve_unix
 

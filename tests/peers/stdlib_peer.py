@@ -82,7 +82,7 @@ class Peer:
         """Ask for credentials with every message."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
-    def refuse_descriptors(self) -> bool:
+    def disable_passrights(self) -> bool:
         """Switch SO_PASSRIGHTS (83) off; whether this kernel has it."""
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, 83, 0)

@@ -19,7 +19,7 @@ import typer
 from .. import _kernel
 from .._client import open_unix_connection
 from .._fdlist import UnixFDList
-from .._kinds import kind_of
+from .._fdtypes import kind_of
 from .._listener import open_unix_listener
 from .._policy import PeerPolicy
 from ..errors import EndOfStreamError

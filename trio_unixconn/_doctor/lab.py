@@ -14,7 +14,7 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from .. import _control, _kernel
+from .. import _ancillary, _kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .._control import ControlMessage, Parsed
+    from .._ancillary import ControlMessage, Parsed
 
 PATIENCE: Final = 10.0
 
@@ -106,7 +106,7 @@ class Lab:
     def receive(self, sock: stdlib_socket.socket, flags: int = _kernel.MSG_CMSG_CLOEXEC) -> Parsed:
         """Receive a byte and what came with it, which is closed at the end."""
         data, ancdata, came, _ = sock.recvmsg(1, _kernel.CONTROL_ROOM, flags)
-        parsed = _control.parse(ancdata, came)
+        parsed = _ancillary.parse(ancdata, came)
         self._stack.callback(parsed.close)
         expect(data == b"x", f"{data!r} came where b'x' was sent")
         return parsed

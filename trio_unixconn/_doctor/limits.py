@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from .. import _control, _kernel
+from .. import _ancillary, _kernel
 from .._paths import LONGEST
 from .lab import Lab
 from .report import Limit
@@ -68,7 +68,7 @@ def _most_in_a_message() -> Limit:
             try:
                 # Each to a socket of its own, which is closed with what waits there.
                 with Lab() as attempt:
-                    attempt.send(attempt.pair()[0], _control.rights(*[lab.file()] * count))
+                    attempt.send(attempt.pair()[0], _ancillary.rights(*[lab.file()] * count))
                 taken = count
             except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported
                 error, refused = exc, count

@@ -21,10 +21,10 @@ import trio
 from .. import _kernel
 from .._buffers import bytes_of
 from .._connection import UnixConnection
-from .._descriptors import check_open, descriptor_number
-from .._kinds import DescriptorKind, kind_of
-from .._receiving import RefusingReceiver
-from .._socket import stdlib_socket_of
+from .._fds import check_open, descriptor_number
+from .._fdtypes import DescriptorKind, kind_of
+from .._receiver import RefusingReceiver
+from .._sockopts import raw_socket
 from ..errors import WrongDescriptorKindError
 from . import _wire
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._buffers import Buffer
-    from .._descriptors import FileDescriptor
+    from .._fds import FileDescriptor
 
 #: What can be submitted: a descriptor, or an object that owns one.
 Submitted = Any
@@ -179,7 +179,7 @@ def take_over(what: Submitted) -> tuple[int, int]:
     if isinstance(what, trio.SocketStream):
         what = what.socket
     if isinstance(what, trio.socket.SocketType):
-        raw = stdlib_socket_of(what)
+        raw = raw_socket(what)
         form = _form_of(raw.fileno())
         trio.lowlevel.notify_closing(raw)
         return what.detach(), form

@@ -19,8 +19,8 @@ import attrs
 import trio
 
 from .._connection import UnixConnection
-from .._kinds import DescriptorKind, file_of, kind_of, stream_of
-from .._sealed import map_sealed
+from .._fdtypes import DescriptorKind, kind_of, open_file, open_stream
+from .._memfd import map_sealed
 from ..errors import UnsafeBufferError
 from . import _wire
 
@@ -103,12 +103,12 @@ def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] |
         if form == _wire.REFUSING:
             return UnixConnection.from_fd(fd, receive_descriptors=False)
         if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
-            return stream_of(fd)
+            return open_stream(fd)
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         if access == os.O_RDWR and not _has_position(fd):
             # One buffer for both is for what can be rewound: no terminal, no pipe.
             return open(fd, "r+b", buffering=0)
-        return file_of(fd, _MODES[access], _FILES)
+        return open_file(fd, _MODES[access], _FILES)
     except BaseException:
         with suppress(OSError):
             os.close(fd)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from .._admission import NO_ROOM
+from .. import _kernel
 from ..errors import (
     HandlerError,
     UnixConnectionError,
@@ -265,7 +265,7 @@ class Link:
             except OSError as exc:
                 if exc.errno == errno.EBADF:
                     self._give_up_closed()
-                elif exc.errno in NO_ROOM:
+                elif exc.errno in _kernel.OUT_OF_RESOURCES:
                     # Mostly no descriptor is free to hold on to them while it waits.
                     await trio.sleep(_NO_ROOM_PAUSE)
                 else:

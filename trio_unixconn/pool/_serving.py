@@ -18,9 +18,9 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
-from .._admission import NO_ROOM, PAUSE
+from .._accept import ACCEPT_RETRY_DELAY
 from .._listener import UnixListener, remove_path
-from .._socket import stdlib_socket_of
+from .._sockopts import raw_socket
 from ..errors import ConnectionClosedError
 from . import _wire
 from ._opening import open_worker_pool
@@ -137,7 +137,7 @@ class WorkerServer:
     async def _accept_from(
         self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
     ) -> None:
-        raw = stdlib_socket_of(listener.socket)
+        raw = raw_socket(listener.socket)
         # Trio would remember for ever that somebody waits for descriptor -1.
         while raw.fileno() != -1:
             try:
@@ -156,7 +156,7 @@ class WorkerServer:
         """Accept what waits in a listener's queue, and close it."""
         if isinstance(listener, UnixListener):
             await remove_path(listener)
-        raw = stdlib_socket_of(listener.socket)
+        raw = raw_socket(listener.socket)
         # No more were in the queue; clients may go on connecting until it is closed.
         left = _longest_queue()
         while left > 0 and raw.fileno() != -1:
@@ -175,12 +175,12 @@ class WorkerServer:
         Returns:
           How many; 0 only if none waited.
         """
-        raw = stdlib_socket_of(listener.socket)
+        raw = raw_socket(listener.socket)
         while True:
             await self.pool._wait_for_room()  # noqa: SLF001 - of this room
             room = self.pool._free() - self._asking  # noqa: SLF001 - as above
             if room <= 0:
-                await trio.sleep(PAUSE)
+                await trio.sleep(ACCEPT_RETRY_DELAY)
                 continue
             if raw.fileno() == -1:
                 # Closed by somebody else, while there was no room.
@@ -203,10 +203,10 @@ class WorkerServer:
                 logger.warning(
                     "cannot accept connections now (%s); trying again every %s seconds",
                     error.strerror,
-                    PAUSE,
+                    ACCEPT_RETRY_DELAY,
                 )
             self._was_said = True
-            await trio.sleep(PAUSE)
+            await trio.sleep(ACCEPT_RETRY_DELAY)
 
     async def _ask(
         self, listener: UnixListener, sock: stdlib_socket.socket, name: str | bytes
@@ -241,7 +241,7 @@ def _accept(raw: Any, most: int) -> tuple[list[tuple[int, Any]], OSError | None]
         except BlockingIOError:
             break
         except OSError as exc:
-            if exc.errno in NO_ROOM:
+            if exc.errno in _kernel.OUT_OF_RESOURCES:
                 return accepted, exc
             if exc.errno not in _GONE:
                 # What was accepted is not lost: the next call says the same again.

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from .._kinds import kind_of
+from .. import _closing
+from .._fdtypes import kind_of
 from ..errors import NotSupportedError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _FOLDERS: Final = ("/proc/self/fd", "/dev/fd")
+# What the library is about to close is not leaked. In seconds.
+_CLOSING_TIMEOUT: Final = 5.0
 
 
 @attrs.frozen
@@ -55,6 +58,7 @@ def open_descriptors() -> dict[int, str]:
 
     Source: proc_pid_fd(5)
     """
+    _closing.wait_closed(_CLOSING_TIMEOUT)
     return {fd: each.name for fd, each in _look().items()}
 
 
@@ -113,6 +117,7 @@ class _Guard(AbstractContextManager[None]):
     _before: dict[int, _Open] = attrs.field(factory=dict[int, _Open])
 
     def __enter__(self) -> None:
+        _closing.wait_closed(_CLOSING_TIMEOUT)
         self._before = _look()
 
     def __exit__(
@@ -123,10 +128,12 @@ class _Guard(AbstractContextManager[None]):
     ) -> None:
         # A test runner's report ends at the user's own line.
         __tracebackhide__ = True
+        _closing.wait_closed(_CLOSING_TIMEOUT)
         after = _look()
         if after != self._before:
             # What a reference circle still holds (a traceback, say) is not leaked.
             gc.collect()
+            _closing.wait_closed(_CLOSING_TIMEOUT)
             after = _look()
         if after == self._before:
             return

@@ -23,11 +23,11 @@ from trio.lowlevel import (
     wait_writable,
 )
 
-from . import _control, _kernel
+from . import _ancillary, _kernel
 from ._buffers import bytes_of
-from ._cancellable import begin_under
+from ._cancellable import checkpoint_cancellable
 from ._fdlist import UnixFDList
-from ._socket import FAILURES, ConnectedSocket, sleep_under, wait_under
+from ._socket import FAILURES, ConnectedSocket, sleep_cancellable, wait_cancellable
 from .errors import (
     ConnectionBusyError,
     OperationCancelled,
@@ -37,8 +37,8 @@ from .errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._ancillary import ControlMessage
     from ._cancellable import Cancellable
-    from ._control import ControlMessage
 
 # A byte must travel with a control message on a stream; Gio sends NUL.
 _ONE_BYTE: Final = [b"\0"]
@@ -54,7 +54,7 @@ _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.1
 
 
-class _Burst:
+class _SendProgress:
     """Descriptors that go in messages of so many each, and how many have gone."""
 
     __slots__ = ("numbers", "per_message", "sent")
@@ -99,7 +99,7 @@ class Sender(ConnectedSocket):
         self.busy = True
         try:
             if cancellable is not None:
-                await begin_under(cancellable)
+                await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
             if self._half_sent:
                 self._check_whole()
@@ -138,7 +138,7 @@ class Sender(ConnectedSocket):
                 duplicates.append(fd)
             if fds:
                 others = [each for each in messages if each[1] != _kernel.SCM_RIGHTS]
-                messages = [*others, _control.rights(*duplicates)]
+                messages = [*others, _ancillary.rights(*duplicates)]
             pause = _FIRST_PAUSE
             while True:
                 pause = await self._wait_for_room(refusal, pause, cancellable)
@@ -166,7 +166,7 @@ class Sender(ConnectedSocket):
                     refusal = _FULL
 
     @enable_ki_protection
-    async def send_each(
+    async def send_fds(
         self, numbers: array[int], per_message: int, cancellable: Cancellable | None
     ) -> int:
         """Send descriptors in messages of a byte each; many for one checkpoint.
@@ -176,22 +176,22 @@ class Sender(ConnectedSocket):
           which then is seen at the next checkpoint.
         """
         self._begin_sending()
-        burst = _Burst(numbers, per_message)
+        burst = _SendProgress(numbers, per_message)
         try:
             if cancellable is not None:
-                await begin_under(cancellable)
+                await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
             self._check_whole()
             refusal = self._send_now(burst)
             if refusal is None:
                 await cancel_shielded_checkpoint()
             else:
-                await self._send_each_later(burst, refusal, cancellable)
+                await self._send_fds_later(burst, refusal, cancellable)
             return burst.sent
         except FAILURES as exc:
             gone = burst.sent
             said = f"{gone} descriptors were sent before" if gone else "nothing was sent"
-            error = await self.failed(exc, [_control.rights_of(numbers[:per_message])], said)
+            error = await self.failed(exc, [_ancillary.rights_of(numbers[:per_message])], said)
             if isinstance(error, UnixConnectionError):
                 error.sent = gone
             raise error from exc
@@ -201,10 +201,10 @@ class Sender(ConnectedSocket):
         finally:
             self.busy = False
 
-    def _send_now(self, burst: _Burst) -> OSError | None:
+    def _send_now(self, burst: _SendProgress) -> OSError | None:
         """Send until all has gone or the kernel refuses; return the refusal."""
         sendmsg, numbers, count = self.raw.sendmsg, burst.numbers, burst.per_message
-        level, kind = _control.required_rights()
+        level, kind = _ancillary.required_rights()
         for position in range(burst.sent, len(numbers), count):
             try:
                 sendmsg(_ONE_BYTE, [(level, kind, numbers[position : position + count])], _FLAGS)
@@ -217,8 +217,8 @@ class Sender(ConnectedSocket):
         return None
 
     @enable_ki_protection
-    async def _send_each_later(
-        self, burst: _Burst, refusal: OSError | None, cancellable: Cancellable | None
+    async def _send_fds_later(
+        self, burst: _SendProgress, refusal: OSError | None, cancellable: Cancellable | None
     ) -> None:
         # One for each that is different, in a list that the UnixFDList owns as it grows.
         made: list[int] = []
@@ -249,10 +249,10 @@ class Sender(ConnectedSocket):
     ) -> float:
         """Wait until it makes sense to try again; return the pause for the next time."""
         if refusal.errno == errno.EAGAIN:
-            await wait_under(wait_writable, self.raw, cancellable)
+            await wait_cancellable(wait_writable, self.raw, cancellable)
             return pause
         # The socket polls writable all the while, so waiting for that would spin.
-        await sleep_under(pause, cancellable)
+        await sleep_cancellable(pause, cancellable)
         return min(2 * pause, _LONGEST_PAUSE)
 
     async def send_all(
@@ -262,7 +262,7 @@ class Sender(ConnectedSocket):
         self._begin_sending()
         try:
             if cancellable is not None:
-                await begin_under(cancellable)
+                await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
             self._check_whole()
             with bytes_of(data) as view:
@@ -294,7 +294,7 @@ class Sender(ConnectedSocket):
             await checkpoint_if_cancelled()
             self.check_open()
             self._check_whole()
-            await wait_under(wait_writable, self.raw, None)
+            await wait_cancellable(wait_writable, self.raw, None)
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:

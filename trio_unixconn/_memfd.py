@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from . import _kernel
 from ._buffers import bytes_of
-from ._kinds import DescriptorKind, kind_of
+from ._fdtypes import DescriptorKind, kind_of
 from .errors import UnsafeBufferError
 
 # Numbers of include/uapi/linux/fcntl.h, which Python's fcntl names all but the first.

@@ -76,7 +76,7 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode must be one for an open file, such as 'rb' or 'r+', not {mode!r}")
 
 
-def file_of(fd: int, mode: str, kinds: Collection[DescriptorKind]) -> IO[Any]:
+def open_file(fd: int, mode: str, kinds: Collection[DescriptorKind]) -> IO[Any]:
     """Return a Python file that owns ``fd``.
 
     Raises:
@@ -118,7 +118,7 @@ def file_of(fd: int, mode: str, kinds: Collection[DescriptorKind]) -> IO[Any]:
     return open(fd, mode)
 
 
-def socket_of(fd: int) -> trio.socket.SocketType:
+def open_socket(fd: int) -> trio.socket.SocketType:
     """Return a trio socket of the right family and type that owns ``fd``.
 
     The open socket becomes non-blocking, for all who share it.
@@ -149,11 +149,11 @@ _stream_makers: Final[dict[int, Callable[[trio.socket.SocketType], Any]]] = {}
 def register_stream(
     family: int, make: Callable[[trio.socket.SocketType], trio.abc.HalfCloseableStream]
 ) -> None:
-    """Have :func:`stream_of` make streams of an address family with ``make``."""
+    """Have :func:`open_stream` make streams of an address family with ``make``."""
     _stream_makers[family] = make
 
 
-def stream_of(fd: int) -> trio.abc.HalfCloseableStream:
+def open_stream(fd: int) -> trio.abc.HalfCloseableStream:
     """Return a stream that owns ``fd``: ``trio.SocketStream``, or what its family registered.
 
     Raises:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import warnings
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from trio import ClosedResourceError
@@ -23,9 +22,10 @@ from trio.lowlevel import (
     wait_readable,
 )
 
-from . import _control, _kernel
-from ._cancellable import begin_under
-from ._socket import FAILURES, ConnectedSocket, wait_under
+from . import _ancillary, _kernel
+from ._cancellable import checkpoint_cancellable
+from ._socket import FAILURES, ConnectedSocket, wait_cancellable
+from ._sockopts import disable_passrights
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     import trio
 
+    from ._ancillary import Received
     from ._cancellable import Cancellable
-    from ._control import Received
 
 _ROOM: Final = _kernel.CONTROL_ROOM
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
@@ -54,14 +54,14 @@ class Receiver(ConnectedSocket):
         front of each its descriptor if that is all it has, or -1.
     """
 
-    __slots__ = ("_lent", "ahead", "busy")
+    __slots__ = ("_temporary_options", "ahead", "busy")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
         self.ahead: deque[tuple[int, Received] | OSError] | None = None
         # Options that are on only for a receive that is under way.
-        self._lent: list[int] = []
+        self._temporary_options: list[int] = []
 
     # In one piece: each coroutine that a wait comes back through takes time.
     @enable_ki_protection
@@ -79,7 +79,7 @@ class Receiver(ConnectedSocket):
         self.busy = True
         try:
             if cancellable is not None:
-                await begin_under(cancellable)
+                await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
             if self.ahead:
                 received = self._take_ahead()
@@ -87,11 +87,11 @@ class Receiver(ConnectedSocket):
                 return received
             raw = self.raw
             if passcred and _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
-                # As _lend_passcred(), without the call.
+                # As _enable_passcred(), without the call.
                 raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
-                self._lent.append(_PASSCRED)
+                self._temporary_options.append(_PASSCRED)
             if passpidfd:
-                self._lend_passpidfd()
+                self._enable_passpidfd()
             try:
                 received = raw.recvmsg(max_bytes, _ROOM, _FLAGS)
             except BlockingIOError:
@@ -104,7 +104,7 @@ class Receiver(ConnectedSocket):
                     if cancellable is None:
                         await wait_readable(raw)
                     else:
-                        await wait_under(wait_readable, raw, cancellable)
+                        await wait_cancellable(wait_readable, raw, cancellable)
                     return raw.recvmsg(max_bytes, _ROOM, _FLAGS)
                 except BlockingIOError:
                     continue
@@ -115,8 +115,8 @@ class Receiver(ConnectedSocket):
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:
-            if self._lent:
-                self._return_lent()
+            if self._temporary_options:
+                self._restore_options()
             self.busy = False
 
     def read_ahead(self, count: int) -> None:
@@ -131,12 +131,12 @@ class Receiver(ConnectedSocket):
         if count <= 0 or self.is_closed():
             return
         try:
-            self._lend_passcred()
+            self._enable_passcred()
         except OSError:
             # Without it credentials could be lost: nothing is read that nobody has asked for.
             return
         ahead = self.ahead = self.ahead or deque()
-        recvmsg, lone_descriptor = self.raw.recvmsg, _control.lone_descriptor
+        recvmsg, lone_descriptor = self.raw.recvmsg, _ancillary.lone_descriptor
         try:
             for _ in range(count):
                 try:
@@ -149,14 +149,14 @@ class Receiver(ConnectedSocket):
                     return
                 if not received[0]:
                     # The end of the stream can be read again.
-                    _control.parse(received[1], received[2]).close()
+                    _ancillary.parse(received[1], received[2]).close()
                     return
                 fd = lone_descriptor(received)
                 ahead.append((fd, received))
                 if fd < 0:
                     return
         finally:
-            self._return_lent()
+            self._restore_options()
 
     def ahead_that_fits(self, room: int) -> Iterator[Received]:
         """Take what is there already and has descriptors, ``room`` of them at the most."""
@@ -164,7 +164,7 @@ class Receiver(ConnectedSocket):
             self.read_ahead(room)
         while room and self.ahead:
             first = self.ahead[0]
-            count = 0 if isinstance(first, OSError) else _control.count_descriptors(first[1])
+            count = 0 if isinstance(first, OSError) else _ancillary.count_descriptors(first[1])
             if not 0 < count <= room:
                 return
             room -= count
@@ -179,8 +179,8 @@ class Receiver(ConnectedSocket):
 
     def release(self) -> None:
         """Leave nothing behind before the socket is closed: no descriptor and no option."""
-        if self._lent:
-            self._return_lent()
+        if self._temporary_options:
+            self._restore_options()
         self._drop_ahead()
 
     def _drop_ahead(self) -> int:
@@ -190,7 +190,7 @@ class Receiver(ConnectedSocket):
             first = self.ahead.popleft()
             if not isinstance(first, OSError):
                 _, (_, ancdata, flags, _) = first
-                parsed = _control.parse(ancdata, flags)
+                parsed = _ancillary.parse(ancdata, flags)
                 count += len(parsed.fds)
                 parsed.close()
         return count
@@ -205,30 +205,30 @@ class Receiver(ConnectedSocket):
                 stacklevel=2,
             )
 
-    def _lend_passcred(self) -> None:
+    def _enable_passcred(self) -> None:
         raw = self.raw
         if _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
             raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
-            self._lent.append(_PASSCRED)
+            self._temporary_options.append(_PASSCRED)
 
-    def _lend_passpidfd(self) -> None:
+    def _enable_passpidfd(self) -> None:
         option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")
         try:
             if not self.raw.getsockopt(_SOL_SOCKET, option):
                 self.raw.setsockopt(_SOL_SOCKET, option, 1)
-                self._lent.append(option)
+                self._temporary_options.append(option)
         except OSError as exc:
             if exc.errno != errno.ENOPROTOOPT:
                 raise
             raise NotSupportedError("this kernel has no SO_PASSPIDFD (Linux 6.5)") from exc
 
-    def _return_lent(self) -> None:
+    def _restore_options(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
         raw = self.raw
         if raw.fileno() != -1:
-            for option in self._lent:
+            for option in self._temporary_options:
                 raw.setsockopt(_SOL_SOCKET, option, 0)
-        self._lent.clear()
+        self._temporary_options.clear()
 
 
 class RefusingReceiver(Receiver):
@@ -242,7 +242,7 @@ class RefusingReceiver(Receiver):
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
-        refuse_descriptors(raw)
+        disable_passrights(raw)
 
     @enable_ki_protection
     async def receive(
@@ -257,15 +257,8 @@ class RefusingReceiver(Receiver):
         received = await super().receive(
             max_bytes, cancellable, passcred=passcred, passpidfd=passpidfd
         )
-        _control.check_no_descriptors(received)
+        _ancillary.check_no_descriptors(received)
         return received
 
     def read_ahead(self, count: int) -> None:
         """Read nothing ahead: no descriptors are expected."""
-
-
-def refuse_descriptors(sock: stdlib_socket.socket) -> None:
-    """Have the kernel refuse descriptors to whoever sends them here, where it can."""
-    if _kernel.SO_PASSRIGHTS is not None:
-        with suppress(OSError):
-            sock.setsockopt(_kernel.SOL_SOCKET, _kernel.SO_PASSRIGHTS, 0)

@@ -23,7 +23,7 @@ from trio_unixconn import (
     UnixConnection,
     UnixListener,
     _kernel,
-    _receiving,
+    _receiver,
     connection_pair,
     open_unix_connection,
     open_unix_listener,
@@ -461,6 +461,6 @@ async def test_pidfd_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another error of the option is that of a broken connection, as anywhere."""
     one, two = connection_pair()
     async with one, two:
-        monkeypatch.setattr(_receiving, "_SOL_SOCKET", 77)
+        monkeypatch.setattr(_receiver, "_SOL_SOCKET", 77)
         with pytest.raises(trio.BrokenResourceError):
             await one.receive_message(9, pidfd=True)

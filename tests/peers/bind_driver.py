@@ -1,7 +1,7 @@
 """Servers at one path that are killed, or race: forked here, where no thread runs.
 
-``binding_driver.py kill FOLDER SCENARIO`` kills a server at every line of _binding that it
-passes, and starts another each time. ``binding_driver.py race FOLDER STALE`` has servers race.
+``bind_driver.py kill FOLDER SCENARIO`` kills a server at every line of _binding that it
+passes, and starts another each time. ``bind_driver.py race FOLDER STALE`` has servers race.
 Prints one JSON object.
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trio_unixconn import AddressInUseError, _binding, open_unix_connection, open_unix_listener
+from trio_unixconn import AddressInUseError, _bind, open_unix_connection, open_unix_listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def killed_at(step: int, work: Callable[[], int]) -> int:
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != _binding.__file__:
+        if frame.f_code.co_filename != _bind.__file__:
             return None
         if event == "line":
             left -= 1

@@ -17,11 +17,11 @@ from trio_unixconn import (
     UnexpectedControlMessageError,
     UnexpectedDescriptorsError,
     UnixCredentialsMessage,
-    _control,
-    _descriptors,
+    _ancillary,
+    _fds,
     _kernel,
 )
-from trio_unixconn._credentials import PLATFORMS
+from trio_unixconn._ucred import PLATFORMS
 
 RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
 CREDENTIALS = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
@@ -49,7 +49,9 @@ def is_open(fd: int) -> bool:
 def test_round_trip() -> None:
     """What the builders write the parser reads."""
     (fd,) = fresh(1)
-    parsed = _control.parse([_control.rights(fd), _control.credentials(Credentials(1, 2, 3))], 0)
+    parsed = _ancillary.parse(
+        [_ancillary.rights(fd), _ancillary.credentials(Credentials(1, 2, 3))], 0
+    )
     assert parsed.fds == [fd]
     assert parsed.credentials == [Credentials(1, 2, 3)]
     assert str(parsed) == "1 descriptor and credentials"
@@ -61,11 +63,11 @@ def test_negative_slots() -> None:
     """An error number in a descriptor's place counts as truncation; the others are closed."""
     fds = fresh(2)
     with pytest.raises(DescriptorsTruncatedError) as caught:
-        _control.one_descriptor((b"\0", [(*RIGHTS, ints(fds[0], -24, fds[1]))], 0, None))
+        _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fds[0], -24, fds[1]))], 0, None))
     assert caught.value.arrived == 2
     assert not any(map(is_open, fds))
     with pytest.raises(DescriptorsTruncatedError) as caught:
-        _control.one_descriptor((b"\0", [(*RIGHTS, ints(-24))], 0, None))
+        _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(-24))], 0, None))
     assert caught.value.arrived == 0
 
 
@@ -73,17 +75,17 @@ def test_negative_pidfd() -> None:
     """A pidfd that could not be made is passed over."""
     (fd,) = fresh(1)
     messages = [(*RIGHTS, ints(fd)), (*PIDFD, ints(-24))]
-    assert _control.one_descriptor((b"\0", messages, 0, None)) == fd
+    assert _ancillary.one_descriptor((b"\0", messages, 0, None)) == fd
     os.close(fd)
 
 
 def test_partial_integers() -> None:
     """Bytes that are too few for a descriptor are none; whole ones before them count."""
     (fd,) = fresh(1)
-    assert _control.one_descriptor((b"\0", [(*RIGHTS, ints(fd) + b"\1\2")], 0, None)) == fd
+    assert _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fd) + b"\1\2")], 0, None)) == fd
     os.close(fd)
     with pytest.raises(UnexpectedControlMessageError, match="no control message"):
-        _control.one_descriptor((b"\0", [(*RIGHTS, b"\1\2")], 0, None))
+        _ancillary.one_descriptor((b"\0", [(*RIGHTS, b"\1\2")], 0, None))
 
 
 def test_what_came_beside() -> None:
@@ -95,7 +97,7 @@ def test_what_came_beside() -> None:
         (*PIDFD, ints(pidfd)),
         (*LABEL, b"label\0"),
     ]
-    assert _control.one_descriptor((b"\0", messages, 0, None)) == fd
+    assert _ancillary.one_descriptor((b"\0", messages, 0, None)) == fd
     assert is_open(fd)
     assert not is_open(pidfd)
     os.close(fd)
@@ -106,7 +108,7 @@ def test_what_came_beside() -> None:
 )
 def test_unknown_messages(message: Any) -> None:
     """A control message of no known kind or form is an error that names it, not ignored."""
-    for due in (_control.one_descriptor, _control.only_credentials):
+    for due in (_ancillary.one_descriptor, _ancillary.only_credentials):
         (fd,) = fresh(1)
         with pytest.raises(UnexpectedControlMessageError) as caught:
             due((b"\0", [(*RIGHTS, ints(fd)), message], 0, None))
@@ -117,22 +119,22 @@ def test_unknown_messages(message: Any) -> None:
 def test_no_credentials() -> None:
     """Credentials of pid 0 mean that none were sent."""
     nobody = struct.pack("iII", 0, 65534, 65534)
-    assert _control.only_credentials((b"\0", [(*CREDENTIALS, nobody)], 0, None)) is None
-    assert _control.only_credentials((b"\0", [], 0, None)) is None
+    assert _ancillary.only_credentials((b"\0", [(*CREDENTIALS, nobody)], 0, None)) is None
+    assert _ancillary.only_credentials((b"\0", [], 0, None)) is None
 
 
 def test_credentials_twice() -> None:
     """Two credentials in one message are an error."""
     message = (*CREDENTIALS, struct.pack("iII", 1, 2, 3))
     with pytest.raises(UnexpectedControlMessageError):
-        _control.only_credentials((b"\0", [message, message], 0, None))
+        _ancillary.only_credentials((b"\0", [message, message], 0, None))
 
 
 def test_long_data_is_shortened_in_the_message() -> None:
     """An error quotes the beginning of long data and has all of it."""
     (fd,) = fresh(1)
     with pytest.raises(UnexpectedDescriptorsError, match=r"\.\.\. \(100 bytes\)") as caught:
-        _control.only_bytes((b"x" * 100, [(*RIGHTS, ints(fd))], 0, None))
+        _ancillary.only_bytes((b"x" * 100, [(*RIGHTS, ints(fd))], 0, None))
     assert caught.value.data == b"x" * 100
 
 
@@ -170,7 +172,7 @@ def test_anything_in_nothing_leaks(
     flags = _kernel.MSG_CTRUNC if truncated else 0
     kept: set[int] = set()
     try:
-        result = getattr(_control, due)((data, ancdata, flags, None))
+        result = getattr(_ancillary, due)((data, ancdata, flags, None))
         if due == "one_descriptor":
             kept = {result}
     except (UnexpectedControlMessageError, DescriptorsTruncatedError) as exc:
@@ -186,18 +188,18 @@ def test_anything_in_nothing_leaks(
 def test_descriptor_numbers(number: int) -> None:
     """Every int is either a possible descriptor, returned as it is, or a ValueError."""
     if 0 <= number < 2**31:
-        assert _descriptors.descriptor_number(number) == number
+        assert _fds.descriptor_number(number) == number
     else:
         with pytest.raises(ValueError, match=str(number)):
-            _descriptors.descriptor_number(number)
+            _fds.descriptor_number(number)
 
 
 def test_close_on_exec_where_the_kernel_does_not_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without MSG_CMSG_CLOEXEC, received descriptors are made close-on-exec at once."""
-    monkeypatch.setattr(_control, "_ARRIVE_CLOEXEC", False)
+    monkeypatch.setattr(_ancillary, "_ARRIVE_CLOEXEC", False)
     (fd,) = fresh(1)
     os.set_inheritable(fd, True)
-    assert _control.one_descriptor((b"\0", [(*RIGHTS, ints(fd))], 0, None)) == fd
+    assert _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fd))], 0, None)) == fd
     assert not os.get_inheritable(fd)
     os.close(fd)
 
@@ -208,11 +210,11 @@ def test_credentials_cannot_be_sent_everywhere(
 ) -> None:
     """Where a process cannot attach its credentials, sending them is NotSupportedError."""
     message = PLATFORMS[name].message if name else None
-    monkeypatch.setattr(_control, "_CREDENTIALS", message)
+    monkeypatch.setattr(_ancillary, "_CREDENTIALS", message)
     with pytest.raises(NotSupportedError, match="no message to send credentials with"):
-        _control.credentials(Credentials(1, 2, 3))
+        _ancillary.credentials(Credentials(1, 2, 3))
     (fd,) = fresh(1)
-    parsed = _control.parse([(*RIGHTS, ints(fd))], 0)
+    parsed = _ancillary.parse([(*RIGHTS, ints(fd))], 0)
     assert parsed.fds == [fd]
     parsed.close()
 
@@ -223,10 +225,10 @@ def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
     message = PLATFORMS["freebsd"].message
     assert message is not None
-    monkeypatch.setattr(_control, "_CREDENTIALS", attrs.evolve(message, kind=3))
-    level, kind, payload = _control.credentials(Credentials(1, 2, 3))
+    monkeypatch.setattr(_ancillary, "_CREDENTIALS", attrs.evolve(message, kind=3))
+    level, kind, payload = _ancillary.credentials(Credentials(1, 2, 3))
     assert (level, kind, len(payload)) == (socket.SOL_SOCKET, 3, 84)
-    assert _control.only_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
+    assert _ancillary.only_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
         1, 2, 3
     )
 
@@ -243,17 +245,17 @@ def test_an_error_of_close_does_not_leave_the_rest_open(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "close", close)
     with pytest.raises(UnexpectedDescriptorsError):
-        _control.only_bytes((b"x", [(*RIGHTS, ints(*fds))], 0, None))
+        _ancillary.only_bytes((b"x", [(*RIGHTS, ints(*fds))], 0, None))
     assert not any(map(is_open, fds))
 
 
 def test_count_descriptors() -> None:
     """The count is that of the descriptors, and 0 of what parsing would find fault with."""
     good = (*RIGHTS, ints(5, 6))
-    assert _control.count_descriptors((b"x", [good, (*PIDFD, ints(7))], 0, None)) == 2
-    assert _control.count_descriptors((b"x", [(*RIGHTS, ints(5, -24))], 0, None)) == 0
-    assert _control.count_descriptors((b"x", [good, (0, 1, b"")], 0, None)) == 0
-    assert _control.count_descriptors((b"x", [good], _kernel.MSG_CTRUNC, None)) == 0
+    assert _ancillary.count_descriptors((b"x", [good, (*PIDFD, ints(7))], 0, None)) == 2
+    assert _ancillary.count_descriptors((b"x", [(*RIGHTS, ints(5, -24))], 0, None)) == 0
+    assert _ancillary.count_descriptors((b"x", [good, (0, 1, b"")], 0, None)) == 0
+    assert _ancillary.count_descriptors((b"x", [good], _kernel.MSG_CTRUNC, None)) == 0
 
 
 def test_free_descriptors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,18 +275,18 @@ IDS = st.integers(0, 2**31 - 1)
 @given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=253))
 def test_rights_round_trip(numbers: list[int]) -> None:
     """Any descriptors that one message carries come out of its bytes as they went in."""
-    level, kind, payload = _control.rights(*numbers)
+    level, kind, payload = _ancillary.rights(*numbers)
     assert (level, kind) == RIGHTS
     assert list(struct.unpack(f"{len(numbers)}i", payload)) == numbers
     # Parsed without closing: the numbers are nobody's here.
-    assert _control.parse([(level, kind, payload)], 0).fds == numbers
+    assert _ancillary.parse([(level, kind, payload)], 0).fds == numbers
 
 
 @given(pid=st.integers(1, 2**31 - 1), uid=IDS, gid=IDS)
 def test_credentials_round_trip(pid: int, uid: int, gid: int) -> None:
     """Any credentials come out of their message as they went in."""
-    message = _control.credentials(Credentials(pid, uid, gid))
-    assert _control.parse([message], 0).credentials == [Credentials(pid, uid, gid)]
+    message = _ancillary.credentials(Credentials(pid, uid, gid))
+    assert _ancillary.parse([message], 0).credentials == [Credentials(pid, uid, gid)]
     assert UnixCredentialsMessage.deserialize(*message) == UnixCredentialsMessage(
         Credentials(pid, uid, gid)
     )

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 from . import _kernel
-from ._credentials import LAYOUTS, PLATFORM, PLATFORMS, Credentials, vouched
-from ._descriptors import none_negative
+from ._credentials import Credentials, credentials_from_ucred
+from ._fds import none_negative
+from ._ucred import LAYOUTS, PLATFORM, PLATFORMS
 from .errors import (
     DescriptorsTruncatedError,
     NotSupportedError,
@@ -350,7 +351,7 @@ def only_credentials(received: Received) -> Credentials | None:
     if len(ancdata) == 1:
         level, kind, payload = ancdata[0]
         if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12 and not flags & _MSG_CTRUNC:
-            known = vouched(payload)
+            known = credentials_from_ucred(payload)
             if known is not None:
                 return known
     parsed = parse(ancdata, flags)

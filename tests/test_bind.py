@@ -24,7 +24,7 @@ from trio_unixconn import (
     IOErrorEnum,
     NotSupportedError,
     UnixListener,
-    _binding,
+    _bind,
     _listener,
     _paths,
     open_unix_connection,
@@ -58,7 +58,7 @@ def drive(*arguments: object) -> Any:
 @pytest.mark.parametrize("scenario", ["free", "stale", "live"])
 def test_killed_at_every_step(tmp_path: Path, scenario: str) -> None:
     """Whenever a server is killed while it takes or leaves a path, the next one starts."""
-    seen = drive("binding_driver.py", "kill", tmp_path, scenario)
+    seen = drive("bind_driver.py", "kill", tmp_path, scenario)
     assert seen["wrong"] == []
     assert seen["steps"] > 40
 
@@ -66,7 +66,7 @@ def test_killed_at_every_step(tmp_path: Path, scenario: str) -> None:
 @pytest.mark.parametrize("before", ["free", "stale"])
 def test_race_for_a_path(tmp_path: Path, before: str) -> None:
     """Of servers that start at one path at the same time exactly one wins."""
-    seen = drive("binding_driver.py", "race", tmp_path, before)
+    seen = drive("bind_driver.py", "race", tmp_path, before)
     assert set(seen["winners"]) == {1}
     assert set(seen["others"]) == {5}
     assert seen["left"] == []
@@ -138,7 +138,7 @@ async def test_server_on_a_system_that_tells_nothing(
     def fail(_: object) -> None:
         raise NotSupportedError("no option")
 
-    monkeypatch.setattr(_binding, "peer_credentials", fail)
+    monkeypatch.setattr(_bind, "peer_credentials", fail)
     with listen_at(path):
         assert "a server listens there" in str(await refused(path))
 
@@ -248,7 +248,7 @@ async def test_waiting_for_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch)
 
     async with trio.open_nursery() as nursery:
         with held_lock(path) as lock:
-            tries = counted(monkeypatch, _binding, "bind")
+            tries = counted(monkeypatch, _bind, "bind")
             nursery.start_soon(start)
             # It tries again and again, and this task runs between.
             await until(lambda: len(tries) > 5)
@@ -282,7 +282,7 @@ async def test_waiting_long_for_the_lock(
     monkeypatch.setattr(_listener, "_PATIENCE", 0.01)
     with held_lock(path) as lock:
         async with trio.open_nursery() as nursery:
-            tries = counted(monkeypatch, _binding, "bind")
+            tries = counted(monkeypatch, _bind, "bind")
             nursery.start_soon(open_unix_listener, path)
             await until(lambda: bool(caplog.records))
             said = len(tries)
@@ -300,7 +300,7 @@ async def test_socket_replaced_before_it_has_its_mode(
     other = path.with_name("other")
     other.write_text("x")
     mode = other.stat().st_mode
-    real = _binding._set_mode
+    real = _bind._set_mode
 
     def set_mode(name: bytes, *arguments: Any) -> None:
         new = path.with_name(os.fsdecode(name))
@@ -308,7 +308,7 @@ async def test_socket_replaced_before_it_has_its_mode(
         new.symlink_to("other")
         real(name, *arguments)
 
-    monkeypatch.setattr(_binding, "_set_mode", set_mode)
+    monkeypatch.setattr(_bind, "_set_mode", set_mode)
     with pytest.raises(OSError, match="was replaced") as caught:
         await open_unix_listener(path, mode=0o666)
     assert caught.value.errno == errno.EBUSY
@@ -430,14 +430,14 @@ async def test_lock_that_a_forked_process_has_copied(
 async def test_closing_twice_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second task that closes does not close the socket before the path is away."""
     listener = await open_unix_listener(path)
-    real, go, seen = _binding.unbind, threading.Event(), []
+    real, go, seen = _bind.unbind, threading.Event(), []
 
-    def unbind(binding: _binding.Binding) -> None:
+    def unbind(binding: _bind.Binding) -> None:
         go.wait(30)
         seen.append(listener.socket.fileno())
         real(binding)
 
-    monkeypatch.setattr(_binding, "unbind", unbind)
+    monkeypatch.setattr(_bind, "unbind", unbind)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(listener.aclose)
         nursery.start_soon(listener.aclose)
@@ -456,7 +456,7 @@ async def test_closing_without_free_descriptors(
     listener = await open_unix_listener(path)
     async with trio.open_nursery() as nursery:
         with free_descriptors(0):
-            tries = counted(monkeypatch, _binding, "unbind")
+            tries = counted(monkeypatch, _bind, "unbind")
             nursery.start_soon(listener.aclose)
             await until(lambda: len(tries) > 2)
             assert path.exists()

@@ -1,0 +1,226 @@
+"""_closing: what a peer chose is closed elsewhere, once, and nothing is raised."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from trio_unixconn import _closing, connection_pair
+
+
+def pipes(count: int) -> list[int]:
+    return [fd for _ in range(count) for fd in os.pipe()]
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.get_inheritable(fd)
+    except OSError:
+        return False
+    return True
+
+
+def lingering_socket(seconds: int) -> socket.socket:
+    """Return a TCP socket whose close(2) blocks: SO_LINGER, and data that no process reads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        held, _ = server.accept()
+    sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            sock.send(b"x" * 65536)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    PEERS_OF_LINGERING.append(held)
+    return sock
+
+
+PEERS_OF_LINGERING: list[socket.socket] = []
+
+
+def release_lingering() -> None:
+    while PEERS_OF_LINGERING:
+        PEERS_OF_LINGERING.pop().close()
+    assert _closing.wait_closed(30)
+
+
+def test_close_fds_closes_each_and_nothing_between() -> None:
+    """Runs of numbers are closed, and the numbers between them are left alone."""
+    fds = pipes(20)
+    kept = fds[7::9]
+    _closing.close_fds(fd for fd in fds if fd not in kept)
+    assert _closing.wait_closed(30)
+    assert [fd for fd in fds if is_open(fd)] == kept
+    for fd in kept:
+        os.close(fd)
+
+
+def test_close_fds_of_nothing_calls_then() -> None:
+    """Without file descriptors, then() is called at once."""
+    called: list[bool] = []
+    _closing.close_fds([], lambda: called.append(True))
+    _closing.close_fds([])
+    assert called == [True]
+
+
+def test_close_fds_uses_one_thread_for_many_batches() -> None:
+    """200 batches need one thread."""
+    before = threading.active_count()
+    for _ in range(200):
+        _closing.close_fds(os.pipe())
+    assert threading.active_count() <= before + 1
+    assert _closing.wait_closed(30)
+
+
+def test_close_fds_ignores_errors() -> None:
+    """A descriptor whose close(2) fails does not keep the others open."""
+    read, write = os.pipe()
+    closed = os.dup(read)
+    os.close(closed)
+    _closing.close_fds([closed])
+    _closing.close_fds([read])
+    _closing.close_fds([write])
+    assert _closing.wait_closed(30)
+    assert not is_open(read)
+    assert not is_open(write)
+
+
+def test_close_fds_without_threads_closes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, the descriptors are closed before close_fds returns."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_closing, "_closer", _closing._Closer())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    fds = pipes(3)
+    _closing.close_fds(fds)
+    assert not any(map(is_open, fds))
+
+
+def test_close_fds_with_a_stuck_thread_starts_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A close(2) that does not return does not keep later ones waiting, and leaves one thread."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "STUCK_AFTER", 0)
+    stuck = lingering_socket(30)
+    _closing.close_fds([stuck.detach()])
+    read, write = os.pipe()
+    closed = threading.Event()
+    while not all(thread.busy_since < time.monotonic() for thread in tuple(closer.threads)):
+        time.sleep(0)
+    _closing.close_fds([read, write], closed.set)
+    assert closed.wait(30)
+    assert closer.unfinished == 1
+    assert 1 <= len(closer.threads) <= 2
+    release_lingering()
+    while len(closer.threads) > 1:
+        time.sleep(0)
+
+
+def test_close_fds_starts_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MAX_THREADS of them stuck, what comes later waits in the queue."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "MAX_THREADS", 1)
+    monkeypatch.setattr(_closing, "STUCK_AFTER", 0)
+    _closing.close_fds([lingering_socket(30).detach()])
+    fds = pipes(1)
+    _closing.close_fds(fds)
+    assert len(closer.threads) == 1
+    assert not _closing.wait_closed(0)
+    release_lingering()
+    assert not any(map(is_open, fds))
+
+
+def test_close_fds_without_another_thread_leaves_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If no second thread can be started, the first one closes what is queued, when it can."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "STUCK_AFTER", -1)
+    _closing.close_fds(pipes(1))
+    assert _closing.wait_closed(30)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_closing._Closer, "_has_free_thread", lambda _: False)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    fds = pipes(1)
+    _closing.close_fds(fds)
+    assert _closing.wait_closed(30)
+    assert not any(map(is_open, fds))
+
+
+def test_fork_closes_copies_of_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process has no thread of its own yet, and closes its copies of the queue."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "MAX_THREADS", 1)
+    _closing.close_fds([lingering_socket(30).detach()])
+    fds = pipes(2)
+    _closing.close_fds(fds)
+    # As in the child, without one.
+    _closing._after_fork()
+    assert _closing._closer is not closer
+    assert _closing.wait_closed(30)
+    assert not any(map(is_open, fds))
+    with closer.lock:
+        closer.queue.put(([], None))
+    release_lingering()
+    while closer.unfinished:
+        time.sleep(0)
+
+
+def test_close_socket_with_an_empty_queue_closes_here() -> None:
+    """Nothing is unread: the socket is closed before close_socket returns."""
+    one, two = socket.socketpair()
+    with two:
+        assert not _closing.has_unread(one)
+        _closing.close_socket(one)
+        assert one.fileno() == -1
+        assert two.recv(1) == b""
+    closed: list[bool] = []
+    _closing.close_socket(one, lambda: closed.append(True))
+    assert closed == [True]
+
+
+def test_close_socket_with_unread_data_closes_in_the_thread() -> None:
+    """Something is unread: the closing thread closes the socket, and calls then()."""
+    one, two = socket.socketpair()
+    closed = threading.Event()
+    with two:
+        two.send(b"x")
+        assert _closing.has_unread(one)
+        _closing.close_socket(one, closed.set)
+        assert one.fileno() == -1
+        assert closed.wait(30)
+        with pytest.raises(ConnectionResetError):
+            two.recv(1)
+
+
+def test_close_socket_of_a_listener_closes_in_the_thread() -> None:
+    """The kernel does not say what is in the queues of waiting connections."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        assert _closing.has_unread(listener)
+
+
+async def test_close_socket_does_not_block_on_a_lingering_socket() -> None:
+    """A TCP socket with SO_LINGER in the queue: close_socket returns, and the thread waits."""
+    one, two = connection_pair()
+    async with two:
+        with lingering_socket(30) as sent:
+            await two.send_fd(sent)
+        raw = one._receiver.raw
+        _closing.close_socket(raw)
+        assert raw.fileno() == -1
+        assert not _closing.wait_closed(0)
+    release_lingering()

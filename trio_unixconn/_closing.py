@@ -1,0 +1,228 @@
+"""Close what a peer chose, without blocking the event loop.
+
+close(2) can block for as long as a peer likes: for a TCP socket with SO_LINGER and unsent data,
+for a file whose file system calls ``flush`` (FUSE, NFS), and for a Unix socket that has either of
+them in its receive queue, however deeply nested. It can also fail, with an error about bytes that
+another process wrote. So the file descriptors that a peer sent, and the sockets whose queues a
+peer can fill, are closed by a thread.
+
+Invariant: nothing in this module raises into its caller, and every file descriptor is closed
+exactly once.
+
+There is one thread, started when first needed, not one per file descriptor. A close that never
+returns must not keep all later ones waiting, though: file descriptors would pile up until the
+process has none left. So if every thread has been in close(2) for longer than STUCK_AFTER,
+another one is started, up to MAX_THREADS. A thread that was stuck ends when it gets free and is
+not the last. If no thread can be started at all, the file descriptors are closed in the calling
+thread.
+
+The queue is a ``SimpleQueue`` because :func:`close_fds` may be called by a finalizer, at any
+point, even while the same thread is inside of this module; for the same reason the lock is
+reentrant.
+
+Sources: close(2), socket(7) (SO_LINGER), ioctl_fionread in unix(7)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
+
+# File descriptors, and what to call when all of them are closed.
+_Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None]"
+
+# How long a thread may be in close(2) before another one takes over the queue, in seconds.
+STUCK_AFTER: Final = 0.5
+MAX_THREADS: Final = 16
+# How long wait_closed() sleeps between two looks at the counter, in seconds.
+_POLL_INTERVAL: Final = 0.001
+
+
+class _Closer:
+    """The queue, and the threads that work it off."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.queue: SimpleQueue[_Batch] = SimpleQueue()
+        self.threads: set[_ClosingThread] = set()
+        # Batches that are queued or being closed.
+        self.unfinished = 0
+
+    def add(self, batch: _Batch) -> None:
+        with self.lock:
+            self.unfinished += 1
+        self.queue.put(batch)
+        if not self._has_free_thread() and not self._start_thread():
+            self._close_here()
+
+    def _has_free_thread(self) -> bool:
+        threads = tuple(self.threads)
+        if len(threads) >= MAX_THREADS:
+            return True
+        stuck = time.monotonic() - STUCK_AFTER
+        return any(thread.busy_since > stuck for thread in threads)
+
+    def _start_thread(self) -> bool:
+        """Start a thread; return False if there is none at all to work off the queue."""
+        thread = _ClosingThread(self)
+        with self.lock:
+            self.threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            # The system has no more threads, or the interpreter is shutting down.
+            with self.lock:
+                self.threads.discard(thread)
+                return bool(self.threads)
+        return True
+
+    def _close_here(self) -> None:
+        with suppress(Empty):
+            while True:
+                self.finish(self.queue.get_nowait())
+
+    def finish(self, batch: _Batch) -> None:
+        fds, then = batch
+        try:
+            _close_each(fds)
+        finally:
+            with self.lock:
+                self.unfinished -= 1
+            if then is not None:
+                then()
+
+    def leave(self, thread: _ClosingThread) -> bool:
+        """Whether a thread that was stuck may end, because another one has taken over."""
+        with self.lock:
+            if len(self.threads) == 1:
+                return False
+            self.threads.discard(thread)
+            return True
+
+
+class _ClosingThread(threading.Thread):
+    def __init__(self, closer: _Closer) -> None:
+        super().__init__(name="trio_unixconn closing", daemon=True)
+        self._closer = closer
+        # When it began to close a batch; infinity while it waits for one.
+        self.busy_since = time.monotonic()
+
+    def run(self) -> None:
+        closer = self._closer
+        while True:
+            self.busy_since = float("inf")
+            batch = closer.queue.get()
+            began = self.busy_since = time.monotonic()
+            closer.finish(batch)
+            if time.monotonic() - began > STUCK_AFTER and closer.leave(self):
+                return
+
+
+_closer = _Closer()
+
+
+def _after_fork() -> None:
+    """Start anew in a child process, which has no thread but the one that forked.
+
+    It has copies of the file descriptors that are still queued, and closes them. A batch that
+    was being closed at that moment is left alone: which part of it is open cannot be known.
+    """
+    global _closer
+    before, _closer = _closer, _Closer()
+    while not before.queue.empty():
+        fds, _ = before.queue.get_nowait()
+        _closer.add((fds, None))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _close_each(fds: list[int]) -> None:
+    """Close file descriptors, each run of consecutive numbers with one call.
+
+    One call means that the GIL is released and taken again once: a busy event loop lets another
+    thread have it every few milliseconds only.
+    """
+    fds.sort()
+    first = position = 0
+    while position < len(fds):
+        position += 1
+        if position == len(fds) or fds[position] != fds[position - 1] + 1:
+            if position - first == 1:
+                # An error is about data that was written before; the descriptor is closed.
+                with suppress(OSError):
+                    os.close(fds[first])
+            else:
+                os.closerange(fds[first], fds[position - 1] + 1)
+            first = position
+
+
+def close_fds(fds: Iterable[int], then: Callable[[], object] | None = None) -> None:
+    """Close file descriptors in the closing thread.
+
+    Args:
+      fds: file descriptors that the caller owns, and no longer after this.
+      then: called in the closing thread when all of them are closed; it must not raise.
+    """
+    batch = list(fds)
+    if batch:
+        _closer.add((batch, then))
+    elif then is not None:
+        then()
+
+
+def close_socket(sock: socket.socket, then: Callable[[], object] | None = None) -> None:
+    """Close a socket whose receive queue a peer can fill.
+
+    If nothing is unread it is closed here, because then there is nothing in it to wait for.
+    Otherwise the closing thread closes it. For a listening socket that is always so.
+
+    A peer can still send something in the microsecond between the check and close(2). To rule
+    that out takes shutdown(2), which would end the connection for other processes that hold it.
+    """
+    if sock.fileno() == -1:
+        pass
+    elif has_unread(sock):
+        close_fds([sock.detach()], then)
+        return
+    else:
+        with suppress(OSError):
+            sock.close()
+    if then is not None:
+        then()
+
+
+def has_unread(sock: socket.socket) -> bool:
+    """Whether the receive queue of a socket is, or may be, not empty.
+
+    True for a listening socket, and where the system cannot tell. Source: unix(7) (SIOCINQ)
+    """
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows
+        import termios  # noqa: PLC0415 - likewise
+
+        return any(fcntl.ioctl(sock.fileno(), termios.FIONREAD, b"\0\0\0\0"))
+    except (ImportError, OSError):
+        return True
+
+
+def wait_closed(timeout: float) -> bool:
+    """Block until everything that was queued is closed; return whether it is.
+
+    For tests, which count file descriptors.
+    """
+    deadline = time.monotonic() + timeout
+    while _closer.unfinished:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_INTERVAL)
+    return True

@@ -1,0 +1,256 @@
+"""The credential structures of every platform.
+
+Every native structure is one row of :data:`LAYOUTS`, every platform one row of
+:data:`PLATFORMS`. No other file knows an offset.
+
+Sources: unix(7) and unix(4) of Linux, FreeBSD, OpenBSD, NetBSD and macOS; getpeerucred(3C)
+and ucred.h of illumos
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from . import _kernel
+from .errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+UNKNOWN_ID: Final = 0xFFFFFFFF
+
+
+def _signed(number: int) -> int:
+    # (uid_t)-1 is every kernel's word for "no such id".
+    return -1 if number == UNKNOWN_ID else number
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """One native structure: its C layout and where the three ids stand in it.
+
+    Attributes:
+      name: Gio's name of the native type.
+      fields: the structure in ``struct`` notation, native byte order and alignment; some are
+        followed by a group list of any length, which is not read.
+      pid, uid, gid: index of each among the unpacked fields; ``pid`` is None where the
+        structure has none. Effective ids where the structure tells them apart, as in Gio.
+      version: index of a version field, which must be 0.
+      groups: index of a group count, which must be at least 1 because ``gid`` is the first.
+    """
+
+    name: str
+    fields: struct.Struct
+    uid: int
+    gid: int
+    pid: int | None = None
+    version: int | None = None
+    groups: int | None = None
+
+    def unpack(self, data: bytes) -> tuple[int, int, int]:
+        """Return (pid, uid, gid); -1 for what the structure does not say.
+
+        Raises:
+          ValueError: too few bytes, an unknown version, or no group.
+        """
+        if len(data) < self.fields.size:
+            raise ValueError(
+                f"{self.name} takes at least {self.fields.size} bytes, but {len(data)} came"
+            )
+        fields: tuple[int, ...] = self.fields.unpack_from(data)
+        if self.version is not None and fields[self.version] != 0:
+            raise ValueError(
+                f"{self.name} of version {fields[self.version]} came; only version 0 is known"
+            )
+        if self.groups is not None and fields[self.groups] < 1:
+            raise ValueError(f"{self.name} with an empty group list came; it names no group id")
+        pid = -1 if self.pid is None else fields[self.pid]
+        return pid, _signed(fields[self.uid]), _signed(fields[self.gid])
+
+    def pack(self, pid: int, uid: int, gid: int) -> bytes:
+        """Return the structure with these three ids, everything else zero."""
+        fields = [0] * len(self.fields.unpack(bytes(self.fields.size)))
+        if self.pid is not None:
+            fields[self.pid] = pid
+        fields[self.uid] = uid & UNKNOWN_ID
+        fields[self.gid] = gid & UNKNOWN_ID
+        if self.groups is not None:
+            fields[self.groups] = 1
+        return self.fields.pack(*fields)
+
+
+@attrs.frozen(kw_only=True)
+class UcredLayout:
+    """The ``ucred_t`` of illumos and Solaris: a header, and the ids at an offset it names."""
+
+    name: str
+    fields: struct.Struct
+    ids: struct.Struct
+
+    def unpack(self, data: bytes) -> tuple[int, int, int]:
+        """Return (pid, effective uid, effective gid).
+
+        Raises:
+          ValueError: too few bytes, or a header that points outside of them.
+        """
+        if len(data) < self.fields.size:
+            raise ValueError(
+                f"{self.name} takes at least {self.fields.size} bytes, but {len(data)} came"
+            )
+        _size, offset, _, pid, *_rest = self.fields.unpack_from(data)
+        if offset < self.fields.size or offset + self.ids.size > len(data):
+            raise ValueError(
+                f"{self.name} says its ids stand at byte {offset}, outside of the "
+                f"{len(data)} bytes that came"
+            )
+        uid, _, _, gid, *_ = self.ids.unpack_from(data, offset)
+        return pid, _signed(uid), _signed(gid)
+
+    def pack(self, *ids: int) -> bytes:
+        """Raise: only the kernel makes a ``ucred_t``.
+
+        Raises:
+          NotSupportedError: always.
+        """
+        raise NotSupportedError(f"only the kernel makes a {self.name}; it cannot be made of {ids}")
+
+
+_GROUPS = "h16I"
+
+LAYOUTS: Final[Mapping[str, Layout | UcredLayout]] = {
+    layout.name: layout
+    for layout in (
+        # pid, uid, gid
+        Layout(name="linux-ucred", fields=struct.Struct("iII"), pid=0, uid=1, gid=2),
+        # pid, uid, euid, gid, short ngroups, groups[16]
+        Layout(
+            name="freebsd-cmsgcred", fields=struct.Struct("iIII" + _GROUPS), pid=0, uid=2, gid=3
+        ),
+        # version, uid, short ngroups, groups[16], union of a pointer and the pid
+        Layout(
+            name="freebsd-xucred",
+            fields=struct.Struct("II" + _GROUPS + "0Pi0P"),
+            version=0,
+            uid=1,
+            groups=2,
+            gid=3,
+            pid=19,
+        ),
+        # version, pid, uid, euid, gid, egid, ngroups, groups[]
+        Layout(
+            name="freebsd-sockcred2",
+            fields=struct.Struct("iiIIIIi"),
+            version=0,
+            pid=1,
+            uid=3,
+            gid=5,
+        ),
+        # version, uid, short ngroups, groups[16]; the pid is a socket option of its own
+        Layout(
+            name="apple-xucred",
+            fields=struct.Struct("II" + _GROUPS),
+            version=0,
+            uid=1,
+            groups=2,
+            gid=3,
+        ),
+        # uid, gid, pid
+        Layout(name="openbsd-sockpeercred", fields=struct.Struct("IIi"), uid=0, gid=1, pid=2),
+        # pid, euid, egid
+        Layout(name="netbsd-unpcbid", fields=struct.Struct("iII"), pid=0, uid=1, gid=2),
+        # pid, uid, euid, gid, egid, ngroups, groups[]
+        Layout(name="netbsd-sockcred", fields=struct.Struct("iIIIIi"), pid=0, uid=2, gid=4),
+        # size, offset of the ids, privoff, pid, audoff, zoneid, projid, labeloff;
+        # euid, ruid, suid, egid, rgid, sgid, ngroups, groups[]
+        UcredLayout(
+            name="solaris-ucred",
+            fields=struct.Struct("IIIiIiiI"),
+            ids=struct.Struct("IIIIIIi"),
+        ),
+    )
+}
+
+
+@attrs.frozen(kw_only=True)
+class SocketOption:
+    """A socket option that tells the peer's credentials: level, number, what it contains."""
+
+    level: int
+    option: int | None
+    layout: str
+    pid_option: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class MessageKind:
+    """A control message that carries credentials (level SOL_SOCKET).
+
+    Attributes:
+      kind: the message's type.
+      layout: what it contains.
+      sendable: whether a process attaches it itself, as Gio's send_credentials does.
+    """
+
+    kind: int | None
+    layout: str
+    sendable: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Platform:
+    """How one kernel tells who a peer is; None where it has no such way."""
+
+    native: str
+    option: SocketOption | None
+    message: MessageKind | None
+
+
+# Linux's row is run by the tests on Linux. The others follow the systems' own headers and
+# manual pages and are tested with bytes made by hand; nobody has run them here.
+PLATFORMS: Final[Mapping[str, Platform]] = {
+    "linux": Platform(
+        native="linux-ucred",
+        option=SocketOption(
+            level=_kernel.SOL_SOCKET, option=_kernel.SO_PEERCRED, layout="linux-ucred"
+        ),
+        message=MessageKind(kind=_kernel.SCM_CREDENTIALS, layout="linux-ucred"),
+    ),
+    "freebsd": Platform(
+        native="freebsd-cmsgcred",
+        option=SocketOption(level=0, option=1, layout="freebsd-xucred"),
+        message=MessageKind(kind=_kernel.SCM_CREDS, layout="freebsd-cmsgcred"),
+    ),
+    "darwin": Platform(
+        native="apple-xucred",
+        option=SocketOption(level=0, option=1, layout="apple-xucred", pid_option=2),
+        message=None,
+    ),
+    "openbsd": Platform(
+        native="openbsd-sockpeercred",
+        option=SocketOption(level=0xFFFF, option=0x1022, layout="openbsd-sockpeercred"),
+        message=None,
+    ),
+    "netbsd": Platform(
+        native="netbsd-unpcbid",
+        option=SocketOption(level=0, option=3, layout="netbsd-unpcbid"),
+        # LOCAL_CREDS makes the kernel attach it; a sender has nothing to attach.
+        message=MessageKind(kind=_kernel.SCM_CREDS, layout="netbsd-sockcred", sendable=False),
+    ),
+    "sunos": Platform(
+        native="solaris-ucred",
+        option=None,
+        message=MessageKind(kind=0x1012, layout="solaris-ucred", sendable=False),
+    ),
+}
+
+
+def platform_named(name: str) -> Platform | None:
+    """Return the row for a value of ``sys.platform`` ("freebsd14", "sunos5"), or None."""
+    return PLATFORMS.get(name.rstrip("0123456789."))
+
+
+PLATFORM: Final = platform_named(sys.platform)
