@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +167,14 @@ async def until(holds: Callable[[], bool]) -> None:
     with trio.fail_after(30):
         while not holds():  # noqa: ASYNC110 - as said
             await trio.sleep(0.001)
+
+
+def until_sync(holds: Callable[[], bool]) -> None:
+    """Wait, outside of trio, for what has no event of its own."""
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
