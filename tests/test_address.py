@@ -1,67 +1,116 @@
-"""Names of sockets."""
+"""UnixSocketAddress: its forms, its URI, and how it is printed."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies
 
-from trio_unixconn import UnixSocketAddress
+from trio_unixconn import UnixSocketAddress, connection_pair
+from trio_unixconn._address import escaped
 
 
 def test_path() -> None:
-    """A path is itself, as text, bytes and Path."""
+    """path() and from_any() take a path as str, bytes and Path."""
     for form in ("/run/x", b"/run/x", Path("/run/x")):
         address = UnixSocketAddress.from_any(form)
-        assert address == UnixSocketAddress.path("/run/x")
-        assert address.get_path() == str(address) == "/run/x"
+        assert address == UnixSocketAddress.path(form)
+        assert address.get_path() == address.to_string() == str(address) == "/run/x"
         assert address.get_path_len() == 6
         assert not address.get_is_abstract()
         assert not address.get_is_anonymous()
 
 
 def test_abstract() -> None:
-    """A leading NUL makes an abstract name, which may contain further NULs."""
+    """abstract() adds the leading NUL; the name may contain further NULs, which are escaped."""
     address = UnixSocketAddress.from_any("\0x\0y")
     assert address == UnixSocketAddress.abstract("x\0y")
     assert address.native == b"\0x\0y"
     assert (address.get_path(), address.get_path_len()) == ("x\0y", 3)
     assert address.get_is_abstract()
     assert not address.get_is_anonymous()
-    assert str(address) == "@x\0y"
+    assert address.to_string() == r"x\x00y"
+    assert str(address) == r"@x\x00y"
 
 
-def test_unnamed() -> None:
-    """The name of a socket without one is nothing."""
-    address = UnixSocketAddress.from_native("")
-    assert address == UnixSocketAddress()
+@pytest.mark.parametrize("empty", ["", b""])
+def test_anonymous(empty: str | bytes) -> None:
+    """An empty address is anonymous, however it is made."""
+    address = UnixSocketAddress.from_native(empty)
+    assert address == UnixSocketAddress() == UnixSocketAddress.from_any(empty)
     assert address.get_is_anonymous()
-    assert str(address) == "unnamed"
+    assert address.to_string() == str(address) == "anonymous"
     assert UnixSocketAddress.from_any(address) is address
 
 
-def test_bytes_that_are_no_text() -> None:
-    """A name that is not valid UTF-8 survives the way through text."""
+def test_path_that_is_not_utf8() -> None:
+    """A path that is not valid UTF-8 survives get_path() and path()."""
     address = UnixSocketAddress.path(b"/run/\xff")
     assert UnixSocketAddress.path(address.get_path()) == address
 
 
+@pytest.mark.parametrize(
+    "name", [b"a\nb", b"\x1b[31m", b"\xff", "caf\u00e9".encode(), b"\x7f", b"\t"]
+)
+def test_to_string_is_printable_ascii(name: bytes) -> None:
+    """to_string(), str() and repr() of a name that a peer chose cannot forge a line or fail."""
+    for address in (UnixSocketAddress(name), UnixSocketAddress(b"\0" + name)):
+        for text in (address.to_string(), str(address), repr(address)):
+            assert text.isascii()
+            assert text.isprintable()
+
+
+async def test_repr_of_connection_escapes_remote_address() -> None:
+    """repr() of a connection escapes the address of its peer."""
+    one, two = connection_pair()
+    async with one, two:
+        conn = one.from_stdlib_socket(
+            one.socket._sock,  # type: ignore[attr-defined]
+            remote_address=UnixSocketAddress(b"\0a\n\x1b\xff"),
+        )
+        assert repr(conn).endswith(r" to @a\x0a\x1b\xff>")
+        await conn.aclose()
+
+
+def test_str_can_be_printed_in_the_c_locale() -> None:
+    """print(address) works whatever the name and the encoding of standard output."""
+    script = "import trio_unixconn as t; print(t.UnixSocketAddress(b'/\\xff\\xc3\\xa9\\n'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == rb"/\xff\xc3\xa9\x0a" + b"\n"
+
+
+def test_escaped() -> None:
+    """escaped() takes str and bytes, with surrogates of every kind."""
+    assert escaped("/usr/bin/a b~\\") == "/usr/bin/a b~\\"
+    assert escaped(b"\xff\n") == escaped("\udcff\n") == r"\xff\x0a"
+    assert escaped("\ud800") == r"\ud800"
+
+
 @pytest.mark.parametrize("bad", ["", b"", "/run/\0x"])
-def test_no_path(bad: str | bytes) -> None:
-    """An empty path and one with a NUL in it are refused."""
-    with pytest.raises(ValueError, match="path must not be empty nor contain NUL"):
-        UnixSocketAddress.from_any(bad)
-    with pytest.raises(ValueError, match="path must not contain NUL"):
-        UnixSocketAddress(b"/run/x\0y")
+def test_path_rejects_empty_and_nul(bad: str | bytes) -> None:
+    """path() rejects an empty path and one that contains NUL."""
+    with pytest.raises(ValueError, match="must not be empty or contain NUL"):
+        UnixSocketAddress.path(bad)
+    for make in (UnixSocketAddress, UnixSocketAddress.from_any):
+        with pytest.raises(ValueError, match="must not contain NUL"):
+            make(b"/run/x\0y")
 
 
-def test_no_name() -> None:
-    """What is neither text, bytes nor a path is a TypeError."""
+def test_from_any_rejects_other_types() -> None:
+    """from_any() and the constructor name the type that they got."""
     with pytest.raises(TypeError):
         UnixSocketAddress("/run/x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        UnixSocketAddress.from_any(3)  # type: ignore[arg-type]
+    for bad in (3, None, bytearray(b"/x")):
+        with pytest.raises(TypeError, match=f"address must be .* got {type(bad).__name__}"):
+            UnixSocketAddress.from_any(bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +128,7 @@ def test_no_name() -> None:
     ],
 )
 def test_from_uri(uri: str, native: bytes) -> None:
-    """Every form of a URI names what it says."""
+    """from_uri() parses every form."""
     assert UnixSocketAddress.from_uri(uri).native == native
 
 
@@ -104,14 +153,14 @@ def test_from_uri(uri: str, native: bytes) -> None:
         "unix:/run/%00",
     ],
 )
-def test_no_uri(uri: str) -> None:
-    """What does not name one Unix socket is refused, with what was given."""
-    with pytest.raises(ValueError, match=r"Unix socket|one socket|NUL|hexadecimal"):
+def test_from_uri_rejects(uri: str) -> None:
+    """from_uri() rejects a URI that does not name one Unix socket."""
+    with pytest.raises(ValueError, match=r"Unix socket|NUL|hexadecimal"):
         UnixSocketAddress.from_uri(uri)
 
 
 def test_to_uri() -> None:
-    """A URI is the short form where that can be read back, D-Bus's otherwise."""
+    """to_uri() returns the short form if that can be parsed, else the form of D-Bus."""
     assert UnixSocketAddress.path("/run/x.sock").to_uri() == "unix:/run/x.sock"
     assert UnixSocketAddress.path("//run/x~y").to_uri() == "unix:path=//run/x%7Ey"
     assert UnixSocketAddress.path("x.sock").to_uri() == "unix:path=x.sock"
@@ -121,8 +170,8 @@ def test_to_uri() -> None:
 
 
 @given(native=strategies.binary(min_size=1, max_size=200))
-def test_uri_and_back(native: bytes) -> None:
-    """Whatever a socket is called, its URI names it, and is plain ASCII."""
+def test_to_uri_and_from_uri(native: bytes) -> None:
+    """from_uri() parses what to_uri() returns, which is printable ASCII."""
     if native[0] and b"\0" in native:
         native = b"\0" + native
     address = UnixSocketAddress(native)

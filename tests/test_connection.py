@@ -267,7 +267,7 @@ async def test_closing() -> None:
     async with two:
         assert one.is_connected()
         assert not one.is_closed()
-        assert f"fd={one.socket.fileno()} to unnamed" in repr(one)
+        assert f"fd={one.socket.fileno()} to anonymous" in repr(one)
         with trio.CancelScope() as scope:
             scope.cancel()
             await one.aclose()

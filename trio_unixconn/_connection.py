@@ -814,7 +814,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         return identify(self._asked(), with_pidfd=with_pidfd)
 
     def get_local_address(self) -> UnixSocketAddress:
-        """Return the name of this end; unnamed unless it was bound or accepted.
+        """Return the name of this end; anonymous unless it was bound or accepted.
 
         Of an accepted connection it is the name that the listener was opened with; the kernel
         may know it under another, as a path can be renamed.
@@ -826,7 +826,7 @@ class UnixConnection(trio.abc.HalfCloseableStream):
         return self._local_address or UnixSocketAddress.from_native(sock.getsockname())
 
     def get_remote_address(self) -> UnixSocketAddress:
-        """Return the name of the peer's end; unnamed unless it was bound.
+        """Return the name of the peer's end; anonymous unless it was bound.
 
         Of a connection that was opened by name it is that name.
 
