@@ -17,18 +17,18 @@ import attrs
 import pytest
 import trio
 from helpers import free_descriptors
-from people import (
-    STRANGER,
-    Person,
+from peer_processes import (
+    OTHER_UID,
+    PeerProcess,
     as_root,
-    in_a_container,
-    looker,
+    client_process,
+    in_pid_namespace,
     mount_namespaces,
     peer_pidfds,
-    person,
     pid_namespaces,
-    seen_by,
-    shared_folder,
+    report_of,
+    reporting_process,
+    shared_directory,
     unshared,
 )
 
@@ -57,7 +57,7 @@ NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
 @pytest.fixture
 async def listener() -> AsyncIterator[UnixListener]:
     """A listener that every user may connect to."""
-    with shared_folder() as folder:
+    with shared_directory() as folder:
         async with await open_unix_listener(folder / "s", mode=0o666) as listener:
             yield listener
 
@@ -106,7 +106,7 @@ class Simulated:
 @peer_pidfds
 async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
     """The pidfd names the process that connected, is close-on-exec, and tells of its end."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn) as pidfd:
             assert not os.get_inheritable(pidfd)
             with open(f"/proc/self/fdinfo/{pidfd}") as file:
@@ -128,7 +128,7 @@ async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
 @peer_pidfds
 async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
     """A peer that has ended is there until it is reaped; then it is PeerGoneError."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         await client.end()
         with opened_pidfd(conn) as pidfd:
             assert select.select([pidfd], [], [], 0)[0]
@@ -203,7 +203,7 @@ def no_signals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("no_signals")
 async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> None:
     """A peer that cannot be sent a signal is there until it is reaped, nevertheless."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn):
             await client.end()
         with opened_pidfd(conn):
@@ -223,7 +223,7 @@ async def test_pidfd_where_nothing_tells(
         raise FileNotFoundError
 
     monkeypatch.setattr(_identity, "pid_of", missing)
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn) as pidfd:
             assert not select.select([pidfd], [], [], 0)[0]
         await client.end()
@@ -263,11 +263,11 @@ async def test_a_connection_that_is_closed() -> None:
 async def test_groups(listener: UnixListener, groups: list[int]) -> None:
     """The supplementary groups are those that the peer had, however many; Python takes 256."""
     async with (
-        person(path_of(listener), uid=STRANGER, gid=54321, groups=groups) as client,
+        client_process(path_of(listener), uid=OTHER_UID, gid=54321, groups=groups) as client,
         await listener.accept() as conn,
         await open_unix_connection(path_of(listener)) as own,
     ):
-        assert conn.get_peer_credentials() == Credentials(client.pid or 0, STRANGER, 54321)
+        assert conn.get_peer_credentials() == Credentials(client.pid or 0, OTHER_UID, 54321)
         assert conn.get_peer_groups() == tuple(groups)
         assert own.get_peer_groups() == tuple(os.getgroups())
         with conn.get_peer_identity() as peer:
@@ -381,7 +381,7 @@ async def test_label_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_identity_of_a_living_peer(listener: UnixListener) -> None:
     """It says what the single methods say, is alive, and what the process runs and where."""
     async with (
-        person(path_of(listener)) as client,
+        client_process(path_of(listener)) as client,
         await listener.accept() as conn,
     ):
         with conn.get_peer_identity() as peer:
@@ -414,7 +414,7 @@ def test_described_for_a_log() -> None:
 @peer_pidfds
 async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
     """As a zombie and when reaped it is not alive, and is gone for all that /proc says."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
             assert peer.is_alive()
             await client.end()
@@ -430,7 +430,7 @@ async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
 @peer_pidfds
 async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> None:
     """Gathered after the peer was reaped, it says so; ids and groups are still known."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         await client.end()
         with conn.get_peer_identity() as zombie:
             assert not zombie.gone
@@ -510,7 +510,7 @@ def newcomer_with(pid: int) -> subprocess.Popen[bytes]:
 @peer_pidfds
 async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
     """When another process has the peer's pid, nothing is ever told about that one."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as early:
             pid = client.pid or 0
             await client.end()
@@ -534,7 +534,7 @@ async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
                 newcomer.wait()
 
 
-async def killed(client: Person) -> None:
+async def killed(client: PeerProcess) -> None:
     await client.end()
     client.reap()
 
@@ -545,7 +545,7 @@ async def test_peer_that_dies_while_it_is_looked_at(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch, *, newcomer: bool
 ) -> None:
     """One that dies between its pid and what /proc says is gone, and its successor is not told."""
-    async with person(path_of(listener)) as client, await listener.accept() as conn:
+    async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
 
             def readlink(path: str) -> str:
@@ -567,7 +567,7 @@ async def test_peer_that_is_about_to_end(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that has a folder in /proc, but runs no program any more, is gone."""
-    async with person(path_of(listener)), await listener.accept() as conn:
+    async with client_process(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer, monkeypatch.context() as patch:
 
             def readlink(path: str) -> str:
@@ -589,7 +589,7 @@ async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) 
     def missing(pidfd: int) -> int:
         raise FileNotFoundError
 
-    async with person(path_of(listener)), await listener.accept() as conn:
+    async with client_process(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
             monkeypatch.setattr(_identity, "pid_of", missing)
             for ask in looks(peer):
@@ -640,9 +640,9 @@ async def test_identity_without_a_free_descriptor() -> None:
 @peer_pidfds
 async def test_another_user_s_process(listener: UnixListener) -> None:
     """Of another user's process there is a pidfd; its program is not for us to see."""
-    async with looker("connect", path_of(listener), uid=str(STRANGER)) as process:
+    async with reporting_process("connect", path_of(listener), uid=str(OTHER_UID)) as process:
         async with await listener.accept():
-            seen = await seen_by(process)
+            seen = await report_of(process)
         assert seen["ids"] == [os.getpid(), 0, 0]
         assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
         assert seen["exe"].startswith("PermissionError: [Errno 13] Permission denied")
@@ -655,9 +655,11 @@ async def test_another_user_s_process(listener: UnixListener) -> None:
 async def test_hidden_in_proc(listener: UnixListener) -> None:
     """A peer that /proc hides (hidepid) is alive, and looking at it is PermissionError."""
     under = unshared("-m", then="mount -t proc -o hidepid=invisible proc /proc && ")
-    async with looker("connect", path_of(listener), uid=str(STRANGER), under=under) as process:
+    async with reporting_process(
+        "connect", path_of(listener), uid=str(OTHER_UID), under=under
+    ) as process:
         async with await listener.accept():
-            seen = await seen_by(process)
+            seen = await report_of(process)
         assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
         for each in ("exe", "cgroup"):
             assert seen[each].startswith("PermissionError")
@@ -668,8 +670,11 @@ async def test_hidden_in_proc(listener: UnixListener) -> None:
 @peer_pidfds
 async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
     """A peer in a container is told of with the pid that it has out here."""
-    under = in_a_container()
-    async with person(path_of(listener), under=under) as client, await listener.accept() as conn:
+    under = in_pid_namespace()
+    async with (
+        client_process(path_of(listener), under=under) as client,
+        await listener.accept() as conn,
+    ):
         # In there it is the first process.
         assert client.pid == 1
         with conn.get_peer_identity() as peer:
@@ -683,10 +688,10 @@ async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
 @peer_pidfds
 async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
     """To a process in a container, a peer outside has no pid, and still lives and ends."""
-    under = in_a_container("--mount-proc")
-    async with looker("connect", path_of(listener), under=under) as process:
+    under = in_pid_namespace("--mount-proc")
+    async with reporting_process("connect", path_of(listener), under=under) as process:
         async with await listener.accept():
-            seen = await seen_by(process)
+            seen = await report_of(process)
         assert seen["ids"][0] == 0
         assert (seen["alive"], seen["pidfd"], seen["gone"]) == (True, "alive", False)
         for each in ("exe", "cgroup"):
@@ -698,18 +703,18 @@ async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None
 @peer_pidfds
 async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
     """To a process in a container, a peer outside that was reaped is gone."""
-    under = in_a_container("--mount-proc")
+    under = in_pid_namespace("--mount-proc")
     folder = Path(path_of(listener)).parent
-    async with looker("accept", folder / "inner", under=under) as process:
-        assert await Person(process).listen_to() == "listening"
+    async with reporting_process("accept", folder / "inner", under=under) as process:
+        assert await PeerProcess(process).read_line() == "listening"
         # It stops before it can accept, and so before it can look.
         await stopped(process.pid)
-        async with person(folder / "inner") as client:
+        async with client_process(folder / "inner") as client:
             await client.end()
             client.reap()
         for pid in family(process.pid):
             os.kill(pid, signal.SIGCONT)
-        seen = await seen_by(process)
+        seen = await report_of(process)
         assert seen["gone"]
         assert not seen["alive"]
         assert seen["pidfd"].startswith("PeerGoneError")

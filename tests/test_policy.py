@@ -9,6 +9,7 @@ import logging
 import os
 import pwd
 import socket
+import sys
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,16 @@ import pytest
 import trio
 import trio.lowlevel
 from helpers import free_descriptors
-from people import (
-    STRANGER,
-    Person,
+from peer_processes import (
+    OTHER_UID,
+    PeerProcess,
     as_root,
-    looker,
+    client_process,
+    mount_namespaces,
     peer_pidfds,
-    person,
-    seen_by,
-    shared_folder,
+    report_of,
+    reporting_process,
+    shared_directory,
     unshared,
     user_namespaces,
 )
@@ -72,7 +74,7 @@ def answering(answer: Any, asked: list[PeerIdentity] | None = None) -> Callable[
 @pytest.fixture
 async def path() -> AsyncIterator[Path]:
     """A path in a folder that every user can look into."""
-    with shared_folder() as folder:
+    with shared_directory() as folder:
         yield folder / "s"
 
 
@@ -212,8 +214,8 @@ def test_repr() -> None:
         ({"gids": [1.5]}, TypeError, "gids are ints, not float"),
         ({"users": "root"}, TypeError, r"write \['root'\]"),
         ({"groups": "root"}, TypeError, r"write \['root'\]"),
-        ({"users": ["no such user"]}, ValueError, "no user is called 'no such user'"),
-        ({"groups": ["no such group"]}, ValueError, "no group is called 'no such group'"),
+        ({"users": ["no such user"]}, ValueError, "no such user: 'no such user'"),
+        ({"groups": ["no such group"]}, ValueError, "no such group: 'no such group'"),
         ({"users": [0]}, TypeError, "str"),
         ({"check": 3}, TypeError, "async function, not int"),
     ],
@@ -402,7 +404,7 @@ async def test_check_looks_at_the_peer(path: Path) -> None:
 # Denial
 ################################################################
 
-NOBODY = PeerPolicy(uids=[STRANGER + 1])
+NOBODY = PeerPolicy(uids=[OTHER_UID + 1])
 
 
 async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -410,7 +412,7 @@ async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture
     async with await open_unix_listener(path, policy=NOBODY) as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listener.accept)
-            async with person(path) as client:
+            async with client_process(path) as client:
                 assert await client.ask("receive") == "end"
                 await wait_all_tasks_blocked()
                 assert listener.denied == 1
@@ -419,7 +421,7 @@ async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture
         assert (record.name, record.levelno) == ("trio_unixconn", logging.WARNING)
         said = record.getMessage()
         assert said.startswith(f"{path}: denied pid {client.pid} uid {os.geteuid()} gid ")
-        assert said.endswith(f"by PeerPolicy(uids={{{STRANGER + 1}}})")
+        assert said.endswith(f"by PeerPolicy(uids={{{OTHER_UID + 1}}})")
 
 
 async def test_denied_before_a_byte_is_read(path: Path) -> None:
@@ -641,17 +643,17 @@ async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]
 @pytest.mark.parametrize(
     ("policy", "admitted"),
     [
-        (PeerPolicy(uids=[STRANGER]), True),
-        (PeerPolicy(uids=[STRANGER + 1]), False),
+        (PeerPolicy(uids=[OTHER_UID]), True),
+        (PeerPolicy(uids=[OTHER_UID + 1]), False),
         (PeerPolicy.same_user(), False),
         (PeerPolicy.root(), False),
         (PeerPolicy(users=["root"]), False),
         (PeerPolicy(gids=[GROUP]), True),
         (PeerPolicy(gids=[4712]), True),
         (PeerPolicy(gids=[0]), False),
-        (PeerPolicy(gids=[STRANGER]), False),
-        (PeerPolicy(uids=[STRANGER]) & PeerPolicy(gids=[4711]), True),
-        (PeerPolicy(uids=[STRANGER]) & PeerPolicy(gids=[4713]), False),
+        (PeerPolicy(gids=[OTHER_UID]), False),
+        (PeerPolicy(uids=[OTHER_UID]) & PeerPolicy(gids=[4711]), True),
+        (PeerPolicy(uids=[OTHER_UID]) & PeerPolicy(gids=[4713]), False),
         (PeerPolicy.root() | PeerPolicy(gids=[4711]), True),
     ],
     ids=repr,
@@ -660,7 +662,7 @@ async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -
     """Another user is admitted by its own id and groups, and by nothing else."""
     async with (
         accepting(path, policy) as server,
-        person(path, uid=STRANGER, gid=GROUP, groups=[4711, 4712]) as client,
+        client_process(path, uid=OTHER_UID, gid=GROUP, groups=[4711, 4712]) as client,
     ):
         assert await client.ask("receive") == ("hello" if admitted else "end")
         await settled(lambda: server.connections == 0)
@@ -670,13 +672,13 @@ async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -
 @as_root
 async def test_root_and_a_path_for_all(path: Path) -> None:
     """Root is admitted where root may; a path with mode 0o600 keeps others out before a policy."""
-    async with accepting(path, PeerPolicy.root()), person(path) as client:
+    async with accepting(path, PeerPolicy.root()), client_process(path) as client:
         assert await client.ask("receive") == "hello"
     async with (
-        await open_unix_listener(path, policy=PeerPolicy(uids=[STRANGER])),
-        person(path, uid=STRANGER, gid=GROUP, groups=[]) as client,
+        await open_unix_listener(path, policy=PeerPolicy(uids=[OTHER_UID])),
+        client_process(path, uid=OTHER_UID, gid=GROUP, groups=[]) as client,
     ):
-        assert client.said == "PermissionError"
+        assert client.first_line == "PermissionError"
 
 
 @as_root
@@ -684,7 +686,7 @@ async def test_another_user_that_had_sent(path: Path) -> None:
     """A denied client that has sent something sees a reset, or the end."""
     async with (
         await open_unix_listener(path, policy=PeerPolicy.root(), mode=0o666) as listener,
-        person(path, uid=STRANGER, gid=GROUP, groups=[]) as client,
+        client_process(path, uid=OTHER_UID, gid=GROUP, groups=[]) as client,
     ):
         assert await client.ask("send secret") == "6"
         await accept_all(listener)
@@ -699,38 +701,66 @@ async def test_another_user_that_had_sent(path: Path) -> None:
 
 @user_namespaces
 @as_root
-async def test_user_from_outside_of_the_namespace(path: Path) -> None:
-    """In a user namespace, a user from outside is shown as 65534, and no policy takes that id."""
-    async with looker("accept", path, under=unshared("-Ur")) as process:
-        assert await Person(process).listen_to() == "listening"
-        async with person(path, uid=STRANGER, gid=STRANGER, groups=[]):
-            seen = await seen_by(process)
-    assert seen["ids"][1:] == [65534, 65534]
-    assert seen["admitted"] == []
+async def test_policy_in_a_user_namespace_rejects_overflow_id(path: Path) -> None:
+    """A user from outside of the namespace is reported as 65534, which no policy admits."""
+    async with reporting_process("accept", path, under=unshared("-Ur")) as process:
+        assert await PeerProcess(process).read_line() == "listening"
+        async with client_process(path, uid=OTHER_UID, gid=OTHER_UID, groups=[]):
+            report = await report_of(process)
+    assert report["ids"][1:] == [65534, 65534]
+    assert report["admitted"] == []
 
 
 @user_namespaces
-async def test_user_that_a_namespace_maps(path: Path) -> None:
-    """In a user namespace, the user that it maps to 0 is 0 to its policies."""
-    async with looker("accept", path, under=unshared("-Ur")) as process:
-        assert await Person(process).listen_to() == "listening"
-        async with person(path):
-            seen = await seen_by(process)
-    assert seen["ids"][1:] == [0, 0]
-    assert seen["admitted"] == ["uids 0", "gids 0"]
+async def test_policy_in_a_user_namespace_admits_mapped_user(path: Path) -> None:
+    """The user that a namespace maps to 0 is user 0 for its policies."""
+    async with reporting_process("accept", path, under=unshared("-Ur")) as process:
+        assert await PeerProcess(process).read_line() == "listening"
+        async with client_process(path):
+            report = await report_of(process)
+    assert report["ids"][1:] == [0, 0]
+    assert report["admitted"] == ["uids 0", "gids 0"]
 
 
 @user_namespaces
-async def test_user_that_nobody_maps(path: Path) -> None:
-    """In a user namespace without a map nobody is anybody, not even this process itself."""
+async def test_policy_in_a_user_namespace_without_map(path: Path) -> None:
+    """Without a map every user is reported as 65534, even the own one, and none is admitted."""
     async with (
         await open_unix_listener(path, mode=0o666) as listener,
-        looker("connect", path, under=unshared("-U")) as process,
+        reporting_process("connect", path, under=unshared("-U")) as process,
         await listener.accept(),
     ):
-        seen = await seen_by(process)
-    assert seen["ids"][1:] == [65534, 65534]
-    assert seen["admitted"] == []
+        report = await report_of(process)
+    assert report["ids"][1:] == [65534, 65534]
+    assert report["admitted"] == []
+
+
+NO_PROC = "mount -t tmpfs none /proc && "
+
+
+@user_namespaces
+@mount_namespaces
+@as_root
+@pytest.mark.parametrize(
+    ("under", "reported", "admitted"),
+    [
+        ([*unshared("-m", then=NO_PROC), "unshare", "-U"], 65534, []),
+        (unshared("-Urm", then=NO_PROC), 0, ["uids 0", "gids 0"]),
+    ],
+    ids=["unmapped", "mapped"],
+)
+async def test_policy_in_a_user_namespace_without_proc(
+    path: Path, under: list[str], reported: int, admitted: list[str]
+) -> None:
+    """If the map cannot be read, no policy admits 65534; other ids are known all the same."""
+    async with (
+        await open_unix_listener(path, mode=0o666) as listener,
+        reporting_process("connect", path, under=under) as process,
+        await listener.accept(),
+    ):
+        report = await report_of(process)
+    assert report["ids"][1:] == [reported, reported]
+    assert report["admitted"] == admitted
 
 
 WHOLE = "         0          0 4294967295\n"
@@ -746,21 +776,23 @@ OWN = "      1000          0          1\n"
         (OWN, [1000], [0, 999, 1001, 65534]),
         ("", [], [0, 1000, 65534]),
         (OWN + "     65530     165530         10\n", [1000, 65530, 65533, 65539], [65534, 65540]),
+        (None, [0, 1000, 65533, 2**32 - 2], [65534, -1]),
     ],
 )
-def test_mapped_ids(tmp_path: Path, mapped: str, own: list[int], others: list[int]) -> None:
-    """An id is somebody's if it is mapped; 65534 stands for all others, also where it is mapped."""
+def test_is_mapped(tmp_path: Path, mapped: str | None, own: list[int], others: list[int]) -> None:
+    """An id is own if the map has it; the overflow id never is, unless all ids are mapped."""
     ids, overflow = tmp_path / "uid_map", tmp_path / "overflowuid"
-    ids.write_text(mapped)
+    if mapped is not None:
+        ids.write_text(mapped)
     for _ in range(2):
-        # The second time without a file, and so with the number that Linux has had always.
+        # At first without the file of the overflow id, and so with Linux's default.
         for number in (*own, *others):
             assert _kernel._is_mapped(number, str(ids), str(overflow)) is (number in own), number
         overflow.write_text("65534\n")
 
 
-def test_another_overflow_id(tmp_path: Path) -> None:
-    """The id that stands for all others is the system's to choose."""
+def test_is_mapped_with_another_overflow_id(tmp_path: Path) -> None:
+    """The overflow id is the one that the system is configured with."""
     ids, overflow = tmp_path / "uid_map", tmp_path / "overflowuid"
     ids.write_text(CONTAINER)
     overflow.write_text("99\n")
@@ -768,8 +800,9 @@ def test_another_overflow_id(tmp_path: Path) -> None:
     assert mapped == [98, 65534]
 
 
-def test_no_namespaces(tmp_path: Path) -> None:
-    """Where there are no user namespaces to be seen, every id is somebody's."""
+def test_is_mapped_on_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems without user namespaces have no overflow id."""
+    monkeypatch.setattr(sys, "platform", "freebsd14")
     missing = str(tmp_path / "missing")
     assert _kernel._is_mapped(65534, missing, missing)
 

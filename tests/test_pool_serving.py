@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 from helpers import free_descriptors, until
-from people import passrights
+from peer_processes import passrights
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (

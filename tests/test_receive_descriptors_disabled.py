@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 from helpers import Peer, free_descriptors, stdlib_peer
-from people import SO_PASSPIDFD, message_pidfds, passrights
+from peer_processes import SO_PASSPIDFD, message_pidfds, passrights
 
 from trio_unixconn import (
     Credentials,

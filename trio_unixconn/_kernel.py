@@ -1,8 +1,7 @@
-"""What this platform's kernel offers, by name and by number.
+"""Constants and facts of this platform's kernel.
 
-The rule of this file: a name that the platform lacks is ``None`` here (a flag that it lacks
-is 0), never an AttributeError at import; whoever needs it calls :func:`required`, which
-raises :class:`~trio_unixconn.errors.NotSupportedError`.
+Invariant: importing this module never fails. A constant that the platform lacks is ``None`` (a
+flag is 0), and :func:`required` raises :class:`~trio_unixconn.errors.NotSupportedError` for it.
 
 Sources: unix(7), socket(7), cmsg(3), recvmsg(2); for numbers that Python's socket module
 does not name, include/uapi/asm-generic/socket.h and include/linux/socket.h of Linux.
@@ -32,14 +31,14 @@ def _named(name: str) -> int | None:
 
 
 def required(value: T | None, what: str) -> T:
-    """Return ``value``, or say that the platform has no ``what``.
+    """Return ``value`` if the platform has it.
 
     Raises:
       NotSupportedError: if ``value`` is None.
     """
     if value is None:
         raise NotSupportedError(
-            f"{sys.platform} with this Python has no {what}; this operation needs it"
+            f"{sys.platform} with this Python has no {what}, which this operation needs"
         )
     return value
 
@@ -52,12 +51,12 @@ SO_PEERCRED: Final = _named("SO_PEERCRED")
 SCM_RIGHTS: Final = _named("SCM_RIGHTS")
 SCM_CREDENTIALS: Final = _named("SCM_CREDENTIALS")
 SCM_CREDS: Final = _named("SCM_CREDS")
-# Python names neither of these two; both have had these numbers on every Linux
-# architecture since they exist (SCM_PIDFD since 6.5).
+# Python's socket module has no names for these two. Their numbers are the same on every
+# architecture of Linux (SCM_PIDFD since 6.5).
 SCM_SECURITY: Final = 3 if sys.platform == "linux" else None
 SCM_PIDFD: Final = 4 if sys.platform == "linux" else None
 
-# Alpha, MIPS, PA-RISC and SPARC number their socket options in ways of their own.
+# Alpha, MIPS, PA-RISC and SPARC have their own numbers for socket options.
 _GENERIC: Final = sys.platform == "linux" and not platform.machine().lower().startswith(
     ("alpha", "mips", "parisc", "sparc")
 )
@@ -78,10 +77,10 @@ MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
 
-# No file descriptor or memory is free at the moment.
+# The process or the system is out of file descriptors or memory at the moment.
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
-# The kernel takes and gives at most this many descriptors in one message (SCM_MAX_FD).
+# The maximum number of file descriptors in one message, in either direction.
 SCM_MAX_FD: Final = 253
 
 HAS_SENDMSG: Final = all(
@@ -90,26 +89,26 @@ HAS_SENDMSG: Final = all(
 
 
 def cmsg_space(length: int) -> int:
-    """Return the room that a control message with ``length`` bytes of payload takes.
+    """Return the size of a control message with ``length`` bytes of payload.
 
-    0 where the platform has no control messages. Source: cmsg(3).
+    0 if the platform has no control messages. Source: cmsg(3).
     """
     return socket.CMSG_SPACE(length) if HAS_SENDMSG else 0
 
 
-# Room for everything that one message can bring: SCM_MAX_FD descriptors, credentials, a
-# pidfd, and a security label of up to 256 bytes. With that much room MSG_CTRUNC means one
-# thing only: the kernel could not install a descriptor. A larger buffer costs nothing:
-# sendmsg + recvmsg + close of one descriptor took 4.71 us with room for 24 bytes and
-# 4.78 us with room for 2048.
+# The size of everything that one message can carry: SCM_MAX_FD file descriptors, credentials, a
+# pidfd, and a security label of up to 256 bytes. With a buffer of that size, MSG_CTRUNC has one
+# meaning only: the kernel could not install a file descriptor. A larger buffer costs nothing:
+# sendmsg + recvmsg + close of one file descriptor took 4.71 us with 24 bytes and 4.78 us with
+# 2048.
 CONTROL_ROOM: Final = cmsg_space(4 * SCM_MAX_FD) + cmsg_space(84) + cmsg_space(4) + cmsg_space(256)
 
 
 def free_descriptors() -> int:
-    """Return how many more descriptors this process may have; 0 where nobody can tell.
+    """Return how many more file descriptors this process can open; 0 if it is unknown.
 
     Source: getrlimit(2) (``RLIMIT_NOFILE``), proc_pid_fd(5); since Linux 6.2 the size of the
-    folder is the number of its entries.
+    directory is the number of its entries.
     """
     try:
         import resource  # noqa: PLC0415 - not on Windows
@@ -125,7 +124,7 @@ def effective_user() -> int:
     """Return the effective user id of this process.
 
     Raises:
-      NotSupportedError: where the platform has no user ids.
+      NotSupportedError: the platform has no user ids.
     """
     return int(required(getattr(os, "geteuid", None), "user ids (os.geteuid)")())
 
@@ -134,21 +133,22 @@ def effective_group() -> int:
     """Return the effective group id of this process.
 
     Raises:
-      NotSupportedError: where the platform has no group ids.
+      NotSupportedError: the platform has no group ids.
     """
     return int(required(getattr(os, "getegid", None), "group ids (os.getegid)")())
 
 
-# How many ids there are, and which one stands for those that are mapped to none.
+# The number of ids, and the default of the id that stands for unmapped ones.
 _ALL_IDS: Final = 2**32 - 1
-_OVERFLOW: Final = 65534
+_OVERFLOW_ID: Final = 65534
 
 
 def is_own_user_id(uid: int) -> bool:
-    """Whether a user id that the kernel told is the id of one user.
+    """Whether a user id that the kernel reports is the id of one certain user.
 
-    In a user namespace, every user from outside is shown as the overflow id (65534). There it
-    says nothing about who that is, also if it is mapped to somebody.
+    In a user namespace, the kernel reports every user from outside as the overflow id (65534).
+    There, that id says nothing about the user, even if the namespace maps it. If the map of this
+    process cannot be read (/proc is not mounted), the process may be in such a namespace.
 
     Source: user_namespaces(7), proc_pid_uid_map(5), proc_sys_kernel(5)
     """
@@ -156,35 +156,39 @@ def is_own_user_id(uid: int) -> bool:
 
 
 def is_own_group_id(gid: int) -> bool:
-    """Whether a group id that the kernel told is the id of one group; see above."""
+    """Whether a group id that the kernel reports is the id of one group; as is_own_user_id."""
     return _is_mapped(gid, "/proc/self/gid_map", "/proc/sys/kernel/overflowgid")
 
 
 def _is_mapped(number: int, map_path: str, overflow_path: str) -> bool:
+    if sys.platform != "linux":
+        # No other system has user namespaces.
+        return True
     try:
         with open(map_path, "rb") as file:
             ranges = [[int(field) for field in line.split()] for line in file]
     except OSError:
-        # No Linux, or no /proc: there are no user namespaces to be seen.
-        return True
-    if [0, _ALL_IDS] in [[start, count] for start, _, count in ranges]:
-        # Nobody is outside.
-        return True
+        # The kernel reports an unmapped id as the overflow id. So any other id is mapped.
+        ranges = [[0, 0, _ALL_IDS]]
+    else:
+        if any(start == 0 and count == _ALL_IDS for start, _, count in ranges):
+            # Every id is mapped, and the overflow id is an ordinary one.
+            return True
     try:
         with open(overflow_path, "rb") as file:
             overflow = int(file.read())
     except OSError:
-        overflow = _OVERFLOW
+        overflow = _OVERFLOW_ID
     return number != overflow and any(start <= number < start + count for start, _, count in ranges)
 
 
 def getsockopt_of_any_length(fd: int, level: int, option: int, length: int) -> bytes:
-    """Get an option that may take more than the 1024 bytes that Python's getsockopt allows.
+    """Get a socket option that can be longer than the 1024 bytes that Python's getsockopt allows.
 
     Raises:
-      OSError: from getsockopt(2); ERANGE if ``length`` bytes are too few.
+      OSError: from getsockopt(2); ERANGE if the option is longer than ``length`` bytes.
     """
-    import ctypes  # noqa: PLC0415 - rare: only for peers in more than 256 groups
+    import ctypes  # noqa: PLC0415 - rare: for peers in more than 256 groups
 
     libc = ctypes.CDLL(None, use_errno=True)
     buffer, size = ctypes.create_string_buffer(length), ctypes.c_uint32(length)
@@ -205,32 +209,32 @@ def user_named(name: str) -> int:
     """Return the id of a user.
 
     Raises:
-      ValueError: no user has that name.
-      NotSupportedError: the platform has no users.
+      ValueError: there is no user with that name.
+      NotSupportedError: the platform has no database of users.
     """
     database = required(_database("pwd"), "users (pwd)")
     try:
         return int(database.getpwnam(name).pw_uid)
     except KeyError:
-        raise ValueError(f"no user is called {name!r}") from None
+        raise ValueError(f"no such user: {name!r}") from None
 
 
 def group_named(name: str) -> int:
     """Return the id of a group.
 
     Raises:
-      ValueError: no group has that name.
-      NotSupportedError: the platform has no groups.
+      ValueError: there is no group with that name.
+      NotSupportedError: the platform has no database of groups.
     """
     database = required(_database("grp"), "groups (grp)")
     try:
         return int(database.getgrnam(name).gr_gid)
     except KeyError:
-        raise ValueError(f"no group is called {name!r}") from None
+        raise ValueError(f"no such group: {name!r}") from None
 
 
 def name_of_user(uid: int) -> str | None:
-    """Return the name of a user, None without one."""
+    """Return the name of a user; None if the user has none."""
     database = _database("pwd")
     try:
         return None if database is None else str(database.getpwuid(uid).pw_name)
@@ -239,7 +243,7 @@ def name_of_user(uid: int) -> str | None:
 
 
 def name_of_group(gid: int) -> str | None:
-    """Return the name of a group, None without one."""
+    """Return the name of a group; None if the group has none."""
     database = _database("grp")
     try:
         return None if database is None else str(database.getgrgid(gid).gr_name)

@@ -1,4 +1,4 @@
-"""Peers that are other users, end, or stand in other namespaces."""
+"""Peers in processes of their own: as other users, in other namespaces, or exited."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Iterator
 
 ROOT = Path(__file__).parent.parent
-# Nobody's, on any system.
-STRANGER = 12345
+# No user has this id, on any system.
+OTHER_UID = 12345
 
 
-def needed(there: object, what: str) -> pytest.MarkDecorator:
-    """Skip a test if something is not there; on CI, where everything must be, it fails then."""
+def required(there: object, what: str) -> pytest.MarkDecorator:
+    """Skip a test if something is missing; on CI the test runs anyway, and fails."""
     return pytest.mark.skipif(not there and "CI" not in os.environ, reason=what)
 
 
 def kernel_has(option: int) -> bool:
-    """Whether sockets here have this option."""
+    """Whether sockets of this kernel have the option."""
     one, two = socket.socketpair()
     with one, two:
         try:
@@ -44,7 +44,7 @@ def kernel_has(option: int) -> bool:
 
 
 def can_unshare(*options: str) -> bool:
-    """Whether namespaces like these can be made."""
+    """Whether unshare(1) works with these options."""
     try:
         done = subprocess.run(["unshare", *options, "true"], capture_output=True, check=False)
     except FileNotFoundError:
@@ -57,59 +57,59 @@ SO_PEERPIDFD = 77
 SO_PASSRIGHTS = 83
 ROOT_OR_USER = [] if os.geteuid() == 0 else ["-Ur"]
 
-as_root = needed(os.geteuid() == 0, "only root can become another user")
-peer_pidfds = needed(kernel_has(SO_PEERPIDFD), "this kernel has no SO_PEERPIDFD (Linux 6.5)")
-message_pidfds = needed(kernel_has(SO_PASSPIDFD), "this kernel has no SO_PASSPIDFD (Linux 6.5)")
-passrights = needed(kernel_has(SO_PASSRIGHTS), "this kernel has no SO_PASSRIGHTS (Linux 6.16)")
-user_namespaces = needed(can_unshare("-Ur"), "no user namespaces can be made here")
-pid_namespaces = needed(
+as_root = required(os.geteuid() == 0, "only root can become another user")
+peer_pidfds = required(kernel_has(SO_PEERPIDFD), "this kernel has no SO_PEERPIDFD (Linux 6.5)")
+message_pidfds = required(kernel_has(SO_PASSPIDFD), "this kernel has no SO_PASSPIDFD (Linux 6.5)")
+passrights = required(kernel_has(SO_PASSRIGHTS), "this kernel has no SO_PASSRIGHTS (Linux 6.16)")
+user_namespaces = required(can_unshare("-Ur"), "no user namespaces can be made here")
+pid_namespaces = required(
     can_unshare(*ROOT_OR_USER, "-pf", "--kill-child", "--mount-proc"),
     "no pid namespaces can be made here",
 )
-mount_namespaces = needed(can_unshare("-m"), "no mount namespaces can be made here")
+mount_namespaces = required(can_unshare("-m"), "no mount namespaces can be made here")
 
 
 @contextmanager
-def shared_folder() -> Iterator[Path]:
-    """Make a folder that every user can look into; those of pytest are ours alone."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
+def shared_directory() -> Iterator[Path]:
+    """Make a directory that every user can enter; pytest's are private."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
 
 
 @attrs.define
-class Person:
+class PeerProcess:
     """A client in a process of its own.
 
     Attributes:
-      pid: its pid; None if it could not connect, and ``said`` is why.
+      pid: its pid; None if it could not connect. Then ``first_line`` is the reason.
     """
 
     process: subprocess.Popen[str]
-    said: str = ""
+    first_line: str = ""
 
     @property
     def pid(self) -> int | None:
-        return int(self.said) if self.said.isdecimal() else None
+        return int(self.first_line) if self.first_line.isdecimal() else None
 
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().rstrip("\n")
 
-    async def listen_to(self) -> str:
-        """Wait for the next line that it says."""
+    async def read_line(self) -> str:
+        """Wait for its next line of output."""
         with trio.fail_after(30):
             return await trio.to_thread.run_sync(self._line, abandon_on_cancel=True)
 
     async def ask(self, command: str) -> str:
-        """Have it do something."""
+        """Send a command, and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
-        return await self.listen_to()
+        return await self.read_line()
 
     async def end(self) -> None:
-        """Have it end, and wait for that; it is a zombie then."""
+        """Make it exit, and wait for that; it is a zombie afterwards."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         with trio.fail_after(30):
@@ -118,34 +118,34 @@ class Person:
             )
 
     def reap(self) -> None:
-        """Reap it; from now on its pid is free."""
+        """Reap it; afterwards its pid is free."""
         self.process.wait(30)
 
 
 @asynccontextmanager
-async def person(
+async def client_process(
     path: str | os.PathLike[str],
     *,
     uid: int | None = None,
     gid: int | None = None,
     groups: Iterable[int] | None = None,
     under: Iterable[str] = (),
-) -> AsyncGenerator[Person, None]:
-    """Have somebody connect to ``path``; unlike the arguments, as who we are."""
+) -> AsyncGenerator[PeerProcess, None]:
+    """Connect to ``path`` in another process, as this user unless the arguments say otherwise."""
     user = ["-" if each is None else str(each) for each in (uid, gid)]
     user.append("-" if groups is None else ",".join(map(str, groups)))
     process = subprocess.Popen(
-        [*under, sys.executable, str(PEERS / "person.py"), str(path), *user],
+        [*under, sys.executable, str(PEERS / "connecting_client.py"), str(path), *user],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     with process:
         try:
-            someone = Person(process)
-            someone.said = await someone.listen_to()
+            peer = PeerProcess(process)
+            peer.first_line = await peer.read_line()
             with trio.fail_after(60):
-                yield someone
+                yield peer
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -153,12 +153,12 @@ async def person(
 
 
 @asynccontextmanager
-async def looker(
+async def reporting_process(
     how: str, path: str | os.PathLike[str], *, uid: str = "-", under: Iterable[str] = ()
 ) -> AsyncGenerator[subprocess.Popen[str], None]:
-    """Have a process look at its peer (see peers/looker.py), which ends when its peer does."""
+    """Start peers/identity_reporter.py: it reports its peer, and exits after it."""
     process = subprocess.Popen(
-        [*under, sys.executable, str(PEERS / "looker.py"), how, str(path), uid],
+        [*under, sys.executable, str(PEERS / "identity_reporter.py"), how, str(path), uid],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
@@ -167,27 +167,27 @@ async def looker(
         try:
             with trio.fail_after(60):
                 yield process
-            # By itself, so that what it ran is counted as covered.
+            # It exits by itself, so that coverage is written.
             process.wait(30)
         finally:
             process.kill()
 
 
-async def seen_by(process: subprocess.Popen[str]) -> Any:
-    """Return what a looker sees."""
-    return json.loads(await Person(process).listen_to())
+async def report_of(process: subprocess.Popen[str]) -> Any:
+    """Return the report of a process."""
+    return json.loads(await PeerProcess(process).read_line())
 
 
 def unshared(*options: str, then: str = "") -> list[str]:
-    """Return the command that starts others in namespaces of their own.
+    """Return the command that starts another one in namespaces of its own.
 
     Args:
-      then: what a shell does in them first.
+      then: the shell commands to run in them first.
     """
     command = ["unshare", *options]
     return [*command, "sh", "-c", f'{then}exec "$@"', "sh"] if then else command
 
 
-def in_a_container(*options: str) -> list[str]:
-    """Return the command that starts others as the first process of a pid namespace."""
+def in_pid_namespace(*options: str) -> list[str]:
+    """Return the command that starts another one as the first process of a pid namespace."""
     return unshared(*ROOT_OR_USER, "-pf", "--kill-child", *options)

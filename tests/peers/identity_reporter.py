@@ -1,7 +1,8 @@
-"""A process that looks at its peer with the library, from where it was started.
+"""A process that reports what the library says of its peer.
 
-Run as ``python looker.py connect|accept PATH UID``: it connects, or listens (and says so) and
-accepts, becomes another user unless UID is ``-``, and prints what it sees as JSON.
+Run as ``python identity_reporter.py connect|accept PATH UID``. It connects, or listens (and
+prints "listening") and accepts, becomes another user unless UID is ``-``, and prints a report as
+JSON.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 
 def outcome(do: Callable[[], Any]) -> Any:
-    """Return what ``do`` returns, or what it raises."""
+    """Return the result of ``do``, or its exception as text."""
     try:
         return do()
-    except Exception as exc:  # noqa: BLE001 - the answer is which one
+    except Exception as exc:  # noqa: BLE001 - it is reported
         return f"{type(exc).__name__}: {exc}"
 
 
 def opened(conn: UnixConnection) -> str:
-    """Open a pidfd of the peer, and say whether it has ended."""
+    """Open a pidfd of the peer, and return whether the peer has exited."""
     pidfd = conn.open_peer_pidfd()
     if pidfd is None:
         return "none"
@@ -43,8 +44,8 @@ def opened(conn: UnixConnection) -> str:
     return "ended" if ended else "alive"
 
 
-async def look(conn: UnixConnection) -> dict[str, Any]:
-    """Look at the peer in every way."""
+async def report(conn: UnixConnection) -> dict[str, Any]:
+    """Report everything that the library says of the peer."""
     with conn.get_peer_identity() as peer:
         ids = peer.credentials
         numbers = (0, 12345, 65534)
@@ -63,7 +64,7 @@ async def look(conn: UnixConnection) -> dict[str, Any]:
 
 
 async def main(how: str, path: str, uid: str) -> None:
-    """Get a peer and look at it."""
+    """Connect or accept, and report the peer."""
     if how == "accept":
         async with await open_unix_listener(path, mode=0o666) as listener:
             print("listening", flush=True)
@@ -75,8 +76,8 @@ async def main(how: str, path: str, uid: str) -> None:
             os.setgroups([])
             os.setresgid(int(uid), int(uid), int(uid))
             os.setresuid(int(uid), int(uid), int(uid))
-        print(json.dumps(await look(conn)), flush=True)
-        # The peer stays until it was looked at.
+        print(json.dumps(await report(conn)), flush=True)
+        # Keep the connection until the peer has read the report.
         await conn.receive_some()
 
 

@@ -1,8 +1,8 @@
-"""A client that can be any user, and knows nothing but the standard library.
+"""A client that can be any user. It uses the standard library only.
 
-Run as ``python person.py PATH UID GID GROUPS`` (numbers, groups with commas between; ``-`` for
-as it is): it becomes that user, connects, and says its pid, or what connecting raised. Then it
-takes one command a line on standard input and answers one line each.
+Run as ``python connecting_client.py PATH UID GID GROUPS`` (numbers, groups separated by commas;
+``-`` to keep the current one). It becomes that user, connects, and prints its pid, or the name of
+the exception of connect. Then it reads one command per line and prints one line for each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 
 def become(uid: str, gid: str, groups: str) -> None:
-    """Become this user; only root can."""
+    """Become this user, which requires root."""
     if groups != "-":
         os.setgroups([int(each) for each in groups.split(",") if each])
     if gid != "-":
@@ -23,7 +23,7 @@ def become(uid: str, gid: str, groups: str) -> None:
 
 
 def answer(sock: socket.socket, command: str) -> str:
-    """Do one thing."""
+    """Run one command."""
     if command.startswith("send "):
         return str(sock.send(command[5:].encode()))
     if command == "receive":
@@ -35,7 +35,7 @@ def answer(sock: socket.socket, command: str) -> str:
 
 
 def main() -> None:
-    """Connect, and take commands until standard input ends."""
+    """Connect, and run commands until end of file."""
     path, *user = sys.argv[1:]
     become(*user)
     with socket.socket(socket.AF_UNIX) as sock:
