@@ -48,6 +48,7 @@ LAYERS = [
     "_kernel",
     "_closing",
     "_buffers",
+    "_owner",
     "errors",
     "_version",
 ]

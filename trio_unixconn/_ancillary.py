@@ -23,6 +23,7 @@ import attrs
 from . import _kernel
 from ._credentials import Credentials, credentials_from_ucred
 from ._fds import none_negative
+from ._owner import DescriptorOwner
 from ._ucred import LAYOUTS, PLATFORM, PLATFORMS
 from .errors import (
     DescriptorsTruncatedError,
@@ -128,7 +129,7 @@ def credentials(value: Credentials) -> ControlMessage:
 
 
 @attrs.frozen
-class Parsed:
+class Parsed(DescriptorOwner):
     """The control messages of one recvmsg.
 
     Attributes:

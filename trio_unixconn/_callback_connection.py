@@ -21,6 +21,7 @@ from ._fds import check_all_open, descriptor_numbers
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
 from ._messages import Message
+from ._owner import DescriptorOwner
 from ._results import AsyncReadyCallback, AsyncResult, Operation
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ._fds import FileDescriptor
 
 
-class CallbackConnection:
+class CallbackConnection(DescriptorOwner):
     """A connection in callback form; made by :meth:`CallbackAdapter.wrap`.
 
     It has the methods of ``Gio.UnixConnection`` under Gio's names. ``*_async`` methods return

@@ -17,6 +17,7 @@ import trio
 
 from ._callback_connection import CallbackConnection
 from ._connection import UnixConnection
+from ._owner import DescriptorOwner
 from ._results import AsyncResult, Operation
 from .errors import ConnectionClosedError, OperationCancelled
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
 
-class CallbackAdapter:
+class CallbackAdapter(DescriptorOwner):
     """Runs operations in a nursery and calls back; made by :func:`open_callback_adapter`."""
 
     def __init__(self, nursery: trio.Nursery) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 import trio
 
+from ._owner import DescriptorOwner
 from .errors import NotSupportedError, OperationCancelled
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _call_all(cancellable: Cancellable, callbacks: list[_Connected]) -> None:
         raise errors[0]
 
 
-class Cancellable:
+class Cancellable(DescriptorOwner):
     """A switch that ends operations, as ``Gio.Cancellable``.
 
     Pass one to the operations that take a ``cancellable``, or run any trio code under
@@ -313,7 +314,7 @@ class Cancellable:
         self._close_pipe()
 
 
-class CancellableScope:
+class CancellableScope(DescriptorOwner):
     """What :meth:`Cancellable.scope` returns: a context manager, to be entered once."""
 
     __slots__ = ("_cancellable", "_fired", "_run", "_scope")

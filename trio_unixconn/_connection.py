@@ -34,6 +34,7 @@ from ._fdtypes import (
 )
 from ._identity import get_peer_groups, get_peer_security_context, identify, open_peer_pidfd
 from ._messages import Message
+from ._owner import DescriptorOwner
 from ._receiver import Receiver, RefusingReceiver
 from ._sender import Sender
 from ._sockopts import check_connected, raw_socket
@@ -58,7 +59,7 @@ NUL: Final = b"\0"
 DEFAULT_READ_AHEAD: Final = 128
 
 
-class DescriptorStream:
+class DescriptorStream(DescriptorOwner):
     """What :meth:`UnixConnection.fds` returns: an async iterator over descriptors."""
 
     __slots__ = ("_read_ahead", "_receiver")
@@ -90,7 +91,7 @@ class DescriptorStream:
         return _ancillary.one_descriptor(received)
 
 
-class UnixConnection(trio.abc.HalfCloseableStream):
+class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     """A connected Unix-domain stream socket: ``Gio.UnixConnection`` for trio.
 
     It is a ``trio.abc.HalfCloseableStream`` with the whole interface of

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
 from ._fdtypes import DescriptorKind, check_mode, kind_of, open_file, open_socket, open_stream
+from ._owner import DescriptorOwner
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _TAKEN: Final = -1
 
 
-class UnixFDList:
+class UnixFDList(DescriptorOwner):
     """A list that owns its descriptors, as ``Gio.UnixFDList``.
 
     It closes them at the end of a ``with`` block, in :meth:`close`, or when it is collected;

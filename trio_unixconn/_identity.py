@@ -21,6 +21,7 @@ import attrs
 from . import _kernel
 from ._credentials import Credentials, peer_credentials
 from ._fdlist import UnixFDList
+from ._owner import DescriptorOwner
 from .errors import NotSupportedError, PeerGoneError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _option(sock: socket.socket, option: int, most: int) -> bytes:
 
 
 @attrs.frozen(eq=False)
-class PeerIdentity:
+class PeerIdentity(DescriptorOwner):
     """Who is at the other end of a connection, gathered once.
 
     It owns a pidfd: use it in a ``with`` block or :meth:`close` it. Outside of that,

@@ -21,6 +21,7 @@ from . import _bind, _kernel
 from ._address import UnixSocketAddress
 from ._connection import UnixConnection
 from ._fds import descriptor_number
+from ._owner import DescriptorOwner
 from ._paths import describe_bind_error
 from ._policy import admit_or_close
 from ._sockopts import check_listening, disable_passrights, enable_passing, raw_socket
@@ -47,7 +48,7 @@ _LONGEST_PAUSE: Final = 0.05
 _PATIENCE: Final = 2.0
 
 
-class UnixListener(trio.abc.Listener[UnixConnection]):
+class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     """A listening Unix stream socket, for ``trio.serve_listeners`` or :meth:`accept`.
 
     :func:`open_unix_listener` makes one at a path; this constructor and :meth:`from_fd` take a

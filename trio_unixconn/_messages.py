@@ -15,6 +15,7 @@ import attrs
 from . import _ancillary, _fds
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
+from ._owner import DescriptorOwner
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(eq=False)
-class Message:
+class Message(DescriptorOwner):
     """What one ``receive_message`` brought.
 
     It owns the descriptors in it: use it in a ``with`` block, :meth:`close` it, or take them
@@ -68,7 +69,7 @@ class Message:
 
 
 @attrs.frozen(eq=False)
-class UnixFDMessage:
+class UnixFDMessage(DescriptorOwner):
     """A control message with descriptors, as ``Gio.UnixFDMessage``.
 
     Attributes:

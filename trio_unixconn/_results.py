@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 import trio
 
+from ._owner import DescriptorOwner
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 AsyncReadyCallback: TypeAlias = "Callable[..., object]"
 
 
-class AsyncResult:
+class AsyncResult(DescriptorOwner):
     """What an operation came to, as ``Gio.AsyncResult``; hand it to the matching ``*_finish``.
 
     A result that holds descriptors closes them, with a ResourceWarning, when it is collected
@@ -88,7 +90,7 @@ class AsyncResult:
 
 
 @attrs.define(eq=False)
-class Operation:
+class Operation(DescriptorOwner):
     """An operation to be run: what to call, whom to tell, what to clean up.
 
     Attributes:

@@ -22,6 +22,7 @@ from trio.lowlevel import enable_ki_protection
 from . import _kernel
 from ._accept import ACCEPT_RETRY_DELAY
 from ._listener import UnixListener, open_unix_listener, remove_path
+from ._owner import DescriptorOwner
 from ._policy import admit_or_close
 from .errors import NotSupportedError
 
@@ -41,7 +42,7 @@ Handler = Callable[["UnixConnection"], Awaitable[Any]]
 
 
 @attrs.define(eq=False)
-class UnixServer:
+class UnixServer(DescriptorOwner):
     """A server that :func:`serve_unix` runs: what it counts, and how it is asked to stop.
 
     Attributes:

@@ -17,6 +17,7 @@ from trio.lowlevel import cancel_shielded_checkpoint
 
 from . import _ancillary
 from ._cancellable import FIRED, call_in_trio_thread
+from ._owner import DescriptorOwner
 from .errors import (
     ConnectionBrokenError,
     ConnectionBusyError,
@@ -47,7 +48,7 @@ _SEND_PROBLEMS: Final[dict[int | None, str]] = {
 FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError)
 
 
-class ConnectedSocket:
+class ConnectedSocket(DescriptorOwner):
     """What both directions of a connected Unix stream socket have in common.
 
     Attributes:

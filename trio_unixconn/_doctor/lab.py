@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from .. import _ancillary, _kernel
+from .._owner import DescriptorOwner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,7 @@ def expect_error(kind: type[Exception], do: Callable[[], object], otherwise: str
     raise UnexpectedError(otherwise)
 
 
-class Lab:
+class Lab(DescriptorOwner):
     """A block in which things are tried."""
 
     def __init__(self) -> None:

@@ -15,6 +15,8 @@ import tempfile
 from contextlib import suppress
 from typing import Final
 
+from .._owner import DescriptorOwner
+
 _ITEM: Final = 8
 
 
@@ -39,7 +41,7 @@ def new_board(size: int) -> int:
     return fd
 
 
-class Board:
+class Board(DescriptorOwner):
     """The numbers of the jobs that were finished last.
 
     It is written round and round, so it has room for as many as may be finished and not yet

@@ -23,6 +23,7 @@ from .._buffers import bytes_of
 from .._connection import UnixConnection
 from .._fds import check_open, descriptor_number
 from .._fdtypes import DescriptorKind, kind_of
+from .._owner import DescriptorOwner
 from .._receiver import RefusingReceiver
 from .._sockopts import raw_socket
 from ..errors import WrongDescriptorKindError
@@ -51,7 +52,7 @@ _NO_FILES: Final = {
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)
 
 
-class Delivery:
+class Delivery(DescriptorOwner):
     """One job, until it is acknowledged; then, if an answer is due, until that has come.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from .._owner import DescriptorOwner
 from ..errors import JobRefusedError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _LARGE: Final = 16 * 1024
 _RECENT: Final = 256
 
 
-class Dispatcher:
+class Dispatcher(DescriptorOwner):
     """The queue of a pool.
 
     Attributes:

@@ -21,6 +21,7 @@ import trio
 from .._connection import UnixConnection
 from .._fdtypes import DescriptorKind, kind_of, open_file, open_stream
 from .._memfd import map_sealed
+from .._owner import DescriptorOwner
 from ..errors import UnsafeBufferError
 from . import _wire
 
@@ -32,7 +33,7 @@ _MODES = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}
 
 
 @attrs.define(eq=False)
-class Job:
+class Job(DescriptorOwner):
     """What a handler is told beside its stream.
 
     Attributes:

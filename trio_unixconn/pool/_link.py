@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from .. import _kernel
+from .._owner import DescriptorOwner
 from ..errors import (
     HandlerError,
     UnixConnectionError,
@@ -75,7 +76,7 @@ class Owner(Protocol):
         """A worker is no more."""
 
 
-class Link:
+class Link(DescriptorOwner):
     """One worker.
 
     Attributes:

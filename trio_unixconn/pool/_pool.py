@@ -13,6 +13,7 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from .._owner import DescriptorOwner
 from ..errors import JobRefusedError, PoolClosedError
 from . import _wire
 from ._delivery import Delivery, JobReceipt, Submitted, checked_data, take_over
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ._supervisor import Supervisor
 
 
-class WorkerPool:
+class WorkerPool(DescriptorOwner):
     """Workers that get jobs; :func:`open_worker_pool` makes one."""
 
     def __init__(self, supervisor: Supervisor) -> None:

@@ -20,12 +20,13 @@ from typing import Any, Final
 import trio
 
 from .._connection import UnixConnection
+from .._owner import DescriptorOwner
 from ._board import Board, new_board
 
 _BOOT: Final = str(Path(__file__).with_name("_boot.py"))
 
 
-class WorkerProcess:
+class WorkerProcess(DescriptorOwner):
     """A process, and the connection to it.
 
     Attributes:

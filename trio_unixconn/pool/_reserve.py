@@ -15,6 +15,8 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from .._owner import DescriptorOwner
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _COUNT: Final = 8
 
 
-class Reserve:
+class Reserve(DescriptorOwner):
     """Descriptors that are in use for nothing."""
 
     def __init__(self) -> None:

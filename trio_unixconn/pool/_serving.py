@@ -20,6 +20,7 @@ from trio.lowlevel import enable_ki_protection
 from .. import _kernel
 from .._accept import ACCEPT_RETRY_DELAY
 from .._listener import UnixListener, remove_path
+from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
 from ..errors import ConnectionClosedError
 from . import _wire
@@ -68,7 +69,7 @@ class WorkerPoolOptions(TypedDict, total=False):
 
 
 @attrs.define(eq=False)
-class WorkerServer:
+class WorkerServer(DescriptorOwner):
     """A server that :func:`serve_with_workers` runs.
 
     Attributes:

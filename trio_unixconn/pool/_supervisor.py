@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from .._owner import DescriptorOwner
 from ..errors import PoolClosedError, WorkerStartError
 from . import _process
 from ._dispatch import Dispatcher
@@ -42,7 +43,7 @@ _MOST_NOTED: Final = 2**20
 _SHORT_END: Final = 1.0
 
 
-class Supervisor:
+class Supervisor(DescriptorOwner):
     """Who looks after the workers of a pool.
 
     Attributes:
