@@ -444,7 +444,9 @@ async def test_what_is_no_argument() -> None:
         with pytest.raises(TypeError, match="a UnixConnection is due, not str"):
             adapter.wrap("nope")  # type: ignore[arg-type]
         gio = adapter.wrap(one)
-        with pytest.raises(TypeError, match="a Cancellable or None is due, not function"):
+        with pytest.raises(
+            TypeError, match="cancellable must be a Cancellable or None, not function"
+        ):
             gio.send_credentials_async(lambda *_: None)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="a callback or None is due, not str"):
             gio.send_fd_async(0, None, "x")  # type: ignore[arg-type]

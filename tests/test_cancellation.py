@@ -13,7 +13,7 @@ from helpers import clog, unclog
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection, connection_pair
-from trio_unixconn._socket import sleep_cancellable
+from trio_unixconn._cancellable import sleep_cancellable
 
 RECEIVES = ["receive_fd", "receive_credentials"]
 SENDS = ["send_fd", "send_credentials"]
@@ -302,7 +302,7 @@ async def test_no_cancellable(name: str, bad: Any) -> None:
     """What is no Cancellable is a TypeError, before anything happens."""
     one, two = connection_pair()
     async with one, two:
-        with pytest.raises(TypeError, match="a Cancellable or None is due"):
+        with pytest.raises(TypeError, match="cancellable must be a Cancellable or None"):
             await operation(one, name)(bad)
         await one.send_all(b"x")
         assert await two.receive_some() == b"x"

@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from trio import ClosedResourceError
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
     checkpoint_if_cancelled,
@@ -23,8 +22,8 @@ from trio.lowlevel import (
 )
 
 from . import _ancillary, _kernel
-from ._cancellable import checkpoint_cancellable
-from ._socket import FAILURES, ConnectedSocket, wait_cancellable
+from ._cancellable import checkpoint_cancellable, wait_cancellable
+from ._socket import FAILURES, ConnectedSocket
 from ._sockopts import disable_passrights
 from .errors import ConnectionBusyError, NotSupportedError
 
@@ -108,10 +107,6 @@ class Receiver(ConnectedSocket):
                     return raw.recvmsg(max_bytes, _ROOM, _FLAGS)
                 except BlockingIOError:
                     continue
-                except ClosedResourceError:
-                    if raw.fileno() == -1:
-                        raise
-                    # A Cancellable woke who waits in the other direction, and so all.
         except FAILURES as exc:
             raise await self.failed(exc) from exc
         finally:

@@ -25,9 +25,9 @@ from trio.lowlevel import (
 
 from . import _ancillary, _kernel
 from ._buffers import bytes_of
-from ._cancellable import checkpoint_cancellable
+from ._cancellable import checkpoint_cancellable, sleep_cancellable, wait_cancellable
 from ._fdlist import UnixFDList
-from ._socket import FAILURES, ConnectedSocket, sleep_cancellable, wait_cancellable
+from ._socket import FAILURES, ConnectedSocket
 from .errors import (
     ConnectionBusyError,
     OperationCancelled,
