@@ -129,7 +129,7 @@ async def test_send_message_and_receive_message_with_stdlib_fds_functions(count:
 
 
 async def test_receive_fds_of_pipes_that_are_still_connected() -> None:
-    """What is written into the write ends here is read from received read ends, in order."""
+    """Data written into the write ends here is read from the received read ends, in order."""
     with connection_and_socket() as (conn, sock):
         pipes = [os.pipe() for _ in range(10)]
         socket.send_fds(sock, [b"\0"], [read for read, _ in pipes])
@@ -390,7 +390,7 @@ async def test_send_message_takes_a_generator_of_fds() -> None:
     ],
     ids=str,
 )
-async def test_send_message_rejects_what_sendmsg_would_not_send(data: Any, options: Any) -> None:
+async def test_send_message_rejects_other_types(data: Any, options: Any) -> None:
     """Several buffers, objects, triples and bad items are a TypeError, and nothing is sent."""
     with connection_and_socket() as (conn, sock):
         async with conn:
@@ -402,7 +402,9 @@ async def test_send_message_rejects_what_sendmsg_would_not_send(data: Any, optio
 
 @pytest.mark.parametrize("arguments", [(), (object(),), (None,), ("1",), (1.5,), ([1],)], ids=str)
 @pytest.mark.parametrize("receive", ["receive_message", "receive_fds", "receive_buffer"])
-async def test_receive_rejects_what_is_no_size(receive: str, arguments: tuple[Any, ...]) -> None:
+async def test_receive_rejects_other_types_of_size(
+    receive: str, arguments: tuple[Any, ...]
+) -> None:
     """A size that is missing or no int is a TypeError; the file descriptor is still there."""
     with connection_and_socket() as (conn, sock), numbered(1) as fds:
         socket.send_fds(sock, [b"x"], fds)
@@ -421,7 +423,7 @@ async def test_receive_rejects_what_is_no_size(receive: str, arguments: tuple[An
 
 @pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
 async def test_receive_fd_after_shutdown_of_the_peer(how: int) -> None:
-    """What was sent before a shutdown arrives, file descriptors too; then the stream has ended."""
+    """Bytes and descriptors sent before a shutdown arrive; then the stream has ended."""
     with connection_and_socket() as (conn, sock), numbered(1) as fds:
         socket.send_fds(sock, [b"x"], fds)
         sock.sendall(b"rest")
@@ -597,7 +599,7 @@ async def test_abstract_name_that_is_too_long(function: Any) -> None:
 @pytest.mark.parametrize("function", [open_unix_listener, open_unix_connection])
 @pytest.mark.parametrize("name", [bytearray(b"\0name"), memoryview(b"\0name"), 4, 4.5, None])
 async def test_name_of_another_type(function: Any, name: Any) -> None:
-    """What is neither str, bytes, a path nor an address is a TypeError."""
+    """A name that is neither str, bytes, a path nor an address is a TypeError."""
     with pytest.raises(TypeError):
         await function(name)
 
