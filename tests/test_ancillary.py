@@ -50,7 +50,7 @@ def test_round_trip() -> None:
     """What the builders write the parser reads."""
     (fd,) = fresh(1)
     parsed = _ancillary.parse(
-        [_ancillary.rights(fd), _ancillary.credentials(Credentials(1, 2, 3))], 0
+        [_ancillary.pack_rights([fd]), _ancillary.pack_credentials(Credentials(1, 2, 3))], 0
     )
     assert parsed.fds == [fd]
     assert parsed.credentials == [Credentials(1, 2, 3)]
@@ -185,13 +185,13 @@ def test_anything_in_nothing_leaks(
 
 
 @given(number=st.integers())
-def test_descriptor_numbers(number: int) -> None:
+def test_fileno(number: int) -> None:
     """Every int is either a possible descriptor, returned as it is, or a ValueError."""
     if 0 <= number < 2**31:
-        assert _fds.descriptor_number(number) == number
+        assert _fds.fileno(number) == number
     else:
         with pytest.raises(ValueError, match=str(number)):
-            _fds.descriptor_number(number)
+            _fds.fileno(number)
 
 
 def test_close_on_exec_where_the_kernel_does_not_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +211,8 @@ def test_credentials_cannot_be_sent_everywhere(
     """Where a process cannot attach its credentials, sending them is NotSupportedError."""
     message = PLATFORMS[name].message if name else None
     monkeypatch.setattr(_ancillary, "_CREDENTIALS", message)
-    with pytest.raises(NotSupportedError, match="no message to send credentials with"):
-        _ancillary.credentials(Credentials(1, 2, 3))
+    with pytest.raises(NotSupportedError, match="no control message for credentials"):
+        _ancillary.pack_credentials(Credentials(1, 2, 3))
     (fd,) = fresh(1)
     parsed = _ancillary.parse([(*RIGHTS, ints(fd))], 0)
     assert parsed.fds == [fd]
@@ -226,7 +226,7 @@ def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     message = PLATFORMS["freebsd"].message
     assert message is not None
     monkeypatch.setattr(_ancillary, "_CREDENTIALS", attrs.evolve(message, kind=3))
-    level, kind, payload = _ancillary.credentials(Credentials(1, 2, 3))
+    level, kind, payload = _ancillary.pack_credentials(Credentials(1, 2, 3))
     assert (level, kind, len(payload)) == (socket.SOL_SOCKET, 3, 84)
     assert _ancillary.only_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
         1, 2, 3
@@ -275,7 +275,7 @@ IDS = st.integers(0, 2**31 - 1)
 @given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=253))
 def test_rights_round_trip(numbers: list[int]) -> None:
     """Any descriptors that one message carries come out of its bytes as they went in."""
-    level, kind, payload = _ancillary.rights(*numbers)
+    level, kind, payload = _ancillary.pack_rights(numbers)
     assert (level, kind) == RIGHTS
     assert list(struct.unpack(f"{len(numbers)}i", payload)) == numbers
     # Parsed without closing: the numbers are nobody's here.
@@ -285,7 +285,7 @@ def test_rights_round_trip(numbers: list[int]) -> None:
 @given(pid=st.integers(1, 2**31 - 1), uid=IDS, gid=IDS)
 def test_credentials_round_trip(pid: int, uid: int, gid: int) -> None:
     """Any credentials come out of their message as they went in."""
-    message = _ancillary.credentials(Credentials(pid, uid, gid))
+    message = _ancillary.pack_credentials(Credentials(pid, uid, gid))
     assert _ancillary.parse([message], 0).credentials == [Credentials(pid, uid, gid)]
     assert UnixCredentialsMessage.deserialize(*message) == UnixCredentialsMessage(
         Credentials(pid, uid, gid)

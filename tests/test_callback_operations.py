@@ -543,9 +543,9 @@ async def test_cancelled_block(name: str, arguments: list[Any]) -> None:
             getattr(source, f"{name}_finish")(result)
 
 
-async def test_no_descriptor_free_for_a_duplicate() -> None:
+async def test_send_fds_async_without_a_free_descriptor() -> None:
     """Without a free slot for the duplicates nothing is begun, and none is left."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
         with free_descriptors(1), pytest.raises(OSError, match="Too many open files"):
-            adapter.wrap(one).send_fds_async([0, 0], None, None)
+            adapter.wrap(one).send_fds_async([0, 1], None, None)

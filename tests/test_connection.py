@@ -146,7 +146,7 @@ async def test_after_send_eof() -> None:
     async with one, two:
         await one.send_eof()
         for send in (one.send_credentials, lambda: one.send_fd(0), lambda: one.send_all(b"x")):
-            with pytest.raises(ConnectionClosedError, match="end of file"):
+            with pytest.raises(ConnectionClosedError, match="after send_eof"):
                 await send()
         await two.send_all(b"x")
         assert await one.receive_some() == b"x"

@@ -207,8 +207,8 @@ async def test_fake_credentials_that_are_none() -> None:
 
 
 UNPRIVILEGED = """
-import os, trio
-from trio_unixconn import Credentials, connection_pair
+import errno, os, trio
+from trio_unixconn import Credentials, SendError, connection_pair
 
 async def main():
     one, two = connection_pair()
@@ -220,7 +220,8 @@ async def main():
             try:
                 await send()
             except PermissionError as exc:
-                assert type(exc) is PermissionError, type(exc)
+                assert isinstance(exc, SendError), type(exc)
+                assert (exc.errno, exc.sent) == (errno.EPERM, 0), exc
                 assert "only a privileged process" in str(exc), exc
                 assert "nothing was sent" in str(exc), exc
             else:

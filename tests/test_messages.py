@@ -186,7 +186,7 @@ async def test_253_are_the_default_and_the_most() -> None:
     """253 descriptors with credentials arrive whole; 254 are refused before anything is sent."""
     one, two = connection_pair()
     async with one, two:
-        with pytest.raises(ValueError, match="at most 253 descriptors, not 254"):
+        with pytest.raises(ValueError, match=r"at most 253 file descriptors .*, got 254"):
             await one.send_message(b"x", fds=[0] * 254)
         await one.send_message(b"y", fds=[0] * 253, credentials=Credentials())
         with await two.receive_message(9, credentials=True) as message:
@@ -237,12 +237,16 @@ async def test_no_free_slot() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"data": b"", "fds": [0]}, ValueError, "travel with a byte"),
-        ({"data": b"", "credentials": Credentials()}, ValueError, "travel with a byte"),
-        ({"data": b"x", "fds": [0, True]}, TypeError, "at position 1: .*not True"),
-        ({"data": b"x", "fds": ["0"]}, TypeError, "at position 0: .*not str"),
-        ({"data": b"x", "fds": [0, 0, -1]}, ValueError, "at position 2: .*number -1"),
-        ({"data": b"x", "fds": 0}, TypeError, "int"),
+        ({"data": b"", "fds": [0]}, ValueError, "need at least one byte"),
+        ({"data": b"", "credentials": Credentials()}, ValueError, "need at least one byte"),
+        ({"data": b"x", "fds": [0, True]}, TypeError, r"fds\[1\]: .* got bool"),
+        ({"data": b"x", "fds": ["0"]}, TypeError, r"fds\[0\]: .* got str"),
+        ({"data": b"x", "fds": [0, 0, -1]}, ValueError, r"fds\[2\]: .*negative integer \(-1\)"),
+        (
+            {"data": b"x", "fds": 0},
+            TypeError,
+            "fds must be an iterable of file descriptors, got int",
+        ),
         ({"data": "x", "fds": [0]}, TypeError, "str"),
         ({"data": 5}, TypeError, "int"),
         ({"data": memoryview(b"abcd")[::2]}, TypeError, "contiguous"),
@@ -312,9 +316,11 @@ async def test_peer_that_refuses_descriptors() -> None:
         if not await peer.ask("disable_passrights"):
             pytest.skip("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
         for credentials in (None, Credentials()):
-            with pytest.raises(DescriptorsRefusedError, match="takes no descriptors"):
+            with pytest.raises(DescriptorsRefusedError, match="does not accept file descriptors"):
                 await peer.conn.send_message(b"x", fds=[0], credentials=credentials)
-        with pytest.raises(DescriptorsRefusedError, match="takes no descriptors") as caught:
+        with pytest.raises(
+            DescriptorsRefusedError, match="does not accept file descriptors"
+        ) as caught:
             await peer.conn.send_fds([0] * 3, per_message=1)
         assert caught.value.sent == 0
         await peer.conn.send_message(b"next", credentials=Credentials())

@@ -160,7 +160,7 @@ async def test_cancelled_half_way(way: str) -> None:
             await wait_all_tasks_blocked()
             scopes[0].cancel() if way == "scope" else cancellable.cancel()
         assert ended == [way]
-        text = r"send_message\(\) was cancelled, or failed, when a part"
+        text = r"send_message\(\) was cancelled or failed after \d+ bytes"
         for again in (
             lambda: one.send_message(b"x"),
             lambda: one.send_message(b"x", fds=[0]),
@@ -235,7 +235,7 @@ async def test_peer_that_leaves_in_the_middle() -> None:
     async with one:
 
         async def send() -> None:
-            with pytest.raises(ConnectionBrokenError, match="the connection is broken"):
+            with pytest.raises(ConnectionBrokenError, match="connection is broken"):
                 await one.send_message(b"m" * BIG, fds=[0])
 
         async with trio.open_nursery() as nursery:

@@ -157,10 +157,10 @@ async def test_what_is_refused(tmp_path: Path) -> None:
             (closed, ValueError, "closed"),
             (gone, trio.ClosedResourceError, "closed"),
             (999_999, OSError, "is closed"),
-            (-1, ValueError, "no descriptor"),
-            (True, TypeError, "a descriptor is due"),
-            ("text", TypeError, "a descriptor is due"),
-            (object(), TypeError, "a descriptor is due"),
+            (-1, ValueError, "negative integer"),
+            (True, TypeError, "expected a file descriptor"),
+            ("text", TypeError, "expected a file descriptor"),
+            (object(), TypeError, "expected a file descriptor"),
         ]
         async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
             for what, error, said in cases:

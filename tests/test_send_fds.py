@@ -129,12 +129,12 @@ async def test_nothing_to_send_on_a_closed_connection() -> None:
         ([0], -1, ValueError, "not -1"),
         ([0], 1.0, TypeError, "float"),
         ([0], None, TypeError, "NoneType"),
-        ([0, 0, True], 1, TypeError, "at position 2: .*not True"),
-        ([0, "0"], 253, TypeError, "at position 1: .*not str"),
-        ([-1], 253, ValueError, "at position 0: .*number -1"),
-        ([0, 2**31], 253, ValueError, "at position 1: .*number 2147483648"),
-        ([0, io.BytesIO()], 253, ValueError, "at position 1: fileno"),
-        (0, 253, TypeError, "int"),
+        ([0, 0, True], 1, TypeError, r"fds\[2\]: expected a file descriptor .*, got bool"),
+        ([0, "0"], 253, TypeError, r"fds\[1\]: .* got str"),
+        ([-1], 253, ValueError, r"fds\[0\]: file descriptor cannot be a negative integer \(-1\)"),
+        ([0, 2**31], 253, ValueError, r"fds\[1\]: .* out of range \(2147483648\)"),
+        ([0, io.BytesIO()], 253, ValueError, r"fds\[1\]: fileno"),
+        (0, 253, TypeError, "fds must be an iterable of file descriptors, got int"),
     ],
 )
 async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception], text: str) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 from array import array
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import attrs
 
@@ -33,10 +33,12 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 # What socket.recvmsg returns, but for the address, which a connected socket has no use for.
 ControlMessage: TypeAlias = "tuple[int, int, bytes]"
+# "own" are those of this process at the moment of sending.
+SentCredentials: TypeAlias = "Credentials | Literal['own']"
 Received: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
 
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
@@ -73,47 +75,36 @@ _NO_LINGER: Final = struct.pack("ii", 0, 0)
 _int: Final = struct.Struct("i")
 
 
-def rights(*numbers: int) -> ControlMessage:
-    """Return the control message that carries these descriptors, at most SCM_MAX_FD.
+def pack(fds: Sequence[int], credentials: SentCredentials | None) -> list[ControlMessage]:
+    """Return the control messages of one message.
 
     Raises:
-      NotSupportedError: the platform passes no descriptors.
+      NotSupportedError: the platform has no such message.
     """
-    return *required_rights(), struct.pack(f"{len(numbers)}i", *numbers)
+    messages: list[ControlMessage] = []
+    if fds:
+        messages.append(pack_rights(fds))
+    if credentials is not None:
+        messages.append(
+            pack_own_credentials() if credentials == "own" else pack_credentials(credentials)
+        )
+    return messages
 
 
-def rights_of(numbers: array[int]) -> ControlMessage:
-    """Return the control message that carries these descriptors; as :func:`rights`."""
-    return *required_rights(), numbers.tobytes()
-
-
-def right(number: int) -> ControlMessage:
-    """Return the control message that carries one descriptor; as :func:`rights`, sooner."""
-    if _SCM_RIGHTS is not None and _HAS_SENDMSG:
-        return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(number)
-    return rights(number)
-
-
-def required_rights() -> tuple[int, int]:
-    """Return level and type of the control message that carries descriptors.
+def pack_rights(fds: Sequence[int]) -> ControlMessage:
+    """Return the control message that carries these file descriptors, at most SCM_MAX_FD.
 
     Raises:
-      NotSupportedError: the platform passes none.
+      NotSupportedError: the platform passes no file descriptors.
     """
-    if RIGHTS is None or not _kernel.HAS_SENDMSG:
-        raise NotSupportedError(f"{sys.platform} with this Python cannot pass descriptors")
-    return RIGHTS
+    if _SCM_RIGHTS is None or not _HAS_SENDMSG:
+        raise NotSupportedError(f"{sys.platform} with this Python cannot pass file descriptors")
+    if len(fds) == 1:
+        return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(fds[0])
+    return _SOL_SOCKET, _SCM_RIGHTS, array("i", fds).tobytes()
 
 
-def forged(messages: Iterable[ControlMessage]) -> bool:
-    """Whether there are credentials among ``messages`` that are not this process's own."""
-    return any(
-        (level, kind) == CREDENTIALS and payload != credentials(Credentials())[2]
-        for level, kind, payload in messages
-    )
-
-
-def credentials(value: Credentials) -> ControlMessage:
+def pack_credentials(value: Credentials) -> ControlMessage:
     """Return the control message that carries ``value``.
 
     Raises:
@@ -122,10 +113,22 @@ def credentials(value: Credentials) -> ControlMessage:
     message = _CREDENTIALS
     if message is None or message.kind is None or not message.sendable or not _kernel.HAS_SENDMSG:
         raise NotSupportedError(
-            f"{sys.platform} with this Python has no message to send credentials with; "
+            f"{sys.platform} with this Python has no control message for credentials; "
             "the peer can ask its socket instead (get_peer_credentials)"
         )
     return _SOL_SOCKET, message.kind, value.to_native(message.layout)
+
+
+def pack_own_credentials() -> ControlMessage:
+    """Return the control message that carries the credentials of this process.
+
+    Raises:
+      NotSupportedError: as :func:`pack_credentials`.
+    """
+    if _OWN is None:
+        return pack_credentials(Credentials())
+    # Without a Credentials object, which takes four times as long.
+    return _SOL_SOCKET, _OWN, _ucred.pack(os.getpid(), os.geteuid(), os.getegid())
 
 
 @attrs.frozen
@@ -326,18 +329,6 @@ def count_descriptors(received: Received) -> int:
         elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
             return 0
     return 0 if flags & _MSG_CTRUNC else count
-
-
-def own_credentials() -> ControlMessage:
-    """Return the control message that carries the credentials of this process.
-
-    Raises:
-      NotSupportedError: as :func:`credentials`.
-    """
-    if _OWN is None:
-        return credentials(Credentials())
-    # Without a Credentials in between, which takes four times as long.
-    return _SOL_SOCKET, _OWN, _ucred.pack(os.getpid(), os.geteuid(), os.getegid())
 
 
 def only_credentials(received: Received) -> Credentials | None:

@@ -15,9 +15,10 @@ from trio.lowlevel import enable_ki_protection
 
 from ._buffers import bytes_of
 from ._cancellable import check_cancellable
+from ._closing import close_fds
 from ._connection import sealed_memory_of
 from ._fdlist import UnixFDList
-from ._fds import check_all_open, descriptor_numbers
+from ._fds import check_open, duplicate, filenos
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
 from ._messages import Message
@@ -25,6 +26,7 @@ from ._owner import DescriptorOwner
 from ._results import AsyncReadyCallback, AsyncResult, Operation
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Awaitable, Callable, Collection, Iterable
 
     import trio
@@ -91,14 +93,14 @@ class CallbackConnection(DescriptorOwner):
         Raises:
           TypeError, ValueError, OSError: ``fd`` is not an open descriptor.
         """
-        duplicate = duplicated([fd])
+        duplicates, close_duplicates = duplicated([fd])
         self.begin(
             "send_fd_async",
-            partial(self.connection.send_fd, duplicate[0]),
+            partial(self.connection.send_fd, duplicates[0]),
             cancellable,
             callback,
             user_data,
-            release=duplicate.close,
+            release=close_duplicates,
         )
 
     def send_fd_finish(self, result: AsyncResult) -> bool:
@@ -139,14 +141,14 @@ class CallbackConnection(DescriptorOwner):
           TypeError, ValueError, OSError: one of them is not an open descriptor, or none is
             free for the duplicates.
         """
-        duplicates = duplicated(fds)
+        duplicates, close_duplicates = duplicated(fds)
         self.begin(
             "send_fds_async",
             partial(self.connection.send_fds, duplicates, per_message=per_message),
             cancellable,
             callback,
             user_data,
-            release=duplicates.close,
+            release=close_duplicates,
         )
 
     def send_fds_finish(self, result: AsyncResult) -> int:
@@ -323,14 +325,14 @@ class CallbackConnection(DescriptorOwner):
         """
         with bytes_of(data) as view:
             copy = view.tobytes()
-        duplicates = duplicated(fds)
+        duplicates, close_duplicates = duplicated(fds)
         self.begin(
             "send_message_async",
             partial(self.connection.send_message, copy, fds=duplicates, credentials=credentials),
             cancellable,
             callback,
             user_data,
-            release=duplicates.close,
+            release=close_duplicates,
         )
 
     def send_message_finish(self, result: AsyncResult) -> None:
@@ -421,24 +423,19 @@ class CallbackConnection(DescriptorOwner):
         return result.finish(self, tag)
 
 
-def duplicated(fds: Iterable[FileDescriptor]) -> UnixFDList:
-    """Return a list of duplicates, which the caller owns.
+def duplicated(fds: Iterable[FileDescriptor]) -> tuple[array[int], Callable[[], None]]:
+    """Return duplicates, and a function that closes them.
 
     Raises:
-      TypeError, ValueError, OSError: one is not an open descriptor, or no slot is free; then
-        all are closed.
+      TypeError, ValueError, OSError: one is not an open file descriptor, or none is free for a
+        duplicate; then nothing stays open.
     """
-    numbers = descriptor_numbers(fds, None)
-    # First all, because a duplicate may take the number of one that is closed.
-    check_all_open(numbers)
-    duplicates = UnixFDList()
-    try:
-        for number in numbers:
-            duplicates.append(number)
-    except BaseException:
-        duplicates.close()
-        raise
-    return duplicates
+    # The owners stay referenced until there are duplicates.
+    numbers, _owners = filenos(fds)
+    # Before any is made, because a duplicate can get the number of one that is closed.
+    check_open(numbers)
+    duplicates, owned = duplicate(numbers)
+    return duplicates, partial(close_fds, owned)
 
 
 def _close(value: Any) -> None:

@@ -36,12 +36,12 @@ from ._identity import get_peer_groups, get_peer_security_context, identify, ope
 from ._messages import Message
 from ._owner import DescriptorOwner
 from ._receiver import Receiver, RefusingReceiver
-from ._sender import Sender
+from ._sender import NUL, Sender
 from ._sockopts import check_connected, raw_socket
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from ._ancillary import Received
     from ._buffers import Buffer
@@ -53,10 +53,9 @@ _T = TypeVar("_T")
 # As trio.SocketStream.
 DEFAULT_RECEIVE_SIZE: Final = 65536
 
-# A byte must travel with a control message on a stream; Gio sends NUL.
-NUL: Final = b"\0"
-
 DEFAULT_READ_AHEAD: Final = 128
+
+_NO_FDS: Final = ()
 
 
 class DescriptorStream(DescriptorOwner):
@@ -196,7 +195,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """
         if type(fd) is not int:
             raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = _fds.descriptor_number(fd)
+        number = _fds.fileno(fd)
         try:
             sock = stdlib_socket.socket(fileno=number)
         except OSError as exc:
@@ -237,8 +236,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
         """
-        number = _fds.descriptor_number(fd)
-        await self._sender.send(NUL, [_ancillary.right(number)], cancellable, (number,))
+        await self._sender.send(NUL, (_fds.fileno(fd),), None, cancellable)
         return True
 
     @enable_ki_protection
@@ -295,10 +293,11 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             raise ValueError(
                 f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, not {per_message}"
             )
-        numbers = _fds.descriptor_numbers(fds, None)
+        # The owners stay referenced until this returns.
+        numbers, _owners = _fds.filenos(fds)
         if len(numbers) > per_message:
             # With several messages, a closed one in the middle would be seen too late.
-            _fds.check_all_open(numbers)
+            _fds.check_open(numbers)
         if not numbers:
             await self._sender.send_all(b"", cancellable)
             return 0
@@ -491,7 +490,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
-        await self._sender.send(NUL, [_ancillary.own_credentials()], cancellable)
+        await self._sender.send(NUL, (), "own", cancellable)
         return True
 
     @enable_ki_protection
@@ -539,7 +538,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """
         if not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Credentials are due, not {type(credentials).__name__}")
-        await self._sender.send(NUL, [_ancillary.credentials(credentials)], cancellable)
+        await self._sender.send(NUL, (), credentials, cancellable)
         return True
 
     ################################################################
@@ -551,7 +550,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         self,
         data: Buffer,
         *,
-        fds: Iterable[FileDescriptor] = (),
+        fds: Iterable[FileDescriptor] = _NO_FDS,
         credentials: Credentials | None = None,
         cancellable: Cancellable | None = None,
     ) -> None:
@@ -573,20 +572,24 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         If this is cancelled or fails when a part of the bytes has gone, later sends raise
         ConnectionBrokenError: the peer would take them for the rest of this message.
         """
-        numbers = _fds.descriptor_numbers(fds, _kernel.SCM_MAX_FD)
-        messages = [_ancillary.rights_of(numbers)] if numbers else []
-        if credentials is not None:
-            messages.append(_ancillary.credentials(credentials))
+        numbers: Sequence[int] = ()
+        if fds is not _NO_FDS:
+            # The owners stay referenced until this returns.
+            numbers, _owners = _fds.filenos(fds, _kernel.SCM_MAX_FD)
+        if credentials is not None and not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"credentials must be Credentials or None, not {type(credentials).__name__}"
+            )
         with bytes_of(data) as view:
             if not view:
-                if messages:
+                if numbers or credentials is not None:
                     raise ValueError(
-                        "descriptors and credentials travel with a byte, and would vanish "
-                        "without; send at least one"
+                        "file descriptors and credentials need at least one byte of data: the "
+                        "kernel drops them from an empty message"
                     )
                 await self._sender.send_all(view, cancellable)
                 return
-            await self._sender.send(view, messages, cancellable, numbers)
+            await self._sender.send(view, numbers, credentials, cancellable)
 
     @enable_ki_protection
     async def receive_message(
@@ -901,7 +904,7 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
     try:
         view = memoryview(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except TypeError:
-        number = _fds.descriptor_number(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        number = _fds.fileno(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         _memfd.seal(number)
         return os.dup(number)
     with view:

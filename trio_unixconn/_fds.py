@@ -1,136 +1,193 @@
-"""Descriptors as callers give them: their numbers, and whether they are open.
+"""File descriptors as callers pass them: ints, or objects that own one.
 
-The rule of this file: what is no descriptor is refused here, before anything is sent, and what
-is one stays the caller's.
+Invariant: a number that is returned here is valid for as long as the caller keeps the object that
+it came from, and the caller's object is never changed.
 
-Sources: poll(2), https://docs.python.org/3/c-api/file.html
+Sources: fcntl(2) (F_GETFD), https://docs.python.org/3/c-api/file.html
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import select
 import sys
 from array import array
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+import trio
 
-_LARGEST_DESCRIPTOR: Final = 2**31 - 1
-# Which byte of an int has its sign.
-_SIGN: Final = 3 if sys.byteorder == "little" else 0
+from . import _closing
+from .errors import SendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_EXPECTED: Final = "expected a file descriptor (an int or an object with a fileno() method)"
+_LISTS: Final = frozenset({list, tuple})
+_MAX_FD: Final = 2**31 - 1
+# The byte of a native int that has its sign bit.
+_SIGN_BYTE: Final = 3 if sys.byteorder == "little" else 0
 
 
 class HasFileno(Protocol):
-    """Anything with a descriptor beneath: files, sockets, trio's sockets and files."""
+    """An object with a file descriptor: files, sockets, trio's files and sockets."""
 
     def fileno(self) -> int:
-        """Return the descriptor's number."""
+        """Return the number of the file descriptor."""
         ...
 
 
-FileDescriptor: TypeAlias = "int | HasFileno"
+class HasSocket(Protocol):
+    """An object that owns a trio socket: ``trio.SocketStream``, ``trio.SocketListener``."""
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The socket."""
+        ...
 
 
-def descriptor_number(fd: FileDescriptor) -> int:
-    """Return the number of ``fd``, an int or anything with ``fileno()``.
+FileDescriptor: TypeAlias = "int | HasFileno | HasSocket"
 
-    Whether the number is open the kernel says when it is sent (EBADF).
+
+def fileno(fd: FileDescriptor) -> int:
+    """Return the number of ``fd``, which stays the caller's.
+
+    The number can mean another file as soon as ``fd`` is closed or garbage collected: keep a
+    reference to ``fd`` while the number is in use. Whether an int is open is not checked.
 
     Raises:
-      TypeError: a bool, or neither an int nor an object with ``fileno()``.
-      ValueError: a number that no descriptor can have, -1 (as of a closed socket) included;
-        also from ``fileno()`` of a closed file.
+      TypeError: neither an int nor an object that has a file descriptor; bool is rejected.
+      ValueError: a number that no file descriptor can have. The number of a closed socket is -1;
+        ``fileno()`` of a closed file raises this, too.
     """
-    if type(fd) is int and 0 <= fd <= _LARGEST_DESCRIPTOR:
+    if type(fd) is int and 0 <= fd <= _MAX_FD:
         return fd
     number: object = fd
     if not isinstance(fd, int):
-        fileno = getattr(fd, "fileno", None)
-        if not callable(fileno):
-            raise TypeError(
-                "a descriptor is due: an int, or an object with fileno(), "
-                f"not {type(fd).__name__} ({fd!r})"
-            )
-        number = fileno()
+        method = getattr(fd, "fileno", None)
+        if not callable(method):
+            owned = getattr(fd, "socket", None)
+            if not isinstance(owned, trio.socket.SocketType):
+                raise TypeError(f"{_EXPECTED}, got {type(fd).__name__}")
+            method = owned.fileno
+        number = method()
     if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(
-            f"a descriptor is due: an int, or an object with fileno(), not {number!r}"
-            + ("" if number is fd else f" as fileno() of {fd!r} returned")
-        )
-    if not 0 <= number <= _LARGEST_DESCRIPTOR:
+        raise TypeError(f"{_EXPECTED}, got {type(number).__name__}{_origin(fd, number)}")
+    if number < 0:
         raise ValueError(
-            f"no descriptor has the number {number}"
-            + ("" if number is fd else f", which fileno() of {fd!r} returned: it is closed")
+            f"file descriptor cannot be a negative integer ({number}){_origin(fd, number)}"
         )
+    if number > _MAX_FD:
+        raise ValueError(f"file descriptor is out of range ({number}){_origin(fd, number)}")
     return int(number)
 
 
-def none_negative(numbers: bytes) -> bool:
-    """Whether none of these ints is negative: 0.2 us for 253 of them, where min() takes 3."""
-    return numbers[_SIGN::4].isascii()
+def _origin(fd: object, number: object) -> str:
+    """Say which object a number is from, for an error message."""
+    if number is fd:
+        return ""
+    closed = "; it is closed" if number == -1 else ""
+    return f" from fileno() of {type(fd).__name__}{closed}"
 
 
-def descriptor_numbers(fds: Iterable[FileDescriptor], most: int | None) -> array[int]:
-    """Return the numbers of ``fds``, each as :func:`descriptor_number`.
+def filenos(
+    fds: Iterable[FileDescriptor], max_fds: int | None = None
+) -> tuple[array[int], list[FileDescriptor]]:
+    """Return the numbers of ``fds``, together with the objects that own them.
+
+    Keep the objects while the numbers are in use: nothing else references those of a generator,
+    or of ``map(open, paths)``, and they close their file descriptors when they are garbage
+    collected.
 
     Raises:
-      TypeError, ValueError: not a descriptor, which says at which position; more than
-        ``most``.
+      TypeError, ValueError: as :func:`fileno`, with the position; not an iterable of file
+        descriptors; more than ``max_fds``.
     """
-    fds = list(fds)
+    if type(fds) not in _LISTS and (
+        isinstance(fds, (str, bytes, bytearray, memoryview)) or hasattr(fds, "fileno")
+    ):
+        # Iterating bytes gives ints, which would be taken for file descriptors, and iterating a
+        # file reads from it.
+        raise TypeError(_not_iterable(fds))
+    try:
+        owners = list(fds)
+    except TypeError:
+        if hasattr(fds, "__iter__"):
+            # The generator itself has raised.
+            raise
+        raise TypeError(_not_iterable(fds)) from None
     numbers: array[int] = array("i")
-    # 253 ints in 9 us; one by one they take 31.
-    if set(map(type, fds)) == {int}:
+    # 253 ints in 9 us; one by one they take 31 us.
+    if set(map(type, owners)) == {int}:
         try:  # noqa: SIM105 - on the path of every message
-            numbers = array("i", fds)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            numbers = array("i", owners)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
         except OverflowError:
-            # Which of them it is, is said below.
+            # _one_by_one() says which one it is.
             pass
     if not numbers or not none_negative(numbers.tobytes()):
-        numbers = array("i", _one_by_one(fds))
-    if most is not None and len(numbers) > most:
+        numbers = array("i", _one_by_one(owners))
+    if max_fds is not None and len(numbers) > max_fds:
         raise ValueError(
-            f"one message carries at most {most} descriptors, not {len(numbers)}; send_fds() "
-            "sends any number, in several messages"
+            f"fds: expected at most {max_fds} file descriptors for one message, got "
+            f"{len(numbers)}; send_fds() sends any number, in several messages"
         )
-    return numbers
+    return numbers, owners
+
+
+def _not_iterable(fds: object) -> str:
+    return f"fds must be an iterable of file descriptors, got {type(fds).__name__}"
 
 
 def _one_by_one(fds: list[FileDescriptor]) -> Iterator[int]:
     for position, fd in enumerate(fds):
         try:
-            yield descriptor_number(fd)
+            yield fileno(fd)
         except (TypeError, ValueError) as exc:
-            raise type(exc)(f"at position {position}: {exc}") from exc
+            kind = TypeError if isinstance(exc, TypeError) else ValueError
+            raise kind(f"fds[{position}]: {exc}") from exc
 
 
-def check_open(number: int) -> None:
-    """Raise unless a descriptor is open.
+def none_negative(numbers: bytes) -> bool:
+    """Whether none of these native ints is negative: 0.2 us for 253, where min() takes 3 us."""
+    return numbers[_SIGN_BYTE::4].isascii()
+
+
+def check_open(numbers: Iterable[int]) -> None:
+    """Raise unless all file descriptors are open.
+
+    This asks with F_GETFD, which never blocks. poll(2) and fstat(2) ask the file itself, and a
+    FUSE file waits for its server, which may never answer.
 
     Raises:
-      OSError: EBADF.
+      SendError: EBADF.
     """
+    get_inheritable, number = os.get_inheritable, -1
     try:
-        os.get_inheritable(number)
+        for number in set(numbers):
+            # It calls fcntl(F_GETFD).
+            get_inheritable(number)
     except OSError as exc:
-        raise OSError(exc.errno, f"descriptor {number} is closed; nothing was sent") from exc
+        raise SendError(
+            errno.EBADF, f"file descriptor {number} is closed; nothing was sent"
+        ) from exc
 
 
-def check_all_open(numbers: Sequence[int]) -> None:
-    """Raise unless all of them are open; with one poll(2), where one by one takes a call each.
+def duplicate(numbers: Iterable[int]) -> tuple[array[int], list[int]]:
+    """Duplicate file descriptors; one that is there several times is duplicated once.
+
+    Returns:
+      The duplicates, in the order of ``numbers``, and a list with each of them once, which
+      the caller owns; close them with :func:`._closing.close_fds`.
 
     Raises:
-      OSError: EBADF.
+      OSError: EBADF, EMFILE; nothing stays open.
     """
-    poll = select.poll()
-    for number in set(numbers):
-        poll.register(number, 0)
+    copies: dict[int, int] = {}
     try:
-        suspects: Sequence[int] = [number for number, _ in poll.poll(0)]
+        for number in numbers:
+            if number not in copies:
+                copies[number] = os.dup(number)
     except OSError:
-        # More than RLIMIT_NOFILE, which may have been lowered since.
-        suspects = numbers
-    for number in suspects:
-        check_open(number)
+        _closing.close_fds(copies.values())
+        raise
+    return array("i", map(copies.__getitem__, numbers)), list(copies.values())

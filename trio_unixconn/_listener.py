@@ -20,7 +20,7 @@ from trio.lowlevel import enable_ki_protection
 from . import _bind, _kernel
 from ._address import UnixSocketAddress
 from ._connection import UnixConnection
-from ._fds import descriptor_number
+from ._fds import fileno
 from ._owner import DescriptorOwner
 from ._paths import describe_bind_error
 from ._policy import admit_or_close
@@ -115,7 +115,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         """
         if type(fd) is not int:
             raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = descriptor_number(fd)
+        number = fileno(fd)
         try:
             sock = stdlib_socket.socket(fileno=number)
         except OSError as exc:

@@ -85,7 +85,7 @@ class UnixFDMessage(DescriptorOwner):
           TypeError, ValueError: not a descriptor.
           OSError: EBADF or EMFILE.
         """
-        self.fd_list.append(_fds.descriptor_number(fd))
+        self.fd_list.append(_fds.fileno(fd))
 
     def get_fd_list(self) -> UnixFDList:
         """Return the list, which stays this message's."""
@@ -118,9 +118,8 @@ class UnixFDMessage(DescriptorOwner):
           ValueError: more descriptors than one message carries.
           NotSupportedError: the platform passes none.
         """
-        return _ancillary.rights_of(
-            _fds.descriptor_numbers(self.fd_list, _ancillary.MOST_DESCRIPTORS)
-        )
+        numbers, _ = _fds.filenos(self.fd_list, _ancillary.MOST_DESCRIPTORS)
+        return _ancillary.pack_rights(numbers)
 
     @classmethod
     def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixFDMessage | None:
@@ -174,7 +173,7 @@ class UnixCredentialsMessage:
         Raises:
           NotSupportedError: a process cannot send credentials on this platform.
         """
-        return _ancillary.credentials(self.credentials)
+        return _ancillary.pack_credentials(self.credentials)
 
     @classmethod
     def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixCredentialsMessage | None:

@@ -1,7 +1,19 @@
-"""Sending: one sendmsg, one scheduling point, and waiting for room.
+"""Sending: the only calls of sendmsg, and waiting until the socket can be written to.
 
-The rule of this file: a descriptor's number never crosses an await, but as a duplicate of our
-own; control messages go once, with the first byte. Only this file calls sendmsg.
+Invariants: the number of a file descriptor never crosses a scheduling point, except as our own
+duplicate, because the caller may close the original while a send waits, and the number may then
+mean another file. Control messages are sent once, with the first byte. After every scheduling
+point the socket is looked at again: another task may have closed or detached it.
+
+How a send proceeds: most are one sendmsg and one scheduling point, which ``send``, ``send_fds``
+and ``send_all`` do themselves. What the kernel did not take at once becomes a _SendProgress, and
+``_send_later`` alternates between waiting and ``advance`` until everything is sent:
+
+    advance -> 0        everything is sent
+            -> EAGAIN   the socket is full, or took a part: poll(2) says when to go on
+            -> others   a resource is exhausted, while poll(2) says that the socket is writable:
+                        sleep, for longer each time, and for RETRY_TIMEOUT at the most
+            raises      the kernel rejects the message
 
 Sources: unix(7), sendmsg(2)
 """
@@ -9,7 +21,6 @@ Sources: unix(7), sendmsg(2)
 from __future__ import annotations
 
 import errno
-import os
 import socket as stdlib_socket
 from array import array
 from typing import TYPE_CHECKING, Final
@@ -26,44 +37,128 @@ from trio.lowlevel import (
 from . import _ancillary, _kernel
 from ._buffers import bytes_of
 from ._cancellable import checkpoint_cancellable, sleep_cancellable, wait_cancellable
-from ._fdlist import UnixFDList
-from ._socket import FAILURES, ConnectedSocket
-from .errors import (
-    ConnectionBusyError,
-    OperationCancelled,
-    UnixConnectionError,
-)
+from ._closing import close_fds
+from ._fds import duplicate
+from ._socket import FAILURES, RETRY_TIMEOUT, ConnectedSocket, limit_error, with_sent
+from .errors import ConnectionBrokenError, ConnectionBusyError, OperationCancelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._ancillary import ControlMessage
+    from ._ancillary import SentCredentials
+    from ._buffers import Buffer
     from ._cancellable import Cancellable
 
 # A byte must travel with a control message on a stream; Gio sends NUL.
-_ONE_BYTE: Final = [b"\0"]
-# MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
+NUL: Final = b"\0"
+_BURST_DATA: Final = [NUL]
+# MSG_DONTWAIT, because every process that shares the socket can clear its O_NONBLOCK.
 _FLAGS: Final = _kernel.MSG_NOSIGNAL | _kernel.MSG_DONTWAIT
 
-# The kernel cannot take the message now. After EAGAIN poll says when it can, after the others
-# not: too many of our descriptors wait in sockets for their receivers (ETOOMANYREFS), or
-# memory is short.
-_TRY_LATER: Final = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
-_FULL: Final = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-_FIRST_PAUSE: Final = 0.001
-_LONGEST_PAUSE: Final = 0.1
+# The kernel cannot take the message now. ETOOMANYREFS: too many file descriptors of this user
+# are in flight. The socket polls writable with all of them but EAGAIN.
+_RETRYABLE: Final = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
+INITIAL_BACKOFF: Final = 0.001
+MAX_BACKOFF: Final = 0.1
 
 
 class _SendProgress:
-    """Descriptors that go in messages of so many each, and how many have gone."""
+    """One message, or plain bytes, and how much of it is sent.
 
-    __slots__ = ("numbers", "per_message", "sent")
+    Attributes:
+      sent, total: in bytes; of a burst, in file descriptors.
+      is_message: whether sending only a part of it breaks the stream.
+      fds: the caller's numbers; once a message has had to wait, duplicates.
+    """
 
-    def __init__(self, numbers: array[int], per_message: int) -> None:
-        # Once this has had to wait, duplicates.
-        self.numbers = numbers
+    __slots__ = ("credentials", "data", "fds", "is_message", "sent", "total")
+
+    unit = "bytes"
+
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        fds: Sequence[int] = (),
+        credentials: SentCredentials | None = None,
+        *,
+        sent: int = 0,
+        is_message: bool = True,
+    ) -> None:
+        self.data = data
+        self.fds: Sequence[int] = fds
+        self.credentials: SentCredentials | None = credentials
+        self.is_message = is_message
+        self.sent = sent
+        self.total = len(data)
+
+    def advance(self, raw: stdlib_socket.socket) -> int:
+        """Send what the kernel takes; return 0 if that was all, or the errno of its refusal.
+
+        Raises:
+          OSError: trying again would not help.
+        """
+        try:
+            if self.sent:
+                with memoryview(self.data)[self.sent :] as rest:
+                    self.sent += raw.send(rest, _FLAGS)
+            else:
+                messages = _ancillary.pack(self.fds, self.credentials)
+                self.sent = raw.sendmsg([self.data], messages, _FLAGS)
+        except OSError as exc:
+            if exc.errno not in _RETRYABLE:
+                raise
+            return exc.errno
+        return 0 if self.sent == self.total else errno.EAGAIN
+
+    def hold(self) -> list[int]:
+        """Go on with duplicates of the file descriptors; return those, which the caller owns.
+
+        Raises:
+          OSError: EBADF, EMFILE.
+        """
+        if self.sent:
+            return []
+        self.fds, owned = duplicate(self.fds)
+        return owned
+
+
+class _BurstProgress(_SendProgress):
+    """Messages of one byte, each with ``per_message`` file descriptors, and how many are sent.
+
+    Attributes:
+      numbers: as ``fds``; once this has had to wait, those that are not sent are duplicates.
+    """
+
+    __slots__ = ("numbers", "per_message")
+
+    unit = "file descriptors"
+
+    def __init__(self, fds: array[int], per_message: int) -> None:
+        super().__init__(NUL, fds, is_message=False)
+        self.numbers = fds
         self.per_message = per_message
-        self.sent = 0
+        self.total = len(fds)
+
+    def advance(self, raw: stdlib_socket.socket) -> int:
+        """Send until everything is sent or the kernel refuses; see the base class."""
+        sendmsg, fds, count = raw.sendmsg, self.numbers, self.per_message
+        level, kind = _kernel.required(_ancillary.RIGHTS, "control message for file descriptors")
+        for position in range(self.sent, len(fds), count):
+            try:
+                sendmsg(_BURST_DATA, [(level, kind, fds[position : position + count])], _FLAGS)
+            except OSError as exc:
+                self.sent = position
+                if exc.errno not in _RETRYABLE:
+                    raise
+                return exc.errno
+        self.sent = len(fds)
+        return 0
+
+    def hold(self) -> list[int]:
+        """Go on with duplicates of those that are not sent; see the base class."""
+        rest, owned = duplicate(self.numbers[self.sent :])
+        self.numbers = self.numbers[: self.sent] + rest
+        return owned
 
 
 class Sender(ConnectedSocket):
@@ -73,227 +168,162 @@ class Sender(ConnectedSocket):
       busy: whether a task is sending.
     """
 
-    __slots__ = ("_half_sent", "busy")
+    __slots__ = ("_cut", "busy")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
-        # Whether a message stopped in the middle, behind which nothing makes sense.
-        self._half_sent = False
+        # How many bytes of a message were sent that was then cut off; 0 if none was. The peer
+        # would take what follows for the rest of it.
+        self._cut = 0
 
     @enable_ki_protection
     async def send(
         self,
         data: bytes | memoryview,
-        messages: list[ControlMessage],
+        fds: Sequence[int],
+        credentials: SentCredentials | None,
         cancellable: Cancellable | None,
-        fds: Sequence[int] = (),
     ) -> None:
-        """Send ``data`` with control messages, which carry ``fds``; mostly one sendmsg.
+        """Send one message: at least one byte, and what travels with the first of them.
 
-        The control messages go with the first byte. After a short write only the rest of the
-        data is sent, and if that fails or is cancelled, nothing can be sent any more.
+        After a short write only the rest of the data is sent. If that fails or is cancelled,
+        nothing can be sent any more.
         """
         if self.busy:
             raise _busy()
         self.busy = True
+        progress: _SendProgress | None = None
         try:
             if cancellable is not None:
                 await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
-            if self._half_sent:
-                self._check_whole()
+            if self._cut:
+                await self._refuse_after_cut()
+            sent, refusal = 0, errno.EAGAIN
             try:
-                sent = self.raw.sendmsg([data], messages, _FLAGS)
+                sent = self.raw.sendmsg([data], _ancillary.pack(fds, credentials), _FLAGS)
             except OSError as exc:
-                if exc.errno not in _TRY_LATER:
+                if exc.errno not in _RETRYABLE:
                     raise
-                sent = await self._send_later(exc, data, messages, cancellable, fds)
-            else:
+                refusal = exc.errno
+            if sent == len(data):
                 await cancel_shielded_checkpoint()
-            if sent < len(data):
-                self._half_sent = True
-                with memoryview(data)[sent:] as rest:
-                    await self._send_rest(rest, _FULL, cancellable)
-                self._half_sent = False
+            else:
+                progress = _SendProgress(data, fds, credentials, sent=sent)
+                await self._send_later(progress, refusal, cancellable)
         except FAILURES as exc:
-            gone = "a part was sent before" if self._half_sent else "nothing was sent"
-            raise await self.failed(exc, messages, gone) from exc
+            progress = progress or _SendProgress(data, fds, credentials)
+            raise await self.failed(exc, progress) from exc
         finally:
             self.busy = False
-
-    @enable_ki_protection
-    async def _send_later(
-        self,
-        refusal: OSError,
-        data: bytes | memoryview,
-        messages: list[ControlMessage],
-        cancellable: Cancellable | None,
-        fds: Sequence[int],
-    ) -> int:
-        # The caller may close the descriptors while we wait, and their numbers may then mean
-        # other files.
-        with UnixFDList() as duplicates:
-            for fd in fds:
-                duplicates.append(fd)
-            if fds:
-                others = [each for each in messages if each[1] != _kernel.SCM_RIGHTS]
-                messages = [*others, _ancillary.rights(*duplicates)]
-            pause = _FIRST_PAUSE
-            while True:
-                pause = await self._wait_for_room(refusal, pause, cancellable)
-                try:
-                    return self.raw.sendmsg([data], messages, _FLAGS)
-                except OSError as exc:
-                    if exc.errno not in _TRY_LATER:
-                        raise
-                    refusal = exc
-
-    async def _send_rest(
-        self, rest: memoryview, refusal: OSError, cancellable: Cancellable | None
-    ) -> None:
-        pause, sent = _FIRST_PAUSE, 0
-        while sent < len(rest):
-            pause = await self._wait_for_room(refusal, pause, cancellable)
-            with rest[sent:] as now:
-                try:
-                    sent += self.raw.send(now, _FLAGS)
-                except OSError as exc:
-                    if exc.errno not in _TRY_LATER:
-                        raise
-                    refusal = exc
-                else:
-                    refusal = _FULL
 
     @enable_ki_protection
     async def send_fds(
-        self, numbers: array[int], per_message: int, cancellable: Cancellable | None
+        self, fds: array[int], per_message: int, cancellable: Cancellable | None
     ) -> int:
-        """Send descriptors in messages of a byte each; many for one checkpoint.
+        """Send file descriptors in messages of one byte each; many for one checkpoint.
 
         Returns:
-          How many descriptors went: all, or fewer if trio's cancellation came in between,
-          which then is seen at the next checkpoint.
+          How many were sent: all, or fewer if trio's cancellation interrupted it, which the
+          next checkpoint then raises.
         """
-        self._begin_sending()
-        burst = _SendProgress(numbers, per_message)
+        self._begin()
+        progress = _BurstProgress(fds, per_message)
         try:
             if cancellable is not None:
                 await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
-            self._check_whole()
-            refusal = self._send_now(burst)
-            if refusal is None:
+            if self._cut:
+                await self._refuse_after_cut()
+            refusal = progress.advance(self.raw)
+            if not refusal:
                 await cancel_shielded_checkpoint()
             else:
-                await self._send_fds_later(burst, refusal, cancellable)
-            return burst.sent
+                try:
+                    await self._send_later(progress, refusal, cancellable)
+                except trio.Cancelled:
+                    # What the kernel has taken is not undone: the result is how many.
+                    if not progress.sent:
+                        raise
         except FAILURES as exc:
-            gone = burst.sent
-            said = f"{gone} descriptors were sent before" if gone else "nothing was sent"
-            error = await self.failed(exc, [_ancillary.rights_of(numbers[:per_message])], said)
-            if isinstance(error, UnixConnectionError):
-                error.sent = gone
-            raise error from exc
-        except OperationCancelled as exc:
-            exc.sent = burst.sent
-            raise
+            raise await self.failed(exc, progress) from exc
+        else:
+            return progress.sent
         finally:
             self.busy = False
 
-    def _send_now(self, burst: _SendProgress) -> OSError | None:
-        """Send until all has gone or the kernel refuses; return the refusal."""
-        sendmsg, numbers, count = self.raw.sendmsg, burst.numbers, burst.per_message
-        level, kind = _ancillary.required_rights()
-        for position in range(burst.sent, len(numbers), count):
-            try:
-                sendmsg(_ONE_BYTE, [(level, kind, numbers[position : position + count])], _FLAGS)
-            except OSError as exc:
-                burst.sent = position
-                if exc.errno not in _TRY_LATER:
-                    raise
-                return exc
-        burst.sent = len(numbers)
-        return None
-
-    @enable_ki_protection
-    async def _send_fds_later(
-        self, burst: _SendProgress, refusal: OSError | None, cancellable: Cancellable | None
-    ) -> None:
-        # One for each that is different, in a list that the UnixFDList owns as it grows.
-        made: list[int] = []
-        with UnixFDList.owning(made):
-            copies: dict[int, int] = {}
-            for fd in burst.numbers[burst.sent :]:
-                if fd not in copies:
-                    made.append(os.dup(fd))
-                    copies[fd] = made[-1]
-            # What has gone already stands in front, and is not looked at again.
-            burst.numbers = array("i", [copies.get(fd, fd) for fd in burst.numbers])
-            pause = _FIRST_PAUSE
-            while refusal is not None:
-                before = burst.sent
-                try:
-                    pause = await self._wait_for_room(refusal, pause, cancellable)
-                except trio.Cancelled:
-                    if not before:
-                        raise
-                    # What the kernel has taken is not undone: the answer is how many.
-                    return
-                refusal = self._send_now(burst)
-                if burst.sent > before:
-                    pause = _FIRST_PAUSE
-
-    async def _wait_for_room(
-        self, refusal: OSError, pause: float, cancellable: Cancellable | None
-    ) -> float:
-        """Wait until it makes sense to try again; return the pause for the next time."""
-        if refusal.errno == errno.EAGAIN:
-            await wait_cancellable(wait_writable, self.raw, cancellable)
-            return pause
-        # The socket polls writable all the while, so waiting for that would spin.
-        await sleep_cancellable(pause, cancellable)
-        return min(2 * pause, _LONGEST_PAUSE)
-
-    async def send_all(
-        self, data: bytes | bytearray | memoryview, cancellable: Cancellable | None = None
-    ) -> None:
+    async def send_all(self, data: Buffer, cancellable: Cancellable | None = None) -> None:
         """Send plain bytes, all of them."""
-        self._begin_sending()
+        self._begin()
+        progress: _SendProgress | None = None
         try:
-            if cancellable is not None:
-                await checkpoint_cancellable(cancellable)
-            await checkpoint_if_cancelled()
-            self._check_whole()
             with bytes_of(data) as view:
-                sent = 0
-                refusal: OSError = _FULL
+                if cancellable is not None:
+                    await checkpoint_cancellable(cancellable)
+                await checkpoint_if_cancelled()
+                if self._cut:
+                    await self._refuse_after_cut()
+                sent, refusal = 0, errno.EAGAIN
                 if not view:
                     self.check_open()
                 else:
                     try:
                         sent = self.raw.send(view, _FLAGS)
                     except OSError as exc:
-                        if exc.errno not in _TRY_LATER:
+                        if exc.errno not in _RETRYABLE:
                             raise
-                        refusal = exc
+                        refusal = exc.errno
                 if sent == len(view):
                     await cancel_shielded_checkpoint()
                 else:
-                    with view[sent:] as rest:
-                        await self._send_rest(rest, refusal, cancellable)
+                    progress = _SendProgress(view, sent=sent, is_message=False)
+                    await self._send_later(progress, refusal, cancellable)
         except FAILURES as exc:
-            raise await self.failed(exc) from exc
+            raise await self.failed(exc, progress) from exc
         finally:
             self.busy = False
 
+    async def _send_later(
+        self, progress: _SendProgress, refusal: int, cancellable: Cancellable | None
+    ) -> None:
+        """Wait and go on until everything is sent; see the top of this file."""
+        owned: list[int] = []
+        pause, deadline = INITIAL_BACKOFF, None
+        try:
+            owned = progress.hold()
+            while refusal:
+                if refusal == errno.EAGAIN:
+                    pause, deadline = INITIAL_BACKOFF, None
+                    await wait_cancellable(wait_writable, self.raw, cancellable)
+                else:
+                    now = trio.current_time()
+                    if deadline is None:
+                        deadline = now + RETRY_TIMEOUT
+                    elif now >= deadline:
+                        raise limit_error(refusal)
+                    await sleep_cancellable(pause, cancellable)
+                    pause = min(2 * pause, MAX_BACKOFF)
+                before = progress.sent
+                refusal = progress.advance(self.raw)
+                if progress.sent > before:
+                    pause, deadline = INITIAL_BACKOFF, None
+        except OperationCancelled as exc:
+            exc.sent = progress.sent
+            raise
+        finally:
+            # Closing can fail, or wait for a file server, and says nothing about the send.
+            close_fds(owned)
+            if progress.is_message and 0 < progress.sent < progress.total:
+                self._cut = progress.sent
+
     async def wait_writable(self) -> None:
-        """Wait until there is room to send."""
-        self._begin_sending()
+        """Wait until the socket can be written to."""
+        self._begin()
         try:
             await checkpoint_if_cancelled()
-            self.check_open()
-            self._check_whole()
+            if self._cut:
+                await self._refuse_after_cut()
             await wait_cancellable(wait_writable, self.raw, None)
         except FAILURES as exc:
             raise await self.failed(exc) from exc
@@ -301,12 +331,13 @@ class Sender(ConnectedSocket):
             self.busy = False
 
     async def send_eof(self) -> None:
-        """End the stream in this direction."""
-        self._begin_sending()
+        """Shut down this direction of the stream."""
+        self._begin()
         try:
             await checkpoint()
             self.check_open()
-            self._check_whole()
+            if self._cut:
+                await self._refuse_after_cut()
             if not self.socket.did_shutdown_SHUT_WR:
                 self.socket.shutdown(stdlib_socket.SHUT_WR)
         except FAILURES as exc:
@@ -314,18 +345,21 @@ class Sender(ConnectedSocket):
         finally:
             self.busy = False
 
-    def _begin_sending(self) -> None:
+    def _begin(self) -> None:
         if self.busy:
             raise _busy()
         self.busy = True
 
-    def _check_whole(self) -> None:
-        if self._half_sent:
-            raise BrokenPipeError(
-                errno.EPIPE,
-                "an earlier send_message() was cancelled, or failed, when a part of its bytes had "
-                "gone; nothing can be sent behind that; close this connection",
-            )
+    async def _refuse_after_cut(self) -> None:
+        await cancel_shielded_checkpoint()
+        self.check_open()
+        raise with_sent(
+            ConnectionBrokenError(
+                f"an earlier send_message() was cancelled or failed after {self._cut} bytes; the "
+                "peer would take anything else for the rest of that message; close this connection"
+            ),
+            self._cut,
+        )
 
 
 def _busy() -> ConnectionBusyError:

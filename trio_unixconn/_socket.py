@@ -1,7 +1,7 @@
 """One connected socket: whether it is open, and what its errors mean.
 
-Invariant: an error of the kernel is translated here and nowhere else, with the ``OSError`` as
-its cause, and says whether anything was sent.
+Invariant: every error of the kernel about a connection is translated here, with the ``OSError`` as
+its cause, and with how much had been sent.
 
 Sources: unix(7), sendmsg(2), recvmsg(2), trio's SocketStream
 """
@@ -9,38 +9,63 @@ Sources: unix(7), sendmsg(2), recvmsg(2), trio's SocketStream
 from __future__ import annotations
 
 import errno
-import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final
+import os
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint
 
-from . import _ancillary
 from ._owner import DescriptorOwner
 from .errors import (
     ConnectionBrokenError,
     ConnectionBusyError,
     ConnectionClosedError,
     DescriptorsRefusedError,
+    SendError,
+    UnixConnectionError,
 )
 
 if TYPE_CHECKING:
-    from ._ancillary import ControlMessage
+    import socket as stdlib_socket
+    from collections.abc import Sequence
+
+    from ._ancillary import SentCredentials
+    from ._credentials import Credentials
+
+_ErrorT = TypeVar("_ErrorT", bound=UnixConnectionError)
+
+# For how long a send is tried again when a resource is exhausted, in seconds.
+RETRY_TIMEOUT: Final = 30.0
 
 _PEER_GONE: Final = frozenset(
     {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN}
 )
 
-# Only on this list are errors that a caller can do something about.
-_SEND_PROBLEMS: Final[dict[int | None, str]] = {
-    errno.EBADF: "the descriptor to send is closed",
-    errno.EMFILE: "no descriptor is free to hold on to the one to send while waiting "
-    "(RLIMIT_NOFILE)",
-    errno.EPERM: "the kernel lets only a privileged process send credentials other than its own",
-    errno.ESRCH: "no process has the pid in these credentials",
-}
-
 FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError)
+
+
+class SendAttempt(Protocol):
+    """What a failed send tried to do, for its error.
+
+    Attributes:
+      sent, total, unit: how much was sent, of how much, in what.
+      is_message: whether it was one message, and not just bytes of a stream.
+    """
+
+    sent: int
+    total: int
+    credentials: SentCredentials | None
+    is_message: bool
+
+    @property
+    def fds(self) -> Sequence[int]:
+        """The file descriptors."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What ``sent`` counts."""
+        ...
 
 
 class ConnectedSocket(DescriptorOwner):
@@ -58,7 +83,7 @@ class ConnectedSocket(DescriptorOwner):
         self.raw: stdlib_socket.socket = raw
 
     def is_closed(self) -> bool:
-        """Whether this side has closed the socket."""
+        """Whether this side has closed or detached the socket."""
         return self.raw.fileno() == -1
 
     def check_open(self) -> None:
@@ -68,37 +93,118 @@ class ConnectedSocket(DescriptorOwner):
           ConnectionClosedError: this side has closed it.
         """
         if self.is_closed():
-            raise ConnectionClosedError("this connection is closed")
+            raise ConnectionClosedError(_CLOSED)
 
     async def failed(
         self,
         exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        messages: list[ControlMessage] | None = None,
-        gone: str = "nothing was sent",
-    ) -> Exception:
-        """Return the error to raise for ``exc``, after a checkpoint."""
-        error = self._translated(exc, messages, gone)
+        attempt: SendAttempt | None = None,
+    ) -> UnixConnectionError:
+        """Return the error to raise for ``exc``, after a checkpoint.
+
+        Args:
+          attempt: what could not be sent; None for other operations.
+        """
+        error = self._translated(exc, attempt)
+        if attempt is not None:
+            error.sent = attempt.sent
         await cancel_shielded_checkpoint()
         return error
 
     def _translated(
         self,
         exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        messages: list[ControlMessage] | None,
-        gone: str,
-    ) -> Exception:
+        attempt: SendAttempt | None,
+    ) -> UnixConnectionError:
         if isinstance(exc, trio.BusyResourceError):
-            return ConnectionBusyError("another task waits for the same socket")
+            return ConnectionBusyError("another task is waiting for the socket of this connection")
         if self.is_closed() or isinstance(exc, trio.ClosedResourceError):
-            return ConnectionClosedError("this connection is closed")
+            return ConnectionClosedError(_CLOSED)
         if exc.errno == errno.EPIPE and self.socket.did_shutdown_SHUT_WR:
-            return ConnectionClosedError("this side has sent its end of file (send_eof)")
-        if messages is None or exc.errno in _PEER_GONE:
-            return ConnectionBrokenError(f"the connection is broken: {exc}")
-        if exc.errno == errno.EPERM and not _ancillary.forged(messages):
-            return DescriptorsRefusedError(
-                errno.EPERM,
-                f"the peer takes no descriptors (SO_PASSRIGHTS is off at its end); {gone}, and "
-                "plain bytes still pass",
-            )
-        return OSError(exc.errno, f"{_SEND_PROBLEMS.get(exc.errno, exc.strerror)}; {gone}")
+            return ConnectionClosedError("cannot send after send_eof()")
+        if attempt is None or exc.errno in _PEER_GONE or not (attempt.is_message or attempt.fds):
+            # As trio's streams: every other error of plain bytes is a broken stream, too.
+            return ConnectionBrokenError(f"connection is broken: {exc}")
+        return _rejected(exc, attempt)
+
+
+_CLOSED: Final = "this connection is closed"
+
+
+def with_sent(error: _ErrorT, sent: int) -> _ErrorT:
+    """Return ``error`` with ``.sent``; a local variable for it would be a reference cycle."""
+    error.sent = sent
+    return error
+
+
+def _rejected(exc: OSError, attempt: SendAttempt) -> SendError:
+    """Return the error for a message that the kernel rejects, while the peer is still there."""
+    sent = f"{attempt.sent} of {attempt.total} {attempt.unit} were sent"
+    sent = sent if attempt.sent else "nothing was sent"
+    claimed = attempt.credentials
+    if claimed is not None and (claimed == "own" or _is_own(claimed)):
+        claimed = None
+    if exc.errno == errno.EPERM and attempt.fds and claimed is None:
+        return DescriptorsRefusedError(
+            errno.EPERM, f"peer does not accept file descriptors (SO_PASSRIGHTS=0); {sent}"
+        )
+    reason = exc.strerror
+    if exc.errno == errno.EPERM and claimed is not None:
+        reason = "only a privileged process can send credentials other than its own"
+        if attempt.fds:
+            reason += ", or the peer does not accept file descriptors (SO_PASSRIGHTS=0)"
+    elif exc.errno == errno.ESRCH and claimed is not None:
+        reason = "no process has the pid of these credentials"
+    elif exc.errno == errno.EMFILE:
+        reason = (
+            "no file descriptor is free for the duplicate that waits in place of the one to send "
+            f"(RLIMIT_NOFILE is {_nofile()}); raise the limit, or send fewer at a time"
+        )
+    elif exc.errno == errno.EBADF and attempt.fds:
+        reason = "a file descriptor to send is closed"
+    elif exc.errno == errno.EINVAL and attempt.fds:
+        reason = f"{reason}: the kernel does not send a file descriptor of this kind (io_uring)"
+    return SendError(exc.errno or 0, f"{reason}; {sent}")
+
+
+def _is_own(credentials: Credentials) -> bool:
+    """Whether a process without privileges can send these credentials."""
+    uids = os.getresuid() if hasattr(os, "getresuid") else (os.getuid(), os.geteuid())
+    gids = os.getresgid() if hasattr(os, "getresgid") else (os.getgid(), os.getegid())
+    return credentials.pid == os.getpid() and credentials.uid in uids and credentials.gid in gids
+
+
+def limit_error(number: int) -> OSError:
+    """Return the error for a resource that stayed exhausted for RETRY_TIMEOUT."""
+    if number == errno.ETOOMANYREFS:
+        reason = (
+            f"this user has more file descriptors in flight than RLIMIT_NOFILE ({_nofile()}) "
+            "allows, or sockets are nested too deeply; receive those in flight, or raise the limit"
+        )
+    elif number == errno.ENOBUFS:
+        reason = (
+            "the control message does not fit into the memory that net.core.optmem_max "
+            f"({_optmem_max()}) allows; raise it with sysctl, or send fewer file descriptors in "
+            "a message"
+        )
+    else:
+        reason = "the system is out of memory"
+    return OSError(
+        number, f"{os.strerror(number)}, and still so after {RETRY_TIMEOUT:g} s: {reason}"
+    )
+
+
+def _nofile() -> str:
+    try:
+        import resource  # noqa: PLC0415 - not on Windows
+    except ImportError:  # pragma: no cover - Windows
+        return "unknown"
+    return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _optmem_max() -> str:
+    try:
+        with open("/proc/sys/net/core/optmem_max", encoding="ascii") as file:
+            return f"{file.read().strip()} bytes"
+    except OSError:
+        return "unknown"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from typing import ClassVar
+from typing import Final
 
 import trio
 
@@ -33,6 +33,7 @@ __all__ = [
     "PeerDeniedError",
     "PeerGoneError",
     "PoolClosedError",
+    "SendError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnectionError",
@@ -101,15 +102,27 @@ class IOErrorEnum(enum.IntEnum):
     DESTINATION_UNSET = 48
 
 
+# g_io_error_from_errno() of the errors that sending can have; the others are FAILED.
+_CODES: Final = {
+    errno.EPERM: IOErrorEnum.PERMISSION_DENIED,
+    errno.EACCES: IOErrorEnum.PERMISSION_DENIED,
+    errno.EINVAL: IOErrorEnum.INVALID_ARGUMENT,
+    errno.EMFILE: IOErrorEnum.TOO_MANY_OPEN_FILES,
+    errno.ENFILE: IOErrorEnum.TOO_MANY_OPEN_FILES,
+    errno.ENOMEM: IOErrorEnum.NO_SPACE,
+}
+
+
 class UnixConnectionError(Exception):
     """Base of every error that this library defines.
 
     Attributes:
-      code: what Gio calls this situation.
-      sent: of an error out of ``send_fds``, how many descriptors had gone by then.
+      code: Gio's code for this error.
+      sent: of an error of a send method, how much had been sent before: file descriptors for
+        ``send_fds``, bytes for all others.
     """
 
-    code: ClassVar[IOErrorEnum] = IOErrorEnum.FAILED
+    code: IOErrorEnum = IOErrorEnum.FAILED
     sent: int = 0
 
 
@@ -199,8 +212,52 @@ class DescriptorsTruncatedError(UnixConnectionError, OSError):
         )
 
 
-class DescriptorsRefusedError(UnixConnectionError, PermissionError):
-    """The peer takes no descriptors (it set ``SO_PASSRIGHTS`` to 0); plain data still flows."""
+class SendError(UnixConnectionError, OSError):
+    """The kernel rejected what was to be sent; the connection is still usable if ``sent`` is 0.
+
+    The ``errno`` says why: EBADF, a file descriptor to send is closed; EMFILE, no file descriptor
+    is free for the duplicate that a waiting send needs; EINVAL, a file descriptor that cannot be
+    sent (io_uring); ETOOMANYREFS, ENOBUFS or ENOMEM, a limit that was not lifted in time. As with
+    ``OSError`` itself, EPERM gives a ``PermissionError`` and ESRCH a ``ProcessLookupError``: the
+    credentials to send are not this process's own.
+
+    If a part of a message was sent, the next send raises ConnectionBrokenError.
+
+    Attributes:
+      sent: how much had been sent before: file descriptors for ``send_fds``, bytes for all others.
+      code: Gio's code for the ``errno``.
+    """
+
+    def __new__(cls, number: int = 0, *args: object) -> SendError:  # noqa: PYI034 - a subclass
+        """Return an instance of the subclass for this ``errno``, as ``OSError`` does."""
+        if cls is SendError:
+            cls = _SEND_ERRORS.get(number, cls)  # noqa: PLW0642 - as OSError itself does
+        return super().__new__(cls, number, *args)
+
+    def __init__(self, number: int = 0, *args: object) -> None:
+        super().__init__(number, *args)
+        self.code = _CODES.get(self.errno or 0, IOErrorEnum.FAILED)
+
+
+class _SendPermissionError(SendError, PermissionError):
+    """A SendError with EPERM."""
+
+
+class _SendProcessLookupError(SendError, ProcessLookupError):
+    """A SendError with ESRCH."""
+
+
+_SEND_ERRORS: Final[dict[int, type[SendError]]] = {
+    errno.EPERM: _SendPermissionError,
+    errno.ESRCH: _SendProcessLookupError,
+}
+
+
+class DescriptorsRefusedError(SendError, PermissionError):
+    """The peer does not accept file descriptors (``SO_PASSRIGHTS`` is 0 there).
+
+    Plain data still flows.
+    """
 
     code = IOErrorEnum.PERMISSION_DENIED
 

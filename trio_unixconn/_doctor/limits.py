@@ -68,7 +68,7 @@ def _most_in_a_message() -> Limit:
             try:
                 # Each to a socket of its own, which is closed with what waits there.
                 with Lab() as attempt:
-                    attempt.send(attempt.pair()[0], _ancillary.rights(*[lab.file()] * count))
+                    attempt.send(attempt.pair()[0], _ancillary.pack_rights([lab.file()] * count))
                 taken = count
             except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported
                 error, refused = exc, count

@@ -58,7 +58,7 @@ def descriptor(lab: Lab) -> str:
     """A descriptor arrives, on the same open file."""
     one, two = lab.pair()
     sent = lab.file()
-    lab.send(one, _ancillary.rights(sent))
+    lab.send(one, _ancillary.pack_rights([sent]))
     (came,) = lab.receive(two).fds
     expect(os.path.sameopenfile(sent, came), "another file arrived")
     return "an open file passed"
@@ -68,7 +68,7 @@ def most_descriptors(lab: Lab) -> str:
     """As many descriptors as the library counts on go in one message."""
     one, _ = lab.pair()
     most = _kernel.SCM_MAX_FD
-    lab.send(one, _ancillary.rights(*[lab.file()] * most))
+    lab.send(one, _ancillary.pack_rights([lab.file()] * most))
     return f"a message with {most} was taken"
 
 
@@ -76,7 +76,7 @@ def close_on_exec(lab: Lab) -> str:
     """A descriptor arrives close-on-exec in one step."""
     expect(_kernel.MSG_CMSG_CLOEXEC != 0, "this Python has no MSG_CMSG_CLOEXEC")
     one, two = lab.pair()
-    lab.send(one, _ancillary.rights(lab.file()))
+    lab.send(one, _ancillary.pack_rights([lab.file()]))
     (came,) = lab.receive(two, _kernel.MSG_CMSG_CLOEXEC).fds
     expect(not os.get_inheritable(came), "a descriptor arrived inheritable")
     return "a descriptor arrived close-on-exec"
@@ -87,7 +87,7 @@ def truncation(lab: Lab) -> str:
     import resource  # noqa: PLC0415 - not on Windows
 
     one, two = lab.pair()
-    lab.send(one, _ancillary.rights(lab.file()))
+    lab.send(one, _ancillary.pack_rights([lab.file()]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(one.fileno())
     os.close(lowest)
@@ -108,7 +108,7 @@ def refused_descriptors(lab: Lab) -> str:
     two.setsockopt(_kernel.SOL_SOCKET, option, 0)
     expect_error(
         PermissionError,
-        lambda: lab.send(one, _ancillary.rights(lab.file())),
+        lambda: lab.send(one, _ancillary.pack_rights([lab.file()])),
         "a descriptor was taken all the same",
     )
     lab.send(one)
@@ -128,7 +128,7 @@ def sent_credentials(lab: Lab) -> str:
     """Credentials that a process sends arrive."""
     one, two = lab.pair()
     two.setsockopt(_kernel.SOL_SOCKET, _passcred(), 1)
-    lab.send(one, _ancillary.credentials(Credentials()))
+    lab.send(one, _ancillary.pack_credentials(Credentials()))
     came = lab.receive(two).credentials
     expect(came == [Credentials()], f"{came} came where {Credentials()} was sent")
     return f"pid {came[0].pid}, uid {came[0].uid}, gid {came[0].gid} came with a byte"

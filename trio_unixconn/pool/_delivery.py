@@ -21,7 +21,7 @@ import trio
 from .. import _kernel
 from .._buffers import bytes_of
 from .._connection import UnixConnection
-from .._fds import check_open, descriptor_number
+from .._fds import check_open, fileno
 from .._fdtypes import DescriptorKind, kind_of
 from .._owner import DescriptorOwner
 from .._receiver import RefusingReceiver
@@ -192,8 +192,8 @@ def take_over(what: Submitted) -> tuple[int, int]:
     if isinstance(what, stdlib_socket.socket):
         form = _form_of(what.fileno())
         return what.detach(), form
-    number = descriptor_number(what)
-    check_open(number)
+    number = fileno(what)
+    check_open([number])
     form = _form_of(number)
     if isinstance(what, int):
         return number, form
