@@ -1,11 +1,13 @@
-"""Cancellable by itself: flag, callbacks, descriptor, stack of current ones, scopes."""
+"""Cancellable by itself: flag, callbacks, file descriptor, stack of current ones, scopes."""
 
 from __future__ import annotations
 
 import gc
 import os
 import select
+import signal
 import threading
+import warnings
 
 import pytest
 import trio
@@ -18,8 +20,8 @@ def readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
 
 
-def test_flag() -> None:
-    """It fires once, says so, and can be reset."""
+def test_cancel_is_cancelled_reset() -> None:
+    """cancel() sets the flag, a second time changes nothing, and reset() clears it."""
     cancellable = Cancellable()
     assert not cancellable.is_cancelled()
     cancellable.raise_if_cancelled()
@@ -34,8 +36,8 @@ def test_flag() -> None:
     assert not cancellable.is_cancelled()
 
 
-def test_callbacks() -> None:
-    """Connected callbacks run once for each time it fires, in order, with their data."""
+def test_connect() -> None:
+    """Connected callbacks run once for each cancellation, in order, with their data."""
     cancellable = Cancellable()
     calls: list[tuple[object, ...]] = []
     first = cancellable.connect(lambda *data: calls.append(data), 1, 2)
@@ -51,8 +53,8 @@ def test_callbacks() -> None:
     assert calls[2:] == [(cancellable,)]
 
 
-def test_connect_after_the_fact() -> None:
-    """A callback connected to a fired Cancellable runs at once, and the id is 0."""
+def test_connect_to_a_cancelled_one() -> None:
+    """A callback connected to a cancelled Cancellable runs immediately, and the id is 0."""
     cancellable = Cancellable()
     cancellable.cancel()
     calls: list[object] = []
@@ -61,14 +63,14 @@ def test_connect_after_the_fact() -> None:
     cancellable.disconnect(0)
 
 
-def test_disconnect_unknown() -> None:
+def test_disconnect_rejects_unknown_id() -> None:
     """An id that is not connected is a ValueError."""
     with pytest.raises(ValueError, match="id 7"):
         Cancellable().disconnect(7)
 
 
-def test_callback_that_raises() -> None:
-    """Every callback runs, whatever the others raise, and every exception comes out."""
+def test_cancel_raises_what_callbacks_raised() -> None:
+    """Every callback runs, whatever the others raise, and every exception is raised."""
     cancellable = Cancellable()
     calls: list[str] = []
 
@@ -90,8 +92,9 @@ def test_callback_that_raises() -> None:
     assert cancellable.is_cancelled()
 
 
-def test_disconnect_waits_for_the_callback() -> None:
-    """disconnect() returns only when a callback that runs in another thread has ended."""
+@pytest.mark.parametrize("wait", ["disconnect", "reset"])
+def test_disconnect_and_reset_wait_for_the_callback(wait: str) -> None:
+    """disconnect() and reset() return only after a callback in another thread has returned."""
     cancellable = Cancellable()
     running, go_on = threading.Event(), threading.Event()
     ended: list[bool] = []
@@ -107,10 +110,99 @@ def test_disconnect_waits_for_the_callback() -> None:
     assert running.wait(30)
     helper = threading.Timer(0.01, go_on.set)
     helper.start()
-    cancellable.disconnect(number)
+    if wait == "reset":
+        cancellable.reset()
+    else:
+        cancellable.disconnect(number)
+    assert ended == [True]
+    assert cancellable.is_cancelled() == (wait == "disconnect")
+    thread.join()
+    helper.join()
+
+
+def test_reset_waits_for_a_callback_that_connect_runs() -> None:
+    """A callback that connect() runs immediately counts as a running callback."""
+    cancellable = Cancellable()
+    cancellable.cancel()
+    running, go_on = threading.Event(), threading.Event()
+    ended: list[bool] = []
+
+    def slow(_: Cancellable) -> None:
+        running.set()
+        assert go_on.wait(30)
+        ended.append(True)
+
+    thread = threading.Thread(target=cancellable.connect, args=[slow])
+    thread.start()
+    assert running.wait(30)
+    helper = threading.Timer(0.01, go_on.set)
+    helper.start()
+    cancellable.reset()
     assert ended == [True]
     thread.join()
     helper.join()
+
+
+def test_reset_within_a_callback() -> None:
+    """From within a callback neither reset() nor disconnect() blocks, whatever others run."""
+    cancellable = Cancellable()
+    inner, done = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def callback(it: Cancellable) -> None:
+        calls.append("called")
+        it.reset()
+        if len(calls) == 1:
+            # A second thread runs callbacks too, and both reset and disconnect in them.
+            thread = threading.Thread(target=it.cancel)
+            thread.start()
+            assert inner.wait(30)
+            it.reset()
+            it.disconnect(it.connect(print))
+            done.set()
+            thread.join(30)
+            assert not thread.is_alive()
+        else:
+            inner.set()
+            assert done.wait(30)
+            it.reset()
+
+    cancellable.connect(callback)
+    cancellable.cancel()
+    assert calls == ["called"] * 2
+    assert not cancellable.is_cancelled()
+
+
+def test_reset_of_another_one_does_not_wait() -> None:
+    """reset() waits for callbacks of its own Cancellable only."""
+    one, two = Cancellable(), Cancellable()
+    running, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Cancellable) -> None:
+        running.set()
+        assert go_on.wait(30)
+
+    one.connect(slow)
+    two.cancel()
+    thread = threading.Thread(target=one.cancel)
+    thread.start()
+    assert running.wait(30)
+    two.reset()
+    assert not two.is_cancelled()
+    go_on.set()
+    thread.join()
+
+
+def test_disconnect_of_a_later_callback() -> None:
+    """A callback that an earlier one disconnects does not run."""
+    cancellable = Cancellable()
+    calls: list[str] = []
+    ids: list[int] = []
+    cancellable.connect(lambda it: it.disconnect(ids[0]))
+    ids.append(cancellable.connect(lambda _: calls.append("disconnected")))
+    cancellable.connect(lambda _: calls.append("last"))
+    cancellable.cancel()
+    assert calls == ["last"]
 
 
 def test_disconnect_within_the_callback() -> None:
@@ -123,11 +215,12 @@ def test_disconnect_within_the_callback() -> None:
         cancellable.disconnect(numbers[0])
 
 
-def test_descriptor() -> None:
-    """The descriptor polls readable exactly while the Cancellable is fired."""
+def test_get_fd() -> None:
+    """The file descriptor polls readable exactly while the Cancellable is cancelled."""
     cancellable = Cancellable()
     fd = cancellable.get_fd()
     assert not os.get_inheritable(fd)
+    assert not os.get_blocking(fd)
     assert cancellable.get_fd() == fd
     assert not readable(fd)
     cancellable.cancel()
@@ -144,8 +237,8 @@ def test_descriptor() -> None:
         cancellable.release_fd()
 
 
-def test_descriptor_of_a_fired_one() -> None:
-    """The descriptor of a Cancellable that has fired is readable from the start."""
+def test_get_fd_of_a_cancelled_one() -> None:
+    """The file descriptor of a cancelled Cancellable is readable from the start."""
     cancellable = Cancellable()
     cancellable.cancel()
     assert readable(cancellable.get_fd())
@@ -153,8 +246,57 @@ def test_descriptor_of_a_fired_one() -> None:
     assert not readable(cancellable.get_fd())
 
 
-def test_descriptor_nobody_released() -> None:
-    """A descriptor that was not given back is closed with its Cancellable."""
+def test_get_fd_shared_after_a_fork() -> None:
+    """Whatever another process wrote or read through the same pipe, no method blocks or raises."""
+    cancellable = Cancellable()
+    fd = cancellable.get_fd()
+    assert cancellable._pipe is not None
+    # What children do that share the pipe: one resets first, many cancel.
+    cancellable.cancel()
+    os.read(fd, 1)
+    cancellable.reset()
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(cancellable._pipe[1], bytes(4096))
+    cancellable.cancel()
+    assert readable(fd)
+    cancellable.reset()
+    assert not readable(fd)
+    cancellable.release_fd()
+
+
+def test_reset_in_a_forked_child_while_a_callback_runs() -> None:
+    """In a child process there is no thread that could still run a callback: reset() returns."""
+    cancellable = Cancellable()
+    running, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Cancellable) -> None:
+        running.set()
+        assert go_on.wait(30)
+
+    cancellable.connect(slow)
+    thread = threading.Thread(target=cancellable.cancel)
+    thread.start()
+    assert running.wait(30)
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks in processes with threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if not pid:
+        try:
+            signal.alarm(30)
+            cancellable.reset()
+            os._exit(int(cancellable.is_cancelled()))
+        finally:
+            os._exit(9)
+    assert os.waitpid(pid, 0)[1] == 0
+    go_on.set()
+    thread.join()
+    assert cancellable.is_cancelled()
+
+
+def test_get_fd_never_released() -> None:
+    """A file descriptor that was not released is closed with its Cancellable."""
     cancellable = Cancellable()
     fd = cancellable.get_fd()
     del cancellable
@@ -163,7 +305,7 @@ def test_descriptor_nobody_released() -> None:
         os.fstat(fd)
 
 
-async def test_current() -> None:
+async def test_push_current_and_pop_current() -> None:
     """push_current and pop_current nest, and belong to the task."""
     assert Cancellable.get_current() is None
     one, two = Cancellable(), Cancellable()
@@ -189,18 +331,18 @@ async def test_current() -> None:
 
 
 async def test_scope() -> None:
-    """Trio code under a scope ends with OperationCancelled when the Cancellable fires."""
+    """Cancelling the Cancellable cancels trio code in its scope, with OperationCancelled."""
     cancellable = Cancellable()
     with pytest.raises(OperationCancelled), cancellable.scope() as scope:
         cancellable.cancel()
         assert scope.cancel_called
         await trio.sleep_forever()
     with pytest.raises(OperationCancelled), cancellable.scope():
-        raise AssertionError("the block of a fired Cancellable must not begin")
+        raise AssertionError("the block of a cancelled Cancellable must not begin")
 
 
-async def test_scope_that_ends_in_time() -> None:
-    """A block without a checkpoint behind the firing is not ended, and its value not lost."""
+async def test_scope_without_a_checkpoint() -> None:
+    """A block without a checkpoint after the cancellation completes, and its value is not lost."""
     cancellable = Cancellable()
     with cancellable.scope():
         await trio.lowlevel.checkpoint()
@@ -208,7 +350,7 @@ async def test_scope_that_ends_in_time() -> None:
     assert cancellable.is_cancelled()
 
 
-async def test_targets_own_cancellation() -> None:
+async def test_scope_cancelled_by_trio() -> None:
     """scope.cancel() and deadlines stay trio's: the block ends without an error."""
     cancellable = Cancellable()
     with cancellable.scope() as scope:
@@ -218,8 +360,8 @@ async def test_targets_own_cancellation() -> None:
     assert not cancellable.is_cancelled()
 
 
-async def test_outer_cancellation() -> None:
-    """An outer cancellation goes through, also when the Cancellable fired as well."""
+async def test_scope_in_a_cancelled_scope() -> None:
+    """An outer cancellation propagates, even if the Cancellable is cancelled as well."""
     cancellable = Cancellable()
     with trio.CancelScope() as outer:
         with cancellable.scope():
@@ -230,16 +372,16 @@ async def test_outer_cancellation() -> None:
     assert outer.cancelled_caught
 
 
-async def test_exceptions_go_through_a_scope() -> None:
-    """An exception of the block stays what it is, and the scope is forgotten."""
+async def test_scope_propagates_exceptions() -> None:
+    """An exception of the block propagates, and the scope is detached."""
     cancellable = Cancellable()
     with pytest.raises(ZeroDivisionError), cancellable.scope():
         raise ZeroDivisionError
     assert not cancellable._targets
 
 
-async def test_reset_does_not_undo() -> None:
-    """A reset right behind the firing does not save the operations that it ended."""
+async def test_reset_does_not_undo_cancel() -> None:
+    """A reset immediately after the cancellation does not save the operations."""
     cancellable = Cancellable()
     with pytest.raises(OperationCancelled), cancellable.scope():
         cancellable.cancel()
@@ -247,8 +389,8 @@ async def test_reset_does_not_undo() -> None:
         await trio.sleep_forever()
 
 
-def test_many_operations_in_many_runs() -> None:
-    """One Cancellable ends many tasks of several trio runs at once, from one thread."""
+def test_cancel_in_many_runs() -> None:
+    """One Cancellable cancels many tasks of several trio runs at once, from one thread."""
     cancellable = Cancellable()
     ended: list[int] = []
     ready = threading.Barrier(4)
@@ -275,8 +417,8 @@ def test_many_operations_in_many_runs() -> None:
     assert sorted(ended) == sorted([*range(10)] * 3)
 
 
-def test_a_run_that_is_over() -> None:
-    """Firing for a scope whose trio run has ended meanwhile is harmless."""
+def test_cancel_for_a_run_that_has_ended() -> None:
+    """Cancelling for a scope whose trio run has ended is harmless."""
     cancellable = Cancellable()
     scopes = []
 
@@ -288,14 +430,14 @@ def test_a_run_that_is_over() -> None:
     assert not cancellable._targets
 
 
-async def test_scope_outside_of_its_thread() -> None:
+async def test_scope_outside_of_trio() -> None:
     """A scope is made in a trio task; elsewhere it is trio's RuntimeError."""
     with pytest.raises(RuntimeError):
         await trio.to_thread.run_sync(Cancellable().scope)
 
 
-async def test_fired_in_a_worker_thread() -> None:
-    """A thread of trio's own fires as any thread does."""
+async def test_cancel_in_a_worker_thread() -> None:
+    """A thread of trio's own can cancel as any thread can."""
     cancellable = Cancellable()
     with pytest.raises(OperationCancelled), cancellable.scope():
         await trio.to_thread.run_sync(cancellable.cancel)
@@ -303,7 +445,7 @@ async def test_fired_in_a_worker_thread() -> None:
 
 
 async def test_scope_entered_twice() -> None:
-    """A scope that is entered again is refused by trio, and nothing is left behind."""
+    """Trio rejects a scope that is entered again, and nothing stays attached."""
     cancellable = Cancellable()
     scope = cancellable.scope()
     with scope:
@@ -313,13 +455,13 @@ async def test_scope_entered_twice() -> None:
     assert not cancellable._targets
 
 
-def test_callback_that_cannot_be_called() -> None:
-    """What cannot be called is refused by connect, not found out by cancel."""
+def test_connect_rejects_what_is_not_callable() -> None:
+    """connect() rejects a callback that is not callable, before cancel() would call it."""
     with pytest.raises(TypeError, match="callback must be callable, not str"):
         Cancellable().connect("x")  # type: ignore[arg-type]
 
 
-def test_constructor_that_fails() -> None:
-    """A Cancellable that could not be made leaves no noise behind."""
+def test_init_that_fails() -> None:
+    """A Cancellable whose constructor failed is collected without an error."""
     with pytest.raises(TypeError):
         Cancellable(5)  # type: ignore[call-arg]
