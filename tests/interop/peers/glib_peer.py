@@ -43,17 +43,21 @@ except (ValueError, ImportError, AttributeError):
 
 
 def in_main_loop(begin: Callable[[Callable[..., None]], object]) -> None:
-    """Run a main loop from ``begin(ready)`` until ``ready`` has been called."""
-    loop = GLib.MainLoop()
+    """Iterate the main context from ``begin(ready)`` until ``ready`` has been called.
+
+    ``ready`` may be called in another thread, even before the first iteration. A wakeup that no
+    iteration has seen yet stays; ``MainLoop.quit`` before ``MainLoop.run`` would be lost.
+    """
+    context = GLib.MainContext.default()
     called = []
 
     def ready(*_: object) -> None:
         called.append(True)
-        loop.quit()
+        context.wakeup()
 
     begin(ready)
-    if not called:
-        loop.run()
+    while not called:
+        context.iteration(True)
 
 
 class Peer:
