@@ -1,7 +1,9 @@
-"""What every test runs under: the library's own guard, which counts descriptors."""
+"""Fixtures and settings for every test: the guard for leaked fds, limits on time, signals."""
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,14 +20,25 @@ pytest_plugins = ["pytester"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the plugin also where the package is not installed, and nothing names it."""
+    """Register the plugin even if the package is not installed with its entry point."""
     if not config.pluginmanager.has_plugin("trio_unixconn"):
         config.pluginmanager.register(plugin, "trio_unixconn")
 
 
 @pytest.fixture(autouse=True)
 def no_test_leaks(fd_leak_guard: None) -> None:
-    """Open descriptors after the test are those from before it."""
+    """The open file descriptors after the test are those from before it."""
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even if the tests were started with SIGINT ignored.
+
+    Shells ignore it in what they start with ``&``, and so does nohup. Child processes inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -38,11 +51,13 @@ def no_child_left() -> Iterator[None]:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_child_left: None) -> Path:
-    """The folder where workers note what tests look at."""
+    """The directory in which workers write what tests read."""
     monkeypatch.setenv("POOL_FOLDER", str(tmp_path))
     return tmp_path
 
 
-# Whether a machine is slow is nothing that a test should say.
-settings.register_profile("here", deadline=None)
-settings.load_profile("here")
+# A slow machine is not a failure. The suite draws the same examples in each run, so that no run
+# fails by chance; "soak" draws new ones (nox -s model).
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None, max_examples=20_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))

@@ -772,6 +772,7 @@ def interrupted() -> None:
     trio.run(main)
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_keyboard_interrupt() -> None:
     """A KeyboardInterrupt in the pool's process ends the workers, and comes out."""
     with pytest.raises(KeyboardInterrupt):
