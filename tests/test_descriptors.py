@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import clog, free_descriptors, look, stdlib_peer, unclog
+from peer_processes import as_root
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -422,17 +423,18 @@ async def main():
 
 import trio.testing
 trio.run(trio.lowlevel.checkpoint)  # whatever is imported late, while it can be read
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setgid(54321)
-    os.setuid(54321)
+os.setgroups([])
+os.setgid(54321)
+os.setuid(54321)
 trio.run(main)
 """
 
 
+@as_root
 async def test_too_many_in_flight() -> None:
     """When too many of a user's descriptors wait unread, a send waits, and does not spin."""
-    # Only an unprivileged user has that limit, so root's test runs as a user of its own.
+    # Only an unprivileged user has that limit. The kernel counts the file descriptors in flight of
+    # all its processes, so this runs as a user that has no others.
     done = await trio.run_process(
         [sys.executable, "-c", IN_FLIGHT], capture_stdout=True, capture_stderr=True, check=False
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 from helpers import clog, drain, free_descriptors, look, sizes, some, stdlib_peer, unclog
+from peer_processes import required
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("per_message", [1, 7, 252, 253])
-@pytest.mark.parametrize("count", [1, 7, 8, 253, 254, 700])
+# Three messages at most: the suite must do with 1,024 file descriptors, and with as many in
+# flight for all processes of the user.
+@pytest.mark.parametrize("count", [1, 7, 8, 253, 254, 507])
 async def test_any_number(count: int, per_message: int) -> None:
     """Any number arrives in order, however many go in one message."""
     one, two = connection_pair()
@@ -147,6 +150,7 @@ async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception],
         assert await two.receive_some() == b"next"
 
 
+@required(os.geteuid() == 0, "only root may have more descriptors in flight than RLIMIT_NOFILE")
 async def test_more_than_may_be_open() -> None:
     """More descriptors than this process may have by now are checked, and sent, all the same."""
     one, two = connection_pair()
@@ -225,7 +229,7 @@ async def blocked(
 ) -> tuple[list[Any], list[int]]:
     """Send until there is no room, and then end it; return what came of it, and what arrived."""
     came: list[Any] = []
-    count = 2000
+    count = 300
 
     async def send() -> None:
         fds = some(count)
@@ -270,7 +274,7 @@ async def test_cancelled_by_trio_half_way() -> None:
     async with one, two:
         came, got = await blocked(one, two)
         sent, then = came
-        assert 10 < sent < 2000
+        assert 10 < sent < 300
         assert then == "cancelled"
         assert got + await rest(two, sent - len(got)) == list(range(sent))
         # Nothing is half sent.
@@ -285,7 +289,7 @@ async def test_cancelled_by_a_cancellable_half_way() -> None:
     async with one, two:
         (error,), got = await blocked(one, two, cancellable.cancel, cancellable=cancellable)
         assert isinstance(error, OperationCancelled)
-        assert 10 < error.sent < 2000
+        assert 10 < error.sent < 300
         assert got + await rest(two, error.sent - len(got)) == list(range(error.sent))
 
 
@@ -295,7 +299,7 @@ async def test_peer_that_leaves_half_way() -> None:
     async with one, two:
         (error,), got = await blocked(one, two, two.socket.close)
         assert isinstance(error, ConnectionBrokenError)
-        assert len(got) < error.sent < 2000
+        assert len(got) < error.sent < 300
 
 
 @pytest.mark.parametrize("way", ["scope", "cancellable", "before"])
