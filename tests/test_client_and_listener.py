@@ -172,11 +172,11 @@ async def test_path_that_cannot_be_removed(path: Path, monkeypatch: pytest.Monke
     assert listener.socket.fileno() == -1
 
 
-async def test_no_name() -> None:
-    """An unnamed address is refused by both."""
-    for use in (open_unix_listener, open_unix_connection):
-        with pytest.raises(ValueError, match="name"):
-            await use(UnixSocketAddress())
+@pytest.mark.parametrize("address", ["", b"", UnixSocketAddress()])
+async def test_open_unix_connection_rejects_anonymous_address(address: Any) -> None:
+    """There is no way to connect to an anonymous address."""
+    with pytest.raises(ValueError, match="cannot connect to an anonymous address"):
+        await open_unix_connection(address)
 
 
 async def test_path_that_exists(path: Path) -> None:
@@ -190,15 +190,46 @@ async def test_path_that_exists(path: Path) -> None:
 
 
 async def test_listener_that_cannot_be_made(path: Path) -> None:
-    """What fails behind bind takes the path away again and leaks nothing."""
+    """What fails after bind removes the path again and leaks nothing."""
     with pytest.raises(OverflowError):
         await open_unix_listener(path, backlog=2**70)
     assert not path.exists()
-    for mode in (-1, 0o10000):
-        with pytest.raises(ValueError, match="permission bits"):
-            await open_unix_listener(path, mode=mode)
-    with pytest.raises(ValueError, match="backlog must be 0 or more"):
-        await open_unix_listener(path, backlog=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"mode": "600"}, TypeError, "mode must be an int such as 0o600, got str"),
+        ({"mode": None}, TypeError, "mode must be an int such as 0o600, got NoneType"),
+        ({"mode": True}, TypeError, "mode must be an int such as 0o600, got bool"),
+        ({"mode": -1}, ValueError, "mode must be from 0 to 0o7777, got -0o1"),
+        ({"mode": 0o10000}, ValueError, "mode must be from 0 to 0o7777, got 0o10000"),
+        ({"backlog": "5"}, TypeError, "backlog must be an int or None, got str"),
+        ({"backlog": -1}, ValueError, "backlog must be non-negative or None, got -1"),
+        ({"owner": 1.0}, TypeError, "owner must be an id, a name or None, got float"),
+        ({"group": True}, TypeError, "group must be an id, a name or None, got bool"),
+        ({"owner": -1}, ValueError, "owner must be from 0 to 4294967294, got -1"),
+        ({"group": 2**32 - 1}, ValueError, "group must be from 0 to 4294967294, got 4294967295"),
+        ({"owner": "no such user"}, ValueError, "no such user"),
+        ({"group": "no such group"}, ValueError, "no such group"),
+        ({"policy": "root"}, TypeError, "policy must be a PeerPolicy or None, got str"),
+    ],
+)
+async def test_open_unix_listener_rejects_wrong_arguments(
+    path: Path, options: Any, error: type[Exception], text: str
+) -> None:
+    """A wrong argument is named, with what it is, before anything happens."""
+    with pytest.raises(error, match=text):
+        await open_unix_listener(path, **options)
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("options", [{"owner": 0}, {"group": 0}])
+@pytest.mark.parametrize("address", ["", "\0x"])
+async def test_owner_and_group_of_an_abstract_name(address: str, options: Any) -> None:
+    """An abstract name has no owner and no group."""
+    with pytest.raises(ValueError, match="owner and group require a path"):
+        await open_unix_listener(address, **options)
 
 
 async def test_no_free_descriptor(path: Path) -> None:
@@ -280,7 +311,7 @@ async def test_nobody_there(path: Path) -> None:
     assert refused.value.filename == str(path)
 
 
-@pytest.mark.parametrize("bad", ["", "a\0b", 3, None])
+@pytest.mark.parametrize("bad", ["a\0b", 3, None])
 async def test_no_address(bad: Any) -> None:
     """What names no socket is refused at once."""
     with pytest.raises((ValueError, TypeError)):
@@ -318,7 +349,7 @@ async def test_name_too_long(path: Path) -> None:
     """A name that no folder takes is ENAMETOOLONG with the limits, and nothing is made."""
     path = path.with_name("x" * 256)
     for use in (open_unix_listener, open_unix_connection):
-        with pytest.raises(OSError, match=r"at most 107 bytes .* at most 255") as caught:
+        with pytest.raises(OSError, match=r"holds 107 bytes .* holds 255") as caught:
             await use(path)
         assert caught.value.errno == errno.ENAMETOOLONG
         assert caught.value.filename == str(path)

@@ -85,10 +85,10 @@ def test_who_has_ended() -> None:
 @pytest.mark.parametrize(
     ("name", "status", "said"),
     [
-        ("/none/socket", 1, "/none/socket: No such file or directory: the folder /none: "),
+        ("/none/socket", 1, "/none/socket: No such file or directory: directory /none: "),
         ("@none", 1, "@none: Connection refused: no process in this network namespace"),
         ("@", 2, "'@' is an abstract name"),
-        ("unix:", 2, "'unix:' is not the address"),
+        ("unix:", 2, "expected the URI of one Unix socket"),
     ],
 )
 def test_nobody_is_there(name: str, status: int, said: str) -> None:

@@ -109,10 +109,11 @@ def test_wrong_descriptors(path: Path) -> None:
 
 
 async def test_names_are_remembered(path: Path) -> None:
-    """Both ends know the name that was asked for, not the temporary one that was bound."""
+    """Both ends know the path, even if the kernel knows the socket by its temporary name."""
     address = UnixSocketAddress.path(path)
     async with (
-        await open_unix_listener(path) as listener,
+        await open_unix_listener(path),
+        await open_unix_listener(path, replace=True) as listener,
         await open_unix_connection(path) as client,
         await listener.accept() as server,
     ):

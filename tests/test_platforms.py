@@ -80,7 +80,7 @@ ALL = (
 EVERYTHING = [
     "pair ok",
     (
-        "connect FileNotFoundError(2, 'No such file or directory: nothing is there; "
+        "connect FileNotFoundError(2, 'No such file or directory: no such socket; "
         "is the server running, and is this its path?')"
     ),
     "listen ok",

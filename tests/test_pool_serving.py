@@ -395,7 +395,7 @@ async def test_a_path_that_cannot_be_removed(
 
     async with serving("echo", listener):
         monkeypatch.setattr(_bind, "unbind", cannot)
-    assert "cannot be taken away" in caplog.text
+    assert "cannot remove the path" in caplog.text
     assert (tmp_path / "s").exists()
 
 

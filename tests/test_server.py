@@ -221,7 +221,7 @@ async def test_drain_that_may_not_take_the_path_away(
             await until(lambda: server.listener.socket.fileno() == -1)
             await ask(client)
     (record,) = caplog.records
-    assert "the path cannot be taken away" in record.getMessage()
+    assert "cannot remove the path" in record.getMessage()
     path.unlink()
 
 
@@ -661,6 +661,8 @@ async def test_wrong_options_leave_a_listener_alone(path: Path) -> None:
     "options",
     [
         {"mode": 0o666},
+        {"owner": 0},
+        {"group": "root"},
         {"backlog": 1},
         {"credentials": True},
         {"pidfds": True},
@@ -681,6 +683,8 @@ async def test_options_of_the_listener(path: Path, monkeypatch: pytest.MonkeyPat
     given: dict[str, Any] = {}
     wanted = {
         "mode": 0o640,
+        "owner": "root",
+        "group": 0,
         "backlog": 7,
         "credentials": True,
         "pidfds": True,

@@ -72,7 +72,7 @@ async def open_unix_connection(
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
     if name.get_is_anonymous():
-        raise ValueError("nobody can be connected to without a name: a path or an abstract name")
+        raise ValueError("cannot connect to an anonymous address")
     await trio.lowlevel.checkpoint()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     try:

@@ -1,7 +1,7 @@
 """UnixListener: accept connections on a Unix socket.
 
-The rule of this file: whoever makes the name in the file system takes it away again, and a
-connection that was accepted is returned, or closed because a policy denies it.
+Invariant: a listener that made a path removes it, and a connection that was accepted is returned,
+or closed because a policy denies it.
 
 Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
+import os
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -22,16 +22,12 @@ from ._address import UnixSocketAddress
 from ._connection import UnixConnection
 from ._fds import fileno
 from ._owner import DescriptorOwner
-from ._paths import describe_bind_error
-from ._policy import admit_or_close
+from ._policy import PeerPolicy, admit_or_close
 from ._sockopts import check_listening, disable_passrights, enable_passing, raw_socket
-from .errors import AddressInUseError, ConnectionBusyError, ConnectionClosedError
+from .errors import ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Collection
-
-    from ._policy import PeerPolicy
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -40,12 +36,6 @@ logger: Final = logging.getLogger("trio_unixconn")
 # The connection that was to be accepted is gone; the next one may be fine. The list is
 # accept(2)'s, as far as it can happen to a Unix socket.
 _TRY_AGAIN: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM})
-
-_FIRST_PAUSE: Final = 0.001
-_LONGEST_PAUSE: Final = 0.05
-# How long aclose() may wait for whoever else is at the path, which takes them milliseconds, or
-# for a free descriptor.
-_PATIENCE: Final = 2.0
 
 
 class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
@@ -218,19 +208,20 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
             raise
 
     async def aclose(self) -> None:
-        """Close the listener and take its path away; closing twice is allowed.
+        """Close the listener and remove its path; closing twice is allowed.
 
-        Connections that wait in its queue are reset by the kernel. While another process is at
-        the path, or no descriptor is free, this waits for at most two seconds; then the path
-        stays, which is logged, and the next server replaces it.
+        The kernel resets connections in its queue. While another process holds the lock of the
+        path, or no file descriptor is free, this retries for at most two seconds (of real time,
+        whatever trio's clock says). Then the path stays, which is logged, and the next server
+        replaces it.
 
         Raises:
-          OSError: the path cannot be taken away, for instance because the process is another
-            user meanwhile; the listener is closed.
+          OSError: the path cannot be removed, for example because the process is now another
+            user; the listener is closed.
         """
         if self.socket.fileno() != -1:
-            # First the path: once the socket is closed, another server may have taken it, and
-            # its inode may be the same number again.
+            # First the path: after the socket is closed, another server may take it, and may get
+            # the same inode number.
             try:
                 with trio.CancelScope(shield=True):
                     await self._remove_path()
@@ -239,30 +230,35 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         await trio.lowlevel.checkpoint()
 
     async def _remove_path(self) -> None:
-        """Take the path away, so that nobody new can connect; the queue stays.
+        """Remove the path, so that no process can connect anymore; the queue stays.
 
-        Whoever is cancelled here may try again.
+        After a cancellation, call it again.
         """
-        # The socket has to stay open meanwhile, also when a second task closes it.
+        # The socket must stay open meanwhile, even if a second task closes the listener.
         async with self._leaving:
             binding = self._binding
             if binding is None:
                 return
-            with trio.move_on_after(_PATIENCE) as patience:
-                try:
-                    await _when_unlocked(
-                        lambda: _bind.unbind(binding), or_at=_kernel.OUT_OF_RESOURCES
-                    )
-                except OSError:
-                    self._binding = None
-                    raise
-                self._binding = None
-            if patience.cancelled_caught:
-                logger.warning(
-                    "%s: the path stays, for the next server to replace: another process holds "
-                    "the lock beside it, or no descriptor is free",
-                    self._address,
+            try:
+                await _bind.retry(
+                    lambda: _bind.unbind(binding),
+                    _bind.CLOSE_LOCK_TIMEOUT,
+                    or_on=_kernel.OUT_OF_RESOURCES,
                 )
+            except _bind.LockHeldError as exc:
+                why = exc.describe()
+            except OSError as exc:
+                self._binding = None
+                if exc.errno not in _kernel.OUT_OF_RESOURCES:
+                    raise
+                why = str(exc)
+            else:
+                self._binding = None
+                return
+            self._binding = None
+            logger.warning(
+                "%s: the path stays, for the next server to replace: %s", self._address, why
+            )
 
     def _check_open(self) -> None:
         if self.socket.fileno() == -1:
@@ -270,47 +266,48 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
 
 
 async def remove_path(listener: UnixListener) -> None:
-    """Take a listener's path away; if that cannot be, log it, as its server is to finish."""
+    """Remove the path of a listener; log an error, because a drain goes on without it."""
     try:
         await listener._remove_path()  # noqa: SLF001 - of this file
     except OSError:
         logger.exception(
-            "%s: the path cannot be taken away, and stays for the next server to replace",
+            "%s: cannot remove the path; it stays, for the next server to replace",
             listener.get_local_address(),
         )
 
 
+trio.SocketListener.register(UnixListener)
+
+
+def _check_int(name: str, value: object, example: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int{example}, got {type(value).__name__}")
+
+
 def _check_options(mode: int, backlog: int) -> None:
-    if not 0 <= operator.index(mode) <= 0o7777:
-        raise ValueError(f"mode must be permission bits, from 0 to 0o7777, not {mode}")
-    if operator.index(backlog) < 0:
-        raise ValueError(f"backlog must be 0 or more, or None, not {backlog}")
+    _check_int("mode", mode, " such as 0o600")
+    if not 0 <= mode <= 0o7777:
+        raise ValueError(f"mode must be from 0 to 0o7777, got {mode:#o}")
+    _check_int("backlog", backlog, " or None")
+    if backlog < 0:
+        raise ValueError(f"backlog must be non-negative or None, got {backlog}")
 
 
-async def _when_unlocked(
-    work: Callable[[], T], *, or_at: Collection[int | None] = frozenset()
-) -> T:
-    """Run ``work`` in a thread, again and again while somebody else holds the lock.
+def _check_id(name: str, value: object) -> None:
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an id, a name or None, got {type(value).__name__}")
+    # The largest number means "unchanged" to chown(2).
+    if not 0 <= value < 2**32 - 1:
+        raise ValueError(f"{name} must be from 0 to {2**32 - 2}, got {value}")
 
-    Args:
-      or_at: numbers of errors at which it is run again, too.
-    """
-    pause, waited = _FIRST_PAUSE, 0.0
-    # One thread of its own: those of trio's limiter may all be waiting for something.
-    limiter = trio.CapacityLimiter(1)
-    while True:
-        try:
-            return await trio.to_thread.run_sync(work, limiter=limiter)
-        except _bind.LockHeldError:
-            pass
-        except OSError as exc:
-            if exc.errno not in or_at:
-                raise
-        await trio.sleep(pause)
-        if waited <= _PATIENCE < waited + pause:
-            logger.warning("waiting for the lock beside a socket's path, which another one holds")
-        waited += pause
-        pause = min(2 * pause, _LONGEST_PAUSE)
+
+async def _id_of(value: int | str | None, look_up: Callable[[str], int]) -> int | None:
+    if isinstance(value, str):
+        # The database of users may be on another machine.
+        return await trio.to_thread.run_sync(look_up, value)
+    return value
 
 
 @enable_ki_protection
@@ -318,6 +315,8 @@ async def open_unix_listener(
     address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
     *,
     mode: int = 0o600,
+    owner: int | str | None = None,
+    group: int | str | None = None,
     backlog: int | None = None,
     policy: PeerPolicy | None = None,
     credentials: bool = False,
@@ -328,49 +327,67 @@ async def open_unix_listener(
 ) -> UnixListener:
     r"""Listen at a path, or at an abstract name.
 
-    The path leads to a listening socket with the right mode from its first moment on: the
-    socket is made under a temporary name beside it (``.name.new``, which other programs see
-    as its address), and gets the path in one step. A socket that a dead server left there is
-    replaced; one on which somebody listens is not, nor is anything else. To find out, this
-    connects to it. Whoever is at the path holds a lock meanwhile (``.name.lock``), which ends
-    with its holder, so that being killed at any moment leaves nothing in the way.
+    The socket has its owner, group and mode before any process can connect. A socket that no
+    process holds anymore, as a server that was killed leaves it, is replaced. A server that is
+    alive is not, nor is a file of another kind.
+
+    While this looks and binds, it holds the lock of the path, a file beside it
+    (``.NAME.lock``), which it removes afterwards; a file of yours with that name is locked, but
+    never removed. The kernel releases the lock of a process that is killed.
 
     Args:
-      address: a path, also one that is too long for a socket's address; ``"\0name"`` is an
-        abstract name.
-      mode: the permission bits of the path, in force before anybody can connect. On Linux,
-        whoever may write to it may connect.
-      backlog: how many connections may wait to be accepted; as many as the system allows
-        if left out.
-      policy: who may connect; see :class:`UnixListener`.
-      credentials, pidfds: as of :func:`open_unix_connection`, of every accepted connection.
-      receive_descriptors: whether peers may send descriptors; as of :class:`UnixConnection`.
-      replace: take the path over, also from a server that is alive, so that at no moment a
-        connect fails: the old server keeps those connections that it has, and its queue. It is
-        not asked who holds the socket there.
-      unlink_on_close: whether closing the listener takes the path away, if it still leads to
-        this socket then.
+      address: a path, even one that is too long for the address of a socket; ``"\0name"`` is an
+        abstract name. With ``""``, the kernel chooses an abstract name (Linux: autobind), which
+        :meth:`UnixListener.get_local_address` returns.
+      mode: the permission bits of the path, whatever the umask. On Linux, to connect takes write
+        permission. Not used for an abstract name.
+      owner, group: of the path, ids or names; default: those of this process. Only root can set
+        any of them; another process can set its own groups.
+      backlog: how many connections may wait to be accepted; default: as many as the system
+        allows.
+      policy: which peers may connect; see :class:`UnixListener`.
+      credentials, pidfds: as of :func:`open_unix_connection`, for every accepted connection.
+      receive_descriptors: whether peers may send file descriptors; as of :class:`UnixConnection`.
+      replace: whether to take the path even from a server that is alive, so that connecting
+        never fails: the old server keeps its connections and its queue. The socket is then
+        bound at a temporary name beside the path (``.NAME.new``) and renamed. The kernel keeps
+        that name as the name of the socket (getsockname, ``ss -x``), until the next server that
+        finds no live one there.
+      unlink_on_close: whether closing the listener removes the path, if it still leads to this
+        socket.
 
     Returns:
-      A listener that the caller owns.
+      A listener that the caller owns. ``listener.socket.getsockname()`` is the path, made
+      absolute, unless it was taken from a live server or is too long for the address of a socket.
 
     Raises:
-      TypeError, ValueError: not the name of a socket, no permission bits, or no backlog.
-      AddressInUseError: somebody listens there, or something else is there; it was left alone.
-      OSError: from the file system, with the address; nothing is left behind.
+      TypeError, ValueError: a wrong argument, or a user or group that does not exist.
+      AddressInUseError: a process holds the socket there, something else is there, or another
+        process keeps the lock of the path for ten seconds; nothing was changed.
+      OSError: from the file system, with the address; nothing is left at the path.
       NotSupportedError: the platform has no Unix sockets, or not what was asked for.
     """
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     name = UnixSocketAddress.from_any(address)
+    is_path = not (name.get_is_abstract() or name.get_is_anonymous())
     backlog = 0xFFFF if backlog is None else backlog
     _check_options(mode, backlog)
-    if name.get_is_anonymous():
-        raise ValueError("a listener needs a name: a path or an abstract name")
+    if not isinstance(policy, PeerPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"policy must be a PeerPolicy or None, got {type(policy).__name__}")
+    _check_id("owner", owner)
+    _check_id("group", group)
+    if not is_path and not (owner is None and group is None):
+        raise ValueError("owner and group require a path; an abstract name has no permissions")
     await trio.lowlevel.checkpoint()
+    permissions = _bind.Permissions(
+        mode,
+        await _id_of(owner, _kernel.user_named),
+        await _id_of(group, _kernel.group_named),
+    )
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
 
     def listen() -> None:
-        """Do what is to be done before anybody can connect, and listen."""
+        """Set what must be set before any process can connect, and listen."""
         enable_passing(sock, credentials=credentials, pidfds=pidfds)
         if not receive_descriptors:
             disable_passrights(sock)
@@ -379,29 +396,22 @@ async def open_unix_listener(
     binding = None
     try:
         socket = trio.socket.from_stdlib_socket(sock)
-        try:
-            if name.get_is_abstract():
-                sock.bind(name.native)
-                listen()
-            else:
-                binding = await _when_unlocked(
-                    lambda: _bind.bind(sock, name.native, mode, listen, replace=replace)
-                )
-        except AddressInUseError:
-            raise
-        except OSError as exc:
-            raise describe_bind_error(exc, name) from exc
-        # Behind this point the path is there, and nothing can fail.
+        if is_path:
+            binding = await _bind.bind_path(sock, name, permissions, listen, replace=replace)
+        else:
+            _bind.bind_abstract(sock, name)
+            listen()
+        # From here on the path leads to the socket, and nothing can fail.
         listener = UnixListener(
             socket,
             policy=policy,
             receive_descriptors=receive_descriptors,
-            address=name,
+            address=None if name.get_is_anonymous() else name,
         )
     except BaseException:
         sock.close()
         raise
     listener._longest_queue = backlog + 1  # noqa: SLF001 - its other constructor
     if unlink_on_close:
-        listener._binding = binding  # noqa: SLF001 - as above
+        listener._binding = binding  # noqa: SLF001 - as its constructor
     return listener

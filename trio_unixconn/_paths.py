@@ -1,6 +1,6 @@
-"""Paths of sockets: how to name one that is too long, and what is there when it fails.
+"""Paths of sockets: names for those that are too long, and errors that say what is at a path.
 
-The rule of this file: it looks and explains, and changes nothing in the file system.
+Invariant: nothing here changes the file system.
 
 Sources: unix(7), connect(2), path_resolution(7), proc_pid_fd(5) (magic links)
 """
@@ -14,6 +14,9 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from ._address import escaped
+from .errors import AddressInUseError
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -22,157 +25,191 @@ if TYPE_CHECKING:
 # sockaddr_un has 108 bytes for a path on Linux and 104 elsewhere, with the final NUL.
 LONGEST: Final = 107 if sys.platform == "linux" else 103
 
-# Opens what is at a path without any right to read it.
+# Opens a file without permission to read it.
 _O_PATH: Final[int | None] = getattr(os, "O_PATH", None)
+
+
+def absolute(path: bytes) -> bytes:
+    """Return a path that stays valid when the working directory changes.
+
+    Not abspath: ".." after a symbolic link is another directory for those who connect.
+
+    Raises:
+      FileNotFoundError: a relative path, and the working directory does not exist anymore.
+    """
+    return path if path.startswith(b"/") else os.path.join(os.getcwdb(), path)
 
 
 @contextmanager
 def connectable(address: UnixSocketAddress) -> Generator[bytes, None, None]:
-    """Give the name to pass to connect(2): the address's own, or a short one if it is too long.
+    """Yield the name to pass to connect(2): that of the address, or a short one if it is too long.
 
-    The short one goes through a descriptor of the socket's file, and ends with the block.
+    The short name refers to a file descriptor, and is valid inside of the block.
 
     Raises:
-      OSError: from open(2); ENAMETOOLONG where the system has no such descriptors.
+      OSError: from open(2); ENAMETOOLONG if this system cannot shorten a path.
     """
     if len(address.native) <= LONGEST or address.get_is_abstract():
         yield address.native
         return
     if _O_PATH is None:
-        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        raise _name_too_long()
     fd = os.open(address.native, _O_PATH | os.O_CLOEXEC)
     try:
-        yield b"/proc/self/fd/%d" % fd
+        yield path_of_fd(fd)
     finally:
         os.close(fd)
 
 
-@contextmanager
-def bindable(folder: bytes, fd: int, name: bytes) -> Generator[bytes, None, None]:
-    """Give the name to pass to bind(2) for a file in ``folder``, on which ``fd`` is open.
+def bindable(directory: bytes, fd: int, name: bytes) -> bytes:
+    """Return the name to pass to bind(2) for *name* in a directory that is open as *fd*.
 
     Raises:
-      OSError: ENAMETOOLONG where the system has no way for a long one.
+      OSError: ENAMETOOLONG if *name* itself is too long, or this system cannot shorten a path.
     """
-    path = os.path.join(folder, name)
-    if len(path) <= LONGEST:
-        yield path
-    elif _O_PATH is None:
-        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    else:
-        # Long names of files are made short by the caller.
-        yield b"/proc/self/fd/%d/%s" % (fd, name)
+    path = os.path.join(directory, name)
+    if len(path) > LONGEST:
+        path = os.path.join(path_of_fd(fd), name)
+    if len(path) > LONGEST:
+        raise _name_too_long()
+    return path
+
+
+def path_of_fd(fd: int) -> bytes:
+    """Return a path to what a file descriptor refers to.
+
+    Raises:
+      OSError: ENAMETOOLONG if /proc is not mounted, or this system has none.
+    """
+    path = b"/proc/self/fd/%d" % fd
+    if _O_PATH is None or not os.path.lexists(path):
+        raise _name_too_long()
+    return path
+
+
+def _name_too_long() -> OSError:
+    return OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def describe_bind_error(exc: OSError, address: UnixSocketAddress) -> OSError:
-    """Return the error of a bind, with the address, and which folder it is about."""
+    """Return the error of a bind, with the address and the directory that caused it."""
+    # Python itself rejects what does not fit into sockaddr_un, without a number.
     number = errno.ENAMETOOLONG if exc.errno is None else exc.errno
     text, more = exc.strerror or os.strerror(number), ""
-    if address.get_is_abstract():
-        more = {
-            errno.EADDRINUSE: "a socket in this network namespace has that abstract name; see who "
-            "with: ss -xlp",
-            errno.ENAMETOOLONG: f"an abstract name has at most {LONGEST} bytes",
-        }.get(number, "")
+    if number == errno.ENAMETOOLONG:
+        more = _length_limits(address)
+    elif address.get_is_abstract():
+        if number == errno.EADDRINUSE:
+            more = (
+                "another socket in this network namespace has this abstract name; "
+                "to see its process: ss -xlp"
+            )
     elif number in (errno.ENOENT, errno.ENOTDIR):
         more = _missing(address.native)
     elif number in (errno.EACCES, errno.EPERM) and text == os.strerror(number):
         more = _missing(address.native, to_write=True)
-    elif number == errno.ENAMETOOLONG:
-        more = _too_long()
-    return OSError(number, f"{text}: {more}" if more else text, str(address))
+    return _error(number, f"{text}: {more}" if more else text, address)
 
 
 def describe_connect_error(exc: OSError, address: UnixSocketAddress) -> OSError:
-    """Return the error of a connect, with the address and what is there.
+    """Return the error of a connect, with the address and what is at the path.
 
-    Its type, errno and filename are those that the number stands for.
+    Type, errno and filename are those of the number.
     """
-    number = exc.errno
-    if number is None:
-        # Python itself refuses what does not fit into sockaddr_un, without a number.
-        number = errno.ENAMETOOLONG
+    number = errno.ENAMETOOLONG if exc.errno is None else exc.errno
     text = os.strerror(number)
-    if address.get_is_abstract():
-        more = {
-            errno.ECONNREFUSED: "no process in this network namespace listens at that abstract "
-            "name; start the server, or look for it with: ss -xl",
-            errno.ENAMETOOLONG: f"an abstract name has at most {LONGEST} bytes",
-        }.get(number, "")
+    if number == errno.ENAMETOOLONG:
+        more = _length_limits(address)
+    elif address.get_is_abstract():
+        more = ""
+        if number == errno.ECONNREFUSED:
+            more = (
+                "no process in this network namespace is listening on this abstract name; "
+                "to see all names: ss -xl"
+            )
     else:
         more = _about_path(number, address.native)
-    return OSError(number, f"{text}: {more}" if more else text, str(address))
+    return _error(number, f"{text}: {more}" if more else text, address)
+
+
+def _error(number: int, text: str, address: UnixSocketAddress) -> OSError:
+    # The path itself, for programs; str(OSError) prints its repr, which is escaped.
+    filename = str(address) if address.get_is_abstract() else address.get_path()
+    if number == errno.EADDRINUSE:
+        return AddressInUseError(number, text, filename)
+    return OSError(number, text, filename)
 
 
 def _about_path(number: int, path: bytes) -> str:
-    if number == errno.ENAMETOOLONG:
-        return _too_long()
     try:
         status = os.lstat(path)
     except OSError:
-        return _missing(path) or "nothing is there; is the server running, and is this its path?"
+        return _missing(path) or "no such socket; is the server running, and is this its path?"
     what = what_is(status)
     if stat.S_ISLNK(status.st_mode):
+        target = escaped(os.readlink(path))
         try:
             status = os.stat(path)
         except OSError:
-            return f"it is a symbolic link to {os.fsdecode(os.readlink(path))}, which is not there"
-        what = f"a symbolic link to {what_is(status)}"
+            return f"symbolic link to {target}, which does not exist"
+        what = f"symbolic link to a {what_is(status)}"
     if not stat.S_ISSOCK(status.st_mode):
-        return f"it is {what}, and no socket"
+        return f"not a socket ({what})"
     return {
-        errno.ECONNREFUSED: "nobody listens on the socket there: its server has ended, or has not "
-        "begun to listen yet; start the server",
-        errno.EPROTOTYPE: "the socket there is no stream socket but one for datagrams or packets",
-        errno.EACCES: f"the socket belongs to user {status.st_uid}, group {status.st_gid}, with "
-        f"mode {stat.S_IMODE(status.st_mode):o}, and whoever connects needs to write to it; this "
-        f"process is user {os.geteuid()}, group {os.getegid()}",
+        errno.ECONNREFUSED: "no process is listening on this socket; is the server running?",
+        errno.EPROTOTYPE: "not a stream socket, but one for datagrams or packets",
+        errno.EACCES: f"to connect takes write permission for the socket ({_permissions(status)})",
     }.get(number, "")
 
 
-def _too_long() -> str:
+def _permissions(status: os.stat_result) -> str:
     return (
-        f"a name of at most {LONGEST} bytes fits into a socket's address on {sys.platform}, and of "
-        "at most 255 bytes into a folder; choose a shorter path"
+        f"owner {status.st_uid}, group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):o}; "
+        f"this process is user {os.geteuid()}, group {os.getegid()}"
     )
 
 
+def _length_limits(address: UnixSocketAddress) -> str:
+    if address.get_is_abstract():
+        return f"an abstract name has at most {LONGEST} bytes"
+    text = f"the address of a socket holds {LONGEST} bytes on {sys.platform}"
+    if _O_PATH is not None and not os.path.lexists(b"/proc/self/fd"):
+        text += ", and longer paths require /proc, which is not mounted"
+    return f"{text}; the name of a file holds 255 bytes; choose a shorter path"
+
+
 def _missing(path: bytes, *, to_write: bool = False) -> str:
-    """Say which folder of a path is not there or may not be passed; "" if that is not it."""
+    """Name the directory of a path that is missing or not permitted; "" if there is none."""
     try:
-        # Not abspath: ".." behind a symbolic link leads elsewhere.
-        path = os.path.join(os.getcwdb(), path)
+        path = absolute(path)
     except OSError:
-        return "the working folder of this process is not there any more"
-    folders = [os.path.dirname(path)]
-    while folders[-1] != os.path.dirname(folders[-1]):
-        folders.append(os.path.dirname(folders[-1]))
-    for folder in reversed(folders):
-        name = os.fsdecode(folder)
+        return "the working directory of this process does not exist anymore"
+    directories = [os.path.dirname(path)]
+    while directories[-1] != os.path.dirname(directories[-1]):
+        directories.append(os.path.dirname(directories[-1]))
+    for directory in reversed(directories):
+        name = escaped(directory)
         try:
-            status = os.stat(folder)
+            status = os.stat(directory)
         except OSError as exc:
-            return f"the folder {name}: {exc.strerror}"
+            return f"directory {name}: {exc.strerror}"
         if not stat.S_ISDIR(status.st_mode):
-            return f"{name} is {what_is(status)}, and no folder"
-        needs = os.X_OK | (os.W_OK if to_write and folder == folders[0] else 0)
+            return f"{name} is not a directory ({what_is(status)})"
+        needs = os.X_OK | (os.W_OK if to_write and directory == directories[0] else 0)
         effective = os.access in os.supports_effective_ids
-        if not os.access(folder, needs, effective_ids=effective):
-            return (
-                f"the folder {name} belongs to user {status.st_uid}, group {status.st_gid}, with "
-                f"mode {stat.S_IMODE(status.st_mode):o}, and this process is user "
-                f"{os.geteuid()}, group {os.getegid()}"
-            )
+        if not os.access(directory, needs, effective_ids=effective):
+            verb = "write to" if needs & os.W_OK else "enter"
+            return f"no permission to {verb} directory {name} ({_permissions(status)})"
     return ""
 
 
 def what_is(status: os.stat_result) -> str:
-    """Name a kind of file."""
+    """Return the kind of a file."""
     kinds = (
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, "a regular file"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISLNK, "a symbolic link"),
-        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISREG, "regular file"),
+        (stat.S_ISDIR, "directory"),
+        (stat.S_ISLNK, "symbolic link"),
+        (stat.S_ISFIFO, "FIFO"),
     )
-    return next((name for is_one, name in kinds if is_one(status.st_mode)), "a device")
+    return next((name for is_one, name in kinds if is_one(status.st_mode)), "device")

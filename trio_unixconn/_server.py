@@ -220,6 +220,8 @@ async def serve_unix(
     max_connections: int | None = None,
     handler_errors: Literal["raise", "log"] = "raise",
     mode: int | None = None,
+    owner: int | str | None = None,
+    group: int | str | None = None,
     backlog: int | None = None,
     credentials: bool = False,
     pidfds: bool = False,
@@ -249,7 +251,7 @@ async def serve_unix(
       handler_errors: what an exception out of a handler does: ``"raise"`` ends the server with
         it, as in any trio program; ``"log"`` logs it, under ``trio_unixconn``, and the server
         goes on.
-      mode, backlog, credentials, pidfds, receive_descriptors, replace: as of
+      mode, owner, group, backlog, credentials, pidfds, receive_descriptors, replace: as of
         :func:`open_unix_listener`; not with a listener.
 
     Returns:
@@ -268,10 +270,11 @@ async def serve_unix(
         raise ValueError(f'handler_errors is "raise" or "log", not {handler_errors!r}')
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     if isinstance(address, UnixListener):
-        if mode is not None or backlog is not None or credentials or pidfds or replace:
+        options = (mode, owner, group, backlog)
+        if any(each is not None for each in options) or credentials or pidfds or replace:
             raise ValueError(
-                "mode, backlog, credentials, pidfds and replace are for a listener to be opened; "
-                "this one is open"
+                "mode, owner, group, backlog, credentials, pidfds and replace cannot be used with "
+                "a listener, which is open already; give them to open_unix_listener"
             )
         if not receive_descriptors:
             raise ValueError("give receive_descriptors=False to the listener")
@@ -280,6 +283,8 @@ async def serve_unix(
         listener = await open_unix_listener(
             address,
             mode=0o600 if mode is None else mode,
+            owner=owner,
+            group=group,
             backlog=backlog,
             credentials=credentials,
             pidfds=pidfds,

@@ -239,8 +239,7 @@ def long_path(lab: Lab) -> str:
     folder = os.fsencode(os.path.join(lab.folder(), "x" * LONGEST))
     os.mkdir(folder)
     fd = lab.own(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    with bindable(folder, fd, b"socket") as name:
-        listener = lab.listener(name)
+    listener = lab.listener(bindable(folder, fd, b"socket"))
     path = os.path.join(folder, b"socket")
     with connectable(UnixSocketAddress(path)) as name:
         lab.socket().connect(name)
