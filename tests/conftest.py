@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from pools import children
+from time_limits import limit_time
 
 from trio_unixconn.testing import plugin
 
@@ -23,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the plugin even if the package is not installed with its entry point."""
     if not config.pluginmanager.has_plugin("trio_unixconn"):
         config.pluginmanager.register(plugin, "trio_unixconn")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Limit the time of an async test."""
+    limit_time(item)
 
 
 @pytest.fixture(autouse=True)

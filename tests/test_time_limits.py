@@ -1,0 +1,80 @@
+"""The limits that keep one hanging test from hanging the suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+import trio.testing
+from time_limits import task_stacks
+
+if TYPE_CHECKING:
+    import pytest
+
+HANGS = """
+import threading
+
+import pytest
+import trio
+
+
+async def test_async_hangs():
+    async def wait_in_a_child():
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_in_a_child)
+
+
+def test_sync_hangs():
+    threading.Event().wait()
+
+
+def test_another():
+    pass
+"""
+
+CONFTEST = """
+from time_limits import limit_time
+
+def pytest_runtest_setup(item):
+    limit_time(item, 0.5)
+"""
+
+
+def test_a_hanging_test_is_ended(pytester: pytest.Pytester) -> None:
+    """A hanging test fails with the place where it hangs, and the other tests go on."""
+    pytester.makepyfile(HANGS)
+    pytester.makeconftest(CONFTEST)
+    pytester.makeini(
+        f"""
+        [pytest]
+        trio_mode = true
+        pythonpath = {Path(__file__).parent}
+        faulthandler_timeout = 3
+        faulthandler_exit_on_timeout = true
+        """
+    )
+    # One process, and another when that has ended.
+    result = pytester.runpytest_subprocess("-n", "1", "-p", "no:cacheprovider", timeout=60)
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*crashed while running*::test_sync_hangs*", "*TooSlowError*"])
+    assert "in wait_in_a_child" in result.stdout.str()
+    assert "in test_sync_hangs" in result.stderr.str()
+
+
+async def test_task_stacks() -> None:
+    """Every task is listed with the function in which it waits."""
+
+    async def waits() -> None:
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(waits)
+        await trio.testing.wait_all_tasks_blocked()
+        stacks = task_stacks()
+        nursery.cancel_scope.cancel()
+    assert ", in waits\n" in stacks
+    assert ", in sleep_forever\n" in stacks
+    assert "test_task_stacks" in stacks
