@@ -23,7 +23,7 @@ end. Those that other tests have already are only listed.
 | shutdown in either direction, with data on its way | test_..._after_shutdown below |
 | fromfd, dup, detach | below, test_connection_detach |
 | a signal while waiting | test_..._goes_on_waiting_after_a_signal below |
-| abstract names: NULs, any byte, longest, too long, bytearray | below, test_address |
+| abstract names: NULs, any byte, longest, too long, chosen by the kernel | below |
 | paths as str, bytes, not UTF-8 | below, test_client_and_listener |
 """
 
@@ -32,6 +32,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import re
 import signal
 import socket
 import struct
@@ -587,6 +588,24 @@ async def test_open_unix_listener_at_abstract_names(name: bytes) -> None:
             assert address.get_is_abstract()
         assert client.get_local_address() == server.get_remote_address()
         assert client.get_local_address().get_is_anonymous()
+
+
+@pytest.mark.parametrize("empty", ["", b""])
+async def test_open_unix_listener_with_empty_name(empty: Any) -> None:
+    """The kernel chooses another abstract name for each listener that has an empty one."""
+    names: set[bytes] = set()
+    async with await open_unix_listener(empty) as one, await open_unix_listener(empty) as two:
+        for listener in (one, two):
+            chosen = listener.socket.getsockname()
+            assert re.fullmatch(rb"\0[0-9a-f]{5}", chosen)
+            assert listener.get_local_address() == UnixSocketAddress.from_any(chosen)
+            names.add(chosen)
+            async with await open_unix_connection(chosen), await listener.accept() as server:
+                assert server.get_local_address() == listener.get_local_address()
+    assert len(names) == 2
+    for name in names:
+        with pytest.raises(ConnectionRefusedError):
+            await open_unix_connection(name)
 
 
 @pytest.mark.parametrize("function", [open_unix_listener, open_unix_connection])

@@ -15,7 +15,7 @@ Their tests of datagrams have nothing that corresponds to them here.
 | reading after a shutdown for reading | test_situations_cpython |
 | deadlines: that pass, that are taken back | test_situations_glib, test_cancellation |
 | a listener on a duplicate leaves the path; the first one removes it | below |
-| names of both ends; of a client with a name | test_inherited_listener, below |
+| names of both ends; of a client with a name | test_names_of_both_ends below |
 | an address that is neither path nor unnamed | test_address |
 | credentials: own, and of another user without privilege | test_message_values |
 | credentials of a pair | test_peer_credentials_of_a_pair below |
@@ -170,6 +170,28 @@ async def test_aclose_of_a_listener_from_fd_leaves_the_path(unix_socket_path: Pa
             pass
         assert unix_socket_path.exists()
     assert not unix_socket_path.exists()
+
+
+@pytest.mark.parametrize("client_name", [None, "client"])
+async def test_names_of_both_ends(unix_socket_path: Path, client_name: str | None) -> None:
+    """The kernel's names of all sockets are the path that was asked for, and the client's own."""
+    path = str(unix_socket_path)
+    own = "" if client_name is None else f"{path}.{client_name}"
+    async with await open_unix_listener(path) as listener:
+        sock = socket.socket(socket.AF_UNIX)
+        if own:
+            sock.bind(own)
+        sock.connect(path)
+        async with (
+            UnixConnection.from_stdlib_socket(sock) as client,
+            await listener.accept() as server,
+        ):
+            assert listener.socket.getsockname() == path
+            assert server.socket.getsockname() == client.socket.getpeername() == path
+            assert client.socket.getsockname() == server.socket.getpeername() == own
+            assert client.get_remote_address() == listener.get_local_address()
+            assert server.get_remote_address() == client.get_local_address()
+            assert client.get_local_address().get_is_anonymous() == (not own)
 
 
 ################################################################

@@ -107,7 +107,7 @@ async def over_a_connection() -> Pair:
 
 async def from_a_listener(address: Any) -> Pair:
     async with await open_unix_listener(address) as listener:
-        client = await open_unix_connection(address)
+        client = await open_unix_connection(listener.get_local_address())
         return client, await listener.accept()
 
 
@@ -120,6 +120,7 @@ PAIRS: dict[str, Maker] = {
     "SO_PASSCRED": with_credentials,
     "receive_stream": over_a_connection,
     "abstract": partial(from_a_listener, f"\0trio-unixconn-suite-{os.getpid()}"),
+    "autobind": partial(from_a_listener, ""),
     "path": from_connection_pair,
 }
 
@@ -311,9 +312,15 @@ async def test_accept_raises_errors_that_are_not_about_one_connection(
         await (await listener.accept()).aclose()
 
 
-async def test_open_stream_to_socket_listener_with_abstract_name() -> None:
-    """Trio's helper for tests connects to a listener at an abstract name."""
-    async with await open_unix_listener(f"\0trio-unixconn-helper-{os.getpid()}") as listener:
+async def test_open_stream_to_socket_listener(name: str) -> None:
+    """Trio's helper for tests connects to a listener at a path and at an abstract name."""
+    async with await open_unix_listener(name) as listener:
+        await check_open_stream_to_socket_listener(listener)
+
+
+async def test_open_stream_to_socket_listener_with_autobind() -> None:
+    """Trio's helper for tests connects to a listener whose name the kernel has chosen."""
+    async with await open_unix_listener("") as listener:
         await check_open_stream_to_socket_listener(listener)
 
 
