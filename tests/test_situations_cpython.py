@@ -25,18 +25,25 @@ end. Those that other tests have already are only listed.
 | a signal while waiting | test_..._goes_on_waiting_after_a_signal below |
 | abstract names: NULs, any byte, longest, too long, chosen by the kernel | below |
 | paths as str, bytes, not UTF-8 | below, test_client_and_listener |
+| multiprocessing's send_handle, large numbers; asyncio's Unix sockets | below |
+| a send to a closed peer, without SIGPIPE | test_sends_raise_no_sigpipe below |
 """
 
 from __future__ import annotations
 
 import array
+import asyncio
 import errno
+import fcntl
 import os
 import re
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -641,3 +648,141 @@ async def test_open_unix_listener_at_unusual_paths(tmp_path: Path, name: Any, fo
         await client.send_fd(0)
         os.close(await server.receive_fd())
     assert os.listdir(tmp_path) == []
+
+
+################################################################
+# Other modules of the standard library as peers
+################################################################
+
+HANDLES = """
+import os, sys, tempfile
+from multiprocessing import connection, reduction
+conn = connection.Connection(int(sys.argv[1]))
+fd = reduction.recv_handle(conn)
+os.write(fd, b"foo")
+os.close(fd)
+with tempfile.TemporaryFile() as file:
+    file.write(b"bar")
+    file.seek(0)
+    reduction.send_handle(conn, file.fileno(), os.getppid())
+reduction.sendfds(connection.socket.socket(fileno=os.dup(conn.fileno())), [0, 1])
+conn.send_bytes(b"end")
+"""
+
+
+async def test_sends_and_receives_with_multiprocessing_reduction(tmp_path: Path) -> None:
+    """recv_handle and send_handle of another process pass open files, under large numbers too."""
+    ours, theirs = socket.socketpair()
+    async with UnixConnection.from_stdlib_socket(ours) as conn, trio.open_nursery() as nursery:
+        child = await nursery.start(
+            partial(
+                trio.run_process,
+                [sys.executable, "-c", HANDLES, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        )
+        theirs.close()
+        with open(tmp_path / "file", "wb") as file:
+            large = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 300)
+        # Its protocol: the byte is the number of file descriptors.
+        await conn.send_message(b"\1", fds=[large])
+        os.close(large)
+        with trio.fail_after(30):
+            with await conn.receive_file() as received:
+                assert received.read() == b"bar"
+            with await conn.receive_message(1) as message:
+                assert (message.data, len(message.fds)) == (b"\2", 2)
+            data = b"".join([chunk async for chunk in conn])
+            assert data == struct.pack("!i", 3) + b"end"
+            assert await child.wait() == 0
+    assert (tmp_path / "file").read_bytes() == b"foo"
+
+
+async def test_open_unix_connection_to_asyncio(tmp_path: Path) -> None:
+    """A server of asyncio in a thread gets all bytes and the end, and answers."""
+    path, ready, token = str(tmp_path / "s"), trio.Event(), trio.lowlevel.current_trio_token()
+
+    async def main() -> bytes:
+        got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            data = await reader.read()
+            writer.write(data[::-1])
+            writer.close()
+            await writer.wait_closed()
+            got.set_result(data)
+
+        async with await asyncio.start_unix_server(handle, path):
+            token.run_sync_soon(ready.set)
+            return await asyncio.wait_for(got, 30)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: trio.to_thread.run_sync(asyncio.run, main()))
+        await ready.wait()
+        async with await open_unix_connection(path) as conn:
+            await conn.send_all(bytes(300_000) + b"end")
+            await conn.send_eof()
+            answer = b"".join([chunk async for chunk in conn])
+    assert answer == b"dne" + bytes(300_000)
+
+
+async def test_accept_of_a_client_of_asyncio(tmp_path: Path) -> None:
+    """A client of asyncio in a thread sends, gets the answer, and sees the end."""
+    path = str(tmp_path / "s")
+
+    async def main() -> bytes:
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"hello")
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            async with await listener.accept() as conn:
+                data = b"".join([chunk async for chunk in conn])
+                await conn.send_all(data.upper())
+
+        nursery.start_soon(serve)
+        assert await trio.to_thread.run_sync(asyncio.run, main()) == b"HELLO"
+
+
+SIGPIPE = """
+import signal, trio
+from trio_unixconn import ConnectionBrokenError, connection_pair
+
+async def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    one, two = connection_pair()
+    await two.aclose()
+    for send in (
+        lambda: one.send_all(b"x"),
+        lambda: one.send_fd(0),
+        lambda: one.send_fds([0, 0], per_message=1),
+        lambda: one.send_message(bytes(1_000_000), fds=[0]),
+        lambda: one.send_credentials(),
+        lambda: one.send_buffer(b"x"),
+    ):
+        try:
+            await send()
+        except ConnectionBrokenError:
+            print("broken")
+    await one.aclose()
+
+trio.run(main)
+"""
+
+
+async def test_sends_raise_no_sigpipe() -> None:
+    """With SIGPIPE at its default, which ends a process, a send to a closed peer only raises."""
+    child = await trio.run_process(
+        [sys.executable, "-c", SIGPIPE],
+        capture_stdout=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout.split() == [b"broken"] * 6

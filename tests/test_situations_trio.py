@@ -6,7 +6,7 @@ test_highlevel_serve_listeners.py and test_highlevel_open_unix_stream.py.
 
 | situation in trio's tests | ours |
 | --- | --- |
-| check_one_way_stream, check_two_way_stream, check_half_closeable_stream | below |
+| check_one_way_stream, check_two_way_stream, check_half_closeable_stream; TLS | below |
 | SocketStream of a standard library socket, of datagrams; its options | test_connection |
 | send_all that is split, and frees its buffer | test_connection::test_much_data_against_... |
 | a peer that had closed before the stream was made | test_..._whose_peer_has_closed below |
@@ -26,6 +26,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,32 @@ async def test_connection_in_stapled_stream_passes_check_half_closeable_stream()
         return trio.StapledStream(there[0], back[1]), trio.StapledStream(back[0], there[1])
 
     await trio.testing.check_half_closeable_stream(make, None)
+
+
+def tls_context(protocol: int) -> ssl.SSLContext:
+    """Make a context that needs no certificates."""
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.set_ciphers("aNULL:@SECLEVEL=0")
+    except ssl.SSLError:
+        pytest.skip("this OpenSSL has no ciphers without certificates")
+    return context
+
+
+async def test_connection_in_ssl_stream_passes_check_two_way_stream(make: Maker) -> None:
+    """Trio's suite passes on TLS over connections."""
+
+    async def make_tls() -> tuple[Any, Any]:
+        one, two = await make()
+        return (
+            trio.SSLStream(one, tls_context(ssl.PROTOCOL_TLS_CLIENT)),
+            trio.SSLStream(two, tls_context(ssl.PROTOCOL_TLS_SERVER), server_side=True),
+        )
+
+    await trio.testing.check_two_way_stream(make_tls, None)
 
 
 ################################################################
