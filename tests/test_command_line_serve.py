@@ -396,15 +396,15 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
         (["--bind", "tcp:8000"], "tcp:HOST:PORT is due"),
         (["--bind", "tcp:localhost:http"], "a port is a number from 0 to 65535"),
         (["--bind", "tcp:localhost:65536"], "a port is a number"),
-        (["--bind", "unix:"], "is not the address of a Unix socket"),
-        (["--bind", "unix:what=ever"], "does not name one socket"),
+        (["--bind", "unix:"], "expected the URI of one Unix socket"),
+        (["--bind", "unix:what=ever"], "expected the URI of one Unix socket"),
         (["--bind", "unix:@"], "without a character"),
         (["--bind", "unix:s", "--mode", "rw"], "permission bits in octal"),
         (["--bind", "unix:s", "--mode", "7777"], "permission bits in octal"),
         (["--bind", "unix:s", "--workers", "0"], "workers must be at least 1, not 0"),
         (["--bind", "unix:s", "--hang-timeout", "0"], "hang_timeout must be more than 0"),
         (["--bind", "unix:s", "--setup", "app.x"], "package.module:name"),
-        (["--bind", "unix:s", "--stats-socket", "unix:x"], "not the address"),
+        (["--bind", "unix:s", "--stats-socket", "unix:x"], "expected the URI of one Unix socket"),
         ([], "--bind"),
     ],
 )
@@ -549,7 +549,7 @@ def test_descriptors_that_cannot_be(project: Path) -> None:
         fds = [each.fileno() for each in (unix, tcp, file, good)]
         for fd, said in (
             (99999, "descriptor 99999 is not open: whoever starts this has to pass it on"),
-            (fds[0], "a listening Unix stream socket is due"),
+            (fds[0], "expected a listening Unix stream socket"),
             (fds[1], "SocketListener requires a listening socket"),
             (fds[2], "Socket operation on non-socket"),
         ):

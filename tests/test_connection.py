@@ -437,7 +437,7 @@ async def test_closed_trio_socket() -> None:
 @pytest.mark.parametrize("bad", [None, 3, "socket", socket.socket, object()])
 async def test_no_socket_at_all(bad: Any) -> None:
     """What is no socket is a TypeError that names it."""
-    with pytest.raises(TypeError, match="a trio socket is due"):
+    with pytest.raises(TypeError, match="expected a trio socket"):
         UnixConnection(bad)
     with pytest.raises(TypeError, match=r"a socket\.socket is due"):
         UnixConnection.from_stdlib_socket(bad)
@@ -447,7 +447,7 @@ async def test_the_two_kinds_of_socket_confused() -> None:
     """A standard library socket for the constructor, and the other way round: a TypeError."""
     left, right = socket.socketpair()
     with left, right:
-        with pytest.raises(TypeError, match="a trio socket is due, not socket"):
+        with pytest.raises(TypeError, match="expected a trio socket, got socket"):
             UnixConnection(left)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"a socket\.socket is due"):
             UnixConnection.from_stdlib_socket(trio.socket.from_stdlib_socket(right))  # type: ignore[arg-type]
@@ -459,20 +459,20 @@ async def test_trio_socket_without_a_descriptor() -> None:
     class Fake(trio.socket.SocketType):
         pass
 
-    with pytest.raises(TypeError, match="real descriptor"):
+    with pytest.raises(TypeError, match="with a file descriptor"):
         UnixConnection(Fake())
 
 
 @pytest.mark.parametrize(
     ("bad", "error", "text"),
     [
-        (True, TypeError, "an int, not bool"),
-        ("3", TypeError, "an int, not str"),
-        (3.0, TypeError, "an int, not float"),
-        (None, TypeError, "an int, not NoneType"),
+        (True, TypeError, "an int, got bool"),
+        ("3", TypeError, "an int, got str"),
+        (3.0, TypeError, "an int, got float"),
+        (None, TypeError, "an int, got NoneType"),
         (-1, ValueError, "-1"),
         (2**31, ValueError, "2147483648"),
-        (987654, ValueError, "descriptor 987654 is not open"),
+        (987654, ValueError, "file descriptor 987654 is not open"),
     ],
 )
 async def test_bad_descriptors(bad: Any, error: type[Exception], text: str) -> None:
@@ -484,7 +484,7 @@ async def test_bad_descriptors(bad: Any, error: type[Exception], text: str) -> N
 async def test_descriptor_of_no_socket() -> None:
     """A descriptor of a file is a ValueError, and stays open."""
     with open(os.devnull) as file:
-        with pytest.raises(ValueError, match=f"descriptor {file.fileno()} is not a socket"):
+        with pytest.raises(ValueError, match=f"file descriptor {file.fileno()} is not a socket"):
             UnixConnection.from_fd(file.fileno())
         os.fstat(file.fileno())
 

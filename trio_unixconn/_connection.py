@@ -9,7 +9,6 @@ Sources: unix(7), trio's SocketStream, https://docs.gtk.org/gio-unix/class.Conne
 
 from __future__ import annotations
 
-import errno
 import operator
 import os
 import socket as stdlib_socket
@@ -37,7 +36,7 @@ from ._messages import Message
 from ._owner import DescriptorOwner
 from ._receiver import Receiver, RefusingReceiver
 from ._sender import NUL, Sender
-from ._sockopts import check_connected, raw_socket
+from ._sockopts import adopt_fd, check_connected, raw_socket
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
@@ -193,21 +192,11 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           ValueError: not open, not a socket, or not a connected Unix stream socket.
           NotSupportedError: as the constructor.
         """
-        if type(fd) is not int:
-            raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = _fds.fileno(fd)
-        try:
-            sock = stdlib_socket.socket(fileno=number)
-        except OSError as exc:
-            what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
-            raise ValueError(f"descriptor {number} {what}: a connected Unix socket is due") from exc
-        try:
-            connection = cls.from_stdlib_socket(sock, receive_descriptors=receive_descriptors)
-        except BaseException:
-            sock.detach()
-            raise
-        sock.set_inheritable(False)
-        return connection
+        return adopt_fd(
+            fd,
+            "a connected Unix stream socket",
+            lambda sock: cls.from_stdlib_socket(sock, receive_descriptors=receive_descriptors),
+        )
 
     ################################################################
     # Descriptors

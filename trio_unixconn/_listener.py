@@ -20,10 +20,9 @@ from trio.lowlevel import enable_ki_protection
 from . import _bind, _kernel
 from ._address import UnixSocketAddress
 from ._connection import UnixConnection
-from ._fds import fileno
 from ._owner import DescriptorOwner
 from ._policy import PeerPolicy, admit_or_close
-from ._sockopts import check_listening, disable_passrights, enable_passing, raw_socket
+from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
 from .errors import ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         address: UnixSocketAddress | None = None,
     ) -> None:
         if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a trio socket is due, not {type(socket).__name__} ({socket!r})")
+            raise TypeError(f"expected a trio socket, got {type(socket).__name__} ({socket!r})")
         check_listening(socket)
         self.socket: trio.socket.SocketType = socket
         self.denied: int = 0
@@ -89,12 +88,12 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     def from_fd(
         cls, fd: int, *, policy: PeerPolicy | None = None, receive_descriptors: bool = True
     ) -> UnixListener:
-        """Make one from the descriptor of a listening socket, inherited or received.
+        """Make a listener from the file descriptor of a listening socket, inherited or received.
 
-        The listener owns the descriptor from now on, makes it close-on-exec, and makes the
-        socket non-blocking for all who share it; if this raises, the descriptor is as it was
-        and still the caller's. Closing the listener leaves the path alone, and the socket open
-        for other processes that hold it.
+        The listener owns the file descriptor from now on, makes it close-on-exec, and makes the
+        socket non-blocking for all processes that share it; if this raises, the file descriptor is
+        as it was and still the caller's. Closing the listener leaves the path, and the socket stays
+        open for other processes that hold it.
 
         Raises:
           TypeError: not an int.
@@ -103,26 +102,17 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
 
         Source: sd_listen_fds(3), for where such descriptors come from
         """
-        if type(fd) is not int:
-            raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
-        number = fileno(fd)
-        try:
-            sock = stdlib_socket.socket(fileno=number)
-        except OSError as exc:
-            what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
-            raise ValueError(f"descriptor {number} {what}: a listening Unix socket is due") from exc
-        try:
+
+        def adopt(sock: stdlib_socket.socket) -> UnixListener:
+            # First this, so that a wrong socket stays blocking.
             check_listening(sock)
-            listener = cls(
+            return cls(
                 trio.socket.from_stdlib_socket(sock),
                 policy=policy,
                 receive_descriptors=receive_descriptors,
             )
-        except BaseException:
-            sock.detach()
-            raise
-        sock.set_inheritable(False)
-        return listener
+
+        return adopt_fd(fd, "a listening Unix stream socket", adopt)
 
     def get_local_address(self) -> UnixSocketAddress:
         """Return the name that this listens at.

@@ -1,6 +1,6 @@
-"""Options of a socket that stay on for its life.
+"""Which sockets this package takes, and options that stay on for the life of a socket.
 
-The rule of this file: an option that was asked for is on afterwards, or an error says that this
+Invariant: an option that was asked for is on afterwards, or NotSupportedError says that this
 kernel has none.
 
 Sources: unix(7), socket(7)
@@ -11,17 +11,26 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from . import _kernel
+from . import _fds, _kernel
 from .errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_CONNECTED = "expected a connected Unix stream socket"
+_LISTENING = "expected a listening Unix stream socket"
 
 
 def enable_passing(sock: socket.socket, *, credentials: bool, pidfds: bool) -> None:
-    """Have every message come with its sender's credentials, with a pidfd of its sender.
+    """Make every message arrive with credentials, or a pidfd, of its sender.
 
-    What is set on a listening socket, accepted ones inherit.
+    Accepted sockets inherit these options from a listening one.
 
     Raises:
       NotSupportedError: the kernel has no such option.
@@ -43,61 +52,90 @@ def _switch_on(sock: socket.socket, option: int | None, name: str) -> None:
 
 
 def disable_passrights(sock: socket.socket) -> None:
-    """Have the kernel refuse descriptors to whoever sends them here, where it can."""
+    """Make the kernel reject file descriptors that peers send, if it can (Linux 6.16)."""
     if _kernel.SO_PASSRIGHTS is not None:
         with suppress(OSError):
             sock.setsockopt(_kernel.SOL_SOCKET, _kernel.SO_PASSRIGHTS, 0)
 
 
 def raw_socket(sock: trio.socket.SocketType) -> socket.socket:
-    """Return the standard library socket beneath a trio socket.
+    """Return the standard library socket of a trio socket.
 
     Raises:
-      TypeError: not a trio socket, or one without a descriptor beneath.
+      TypeError: not a trio socket, or one without a file descriptor.
     """
     if not isinstance(sock, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"a trio socket is due, not {type(sock).__name__} ({sock!r})")
-    # trio has no public way to the socket beneath. The attribute is as old as trio's
-    # sockets, and a second socket object for the same descriptor would not be told when
-    # trio's closes it.
+        raise TypeError(f"expected a trio socket, got {type(sock).__name__} ({sock!r})")
+    # trio has no public way to it. The attribute is as old as trio's sockets, and a second socket
+    # object for the same file descriptor would not notice when trio's is closed.
     raw: object = getattr(sock, "_sock", None)
     if not isinstance(raw, socket.socket):
-        raise TypeError(f"a trio socket on a real descriptor is due, not {type(sock).__name__}")
+        raise TypeError(f"expected a trio socket with a file descriptor, got {type(sock).__name__}")
     return raw
 
 
+def adopt_fd(fd: int, expected: str, adopt: Callable[[socket.socket], T]) -> T:
+    """Make an object that owns a file descriptor, which becomes close-on-exec.
+
+    If this raises, the file descriptor is as it was, and still the caller's.
+
+    Args:
+      expected: the kind of socket, for errors.
+      adopt: makes the object from a socket; if it raises, it has changed nothing.
+
+    Raises:
+      TypeError: not an int.
+      ValueError: not open, not a socket, or rejected by *adopt*.
+    """
+    if type(fd) is not int:
+        raise TypeError(f"fd must be an int, got {type(fd).__name__} ({fd!r})")
+    number = _fds.fileno(fd)
+    try:
+        sock = socket.socket(fileno=number)
+    except OSError as exc:
+        what = "is not open" if exc.errno == errno.EBADF else "is not a socket"
+        raise ValueError(f"file descriptor {number} {what}; expected {expected}") from exc
+    try:
+        adopted = adopt(sock)
+    except BaseException:
+        sock.detach()
+        raise
+    sock.set_inheritable(False)
+    return adopted
+
+
 def check_connected(sock: socket.socket) -> None:
-    """Raise ValueError unless ``sock`` is a connected Unix stream socket."""
+    """Raise ValueError unless *sock* is a connected Unix stream socket."""
     family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
     if not _kernel.HAS_SENDMSG:
         raise NotSupportedError("this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
-    due = "a connected Unix stream socket is due"
-    if sock.fileno() == -1:
-        raise ValueError(f"{due}, but this socket is closed")
-    if sock.family != family:
-        raise ValueError(f"{due}, but this is an {_name_of(sock.family)} socket")
-    if sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"{due}, but this is a {_name_of(sock.type)} socket")
+    _check_kind(sock, family, _CONNECTED)
     option = _kernel.SO_ACCEPTCONN
     if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
-        raise ValueError(f"{due}, but this socket listens; accept() its connections")
+        raise ValueError(f"{_CONNECTED}, got one that listens; accept() its connections")
     try:
         sock.getpeername()
     except OSError as exc:
-        raise ValueError(f"{due}, but this socket is not connected ({exc.strerror})") from exc
+        raise ValueError(f"{_CONNECTED}, got one that is not connected ({exc.strerror})") from exc
+
+
+def check_listening(sock: trio.socket.SocketType | socket.socket) -> None:
+    """Raise ValueError unless *sock* is a listening Unix stream socket."""
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    _check_kind(sock, family, _LISTENING)
+    option = _kernel.SO_ACCEPTCONN
+    if option is not None and not sock.getsockopt(_kernel.SOL_SOCKET, option):
+        raise ValueError(f"{_LISTENING}, got one that does not listen; call listen() first")
+
+
+def _check_kind(sock: trio.socket.SocketType | socket.socket, family: int, expected: str) -> None:
+    if sock.fileno() == -1:
+        raise ValueError(f"{expected}, got one that is closed")
+    if sock.family != family:
+        raise ValueError(f"{expected}, got an {_name_of(sock.family)} socket")
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"{expected}, got a {_name_of(sock.type)} socket")
 
 
 def _name_of(constant: int) -> str:
     return getattr(constant, "name", str(constant))
-
-
-def check_listening(sock: trio.socket.SocketType | socket.socket) -> None:
-    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
-    due = "a listening Unix stream socket is due"
-    if sock.fileno() == -1:
-        raise ValueError(f"{due}, but this socket is closed")
-    if sock.family != family or sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"{due}, not {sock!r}")
-    option = _kernel.SO_ACCEPTCONN
-    if option is not None and not sock.getsockopt(_kernel.SOL_SOCKET, option):
-        raise ValueError(f"{due}, but this socket does not listen; call listen() first")
