@@ -372,7 +372,7 @@ async def test_as_an_argument() -> None:
             assert all(map(is_open, given))
         with await two.receive_fds(3) as got:
             assert [os.fstat(fd).st_size for fd in got] == [0, 1, 2]
-    assert trio.lowlevel.in_trio_task()
+    assert trio.lowlevel.current_task()
 
 
 async def test_from_another_process() -> None:

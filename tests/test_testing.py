@@ -724,8 +724,11 @@ def test_every_way_to_run_trio(project: pytest.Pytester) -> None:
             anyio.run(use, unix_connection_pair, unix_socket_path, backend="trio")
         """
     )
-    result = project.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=7)
+    # The async fixtures of anyio need a newer trio than this project does.
+    lacking = not hasattr(trio.lowlevel, "in_trio_task")
+    chosen = ["-k", "not (test_anyio_fixture or test_anyio_around)"] if lacking else []
+    result = project.runpytest_subprocess("-v", *chosen)
+    result.assert_outcomes(passed=5 if lacking else 7, deselected=2 if lacking else 0)
 
 
 def test_a_long_basetemp(project: pytest.Pytester) -> None:
