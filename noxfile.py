@@ -1,7 +1,6 @@
-"""How everything in this project is run: ``nox -l`` lists it.
+"""The sessions of this project: ``nox -l`` lists them.
 
-The rule of this file: a session installs all that it needs, and what CI runs is what a
-contributor runs.
+Invariant: a session installs all that it needs, and CI runs the sessions of a contributor.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 
 def runs(command: str) -> bool:
-    """Whether this is the name of a Python that starts (pyenv has shims that do not)."""
+    """Whether the command starts a Python (a shim of pyenv may not)."""
     try:
         return subprocess.run([command, "-c", ""], capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -29,9 +28,9 @@ def runs(command: str) -> bool:
 
 
 def installed_pythons() -> list[str]:
-    """Return those of the Pythons in the classifiers that this machine has.
+    """Return the Pythons in the classifiers that are installed.
 
-    Pythons that pyenv has installed but not activated are put on the PATH.
+    Puts Pythons on the PATH that pyenv has installed but not activated.
     """
     found: list[str] = []
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
@@ -43,8 +42,20 @@ def installed_pythons() -> list[str]:
             else:
                 continue
         found.append(version)
-    # A machine with another Python only tests with that.
+    # If only another Python is installed, run the tests with that.
     return found or [f"{sys.version_info[0]}.{sys.version_info[1]}"]
+
+
+def oldest_dependencies() -> list[str]:
+    """Return the run-time dependencies, each at its lower bound."""
+    return [each.replace(">=", "==") for each in PROJECT["project"]["dependencies"]]
+
+
+# The pool, the command line, and programs that measure or stress.
+NOT_CORE = [
+    f"--ignore-glob=tests/{pattern}"
+    for pattern in ("test_pool*", "test_command_line*", "*benchmark*", "hostile/*", "*/test_pool*")
+]
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -54,9 +65,31 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session(python=installed_pythons())
 def tests(session: nox.Session) -> None:
-    """Run the test suite, a process for each processor; arguments go to pytest."""
+    """Run the test suite, one process per processor; arguments go to pytest."""
     install(session, "tests")
     session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session(python=installed_pythons()[0])
+def oldest(session: nox.Session) -> None:
+    """Run the core's tests with the oldest trio and attrs that pyproject.toml allows."""
+    install(session, "tests")
+    session.install(*oldest_dependencies())
+    session.run("pytest", "-n", "auto", *NOT_CORE, "tests", *session.posargs)
+
+
+@nox.session
+def model(session: nox.Session) -> None:
+    """Compare a connection with the model of its stream for 20,000 programs: ten minutes."""
+    install(session, "tests")
+    session.run(
+        "pytest",
+        "tests/test_model.py",
+        "-o",
+        "faulthandler_timeout=0",
+        *session.posargs,
+        env={"HYPOTHESIS_PROFILE": "soak"},
+    )
 
 
 @nox.session
@@ -71,7 +104,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check rules and format."""
+    """Check the rules and the format of the code with ruff."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -89,7 +122,7 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run every example, and those in the README."""
+    """Run the examples, and those in the README."""
     install(session, "tests")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", "-W", "error", str(example))
@@ -105,7 +138,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Make the same faults happen to this library and to others; ``--write`` keeps the table."""
+    """Cause the same faults in this library and in others; ``--write`` keeps the table."""
     install(session, "faults")
     session.run("python", "faults/faults.py", *session.posargs)
     session.run("python", "faults/backlog.py", *session.posargs)
@@ -120,7 +153,7 @@ def pool_faults(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure beside everybody else; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""
+    """Measure beside other libraries; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""
     install(session, "bench")
     session.run("python", "benchmarks/bench.py", *session.posargs)
 
