@@ -26,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(plugin, "trio_unixconn")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Reject ids with an address in memory, which pytest-xdist reports as different tests."""
+    if wrong := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"expected ids that are the same in each process, got {wrong}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Limit the time of an async test."""
     limit_time(item)
