@@ -286,9 +286,9 @@ class UnsafeBufferError(WrongDescriptorKindError):
 
 
 class AddressInUseError(UnixConnectionError, OSError):
-    """Something is at the path to listen at that must not be replaced; it was left alone.
+    """The address to bind is in use, by a process or by something that is not replaced.
 
-    Its errno is EADDRINUSE, and its ``filename`` the address.
+    Nothing was changed. Its errno is EADDRINUSE, and its ``filename`` the address.
     """
 
     code = IOErrorEnum.ADDRESS_IN_USE
