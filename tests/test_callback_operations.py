@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from helpers import clog, free_descriptors, unclog
+from helpers import clog, free_descriptors, unclog, until
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -152,7 +152,7 @@ async def test_file_without_arguments() -> None:
         gio.receive_file_async(callback=calls)
         with tempfile.TemporaryFile() as file:
             await one.send_fd(file)
-        await wait_all_tasks_blocked()
+        await until(lambda: bool(calls))
         with gio.receive_file_finish(calls.only()[1]) as got:
             assert isinstance(got, io.BufferedReader)
             assert got.read() == b""

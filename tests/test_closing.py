@@ -172,7 +172,7 @@ def test_fork_closes_copies_of_what_is_queued(monkeypatch: pytest.MonkeyPatch) -
     assert _closing.wait_closed(30)
     assert not any(map(is_open, fds))
     with closer.lock:
-        closer.queue.put(([], None))
+        closer.queue.put(([], None, None))
     release_lingering()
     while closer.unfinished:
         time.sleep(0)

@@ -39,6 +39,7 @@ LAYERS = [
     "_identity",
     "_fdlist",
     "_fdtypes",
+    "_file_thread",
     "_cancellable",
     "_bind",
     "_paths",

@@ -1,7 +1,8 @@
-"""Sealed memory: checked before it is mapped, and nobody can change it any more."""
+"""send_buffer and receive_buffer: sealed memory, checked before it is mapped."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import mmap
@@ -17,6 +18,7 @@ from helpers import free_descriptors, stdlib_peer
 
 from trio_unixconn import (
     DescriptorKind,
+    Seals,
     UnixConnection,
     UnsafeBufferError,
     connection_pair,
@@ -51,7 +53,7 @@ def opened(path: Path | str, flags: int) -> int:
 
 
 def of_kind(kind: DescriptorKind) -> int:
-    """Open something of that kind for reading."""
+    """Open a file of that kind for reading."""
     if kind is KIND.REGULAR_FILE:
         return os.memfd_create("regular")
     if kind is KIND.DIRECTORY:
@@ -89,7 +91,7 @@ async def through(data: Any, most: int = 10_000_000) -> memoryview:
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 5_000_000])
-async def test_sizes(size: int) -> None:
+async def test_receive_buffer_of_any_size(size: int) -> None:
     """A buffer of any size arrives as it was, read-only, and its mapping ends with it."""
     data = os.urandom(size)
     before = mappings()
@@ -107,18 +109,18 @@ async def test_sizes(size: int) -> None:
     assert mappings() == before
 
 
-async def test_to_another_process() -> None:
+async def test_send_buffer_to_another_process() -> None:
     """Another process that knows nothing of seals reads it from its beginning, as any file."""
     async with stdlib_peer() as peer:
         await peer.conn.send_buffer(b"x" * 100_000)
         assert bytes.fromhex(await peer.ask("read_behind")) == b"x" * 100_000
 
 
-async def test_unsealed_from_another_process() -> None:
-    """What another process could still change is refused, with the seals that it lacks."""
+async def test_receive_buffer_rejects_unsealed_memory_of_another_process() -> None:
+    """Memory that its sender can still change is rejected, with the missing seals."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["memfd"]])
-        with pytest.raises(UnsafeBufferError, match="lacks the seals shrink, grow, write"):
+        with pytest.raises(UnsafeBufferError, match="missing seals: shrink, grow, write"):
             await peer.conn.receive_buffer(9)
 
 
@@ -132,14 +134,14 @@ async def test_unsealed_from_another_process() -> None:
         lambda: memoryview(b"\0\1\2\3" * 4).cast("B", (4, 4)),
     ],
 )
-async def test_kinds_of_buffers(make: Callable[[], Any]) -> None:
-    """Whatever is contiguous is sent as the bytes that it is made of."""
+async def test_send_buffer_of_contiguous_buffers(make: Callable[[], Any]) -> None:
+    """Any contiguous buffer is sent as its bytes."""
     view = await through(make())
     assert view == bytes(make())
 
 
-async def test_changed_afterwards() -> None:
-    """What the sender does to its bytearray afterwards changes nothing, also while it waits."""
+async def test_send_buffer_copies() -> None:
+    """Changes of the bytearray after send_buffer change nothing for the receiver."""
     one, two = connection_pair()
     data = bytearray(b"right")
     async with one, two:
@@ -150,8 +152,8 @@ async def test_changed_afterwards() -> None:
 
 
 @pytest.mark.parametrize("bad", ["x", None, 1.5, True, -1, [1], memoryview(b"abcd")[::2]])
-async def test_bad_buffer(bad: Any) -> None:
-    """What is neither a contiguous buffer nor a descriptor is refused, and nothing is sent."""
+async def test_send_buffer_rejects_other_arguments(bad: Any) -> None:
+    """Neither a contiguous buffer nor a file descriptor: rejected, and nothing is sent."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises((TypeError, ValueError)):
@@ -170,8 +172,8 @@ def memfd(data: bytes, flags: int = os.MFD_ALLOW_SEALING, seals: int = 0) -> int
 
 
 @pytest.mark.parametrize("seals", [0, SEALS["grow"], ALL_SEALS - SEALS["seal"], ALL_SEALS])
-async def test_own_memfd(seals: int) -> None:
-    """A memfd of the caller's is sealed where it is, also if it is already, and not copied."""
+async def test_send_buffer_of_a_memfd(seals: int) -> None:
+    """A memfd of the caller's is sealed, even if it has seals already, and not copied."""
     fd = memfd(b"content", seals=seals)
     one, two = connection_pair()
     async with one, two:
@@ -190,7 +192,7 @@ async def test_own_memfd(seals: int) -> None:
 
 
 @pytest.mark.parametrize("more", [0x10, 0x20])
-async def test_own_memfd_with_more_seals(more: int) -> None:
+async def test_send_buffer_of_a_memfd_with_other_seals(more: int) -> None:
     """One that has seals beyond the four (F_SEAL_FUTURE_WRITE, F_SEAL_EXEC) is sealed as well."""
     try:
         fd = memfd(b"content", seals=more)
@@ -208,8 +210,8 @@ async def test_own_memfd_with_more_seals(more: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unsealable", "mapped", "file", "pipe", "directory", "socket"])
-async def test_what_cannot_be_sealed(kind: str, tmp_path: Path) -> None:
-    """What is no memfd, or cannot be sealed, is UnsafeBufferError; nothing is sent."""
+async def test_send_buffer_rejects_what_cannot_be_sealed(kind: str, tmp_path: Path) -> None:
+    """Any other file, or a memfd that cannot be sealed: UnsafeBufferError; nothing is sent."""
     mapping: mmap.mmap | None = None
     if kind == "unsealable":
         fd = memfd(b"content", 0)
@@ -222,7 +224,7 @@ async def test_what_cannot_be_sealed(kind: str, tmp_path: Path) -> None:
         fd = of_kind(DescriptorKind(kind))
     one, two = connection_pair()
     async with one, two:
-        with pytest.raises(UnsafeBufferError, match="memfd that can be sealed is due") as caught:
+        with pytest.raises(UnsafeBufferError, match="cannot seal this ") as caught:
             await one.send_buffer(fd)
         assert isinstance(caught.value.kind, DescriptorKind)
         await one.send_all(b"next")
@@ -233,41 +235,41 @@ async def test_what_cannot_be_sealed(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", SEALS)
-async def test_partially_sealed(missing: str) -> None:
-    """A memfd that lacks one seal is refused, by the name of that seal, and not mapped."""
+async def test_receive_buffer_rejects_a_missing_seal(missing: str) -> None:
+    """A memfd without one of the seals is rejected, with the name of that seal, and not mapped."""
     before = mappings()
     fd = memfd(b"content", seals=ALL_SEALS - SEALS[missing])
-    with pytest.raises(UnsafeBufferError, match=f"lacks the seals {missing}$") as caught:
+    with pytest.raises(UnsafeBufferError, match=rf"\(missing seals: {missing}\)$") as caught:
         await pass_on(fd, lambda conn: conn.receive_buffer(100))
     assert caught.value.kind is KIND.REGULAR_FILE
     assert mappings() == before
 
 
-async def test_not_sealed_at_all(tmp_path: Path) -> None:
-    """An unsealed memfd, one without seals, and a plain file are refused."""
+async def test_receive_buffer_rejects_unsealed_files(tmp_path: Path) -> None:
+    """An unsealed memfd, one that cannot be sealed, and a plain file are rejected."""
     for fd in (memfd(b"content"), memfd(b"content", 0)):
-        with pytest.raises(UnsafeBufferError, match="it lacks"):
+        with pytest.raises(UnsafeBufferError, match="missing seals: "):
             await pass_on(fd, lambda conn: conn.receive_buffer(100))
     fd = opened(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     with suppress(OSError):
         fcntl.fcntl(fd, GET_SEALS)
-    with pytest.raises(UnsafeBufferError, match="sealed memfd was due"):
+    with pytest.raises(UnsafeBufferError, match="expected a sealed memfd, got a"):
         await pass_on(fd, lambda conn: conn.receive_buffer(100))
 
 
 @pytest.mark.parametrize("kind", [each for each in KINDS if each is not KIND.REGULAR_FILE])
-async def test_no_memfd(kind: DescriptorKind) -> None:
-    """Another kind than a memfd is refused, and the error has what came."""
-    with pytest.raises(UnsafeBufferError, match=f"but a {kind.value} came") as caught:
+async def test_receive_buffer_rejects_other_kinds(kind: DescriptorKind) -> None:
+    """Any other file is rejected, and the error says which kind it is."""
+    with pytest.raises(UnsafeBufferError, match=f"got an? {kind.value}$") as caught:
         await pass_on(of_kind(kind), lambda conn: conn.receive_buffer(100))
     assert caught.value.kind is kind
 
 
 @pytest.mark.parametrize(("size", "most"), [(8, 7), (1, 0), (4097, 4096)])
-async def test_too_large(size: int, most: int) -> None:
-    """More than max_bytes is refused before it is mapped; exactly that many are received."""
+async def test_receive_buffer_max_bytes(size: int, most: int) -> None:
+    """More than max_bytes are rejected before they are mapped; exactly that many are received."""
     before = mappings()
-    text = f"at most {most} bytes was due, but one of {size} came"
+    text = f"expected a buffer of at most {most} bytes, got {size}$"
     with pytest.raises(UnsafeBufferError, match=text):
         await pass_on(memfd(b"x" * size, seals=ALL_SEALS), lambda conn: conn.receive_buffer(most))
     assert mappings() == before
@@ -275,8 +277,8 @@ async def test_too_large(size: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 1.0, "1", None])
-async def test_bad_max_bytes(bad: Any) -> None:
-    """A limit that makes no sense is refused before anything is received."""
+async def test_receive_buffer_rejects_other_max_bytes(bad: Any) -> None:
+    """A wrong limit is rejected before anything is received."""
     one, two = connection_pair()
     async with one, two:
         await one.send_buffer(b"x")
@@ -285,7 +287,7 @@ async def test_bad_max_bytes(bad: Any) -> None:
         assert bytes(await two.receive_buffer(1)) == b"x"
 
 
-async def test_numpy() -> None:
+async def test_receive_buffer_with_numpy() -> None:
     """An array arrives without a copy, cannot be written, and holds the mapping."""
     numpy = pytest.importorskip("numpy")
     before = mappings()
@@ -306,14 +308,14 @@ async def test_numpy() -> None:
     assert mappings() == before
 
 
-async def test_numpy_without_elements() -> None:
+async def test_send_buffer_of_an_array_without_elements() -> None:
     """An array of two dimensions without elements is sent as no bytes."""
     numpy = pytest.importorskip("numpy")
     assert bytes(await through(numpy.zeros((0, 3)))) == b""
 
 
-async def test_sealed_memory_that_cannot_be_read() -> None:
-    """A sealed memfd whose descriptor is open for writing only is refused."""
+async def test_receive_buffer_rejects_write_only_memory() -> None:
+    """A sealed memfd whose descriptor is open only for writing is rejected."""
     one, two = connection_pair()
     fd = os.memfd_create("m", os.MFD_ALLOW_SEALING)
     os.write(fd, b"x")
@@ -322,14 +324,14 @@ async def test_sealed_memory_that_cannot_be_read() -> None:
         await one.send_buffer(fd)
         assert bytes(await two.receive_buffer(1)) == b"x"
         await one.send_fd(writing)
-        with pytest.raises(UnsafeBufferError, match="cannot be mapped"):
+        with pytest.raises(UnsafeBufferError, match="cannot map this memfd"):
             await two.receive_buffer(1)
     os.close(fd)
     os.close(writing)
 
 
-async def test_no_descriptor_free_to_map_with() -> None:
-    """A mapping that needs a descriptor, before Python 3.13, and finds none is EMFILE; no leak."""
+async def test_receive_buffer_without_a_free_descriptor() -> None:
+    """EMFILE, and no leak, if no descriptor is free for the mapping (before Python 3.13)."""
     one, two = connection_pair()
     async with one, two:
         await one.send_buffer(b"x")
@@ -339,3 +341,100 @@ async def test_no_descriptor_free_to_map_with() -> None:
             else:
                 with pytest.raises(OSError, match="Too many open files"):
                     await two.receive_buffer(1)
+
+
+################################################################
+# Memory that its sender can still change
+################################################################
+
+SHRINK_ONLY = SEALS["shrink"]
+
+
+async def test_receive_buffer_with_seals_accepts_memory_that_changes() -> None:
+    """With seals=Seals.SHRINK, memory that may only not shrink is mapped, and seen to change."""
+    one, two = connection_pair()
+    fd = memfd(b"before", seals=SHRINK_ONLY)
+    async with one, two:
+        await one.send_fd(fd)
+        with pytest.raises(UnsafeBufferError, match="missing seals: seal, grow, write"):
+            await two.receive_buffer(6)
+        await one.send_fd(fd)
+        view = await two.receive_buffer(6, seals=Seals.SHRINK)
+        assert view.readonly
+        assert bytes(view) == b"before"
+        os.pwrite(fd, b"after.", 0)
+        assert bytes(view) == b"after."
+        # It cannot shrink, which would end this process at the next look; growing is harmless.
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        os.ftruncate(fd, 100_000)
+        assert bytes(view) == b"after."
+        view.release()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("present", range(16))
+@pytest.mark.parametrize("wanted", [Seals.SHRINK, Seals.SHRINK | Seals.WRITE, Seals.ALL])
+async def test_receive_buffer_with_seals_accepts_more_seals(present: int, wanted: Seals) -> None:
+    """Memory is accepted if it has the seals that are asked for, and more."""
+    one, two = connection_pair()
+    fd = memfd(b"content", seals=present)
+    async with one, two:
+        await one.send_fd(fd)
+        os.close(fd)
+        if wanted in Seals(present):
+            assert bytes(await two.receive_buffer(7, seals=wanted)) == b"content"
+        else:
+            with pytest.raises(UnsafeBufferError, match="missing seals: "):
+                await two.receive_buffer(7, seals=wanted)
+
+
+async def test_receive_buffer_with_seals_of_a_read_only_descriptor() -> None:
+    """A sender that keeps the right to write to itself sends a read-only descriptor."""
+    one, two = connection_pair()
+    fd = memfd(b"before", seals=SHRINK_ONLY)
+    async with one, two:
+        with open(f"/proc/self/fd/{fd}", "rb") as reading:
+            await one.send_fd(reading)
+        view = await two.receive_buffer(6, seals=Seals.SHRINK)
+        os.pwrite(fd, b"after.", 0)
+        assert bytes(view) == b"after."
+    os.close(fd)
+
+
+async def test_receive_buffer_with_seals_of_memory_with_holes() -> None:
+    """A hole that the sender makes reads as zeros."""
+    one, two = connection_pair()
+    fd = memfd(b"x" * 8192, seals=SHRINK_ONLY)
+    async with one, two:
+        await one.send_fd(fd)
+        view = await two.receive_buffer(8192, seals=Seals.SHRINK)
+        libc = ctypes.CDLL(None, use_errno=True)
+        keep_size, punch_hole = 1, 2
+        done = libc.fallocate(
+            fd, keep_size | punch_hole, ctypes.c_longlong(0), ctypes.c_longlong(8192)
+        )
+        assert done == 0
+        assert bytes(view) == bytes(8192)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (Seals.WRITE, ValueError),
+        (Seals.ALL & ~Seals.SHRINK, ValueError),
+        (Seals(0), ValueError),
+        (2, TypeError),
+        ("shrink", TypeError),
+        (None, TypeError),
+    ],
+)
+async def test_receive_buffer_rejects_other_seals(bad: Any, error: type[Exception]) -> None:
+    """Wrong seals, or none against shrinking, are rejected before anything is received."""
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_buffer(b"x")
+        with pytest.raises(error, match=r"^seals must"):
+            await two.receive_buffer(1, seals=bad)
+        assert bytes(await two.receive_buffer(1)) == b"x"

@@ -1,7 +1,8 @@
-"""Message as an owner, Gio's control messages as values, and credentials that are forged."""
+"""Message, UnixFDMessage, UnixCredentialsMessage, and send_fake_credentials."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import trio
+from fuse import file_with_failing_close
 from helpers import sizes, some, stdlib_peer
+from peer_processes import SO_PASSPIDFD, kernel_has, message_pidfds
 from trio.testing import assert_checkpoints
 
 from trio_unixconn import (
@@ -39,8 +42,8 @@ async def one_message(count: int) -> Message:
         return await two.receive_message(1)
 
 
-async def test_message_owns() -> None:
-    """close(), also twice, and a with block close what nobody took."""
+async def test_message_close() -> None:
+    """close(), even twice, and a with block close what was not taken out."""
     message = await one_message(2)
     taken = message.fds.take(1)
     message.close()
@@ -52,14 +55,43 @@ async def test_message_owns() -> None:
     assert len(message.fds) == 0
 
 
-async def test_message_dropped() -> None:
-    """A message that is dropped with descriptors closes them, and warns."""
+async def test_message_close_closes_all_if_one_fails() -> None:
+    """An error of close(2) is raised when the descriptors and the pidfd are closed."""
+    one, two = connection_pair()
+    async with one, two:
+        with file_with_failing_close() as file:
+            await one.send_message(b"x", fds=[file.fd, 0])
+            message = await two.receive_message(1, pidfd=kernel_has(SO_PASSPIDFD))
+            given = [*message.fds, *message.pidfds]
+            with pytest.raises(OSError) as caught:
+                message.close()
+            assert caught.value.errno == errno.EIO
+            for fd in given:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.get_inheritable(fd)
+
+
+async def test_message_del() -> None:
+    """A message that is collected with descriptors closes them, and warns."""
     message = await one_message(2)
-    with pytest.warns(ResourceWarning, match="was dropped with descriptors"):
+    with pytest.warns(ResourceWarning, match="unclosed UnixFDList: file descriptors"):
         del message
 
 
-async def test_messages_are_not_values() -> None:
+@message_pidfds
+async def test_message_del_with_a_pidfd() -> None:
+    """The pidfd of a message that is collected is closed, with a warning."""
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_all(b"x")
+        await two.receive_message(1, pidfd=True)
+        await one.send_message(b"x", credentials=Credentials())
+        message = await two.receive_message(1, pidfd=True)
+        with pytest.warns(ResourceWarning, match="unclosed UnixFDList: file descriptors"):
+            del message
+
+
+async def test_message_is_compared_by_identity() -> None:
     """Two messages with the same bytes are two messages, and neither can be changed."""
     with await one_message(0) as message, await one_message(0) as other:
         assert message != other
@@ -73,7 +105,7 @@ async def test_messages_are_not_values() -> None:
 ################################################################
 
 
-def test_fd_message() -> None:
+def test_unix_fd_message() -> None:
     """UnixFDMessage has Gio's accessors, and its payload is the numbers as C ints."""
     message = UnixFDMessage()
     with open(os.devnull) as file:
@@ -93,8 +125,8 @@ def test_fd_message() -> None:
         os.close(fd)
 
 
-def test_fd_message_over_a_socket() -> None:
-    """What to_control_message() gives is sent as it is, and deserialize() owns what came."""
+def test_unix_fd_message_over_a_socket() -> None:
+    """to_control_message() is sent as it is, and deserialize() owns what was received."""
     one, two = socket.socketpair()
     with one, two:
         with UnixFDMessage(some(3)).get_fd_list() as fds:
@@ -106,8 +138,8 @@ def test_fd_message_over_a_socket() -> None:
             assert sizes(fds) == [0, 1, 2]
 
 
-def test_fd_message_of_bad_things() -> None:
-    """What is no descriptor cannot be added, and 254 are too many to be sent."""
+def test_unix_fd_message_rejects_other_fds() -> None:
+    """append_fd() rejects wrong file descriptors, and 254 are too many to be sent."""
     message = UnixFDMessage()
     bad: Any
     for bad, error in ((True, TypeError), ("0", TypeError), (-1, ValueError)):
@@ -121,7 +153,7 @@ def test_fd_message_of_bad_things() -> None:
     assert message.steal_fds() == numbers
 
 
-def test_wrong_kinds() -> None:
+def test_deserialize_of_other_kinds() -> None:
     """deserialize() of another kind of message is None, as in Gio."""
     payload = UnixCredentialsMessage().serialize()
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
@@ -131,12 +163,12 @@ def test_wrong_kinds() -> None:
     assert UnixFDMessage.deserialize(socket.IPPROTO_IP, socket.SCM_RIGHTS, b"1234") is None
     assert UnixCredentialsMessage.deserialize(*rights, b"") is None
     assert UnixCredentialsMessage.deserialize(socket.IPPROTO_IP, ids[1], payload) is None
-    # Malformed, and of nobody.
+    # Malformed, and of no process.
     assert UnixCredentialsMessage.deserialize(*ids, payload[:-1]) is None
     assert UnixCredentialsMessage.deserialize(*ids, struct.pack("iII", 0, 65534, 65534)) is None
 
 
-def test_credentials_message() -> None:
+def test_unix_credentials_message() -> None:
     """UnixCredentialsMessage has Gio's accessors, and comes back from its payload equal."""
     assert UnixCredentialsMessage.is_supported()
     assert UnixCredentialsMessage().get_credentials() == Credentials()
@@ -153,15 +185,15 @@ def test_credentials_message() -> None:
 
 
 ################################################################
-# Credentials that are not one's own
+# Credentials of another process
 ################################################################
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may forge credentials")
 
 
 @needs_root
-async def test_fake_credentials() -> None:
-    """A privileged process says that it is another one, and both ways of receiving believe it."""
+async def test_send_fake_credentials() -> None:
+    """A privileged process can send the credentials of another one."""
     async with stdlib_peer() as peer:
         fake = Credentials(peer.process.pid, 54321, 54322)
         one, two = connection_pair()
@@ -177,8 +209,8 @@ async def test_fake_credentials() -> None:
 
 
 @needs_root
-async def test_fake_credentials_of_nobody() -> None:
-    """The pid of a process that is gone is ProcessLookupError, and nothing is sent."""
+async def test_send_fake_credentials_of_an_ended_process() -> None:
+    """The pid of a process that has ended is ProcessLookupError, and nothing is sent."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     one, two = connection_pair()
@@ -192,8 +224,8 @@ async def test_fake_credentials_of_nobody() -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_fake_credentials_that_are_none() -> None:
-    """What is no Credentials is refused at once; a fired Cancellable is OperationCancelled."""
+async def test_send_fake_credentials_rejects_other_arguments() -> None:
+    """Another type is rejected at once; a cancelled Cancellable is OperationCancelled."""
     one, two = connection_pair()
     cancellable = Cancellable()
     cancellable.cancel()
@@ -241,7 +273,7 @@ trio.run(main)
 """
 
 
-async def test_fake_credentials_without_privilege() -> None:
+async def test_send_fake_credentials_without_privilege() -> None:
     """Without privilege, other credentials are PermissionError with the reason; own ones go."""
     done = await trio.run_process(
         [sys.executable, "-c", UNPRIVILEGED], capture_stdout=True, capture_stderr=True, check=False

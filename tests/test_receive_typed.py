@@ -1,15 +1,20 @@
-"""Typed receives: looked at first, handed over then, closed otherwise."""
+"""receive_file, receive_socket and receive_stream: checked, and closed if they do not fit."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import socket
+import stat
 import tempfile
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from helpers import look, stdlib_peer
+from fuse import hanging_file
+from helpers import counted, look, some, stdlib_peer, until, until_sync
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -19,7 +24,11 @@ from trio_unixconn import (
     OperationCancelled,
     UnexpectedControlMessageError,
     UnixConnection,
+    UnsafeBufferError,
     WrongDescriptorKindError,
+    _closing,
+    _fdtypes,
+    _file_thread,
     connection_pair,
 )
 
@@ -64,13 +73,14 @@ def opened(path: Path | str, flags: int) -> int:
 )
 @pytest.mark.parametrize("mode", ["r", "rb", "rt", "w", "wb", "a", "ab", "r+b", "rb+", "w+b", "w+",
                                   "a+b"])  # fmt: skip
-async def test_modes(flags: int, modes: list[str], mode: str, tmp_path: Path) -> None:
-    """A file opens if its access mode fits the mode asked for, and is refused otherwise."""
+async def test_receive_file_modes(flags: int, modes: list[str], mode: str, tmp_path: Path) -> None:
+    """A file opens if its access mode fits the mode, and is rejected otherwise."""
     path = tmp_path / "file"
     path.write_bytes(b"content")
     fd = opened(path, flags)
     if mode not in modes:
-        text = "to read was due" if flags == os.O_WRONLY and "r" in mode else "was due"
+        only = "writing" if flags == os.O_WRONLY else "reading"
+        text = rf"expected a regular file open for .* \(mode .*\), got one open only for {only}$"
         with pytest.raises(WrongDescriptorKindError, match=text) as caught:
             await pass_on(fd, lambda conn: conn.receive_file(mode))
         assert caught.value.kind is KIND.REGULAR_FILE
@@ -88,15 +98,15 @@ async def test_modes(flags: int, modes: list[str], mode: str, tmp_path: Path) ->
         assert path.read_bytes() == expected
 
 
-async def test_from_another_process() -> None:
-    """A file of another process is read by default, from where that process stands in it."""
+async def test_receive_file_from_another_process() -> None:
+    """A file of another process is read by default, from the position that both share."""
     async with stdlib_peer() as peer:
         (theirs,) = await peer.ask("send", kinds=[["file"]])
         with await peer.conn.receive_file() as file:
             assert look(file.fileno())["identity"] == theirs["identity"]
             assert b"knows nothing but the standard library" in file.read(200)
         await peer.ask("send", kinds=[["tcp"]])
-        with pytest.raises(WrongDescriptorKindError, match="but a socket came"):
+        with pytest.raises(WrongDescriptorKindError, match="expected a regular file, got a socket"):
             await peer.conn.receive_file()
         await peer.ask("eof")
         for receive in (
@@ -109,7 +119,7 @@ async def test_from_another_process() -> None:
                 await receive()
 
 
-async def test_position_is_shared() -> None:
+async def test_receive_file_shares_the_position() -> None:
     """The file starts at the position of the open file that both have."""
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
@@ -120,8 +130,8 @@ async def test_position_is_shared() -> None:
 
 
 @pytest.mark.parametrize("target", ["file", "directory", "link"])
-async def test_path_only(target: str, tmp_path: Path) -> None:
-    """What was opened only as a path is refused, whatever kind is allowed."""
+async def test_receive_file_rejects_o_path(target: str, tmp_path: Path) -> None:
+    """A descriptor opened with O_PATH is rejected, whatever kinds are accepted."""
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
     (tmp_path / "link").symlink_to("file")
@@ -133,7 +143,7 @@ async def test_path_only(target: str, tmp_path: Path) -> None:
 
 
 def of_kind(kind: DescriptorKind) -> int:
-    """Open something of that kind for reading."""
+    """Open a file of that kind for reading."""
     if kind is KIND.REGULAR_FILE:
         return os.memfd_create("regular")
     if kind is KIND.DIRECTORY:
@@ -153,30 +163,30 @@ KINDS = [each for each in KIND if each not in (KIND.BLOCK_DEVICE, KIND.SYMBOLIC_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_only_what_is_allowed(kind: DescriptorKind) -> None:
-    """Another kind than allowed is refused, and the error has what came."""
+async def test_receive_file_rejects_other_kinds(kind: DescriptorKind) -> None:
+    """A kind that is not in kinds is rejected, and the error says which kind it is."""
     others = [each for each in KIND if each is not kind]
-    with pytest.raises(WrongDescriptorKindError, match=f"but a {kind.value} came") as caught:
+    with pytest.raises(WrongDescriptorKindError, match=f"got an? {kind.value}$") as caught:
         await pass_on(of_kind(kind), lambda conn: conn.receive_file(kinds=others))
     assert caught.value.kind is kind
 
 
 @pytest.mark.parametrize("kind", [KIND.REGULAR_FILE, KIND.PIPE, KIND.CHARACTER_DEVICE])
-async def test_allowed_kinds(kind: DescriptorKind) -> None:
-    """A kind that is allowed is opened."""
+async def test_receive_file_accepts_kinds(kind: DescriptorKind) -> None:
+    """A kind that is in kinds is opened."""
     with await pass_on(of_kind(kind), lambda conn: conn.receive_file(kinds={kind})) as file:
         assert file.read() == b""
 
 
-async def test_directory_is_no_python_file() -> None:
-    """A directory is no Python file, though it may be allowed: an error, and it is closed."""
-    with pytest.raises(WrongDescriptorKindError):
+async def test_receive_file_rejects_a_directory() -> None:
+    """Python cannot open a directory, even if kinds has it: an error, and it is closed."""
+    with pytest.raises(WrongDescriptorKindError, match="cannot open this directory with mode"):
         await pass_on(of_kind(KIND.DIRECTORY), lambda c: c.receive_file(kinds=[KIND.DIRECTORY]))
 
 
 @pytest.mark.parametrize("mode", ["r+b", "w+", "a+b"])
-async def test_both_ways_through_what_has_no_position(mode: str) -> None:
-    """Python opens no socket or pipe for both; that is said, and it is closed exactly once."""
+async def test_receive_file_closes_once_what_python_cannot_buffer(mode: str) -> None:
+    """Python cannot open a socket for both directions: an error, and it is closed exactly once."""
     one, two = socket.socketpair()
     with one:
         with pytest.raises((ValueError, OSError)) as caught:
@@ -186,8 +196,8 @@ async def test_both_ways_through_what_has_no_position(mode: str) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "b", "rw", "x", "rbt", "rr", "rb+b", "U", "r+w", None, 5])
-async def test_bad_mode(bad: Any) -> None:
-    """What is no mode for an open file is refused before anything is received."""
+async def test_receive_file_rejects_other_modes(bad: Any) -> None:
+    """A wrong mode is rejected before anything is received."""
     one, two = connection_pair()
     async with one, two:
         await one.send_fd(0)
@@ -196,17 +206,50 @@ async def test_bad_mode(bad: Any) -> None:
         os.close(await two.receive_fd())
 
 
-async def test_not_one_descriptor() -> None:
-    """What is no descriptor at all, or two, is what receive_fd says of it."""
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ((), ValueError),
+        ([], ValueError),
+        (iter(()), ValueError),
+        ("regular file", TypeError),
+        (b"x", TypeError),
+        (["regular file"], TypeError),
+        ([KIND.PIPE, None], TypeError),
+        ([[]], TypeError),
+        (KIND.PIPE, TypeError),
+        (DescriptorKind, None),
+        (5, TypeError),
+        (None, TypeError),
+    ],
+)
+async def test_receive_file_rejects_other_kinds_arguments(
+    bad: Any, error: type[Exception] | None
+) -> None:
+    """Wrong kinds are rejected before anything is received, and the error names the argument."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(1) as fds:
+            await one.send_fds(fds)
+        if error is None:
+            (await two.receive_file(kinds=bad)).close()
+            return
+        with pytest.raises(error, match=r"^kinds must "):
+            await two.receive_file(kinds=bad)
+        os.close(await two.receive_fd())
+
+
+async def test_typed_receives_of_two_descriptors() -> None:
+    """Two descriptors instead of one are the error of receive_fd."""
     one, two = connection_pair()
     async with one, two:
         for receive in (two.receive_file, two.receive_socket, two.receive_stream):
             await one.send_fds([0, 0])
-            with pytest.raises(UnexpectedControlMessageError, match="2 descriptors"):
+            with pytest.raises(UnexpectedControlMessageError, match=r"2 (file )?descriptors"):
                 await receive()
 
 
-async def test_cancellables() -> None:
+async def test_typed_receives_and_send_buffer_with_cancellable() -> None:
     """A Cancellable ends the wait of every typed receive and of send_buffer."""
     one, two = connection_pair()
     fired = Cancellable()
@@ -252,7 +295,7 @@ async def test_cancellables() -> None:
         (socket.AF_UNIX, socket.SOCK_SEQPACKET),
     ],
 )
-async def test_socket(family: socket.AddressFamily, kind: socket.SocketKind) -> None:
+async def test_receive_socket(family: socket.AddressFamily, kind: socket.SocketKind) -> None:
     """A trio socket of the right family and type, which does not block."""
     try:
         sent = socket.socket(family, kind)
@@ -265,7 +308,7 @@ async def test_socket(family: socket.AddressFamily, kind: socket.SocketKind) -> 
         assert not os.get_inheritable(sock.fileno())
 
 
-async def test_listening_socket() -> None:
+async def test_receive_socket_of_a_listener() -> None:
     """A listening socket of another process can be accepted from."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["listening"]])
@@ -279,14 +322,16 @@ async def test_listening_socket() -> None:
 
 @pytest.mark.parametrize("kind", [each for each in KINDS if each is not KIND.SOCKET])
 @pytest.mark.parametrize("method", ["receive_socket", "receive_stream"])
-async def test_no_socket(method: str, kind: DescriptorKind) -> None:
-    """What is no socket is refused, and the error has what came."""
-    with pytest.raises(WrongDescriptorKindError, match=f"but a {kind.value} came") as caught:
+async def test_receive_socket_and_stream_reject_other_kinds(
+    method: str, kind: DescriptorKind
+) -> None:
+    """Any other file is rejected, and the error says which kind it is."""
+    with pytest.raises(WrongDescriptorKindError, match=f"socket, got an? {kind.value}$") as caught:
         await pass_on(of_kind(kind), lambda conn: getattr(conn, method)())
     assert caught.value.kind is kind
 
 
-async def test_tcp_stream() -> None:
+async def test_receive_stream_of_a_tcp_socket() -> None:
     """A connected TCP socket is a trio.SocketStream on which both ends talk."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["tcp"]])
@@ -305,7 +350,7 @@ async def test_tcp_stream() -> None:
                 assert client.recv(9) == b"back"
 
 
-async def test_unix_stream() -> None:
+async def test_receive_stream_of_a_unix_socket() -> None:
     """A connected Unix socket is a UnixConnection, which passes descriptors itself."""
     one, two = socket.socketpair()
     connection = await pass_on(one.detach(), lambda conn: conn.receive_stream())
@@ -328,23 +373,26 @@ def connected_datagram() -> int:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: socket.create_server(("127.0.0.1", 0)).detach(), "connected .*but one came that"),
-        (lambda: unconnected(socket.AF_INET), "connected .*but one came that is not"),
-        (lambda: unconnected(socket.AF_UNIX), "connected .*but one came that is not"),
-        (connected_datagram, "but a SOCK_DGRAM socket came"),
-        (lambda: unconnected(socket.AF_INET, socket.SOCK_DGRAM), "but a SOCK_DGRAM socket came"),
+        (
+            lambda: socket.create_server(("127.0.0.1", 0)).detach(),
+            "expected a connected stream socket, got one",
+        ),
+        (lambda: unconnected(socket.AF_INET), "expected a connected stream socket, got one"),
+        (lambda: unconnected(socket.AF_UNIX), "expected a connected stream socket, got one"),
+        (connected_datagram, "got a SOCK_DGRAM socket$"),
+        (lambda: unconnected(socket.AF_INET, socket.SOCK_DGRAM), "got a SOCK_DGRAM socket$"),
         (lambda: unconnected(socket.AF_UNIX, socket.SOCK_SEQPACKET), "SOCK_SEQPACKET"),
     ],
 )
-async def test_no_stream(make: Callable[[], int], text: str) -> None:
-    """Listening, unconnected and datagram sockets are no streams."""
+async def test_receive_stream_rejects_other_sockets(make: Callable[[], int], text: str) -> None:
+    """Listening, unconnected and datagram sockets are rejected."""
     with pytest.raises(WrongDescriptorKindError, match=text) as caught:
         await pass_on(make(), lambda conn: conn.receive_stream())
     assert caught.value.kind is KIND.SOCKET
 
 
-async def test_a_refused_socket_is_not_touched() -> None:
-    """A socket that is refused as a stream still blocks for the sender, who shares it."""
+async def test_receive_stream_leaves_rejected_sockets_blocking() -> None:
+    """A rejected socket still blocks for the sender, which shares it."""
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with one, two:
         with pytest.raises(WrongDescriptorKindError):
@@ -352,8 +400,8 @@ async def test_a_refused_socket_is_not_touched() -> None:
         assert os.get_blocking(one.fileno())
 
 
-async def test_socket_opened_as_a_path(tmp_path: Path) -> None:
-    """A socket's path opened with O_PATH is no socket that can be used."""
+async def test_receive_socket_and_stream_reject_o_path(tmp_path: Path) -> None:
+    """The path of a socket, opened with O_PATH, is a socket that cannot be used."""
     one, two = connection_pair()
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as bound:
@@ -362,6 +410,317 @@ async def test_socket_opened_as_a_path(tmp_path: Path) -> None:
     async with one, two:
         for receive in (two.receive_socket, two.receive_stream):
             await one.send_fd(fd)
-            with pytest.raises(WrongDescriptorKindError, match="cannot be used"):
+            with pytest.raises(
+                WrongDescriptorKindError,
+                match="got one that cannot be used",
+            ):
                 await receive()
     os.close(fd)
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+async def test_receive_stream_closes_once_if_the_stream_cannot_be_made(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the constructor closes the descriptor exactly once."""
+
+    def fail(_: object) -> Any:
+        raise ValueError("no stream")
+
+    if family == "unix":
+        one, two = socket.socketpair()
+        monkeypatch.setitem(_fdtypes._stream_makers, socket.AF_UNIX, fail)
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            one = socket.create_connection(server.getsockname())
+            two, _ = server.accept()
+        monkeypatch.setattr(trio, "SocketStream", fail)
+    with two:
+        with pytest.raises(ValueError, match="no stream"):
+            await pass_on(one.detach(), lambda conn: conn.receive_stream())
+        assert _closing.wait_closed(30)
+        assert two.recv(1) == b""
+
+
+################################################################
+# Files of a server that does not answer
+################################################################
+
+
+class Heartbeat:
+    """A task that counts, as long as the event loop runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def run(self) -> None:
+        while True:
+            self.count += 1
+            await trio.sleep(0.001)
+
+    async def beats(self) -> None:
+        """Wait until it has counted on."""
+        before = self.count
+        await until(lambda: self.count > before + 2)
+
+
+async def test_receive_file_does_not_block_the_loop() -> None:
+    """While a file server does not answer, other tasks run; when it answers, the file is there."""
+    one, two = connection_pair()
+    with hanging_file() as file:
+        async with one, two, trio.open_nursery() as nursery:
+            heartbeat = Heartbeat()
+            nursery.start_soon(heartbeat.run)
+            await one.send_fd(file.fd)
+            got: list[Any] = []
+
+            async def receive() -> None:
+                got.append(await two.receive_file())
+
+            nursery.start_soon(receive)
+            await until(lambda: "getattr" in file.asked())
+            await heartbeat.beats()
+            assert got == []
+            file.answer()
+            await until(lambda: bool(got))
+            assert (
+                await trio.wrap_file(got[0]).read() == b"content of a file system in user space\n"
+            )
+            await trio.wrap_file(got[0]).aclose()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("by", ["cancel scope", "Cancellable"])
+@pytest.mark.parametrize("then", ["answers", "dies"])
+async def test_receive_file_cancelled_while_a_file_server_does_not_answer(
+    by: str, then: str
+) -> None:
+    """A cancellation ends the wait; the descriptor is closed once, whatever the server does."""
+    one, two = connection_pair()
+    async with one, two:
+        with hanging_file() as file:
+            await one.send_fd(file.fd)
+            await one.send_fd(0)
+            cancellable = Cancellable()
+            with trio.fail_after(30), trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+
+                    async def cancel() -> None:
+                        await until(lambda: "getattr" in file.asked())
+                        (scope.cancel if by == "cancel scope" else cancellable.cancel)()
+
+                    nursery.start_soon(cancel)
+                    if by == "cancel scope":
+                        await two.receive_file()
+                    with pytest.raises(OperationCancelled):
+                        await two.receive_file(cancellable=cancellable)
+            # The connection is still in step.
+            os.close(await two.receive_fd())
+            assert _file_thread.thread_limiter().borrowed_tokens == 1
+            if then == "answers":
+                file.answer()
+        await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
+
+
+async def test_receive_file_returns_a_local_file_even_if_cancelled(tmp_path: Path) -> None:
+    """A cancellation of a receive that has its descriptor is put off until it has returned."""
+    (tmp_path / "file").write_bytes(b"content")
+    one, two = connection_pair()
+    async with one, two:
+        with open(tmp_path / "file", "rb") as sent, trio.CancelScope() as scope:
+            await one.send_fd(sent)
+
+            async def receive() -> None:
+                with await two.receive_file() as file:
+                    got.append(file.read())
+
+            got: list[bytes] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await until(lambda: _file_thread.thread_limiter().borrowed_tokens == 1 or bool(got))
+                scope.cancel()
+        assert got == [b"content"]
+
+
+async def test_call_in_file_thread_returns_a_result_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A result that is there when the cancellation arrives is returned, not lost."""
+    monkeypatch.setattr(_file_thread, "CANCEL_GRACE", 0)
+    calls: list[_file_thread._Call[int]] = []
+    real = _file_thread._Call.wait
+
+    async def wait(call: _file_thread._Call[int]) -> None:
+        calls.append(call)
+        await real(call)
+
+    monkeypatch.setattr(_file_thread._Call, "wait", wait)
+    answered = threading.Event()
+    discarded: list[int] = []
+    got: list[int] = []
+
+    def call() -> int:
+        answered.wait(30)
+        return 5
+
+    async def work() -> None:
+        got.append(await _file_thread.call_in_file_thread(call, discard=discarded.append))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        # Twice: the first time it is held back.
+        await until(lambda: len(calls) == 2)
+        await wait_all_tasks_blocked()
+        answered.set()
+        # The loop stands still until the thread has delivered it.
+        until_sync(lambda: calls[0]._outcome is not None)
+        nursery.cancel_scope.cancel()
+    assert (got, discarded) == ([5], [])
+
+
+async def test_receive_file_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all threads in use by servers that hang, a receive waits, and can be cancelled."""
+    monkeypatch.setattr(_file_thread, "MAX_THREADS", 1)
+    monkeypatch.setattr(_file_thread, "_limiter", trio.lowlevel.RunVar("test"))
+    one, two = connection_pair()
+    with hanging_file() as file:
+        async with one, two:
+            for _ in range(2):
+                await one.send_fd(file.fd)
+                with trio.fail_after(30), trio.move_on_after(0.01) as scope:
+                    await two.receive_file()
+                assert scope.cancelled_caught
+            assert _file_thread.thread_limiter().borrowed_tokens == 1
+            assert file.asked().count("getattr") == 1
+            # trio's own threads are not used up.
+            assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+            with some(1) as fds:
+                await one.send_fds(fds)
+            (await two.receive_file()).close()
+            # Closed without a thread of its own.
+            await until(lambda: "flush" in file.asked())
+    await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
+
+
+async def test_receive_file_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, that is the error, and the descriptor is closed."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_file_thread, "start_thread_soon", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await pass_on(opened(__file__, os.O_RDONLY), lambda conn: conn.receive_file())
+    assert _file_thread.thread_limiter().borrowed_tokens == 0
+
+
+async def test_receive_file_of_memory_uses_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memfd is opened at once, as no file server can have it."""
+    calls = counted(monkeypatch, _file_thread, "start_thread_soon")
+    with await pass_on(of_kind(KIND.REGULAR_FILE), lambda conn: conn.receive_file()):
+        pass
+    assert calls == []
+    with await pass_on(opened(__file__, os.O_RDONLY), lambda conn: conn.receive_file()):
+        pass
+    assert calls == ["start_thread_soon"]
+
+
+@pytest.mark.parametrize(
+    ("receive", "error"),
+    [
+        (lambda conn: conn.receive_file(kinds=[KIND.PIPE]), "expected a pipe, got a regular file"),
+        (lambda conn: conn.receive_file("w"), "got one open only for reading"),
+        (lambda conn: conn.receive_socket(), "expected a socket, got a regular file"),
+        (lambda conn: conn.receive_stream(), "expected a stream socket, got a regular file"),
+        (lambda conn: conn.receive_buffer(9), "expected a sealed memfd, got a regular file"),
+    ],
+)
+async def test_typed_receives_reject_without_asking_a_file_server(
+    receive: Callable[[UnixConnection], Awaitable[Any]], error: str
+) -> None:
+    """A FUSE file is rejected while its server does not answer, and without asking it."""
+    one, two = connection_pair()
+    with hanging_file(os.O_RDONLY) as file:
+        async with one, two:
+            await one.send_fd(file.fd)
+            with pytest.raises(WrongDescriptorKindError, match=error) as caught:
+                await receive(two)
+        assert caught.value.kind is KIND.REGULAR_FILE
+        await until(lambda: bool(file.asked()))
+        assert set(file.asked()) == {"flush"}
+
+
+async def test_send_buffer_rejects_without_asking_a_file_server() -> None:
+    """send_buffer of a FUSE file fails while its server does not answer, without asking it."""
+    one, two = connection_pair()
+    async with one, two:
+        with hanging_file() as file:
+            with pytest.raises(UnsafeBufferError, match="cannot seal this regular file"):
+                await one.send_buffer(file.fd)
+            assert file.asked() == []
+
+
+async def test_call_in_file_thread_after_the_end_of_the_run() -> None:
+    """A call that is still hanging when trio's run ends disposes of its result all the same."""
+
+    async def main() -> None:
+        one, two = connection_pair()
+        async with one, two:
+            await one.send_fd(file.fd)
+            with trio.move_on_after(0.01):
+                await two.receive_file()
+
+    with hanging_file() as file:
+        await trio.to_thread.run_sync(trio.run, main)
+        file.answer()
+        await until(lambda: "flush" in file.asked())
+
+
+################################################################
+# What a file is, without asking its server
+################################################################
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["statx", "no statx", "statx fails"])
+def test_identify_file_is_fstat(
+    kind: DescriptorKind, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """identify_file() returns what fstat(2) returns, even where statx(2) is missing."""
+    if way == "no statx":
+        monkeypatch.setattr(_fdtypes, "_statx", lambda: None)
+    elif way == "statx fails":
+        monkeypatch.setattr(_fdtypes, "_statx", lambda: lambda *_: -1)
+        ctypes.set_errno(errno.ENOSYS)
+    fd = of_kind(kind)
+    status = os.fstat(fd)
+    expected = (stat.S_IFMT(status.st_mode), status.st_dev, status.st_ino)
+    assert _fdtypes.identify_file(fd) == expected
+    assert _fdtypes.kind_of(fd) is kind
+    os.close(fd)
+    for each in (fd, -1, -100):
+        with pytest.raises(OSError) as caught:
+            _fdtypes.identify_file(each)
+        assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, TypeError, AttributeError])
+def test_identify_file_without_ctypes(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ctypes or statx is missing, fstat is used."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    assert _fdtypes._statx.__wrapped__() is None
+
+
+def test_identify_file_of_a_fuse_file() -> None:
+    """identify_file(), kind_of() and is_memory() do not ask a file server."""
+    with hanging_file() as file:
+        assert _fdtypes.kind_of(file.fd) is KIND.REGULAR_FILE
+        assert _fdtypes.identify_file(file.fd).inode == 2
+        assert not _fdtypes.is_memory(file.fd)
+        assert file.asked() == []

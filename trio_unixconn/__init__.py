@@ -23,6 +23,7 @@ from ._fdlist import UnixFDList as UnixFDList
 from ._fdtypes import DescriptorKind as DescriptorKind
 from ._identity import PeerIdentity as PeerIdentity
 from ._listener import UnixListener as UnixListener, open_unix_listener as open_unix_listener
+from ._memfd import Seals as Seals
 from ._messages import (
     Message as Message,
     UnixCredentialsMessage as UnixCredentialsMessage,
@@ -87,6 +88,7 @@ __all__ = [
     "PeerIdentity",
     "PeerPolicy",
     "PoolClosedError",
+    "Seals",
     "SendError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trio.lowlevel import enable_ki_protection
 
+from . import _closing
 from ._buffers import bytes_of
 from ._cancellable import check_cancellable
 from ._closing import close_fds
@@ -21,6 +22,7 @@ from ._fdlist import UnixFDList
 from ._fds import check_open, duplicate, filenos
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
+from ._memfd import Seals
 from ._messages import Message
 from ._owner import DescriptorOwner
 from ._results import AsyncReadyCallback, AsyncResult, Operation
@@ -183,7 +185,9 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_file`."""
         work = partial(self.connection.receive_file, mode, kinds=kinds)
-        self.begin("receive_file_async", work, cancellable, callback, user_data, discard=_close)
+        self.begin(
+            "receive_file_async", work, cancellable, callback, user_data, discard=_close_file
+        )
 
     def receive_file_finish(self, result: AsyncResult) -> IO[Any]:
         """Return the file, which is the caller's now, or raise what went wrong."""
@@ -254,9 +258,10 @@ class CallbackConnection(DescriptorOwner):
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
         *user_data: Any,
+        seals: Seals = Seals.ALL,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_buffer`."""
-        work = partial(self.connection.receive_buffer, max_bytes)
+        work = partial(self.connection.receive_buffer, max_bytes, seals=seals)
         self.begin("receive_buffer_async", work, cancellable, callback, user_data)
 
     def receive_buffer_finish(self, result: AsyncResult) -> memoryview:
@@ -440,6 +445,11 @@ def duplicated(fds: Iterable[FileDescriptor]) -> tuple[array[int], Callable[[], 
 
 def _close(value: Any) -> None:
     value.close()
+
+
+def _close_file(file: IO[Any]) -> None:
+    # In a thread: it may wait for a file server.
+    _closing.close_object(file.close)
 
 
 def _close_stream(stream: Any) -> None:

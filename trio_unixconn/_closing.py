@@ -26,6 +26,7 @@ Sources: close(2), socket(7) (SO_LINGER), ioctl_fionread in unix(7)
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable
 
-# File descriptors, and what to call when all of them are closed.
-_Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None]"
+# File descriptors, the close method of an object, and what to call when all of that is closed.
+_Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None, Callable[[], object] | None]"
 
 # How long a thread may be in close(2) before another one takes over the queue, in seconds.
 STUCK_AFTER: Final = 0.5
@@ -72,6 +73,10 @@ class _Closer:
 
     def _start_thread(self) -> bool:
         """Start a thread; return False if there is none at all to work off the queue."""
+        if sys.is_finalizing():
+            # start() would hang, because no new thread runs any more. The end of the process
+            # closes what is in the queue.
+            return True
         thread = _ClosingThread(self)
         with self.lock:
             self.threads.add(thread)
@@ -90,9 +95,12 @@ class _Closer:
                 self.finish(self.queue.get_nowait())
 
     def finish(self, batch: _Batch) -> None:
-        fds, then = batch
+        fds, close, then = batch
         try:
             _close_each(fds)
+            if close is not None:
+                with suppress(OSError, ValueError):
+                    close()
         finally:
             with self.lock:
                 self.unfinished -= 1
@@ -138,8 +146,8 @@ def _after_fork() -> None:
     global _closer
     before, _closer = _closer, _Closer()
     while not before.queue.empty():
-        fds, _ = before.queue.get_nowait()
-        _closer.add((fds, None))
+        fds, close, _ = before.queue.get_nowait()
+        _closer.add((fds, close, None))
 
 
 if hasattr(os, "register_at_fork"):
@@ -175,9 +183,18 @@ def close_fds(fds: Iterable[int], then: Callable[[], object] | None = None) -> N
     """
     batch = list(fds)
     if batch:
-        _closer.add((batch, then))
+        _closer.add((batch, None, then))
     elif then is not None:
         then()
+
+
+def close_object(close: Callable[[], object]) -> None:
+    """Call the close method of an object, such as a file, in the closing thread.
+
+    Args:
+      close: closes what a peer chose. An OSError or ValueError that it raises is ignored.
+    """
+    _closer.add(([], close, None))
 
 
 def close_socket(sock: socket.socket, then: Callable[[], object] | None = None) -> None:

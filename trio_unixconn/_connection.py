@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, overload
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection, notify_closing
 
-from . import _ancillary, _fds, _kernel, _memfd
+from . import _ancillary, _closing, _fds, _kernel, _memfd
 from ._address import UnixSocketAddress
 from ._buffers import bytes_of
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
@@ -25,13 +25,15 @@ from ._fdlist import UnixFDList
 from ._fds import FileDescriptor as FileDescriptor  # noqa: PLC0414, TC001 - exported
 from ._fdtypes import (
     DescriptorKind,
+    check_kinds,
     check_mode,
-    open_file,
+    open_file_or_close,
     open_socket,
     open_stream,
     register_stream,
 )
 from ._identity import get_peer_groups, get_peer_security_context, identify, open_peer_pidfd
+from ._memfd import Seals
 from ._messages import Message
 from ._owner import DescriptorOwner
 from ._receiver import Receiver, RefusingReceiver
@@ -343,7 +345,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         return DescriptorStream(self._receiver, check_at_least(read_ahead, 1, "read_ahead"))
 
     ################################################################
-    # Typed, and checked before it is handed over
+    # Files, sockets and streams, checked before they are returned
     ################################################################
 
     @enable_ki_protection
@@ -356,23 +358,30 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ) -> IO[Any]:
         """Receive a descriptor as an open Python file.
 
+        The file is opened in a thread, because ``open`` asks its file server, which may be slow
+        or never answer. A cancellation during that time is held back for half a second, which is
+        enough for a local file; after that it closes the descriptor, and its message is lost.
+        Reading and closing the file can wait for its file server, too: use ``trio.wrap_file`` if
+        the sender is not trusted.
+
         Args:
-          mode: as for ``open``; what the descriptor must be open for.
-          kinds: what it may be open on.
+          mode: as for ``open``; the access that the descriptor must have.
+          kinds: the kinds of file that are accepted.
 
         Returns:
           A file that the caller owns. Its position is that of the open file, which the sender
           shares.
 
         Raises:
-          WrongDescriptorKindError: something else came; it is closed.
-          TypeError, ValueError: not a mode, or no kinds; nothing was received.
+          WrongDescriptorKindError: another kind of file, or not open for ``mode``; it is closed.
+          TypeError, ValueError: ``mode`` is not a mode, or ``kinds`` not a collection of
+            DescriptorKind, or empty; nothing was received.
           All that :meth:`receive_fd` raises.
         """
         check_mode(mode)
-        kinds = frozenset(kinds)
+        kinds = check_kinds(kinds)
         fd = await self.receive_fd(cancellable)
-        return _convert_or_close(fd, lambda: open_file(fd, mode, kinds))
+        return await open_file_or_close(fd, mode, kinds, cancellable)
 
     @enable_ki_protection
     async def receive_socket(
@@ -380,17 +389,17 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ) -> trio.socket.SocketType:
         """Receive a descriptor as a trio socket of its family and type.
 
-        The open socket becomes non-blocking, for all who share it.
+        The open socket becomes non-blocking, for every process that shares it.
 
         Returns:
           A socket that the caller owns.
 
         Raises:
-          WrongDescriptorKindError: something else came; it is closed.
+          WrongDescriptorKindError: not a socket; the descriptor is closed.
           All that :meth:`receive_fd` raises.
         """
         fd = await self.receive_fd(cancellable)
-        return _convert_or_close(fd, lambda: open_socket(fd))
+        return _convert_or_close(fd, open_socket)
 
     @enable_ki_protection
     async def receive_stream(
@@ -398,18 +407,18 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ) -> trio.abc.HalfCloseableStream:
         """Receive a descriptor of a connected stream socket as a stream.
 
-        The open socket becomes non-blocking, for all who share it.
+        The open socket becomes non-blocking, for every process that shares it.
 
         Returns:
           A :class:`UnixConnection` for a Unix socket, otherwise a ``trio.SocketStream``; the
           caller owns it.
 
         Raises:
-          WrongDescriptorKindError: something else came; it is closed.
+          WrongDescriptorKindError: not a connected stream socket; the descriptor is closed.
           All that :meth:`receive_fd` raises.
         """
         fd = await self.receive_fd(cancellable)
-        return _convert_or_close(fd, lambda: open_stream(fd))
+        return _convert_or_close(fd, open_stream)
 
     ################################################################
     # Sealed memory
@@ -426,7 +435,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             caller's, which is sealed now and not copied.
 
         Raises:
-          UnsafeBufferError: a descriptor that is no memfd, or that cannot be sealed, because
+          UnsafeBufferError: a descriptor that is not a memfd, or that cannot be sealed, because
             it is mapped for writing.
           NotSupportedError: the platform has no memfds.
           All that :meth:`send_fd` raises.
@@ -438,26 +447,42 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
     @enable_ki_protection
     async def receive_buffer(
-        self, max_bytes: int, *, cancellable: Cancellable | None = None
+        self,
+        max_bytes: int,
+        *,
+        seals: Seals = Seals.ALL,
+        cancellable: Cancellable | None = None,
     ) -> memoryview:
         """Receive sealed memory, mapped and not copied.
+
+        With all four seals the bytes stay as they are. ``seals=Seals.SHRINK`` also accepts
+        memory that its sender can still write to, as Wayland clients send it: then the bytes can
+        change at any time, even between two looks at the same byte. Copy them before they are
+        checked, with ``bytes(view)``. Memory that can shrink is never accepted.
+
+        Args:
+          max_bytes: the largest size that is accepted.
+          seals: the seals that the memory must have; ``Seals.SHRINK`` is one of them.
 
         Returns:
           A read-only view; the mapping ends with it, and with what was made from it, such as
           ``numpy.frombuffer(view)``.
 
         Raises:
-          UnsafeBufferError: no sealed memory came, or more than ``max_bytes``; nothing was
-            mapped, and the descriptor is closed.
+          UnsafeBufferError: not sealed memory, or more than ``max_bytes``; nothing was mapped,
+            and the descriptor is closed.
           OSError: EMFILE; before Python 3.13 each mapping has a descriptor of its own.
-          ValueError: ``max_bytes`` is negative.
+          TypeError, ValueError: ``max_bytes`` is negative, or ``seals`` are not Seals with
+            ``Seals.SHRINK``; nothing was received.
           All that :meth:`receive_fd` raises.
 
         Source: memfd_create(2) ("File sealing")
         """
         most = check_at_least(max_bytes, 0, "max_bytes")
+        _memfd.check_seals(seals)
         fd = await self.receive_fd(cancellable)
-        view = _convert_or_close(fd, lambda: _memfd.map_sealed(fd, most))
+        view = _convert_or_close(fd, lambda fd: _memfd.map_readonly(fd, most, seals))
+        # Memory, which no file server has: this cannot wait.
         os.close(fd)
         return view
 
@@ -872,12 +897,12 @@ def connection_pair() -> tuple[UnixConnection, UnixConnection]:
     return UnixConnection.from_stdlib_socket(one), UnixConnection.from_stdlib_socket(two)
 
 
-def _convert_or_close(fd: int, convert: Callable[[], _T]) -> _T:
-    """Return what ``convert`` makes of a descriptor; if it raises, close it as refused."""
+def _convert_or_close(fd: int, convert: Callable[[int], _T]) -> _T:
+    """Return ``convert(fd)``; if it raises, close the descriptor."""
     try:
-        return convert()
+        return convert(fd)
     except BaseException:
-        _ancillary.close_all([fd])
+        _closing.close_fds([fd])
         raise
 
 
@@ -897,7 +922,7 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
         _memfd.seal(number)
         return os.dup(number)
     with view:
-        return _memfd.sealed_memory(view)
+        return _memfd.create(view)
 
 
 def end_of_stream_error(due: str, received: Received) -> EndOfStreamError:

@@ -1,7 +1,6 @@
-"""UnixFDList: who owns which descriptor.
+"""UnixFDList: a list that owns file descriptors.
 
-The rule of this file: a descriptor in a list is closed by the list, unless somebody has taken
-it out; there is no third way.
+Invariant: a descriptor in a list is closed by the list, unless it was taken out.
 
 Source: https://docs.gtk.org/gio-unix/class.FDList.html
 """
@@ -11,10 +10,17 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
-from ._fdtypes import DescriptorKind, check_mode, kind_of, open_file, open_socket, open_stream
+from . import _closing
+from ._fdtypes import (
+    DescriptorKind,
+    check_kinds,
+    check_mode,
+    open_file,
+    open_socket,
+    open_stream,
+)
 from ._owner import DescriptorOwner
 
 if TYPE_CHECKING:
@@ -28,25 +34,28 @@ _TAKEN: Final = -1
 
 
 class UnixFDList(DescriptorOwner):
-    """A list that owns its descriptors, as ``Gio.UnixFDList``.
+    """A list that owns its file descriptors, as ``Gio.UnixFDList``.
 
-    It closes them at the end of a ``with`` block, in :meth:`close`, or when it is collected;
-    that last way with a ResourceWarning, which names the place where the list was made when
+    It closes them at the end of a ``with`` block or in :meth:`close`. A list that is collected
+    with descriptors in it closes them in a thread, because close(2) can wait for what a peer
+    chose, with a ResourceWarning; the warning names the place where the list was made when
     tracemalloc is on. Positions are stable: taking out a descriptor leaves a gap, and the
     length stays. Iterating gives the numbers that are still there; they stay the list's.
 
+    A list cannot be copied or pickled. Its repr shows numbers only.
+
     Args:
-      fds: descriptors that the list owns from now on.
+      fds: file descriptors that the list owns from now on.
 
     Raises:
-      TypeError, ValueError: one of them is no descriptor; then none is owned.
+      TypeError, ValueError: one of them is not a file descriptor; then none is owned.
     """
 
     __slots__ = ("__weakref__", "_fds", "_gaps")
 
     def __init__(self, fds: Iterable[int] = ()) -> None:
         self._fds: list[int] = []
-        # Whether any was taken out, so that nobody has to look for that in all.
+        # Whether any was taken out; most lists have no gaps to skip.
         self._gaps = False
         self._fds = [_number(fd) for fd in fds]
 
@@ -57,7 +66,7 @@ class UnixFDList(DescriptorOwner):
 
     @classmethod
     def owning(cls, fds: list[int]) -> UnixFDList:
-        """Make a list that owns what the kernel has given, and keeps that list."""
+        """Make a list that owns what the kernel returned, and keeps the list object itself."""
         fd_list = cls.__new__(cls)
         fd_list._fds = fds  # noqa: SLF001 - its own class
         fd_list._gaps = False  # noqa: SLF001 - its own class
@@ -70,10 +79,22 @@ class UnixFDList(DescriptorOwner):
           Its position.
 
         Raises:
-          TypeError, ValueError: not a descriptor.
+          TypeError, ValueError: not a file descriptor.
           OSError: EBADF or EMFILE.
         """
         self._fds.append(os.dup(_number(fd)))
+        return len(self._fds) - 1
+
+    def append_take(self, fd: int) -> int:
+        """Add ``fd`` itself, which the list owns from now on, as ``append_take`` of GLib 2.90.
+
+        Returns:
+          Its position.
+
+        Raises:
+          TypeError, ValueError: not a file descriptor; it stays the caller's.
+        """
+        self._fds.append(_number(fd))
         return len(self._fds) - 1
 
     def get(self, index: int) -> int:
@@ -81,10 +102,30 @@ class UnixFDList(DescriptorOwner):
 
         Raises:
           IndexError: no such position.
-          ValueError: it was taken.
+          ValueError: it was taken out.
           OSError: EMFILE.
         """
         return os.dup(self[index])
+
+    def peek(self, index: SupportsIndex) -> int:
+        """Return the descriptor at ``index``, which stays the list's; the same as ``[index]``.
+
+        Raises:
+          IndexError: no such position.
+          ValueError: it was taken out.
+        """
+        return self[index]
+
+    def lookup(self, index: SupportsIndex) -> int:
+        """Return the descriptor at ``index``, which stays the list's, or -1 if there is none.
+
+        There is none if the position is out of range, or was taken out. As ``lookup`` of
+        GLib 2.90; for positions that a peer chose.
+        """
+        try:
+            return self._fds[operator.index(index)]
+        except IndexError:
+            return _TAKEN
 
     def get_length(self) -> int:
         """Return the number of positions."""
@@ -109,7 +150,7 @@ class UnixFDList(DescriptorOwner):
 
         Raises:
           IndexError: no such position.
-          ValueError: it was taken before.
+          ValueError: it was taken out before.
         """
         fd = self[index]
         self._leave_gap(index)
@@ -124,22 +165,30 @@ class UnixFDList(DescriptorOwner):
     ) -> IO[Any]:
         """Take out one descriptor as an open file.
 
+        This may wait for a file server, because ``open`` asks it. If the sender of the descriptor
+        is not trusted, call this in a thread, or take the file with
+        :meth:`UnixConnection.receive_file`, which does so itself.
+
         Args:
           mode: as for ``open``.
-          kinds: what it may be open on.
+          kinds: the kinds of file that are accepted.
 
         Raises:
-          IndexError, ValueError: as :meth:`take`; or not a mode.
+          IndexError, ValueError: as :meth:`take`.
+          TypeError, ValueError: ``mode`` is not a mode, or ``kinds`` not a collection of
+            DescriptorKind, or empty.
           WrongDescriptorKindError: another kind of file, or not open for ``mode``. The list
             still owns it.
         """
         check_mode(mode)
-        file = open_file(self[index], mode, kinds)
+        file = open_file(self[index], mode, check_kinds(kinds))
         self._leave_gap(index)
         return file
 
     def take_socket(self, index: SupportsIndex) -> trio.socket.SocketType:
-        """Take out one descriptor as a trio socket, which makes it non-blocking for all.
+        """Take out one descriptor as a trio socket.
+
+        The open socket becomes non-blocking, for every process that shares it.
 
         Raises:
           IndexError, ValueError: as :meth:`take`.
@@ -150,7 +199,9 @@ class UnixFDList(DescriptorOwner):
         return sock
 
     def take_stream(self, index: SupportsIndex) -> trio.abc.HalfCloseableStream:
-        """Take out one descriptor as a stream, which makes it non-blocking for all.
+        """Take out one descriptor as a stream.
+
+        The open socket becomes non-blocking, for every process that shares it.
 
         Returns:
           A :class:`UnixConnection` for a Unix socket, a ``trio.SocketStream`` for others.
@@ -166,11 +217,12 @@ class UnixFDList(DescriptorOwner):
     def close(self) -> None:
         """Close the descriptors that are still there; closing twice is allowed.
 
-        As any close, it may wait for what is behind a descriptor: a TCP connection with
-        SO_LINGER, a file server.
+        This is close(2) in the calling thread, and may wait as that does: for a TCP connection
+        with SO_LINGER, or a file server. If the sender of the descriptors is not trusted, call
+        this in a thread.
 
         Raises:
-          OSError: the first error of close(2); all have been closed by then.
+          OSError: the first error of close(2). All have been closed by then.
         """
         if not self._fds:
             return
@@ -200,7 +252,9 @@ class UnixFDList(DescriptorOwner):
     def __getitem__(self, index: SupportsIndex) -> int:
         fd = self._fds[operator.index(index)]
         if fd == _TAKEN:
-            raise ValueError(f"the descriptor at {operator.index(index)} was taken out before")
+            raise ValueError(
+                f"the file descriptor at position {operator.index(index)} was already taken out"
+            )
         return fd
 
     def __enter__(self) -> Self:
@@ -215,20 +269,20 @@ class UnixFDList(DescriptorOwner):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<UnixFDList [{', '.join(map(_described, self._fds))}]>"
+        # No system call: fstat(2) would wait for a file server.
+        numbers = ", ".join("taken" if fd == _TAKEN else str(fd) for fd in self._fds)
+        return f"<UnixFDList [{numbers}]>"
 
     def __del__(self) -> None:
-        # Not there when the constructor was called wrongly.
+        # Missing if the constructor got wrong arguments.
         if not getattr(self, "_fds", None):
             return
-        fds = list(self)
+        fds = self.steal_fds()
         if fds:
-            # First closed, because a warning may be an exception.
-            with suppress(OSError):
-                self.close()
+            # Close first, because a warning may be an exception.
+            _closing.close_fds(fds)
             warnings.warn(
-                f"a UnixFDList was dropped with descriptors {fds}, which were closed; use it in "
-                "a with block, take them out, or close it",
+                f"unclosed UnixFDList: file descriptors {fds}",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
@@ -237,16 +291,7 @@ class UnixFDList(DescriptorOwner):
 
 def _number(fd: int) -> int:
     if type(fd) is not int:
-        raise TypeError(f"a descriptor is due: an int, not {type(fd).__name__} ({fd!r})")
+        raise TypeError(f"expected a file descriptor (an int), got {type(fd).__name__} ({fd!r})")
     if fd < 0:
-        raise ValueError(f"no descriptor has the number {fd}")
+        raise ValueError(f"file descriptor cannot be a negative integer ({fd})")
     return fd
-
-
-def _described(fd: int) -> str:
-    if fd == _TAKEN:
-        return "taken"
-    try:
-        return f"{fd}: {kind_of(fd).value}"
-    except OSError as exc:
-        return f"{fd}: {exc.strerror}"

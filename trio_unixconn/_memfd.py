@@ -1,14 +1,16 @@
-"""Sealed memory: bytes in a memfd that nobody can change any more.
+"""Sealed memory: create, seal, check and map a memfd.
 
-The rule of this file: size and seals are checked before anything is mapped, and what is
-mapped is read-only. A sealed memfd can neither shrink under a mapping (SIGBUS) nor change
-while it is read.
+Invariant: size and seals are checked before anything is mapped, and a mapping is read-only. What
+is mapped cannot shrink, which would kill the reader with SIGBUS.
+
+No file server is asked: F_GET_SEALS fails at once for anything but memory.
 
 Sources: memfd_create(2), fcntl(2) (file sealing), mmap(2)
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import mmap
 import os
@@ -17,28 +19,56 @@ from typing import Any, Final
 
 from . import _kernel
 from ._buffers import bytes_of
-from ._fdtypes import DescriptorKind, kind_of
+from ._fdtypes import F_GET_SEALS, DescriptorKind, describe, kind_of
 from .errors import UnsafeBufferError
 
-# Numbers of include/uapi/linux/fcntl.h, which Python's fcntl names all but the first.
+# A number of include/uapi/linux/fcntl.h.
 F_ADD_SEALS: Final = 1033
-F_GET_SEALS: Final = 1034
-_SEALS: Final = {"seal": 0x01, "shrink": 0x02, "grow": 0x04, "write": 0x08}
-ALL_SEALS: Final = sum(_SEALS.values())
 
 
-def sealed_memory(data: bytes | bytearray | memoryview) -> int:
+class Seals(enum.Flag):
+    """What no process can do to a memfd any more, its creator included. Source: fcntl(2)."""
+
+    #: No more seals can be added.
+    SEAL = 0x01
+    #: Its size cannot be reduced.
+    SHRINK = 0x02
+    #: Its size cannot be increased.
+    GROW = 0x04
+    #: Its bytes cannot be changed.
+    WRITE = 0x08
+    #: All four: a buffer that stays as it is.
+    ALL = 0x0F
+
+
+def check_seals(seals: Seals) -> Seals:
+    """Return ``seals`` if a memfd that has them can be mapped safely.
+
+    Raises:
+      TypeError, ValueError: not Seals, or without ``Seals.SHRINK``.
+    """
+    if not isinstance(seals, Seals):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"seals must be Seals, not {type(seals).__name__}")
+    if Seals.SHRINK not in seals:
+        raise ValueError(
+            "seals must contain Seals.SHRINK: reading memory that was shrunk kills this process "
+            "(SIGBUS)"
+        )
+    return seals
+
+
+def create(data: bytes | bytearray | memoryview) -> int:
     """Return a new memfd with the bytes of ``data``, sealed against any change.
 
-    The caller owns it. ``data`` is any contiguous buffer; it is copied once, by the kernel.
+    The caller owns it. ``data`` is any contiguous buffer; the kernel copies it once.
 
     Raises:
       NotSupportedError: the platform has no memfd_create (Linux 3.17).
       OSError: ENOMEM, EMFILE.
     """
-    create = _kernel.required(getattr(os, "memfd_create", None), "memfd_create")
+    memfd_create = _kernel.required(getattr(os, "memfd_create", None), "memfd_create")
     flags: int = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    fd: int = create("trio_unixconn", flags)
+    fd: int = memfd_create("trio_unixconn", flags)
     try:
         with bytes_of(data) as view:
             done = 0
@@ -62,76 +92,83 @@ def seal(fd: int) -> None:
         for writing.
       OSError: EBADF.
     """
-    kind = kind_of(fd)
     try:
-        if kind is not DescriptorKind.REGULAR_FILE or not _all_sealed(fd):
-            _fcntl(fd, F_ADD_SEALS, ALL_SEALS)
+        if _fcntl(fd, F_GET_SEALS, 0) & Seals.ALL.value != Seals.ALL.value:
+            _fcntl(fd, F_ADD_SEALS, Seals.ALL.value)
     except OSError as exc:
+        kind = kind_of(fd)
         raise UnsafeBufferError(
-            f"a memfd that can be sealed is due, but this {kind.value} cannot be "
-            f"({exc.strerror}); make it with MFD_ALLOW_SEALING, and unmap it before",
+            f"cannot seal this {kind.value} ({exc.strerror}); create a memfd with "
+            "MFD_ALLOW_SEALING, and unmap it first",
             kind,
         ) from exc
 
 
-def _all_sealed(fd: int) -> bool:
-    return _fcntl(fd, F_GET_SEALS, 0) & ALL_SEALS == ALL_SEALS
-
-
-def check_sealed(fd: int, max_bytes: int | None = None) -> int:
-    """Return the size of a sealed memfd.
+def check(fd: int, max_bytes: int | None = None, seals: Seals = Seals.ALL) -> int:
+    """Return the size of a memfd that has ``seals``.
 
     Raises:
       UnsafeBufferError: not a memfd, a seal is missing, or more than ``max_bytes``.
     """
-    kind = kind_of(fd)
-    try:
-        seals = _fcntl(fd, F_GET_SEALS, 0) if kind is DescriptorKind.REGULAR_FILE else -1
-    except OSError:
-        # EINVAL: a file of a file system that has no seals.
-        seals = -1
-    if seals < 0:
-        raise UnsafeBufferError(f"a sealed memfd was due, but a {kind.value} came", kind)
-    missing = [name for name, seal in _SEALS.items() if not seals & seal]
-    if missing:
-        raise UnsafeBufferError(
-            f"a sealed memfd was due, but one came whose sender can still change it: it lacks "
-            f"the seals {', '.join(missing)}",
-            kind,
-        )
-    size = os.fstat(fd).st_size
-    if max_bytes is not None and size > max_bytes:
-        raise UnsafeBufferError(
-            f"a buffer of at most {max_bytes} bytes was due, but one of {size} came", kind
-        )
+    size, _ = _size_and_seals(fd, max_bytes, seals)
     return size
 
 
-def map_sealed(fd: int, max_bytes: int) -> memoryview:
-    """Return the bytes of a sealed memfd, read-only and not copied.
+def _size_and_seals(fd: int, max_bytes: int | None, seals: Seals) -> tuple[int, int]:
+    try:
+        present = _fcntl(fd, F_GET_SEALS, 0)
+    except OSError:
+        # EINVAL: no memory.
+        kind = kind_of(fd)
+        raise UnsafeBufferError(f"expected a sealed memfd, got {describe(kind)}", kind) from None
+    # By numbers: a kernel may know seals that have no name here.
+    wanted = seals.value
+    if present & wanted != wanted:
+        missing = [
+            each.name.lower()
+            for each in (Seals.SEAL, Seals.SHRINK, Seals.GROW, Seals.WRITE)
+            if each.name is not None and wanted & ~present & each.value
+        ]
+        raise UnsafeBufferError(
+            "expected a sealed memfd, got one that its sender can still change (missing seals: "
+            f"{', '.join(missing)})",
+            DescriptorKind.REGULAR_FILE,
+        )
+    # It is a memfd, so this asks no file server.
+    size = os.fstat(fd).st_size
+    if max_bytes is not None and size > max_bytes:
+        raise UnsafeBufferError(
+            f"expected a buffer of at most {max_bytes} bytes, got {size}",
+            DescriptorKind.REGULAR_FILE,
+        )
+    return size, present
 
-    The mapping lasts as long as the view or anything made from it; ``fd`` stays the
-    caller's, and may be closed.
+
+def map_readonly(fd: int, max_bytes: int, seals: Seals = Seals.ALL) -> memoryview:
+    """Return the bytes of a memfd that has ``seals``, read-only and not copied.
+
+    The mapping lasts as long as the view or anything made from it; ``fd`` stays the caller's,
+    and may be closed.
 
     Raises:
-      UnsafeBufferError: as :func:`check_sealed`, or it cannot be mapped; nothing was.
+      UnsafeBufferError: as :func:`check`, or it cannot be mapped; nothing was mapped.
       OSError: EMFILE; before Python 3.13 a mapping has a descriptor of its own.
     """
-    size = check_sealed(fd, max_bytes)
+    size, present = _size_and_seals(fd, max_bytes, seals)
     if not size:
         return memoryview(b"")
     options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    # Shared, where the sender may write: it is specified then that this side sees it. But before
+    # Linux 6.7 a memfd that is sealed against writing cannot be mapped shared.
+    flags = mmap.MAP_PRIVATE if present & Seals.WRITE.value else mmap.MAP_SHARED
     try:
-        return memoryview(
-            mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ, **options)
-        )
+        return memoryview(mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ, **options))
     except OSError as exc:
         if exc.errno == errno.EMFILE:
             raise
         # Not open for reading, or huge pages of which the size is no multiple.
         raise UnsafeBufferError(
-            f"sealed memory to map was due, but this cannot be mapped ({exc.strerror})",
-            DescriptorKind.REGULAR_FILE,
+            f"cannot map this memfd ({exc.strerror})", DescriptorKind.REGULAR_FILE
         ) from exc
 
 

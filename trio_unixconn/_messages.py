@@ -1,6 +1,6 @@
-"""Messages as values: a whole one, and Gio's two kinds of control message.
+"""Messages as values: a received message, and Gio's two kinds of control message.
 
-The rule of this file: a value that holds descriptors owns them through a UnixFDList.
+Invariant: a value that holds descriptors owns them through a UnixFDList.
 
 Sources: https://docs.gtk.org/gio-unix/class.FDMessage.html,
 https://docs.gtk.org/gio-unix/class.CredentialsMessage.html, unix(7)
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class Message(DescriptorOwner):
-    """What one ``receive_message`` brought.
+    """A message that ``receive_message`` received.
 
-    It owns the descriptors in it: use it in a ``with`` block, :meth:`close` it, or take them
-    out of :attr:`fds`.
+    It owns its descriptors: use it in a ``with`` block, :meth:`close` it, or take them out of
+    :attr:`fds`. It cannot be copied or pickled.
 
     Attributes:
       data: the bytes; empty at the end of the stream.
-      fds: the descriptors that came with them, in order.
-      credentials: the sender's, vouched for by the kernel; None if none came.
-      pidfds: the sender's pidfd, if this side asked for it (SO_PASSPIDFD) and the kernel could
-        give one; at most one.
+      fds: the descriptors that the message carried, in order.
+      credentials: the sender's, checked by the kernel; None if the message carried none.
+      pidfds: the sender's pidfd, if this side asked for it (SO_PASSPIDFD) and the kernel had
+        one; at most one.
     """
 
     data: bytes
@@ -52,9 +52,17 @@ class Message(DescriptorOwner):
         return next(iter(self.pidfds), None)
 
     def close(self) -> None:
-        """Close what nobody took out; closing twice is allowed."""
-        self.fds.close()
-        self.pidfds.close()
+        """Close the descriptors that were not taken out; closing twice is allowed.
+
+        This may wait, as :meth:`UnixFDList.close` may.
+
+        Raises:
+          OSError: the first error of close(2). All have been closed by then.
+        """
+        try:
+            self.fds.close()
+        finally:
+            self.pidfds.close()
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +81,7 @@ class UnixFDMessage(DescriptorOwner):
     """A control message with descriptors, as ``Gio.UnixFDMessage``.
 
     Attributes:
-      fd_list: the list that owns them; an empty new one if left out.
+      fd_list: the list that owns them (default: a new, empty one).
     """
 
     fd_list: UnixFDList = attrs.field(factory=UnixFDList)
@@ -82,7 +90,7 @@ class UnixFDMessage(DescriptorOwner):
         """Add a duplicate of ``fd``, which stays the caller's.
 
         Raises:
-          TypeError, ValueError: not a descriptor.
+          TypeError, ValueError: not a file descriptor.
           OSError: EBADF or EMFILE.
         """
         self.fd_list.append(_fds.fileno(fd))
@@ -116,14 +124,14 @@ class UnixFDMessage(DescriptorOwner):
 
         Raises:
           ValueError: more descriptors than one message carries.
-          NotSupportedError: the platform passes none.
+          NotSupportedError: the platform cannot pass descriptors.
         """
         numbers, _ = _fds.filenos(self.fd_list, _ancillary.MOST_DESCRIPTORS)
         return _ancillary.pack_rights(numbers)
 
     @classmethod
     def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixFDMessage | None:
-        """Read what recvmsg returned; None if it is another kind of message.
+        """Return the message for a control message of recvmsg; None if it is another kind.
 
         The message owns the descriptors.
         """
@@ -137,7 +145,7 @@ class UnixCredentialsMessage:
     """A control message with credentials, as ``Gio.UnixCredentialsMessage``.
 
     Attributes:
-      credentials: those of the calling process if left out.
+      credentials: the credentials (default: those of the calling process).
     """
 
     credentials: Credentials = attrs.field(factory=Credentials)
@@ -177,7 +185,11 @@ class UnixCredentialsMessage:
 
     @classmethod
     def deserialize(cls, level: int, msg_type: int, data: bytes) -> UnixCredentialsMessage | None:
-        """Read what recvmsg returned; None if it is another kind, malformed, or of nobody."""
+        """Return the message for a control message of recvmsg.
+
+        Returns:
+          None if it is another kind, malformed, or names no process.
+        """
         if (level, msg_type) != _ancillary.CREDENTIALS:
             return None
         parsed = _ancillary.parse([(level, msg_type, data)], 0)

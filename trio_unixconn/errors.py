@@ -263,12 +263,12 @@ class DescriptorsRefusedError(SendError, PermissionError):
 
 
 class WrongDescriptorKindError(UnixConnectionError, ValueError):
-    """A descriptor came that is open on another kind of file, or otherwise, than was due.
+    """A descriptor is open on another kind of file than expected, or with other access.
 
     An operation that received it has closed it.
 
     Attributes:
-      kind: what it is open on, a :class:`~trio_unixconn.DescriptorKind`.
+      kind: the kind of file that it is open on, a :class:`~trio_unixconn.DescriptorKind`.
     """
 
     code = IOErrorEnum.INVALID_DATA
@@ -282,7 +282,7 @@ class WrongDescriptorKindError(UnixConnectionError, ValueError):
 
 
 class UnsafeBufferError(WrongDescriptorKindError):
-    """What came as a buffer is no sealed memory, or larger than allowed; nothing was mapped."""
+    """A buffer is not sealed memory, or larger than allowed; nothing was mapped."""
 
 
 class AddressInUseError(UnixConnectionError, OSError):

@@ -13,6 +13,7 @@ import io
 import os
 import socket as stdlib_socket
 import ssl
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -20,9 +21,11 @@ import trio
 
 from .. import _kernel
 from .._buffers import bytes_of
+from .._closing import close_fds
 from .._connection import UnixConnection
 from .._fds import check_open, fileno
-from .._fdtypes import DescriptorKind, kind_of
+from .._fdtypes import DescriptorKind, is_memory, kind_of
+from .._file_thread import call_in_file_thread
 from .._owner import DescriptorOwner
 from .._receiver import RefusingReceiver
 from .._sockopts import raw_socket
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._buffers import Buffer
-    from .._fds import FileDescriptor
 
 #: What can be submitted: a descriptor, or an object that owns one.
 Submitted = Any
@@ -164,8 +166,12 @@ def checked_data(data: Buffer) -> bytes:
         return bytes(view)
 
 
-def take_over(what: Submitted) -> tuple[int, int]:
+async def take_over(what: Submitted) -> tuple[int, int]:
     """Take a descriptor out of what was submitted, which is closed or detached by that.
+
+    No file server is asked in the trio thread: a file is flushed and closed in another one. Only
+    for a file this is a checkpoint. If it is cancelled while a file server does not answer, the
+    file is closed nevertheless, in that thread.
 
     Returns:
       The descriptor, which the caller owns, and its form.
@@ -197,25 +203,28 @@ def take_over(what: Submitted) -> tuple[int, int]:
     form = _form_of(number)
     if isinstance(what, int):
         return number, form
-    return _out_of_file(what, number), form
-
-
-def _out_of_file(what: FileDescriptor, number: int) -> int:
-    """Duplicate the descriptor of an object, and close the object."""
-    close = getattr(what, "close", None)
-    if not callable(close):
+    if not callable(getattr(what, "close", None)):
         raise TypeError(
-            f"the pool takes over what it is given, and {type(what).__name__} has no close(); "
-            "give it a descriptor (os.dup)"
+            f"the pool takes ownership, and {type(what).__name__} has no close(); submit a "
+            "duplicate of its file descriptor (os.dup)"
         )
+    if is_memory(number):
+        return _out_of_file(what, number), form
+    return await call_in_file_thread(
+        partial(_out_of_file, what, number), discard=lambda fd: close_fds([fd])
+    ), form
+
+
+def _out_of_file(what: Any, number: int) -> int:
+    """Duplicate the descriptor of an object, and close the object."""
     if isinstance(what, (io.BufferedIOBase, io.TextIOBase)):
         # What is in its buffer belongs in front of what the worker writes.
         what.flush()
     fd = os.dup(number)
     try:
-        close()
+        what.close()
     except BaseException:
-        os.close(fd)
+        close_fds([fd])
         raise
     return fd
 

@@ -11,16 +11,22 @@ from __future__ import annotations
 import fcntl
 import os
 import socket as stdlib_socket
-from contextlib import suppress
 from io import FileIO
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 import trio
 
+from .. import _memfd
+from .._closing import close_fds
 from .._connection import UnixConnection
-from .._fdtypes import DescriptorKind, kind_of, open_file, open_stream
-from .._memfd import map_sealed
+from .._fdtypes import (
+    DescriptorKind,
+    kind_of,
+    open_checked_file,
+    open_file_or_close,
+    open_stream,
+)
 from .._owner import DescriptorOwner
 from ..errors import UnsafeBufferError
 from . import _wire
@@ -84,11 +90,11 @@ class Job(DescriptorOwner):
             raise UnsafeBufferError(
                 "a sealed memfd was due, but this job has no file", DescriptorKind.SOCKET
             )
-        return map_sealed(fileno(), max_bytes)
+        return _memfd.map_readonly(fileno(), max_bytes)
 
 
-def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
-    """Make what the handler gets of a descriptor, which is that object's from now on.
+async def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
+    """Return a stream or file that owns ``fd``. Only for a file this is a checkpoint.
 
     Raises:
       OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
@@ -106,14 +112,17 @@ def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] |
         if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
             return open_stream(fd)
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        if access == os.O_RDWR and not _has_position(fd):
-            # One buffer for both is for what can be rewound: no terminal, no pipe.
-            return open(fd, "r+b", buffering=0)
-        return open_file(fd, _MODES[access], _FILES)
     except BaseException:
-        with suppress(OSError):
-            os.close(fd)
+        close_fds([fd])
         raise
+    return await open_file_or_close(fd, _MODES[access], _FILES, open_checked=_open_file)
+
+
+def _open_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
+    if mode == "r+b" and not _has_position(fd):
+        # One buffer for both is for what can be rewound: no terminal, no pipe.
+        return open(fd, mode, buffering=0)
+    return open_checked_file(fd, mode, kind)
 
 
 def _has_position(fd: int) -> bool:

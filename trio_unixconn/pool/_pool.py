@@ -108,7 +108,7 @@ class WorkerPool(DescriptorOwner):
                 raise TypeError("a stream, socket, file or descriptor is due, not None")
             fd, form = -1, _wire.NO_DESCRIPTOR
         else:
-            fd, form = take_over(what)
+            fd, form = await take_over(what)
         delivery = Delivery(
             next(self._numbers), fd, form, goes_along, to=to, wants_answer=wants_answer
         )

@@ -243,7 +243,7 @@ class _Worker:
         stream: Any = None
         try:
             if form != _wire.NO_DESCRIPTOR:
-                stream = stream_for(form, fd)
+                stream = await stream_for(form, fd)
             job = Job(number, data, self._state, self._draining, stream)
             if wants_answer:
                 await self._answer(stream, job)
