@@ -530,6 +530,34 @@ async def test_permissions_without_o_path(
         assert status.st_gid == options.get("group", 0)
 
 
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("options", [{"mode": 0o666}, {"group": 0}])
+async def test_permissions_without_proc(
+    path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    """Without /proc, only a mode that the umask leaves can be set; the error says so."""
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    async with await open_unix_listener(path, mode=0o644):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    with pytest.raises(OSError, match=r"without /proc .* mount /proc, or choose the umask"):
+        await open_unix_listener(path, **options)
+    assert os.listdir(path.parent) == []
+
+
+async def test_bind_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of bind(2) is raised, with the path, and nothing is left there."""
+
+    class Failing(socket.socket):
+        def bind(self, _: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(socket, "socket", Failing)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        await open_unix_listener(path)
+    assert caught.value.filename == str(path)
+    assert os.listdir(path.parent) == []
+
+
 # Taking over
 
 
@@ -1132,6 +1160,19 @@ async def test_autobind(address: str | bytes) -> None:
         assert name != other.get_local_address()
         async with await open_unix_connection(name) as client, await listener.accept() as server:
             assert client.get_remote_address() == server.get_local_address() == name
+
+
+async def test_long_path_without_proc(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc a long path is ENAMETOOLONG, even if a dead socket is there."""
+    path = path.with_name("x" * 200)
+    async with await open_unix_listener(path, unlink_on_close=False):
+        pass
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    for use in (open_unix_listener, open_unix_connection):
+        with pytest.raises(OSError, match="require /proc, which is not mounted") as caught:
+            await use(path)
+        assert caught.value.errno == errno.ENAMETOOLONG
+    assert path.is_socket()
 
 
 async def test_long_path_without_o_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,16 @@ from helpers import free_descriptors
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
+    AddressInUseError,
     ConnectionBusyError,
     ConnectionClosedError,
     NotSupportedError,
+    PeerDeniedError,
+    PeerPolicy,
     UnixConnection,
     UnixListener,
     UnixSocketAddress,
+    _bind,
     open_unix_connection,
     open_unix_listener,
 )
@@ -309,6 +313,118 @@ async def test_nobody_there(path: Path) -> None:
     with pytest.raises(ConnectionRefusedError) as refused:
         await open_unix_connection(path)
     assert refused.value.filename == str(path)
+
+
+@pytest.mark.parametrize("form", [str, os.fsencode, Path, UnixSocketAddress.path])
+async def test_local_address_path(path: Path, form: Any) -> None:
+    """A client with a local path is known by it, and the path stays after it has closed."""
+    own = path.with_name("client")
+    address = UnixSocketAddress.path(own)
+    async with await open_unix_listener(path) as listener:
+        for _ in range(2):
+            # The second one replaces the socket of the first, which no process holds.
+            async with (
+                await open_unix_connection(path, local_address=form(own)) as client,
+                await listener.accept() as server,
+            ):
+                assert client.get_local_address() == server.get_remote_address() == address
+                assert client.socket.getsockname() == str(own)
+                await client.send_all(b"x")
+                assert await server.receive_some() == b"x"
+            assert sorted(os.listdir(path.parent)) == ["client", "s"]
+
+
+@pytest.mark.parametrize("local", ["", "abstract"])
+async def test_local_address_abstract(path: Path, local: str) -> None:
+    """A client can have an abstract name of its own, or one that the kernel chooses."""
+    local = local and f"\0trio-unixconn-client-{os.getpid()}"
+    async with (
+        await open_unix_listener(path) as listener,
+        await open_unix_connection(path, local_address=local) as client,
+        await listener.accept() as server,
+    ):
+        name = client.get_local_address()
+        assert name == server.get_remote_address()
+        assert name.get_is_abstract()
+        if local:
+            assert name == UnixSocketAddress.from_any(local)
+
+
+async def test_local_address_of_another_length(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local path may be relative, or too long for the address of a socket."""
+    monkeypatch.chdir(path.parent)
+    async with await open_unix_listener(path) as listener:
+        for own in ("x" * 200, "client"):
+            async with (
+                await open_unix_connection(path, local_address=own) as client,
+                await listener.accept(),
+            ):
+                assert client.get_local_address().get_path() == own
+            os.unlink(own)
+
+
+async def test_local_address_in_use(path: Path) -> None:
+    """A local address that another client has, or where something else is, is not replaced."""
+    own = path.with_name("client")
+    async with await open_unix_listener(path):
+        async with await open_unix_connection(path, local_address=own):
+            with pytest.raises(AddressInUseError, match="a process holds this socket") as caught:
+                await open_unix_connection(path, local_address=own)
+            assert caught.value.filename == str(own)
+            # Nor does a listener take it.
+            with pytest.raises(AddressInUseError):
+                await open_unix_listener(own)
+        own.unlink()
+        own.write_text("x")
+        with pytest.raises(AddressInUseError, match="not a socket"):
+            await open_unix_connection(path, local_address=own)
+        assert own.read_text() == "x"
+
+
+@pytest.mark.parametrize("fails", ["connect", "policy", "cancelled"])
+async def test_local_address_when_connecting_fails(path: Path, fails: str) -> None:
+    """If connecting fails, the local path is removed."""
+    own = path.with_name("client")
+    if fails == "connect":
+        with pytest.raises(FileNotFoundError) as caught:
+            await open_unix_connection(path, local_address=own)
+        assert caught.value.filename == str(path)
+        assert os.listdir(path.parent) == []
+        return
+    async with await open_unix_listener(path, backlog=0):
+        if fails == "policy":
+            with pytest.raises(PeerDeniedError):
+                await open_unix_connection(
+                    path, local_address=own, policy=PeerPolicy(uids={os.geteuid() + 1})
+                )
+        else:
+            async with await open_unix_connection(path):
+                with trio.move_on_after(0.02) as scope:
+                    await open_unix_connection(path, local_address=own)
+                assert scope.cancelled_caught
+        assert os.listdir(path.parent) == ["s"]
+
+
+async def test_local_address_that_cannot_be_removed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the local path cannot be removed after a failure, the error is that of connecting."""
+
+    def unbind(_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(_bind, "unbind", unbind)
+    with pytest.raises(FileNotFoundError):
+        await open_unix_connection(path, local_address=path.with_name("client"))
+
+
+async def test_local_address_rejects_wrong_arguments(path: Path) -> None:
+    """Wrong arguments of open_unix_connection are named before anything happens."""
+    bad: Any = 3
+    with pytest.raises(TypeError, match=r"address must be .* got int"):
+        await open_unix_connection(path, local_address=bad)
+    with pytest.raises(TypeError, match="policy must be a PeerPolicy or None, got int"):
+        await open_unix_connection(path, policy=bad)
 
 
 @pytest.mark.parametrize("bad", ["a\0b", 3, None])

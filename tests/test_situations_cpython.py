@@ -22,6 +22,7 @@ end. Those that other tests have already are only listed.
 | recv without room for control messages, of a message with some | test_..._another_reader... |
 | shutdown in either direction, with data on its way | test_..._after_shutdown below |
 | fromfd, dup, detach | below, test_connection_detach |
+| backlogs: 0, negative, beyond an int | test_open_unix_listener_..._backlog below |
 | a signal while waiting | test_..._goes_on_waiting_after_a_signal below |
 | abstract names: NULs, any byte, longest, too long, chosen by the kernel | below |
 | paths as str, bytes, not UTF-8 | below, test_client_and_listener |
@@ -395,6 +396,8 @@ async def test_send_message_takes_a_generator_of_fds() -> None:
         (b"abc", {"fds": [(*RIGHTS, b"\0\0\0\0")]}),
         (b"abc", {"cancellable": 5}),
         (b"abc", {"cancellable": object()}),
+        (b"abc", {"credentials": object()}),
+        (b"abc", {"credentials": (1, 2, 3)}),
     ],
 )
 async def test_send_message_rejects_other_types(data: Any, options: Any) -> None:
@@ -421,6 +424,37 @@ async def test_receive_rejects_other_types_of_size(
             fd = await conn.receive_fd()
             assert positions([fd]) == [0]
             os.close(fd)
+
+
+async def test_receive_message_of_more_bytes_than_there_can_be() -> None:
+    """A size beyond what the system can count is an error, and the message is still there."""
+    with connection_and_socket() as (conn, sock), numbered(1) as fds:
+        socket.send_fds(sock, [b"x"], fds)
+        async with conn:
+            for receive in (conn.receive_message, conn.receive_some):
+                with pytest.raises((OverflowError, ValueError, MemoryError)):
+                    await receive(2**70)
+            with await conn.receive_fds(2**70) as received:
+                assert positions(received) == [0]
+
+
+@pytest.mark.parametrize("backlog", [-1, 2**31, 2**63, 2**70, 1.5, "1", True])
+async def test_open_unix_listener_rejects_backlog(tmp_path: Path, backlog: Any) -> None:
+    """A backlog that listen(2) cannot take is an error, and nothing is left behind."""
+    for name in (tmp_path / "s", f"\0trio-unixconn-backlog-{os.getpid()}"):
+        with pytest.raises((OverflowError, ValueError, TypeError)):
+            await open_unix_listener(name, backlog=backlog)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("backlog", [0, 1, 2**31 - 1, None])
+async def test_open_unix_listener_takes_backlog(tmp_path: Path, backlog: Any) -> None:
+    """Any backlog that listen(2) takes is taken, 0 too; a client can connect."""
+    async with (
+        await open_unix_listener(tmp_path / "s", backlog=backlog) as listener,
+        await open_unix_connection(tmp_path / "s"),
+    ):
+        await (await listener.accept()).aclose()
 
 
 ################################################################

@@ -1,4 +1,4 @@
-"""How a listening socket gets its path, and how the path is removed.
+"""How a socket gets its path, and how the path is removed.
 
 What we want: at every moment, even if this process is killed, the path leads to one whole server
 or to what was there before. Nothing is replaced but a socket that no process holds, unless the
@@ -407,7 +407,11 @@ def _set_permissions(
     if mode is None or (not is_changed and stat.S_IMODE(status.st_mode) == mode):
         return
     if not hasattr(os, "O_PATH"):
-        _set_permissions_by_name(place, name, permissions)
+        # macOS: by name.
+        path = place.path_of(name)
+        if is_changed:
+            _chown(place, path, owner, group)
+        os.chmod(path, mode)
         return
     # chmod(2) and chown(2) would follow a symbolic link.
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place.fd)
@@ -429,15 +433,6 @@ def _set_permissions(
         os.chmod(path, mode)
     finally:
         os.close(fd)
-
-
-def _set_permissions_by_name(place: _Place, name: bytes, permissions: Permissions) -> None:
-    """Set them where a socket's file cannot be opened (macOS)."""
-    path = place.path_of(name)
-    if permissions.owner is not None or permissions.group is not None:
-        _chown(place, path, permissions.owner, permissions.group)
-    if permissions.mode is not None:
-        os.chmod(path, permissions.mode)
 
 
 def _chown(place: _Place, path: bytes, owner: int | None, group: int | None) -> None:
@@ -640,6 +635,12 @@ async def bind_path(
         raise
     except OSError as exc:
         raise describe_bind_error(exc, address) from exc
+
+
+async def unbind_quietly(binding: Binding) -> None:
+    """Remove the path of a socket that is about to be closed, if that is possible."""
+    with suppress(LockHeldError, OSError):
+        await retry(lambda: unbind(binding), CLOSE_LOCK_TIMEOUT, or_on=_kernel.OUT_OF_RESOURCES)
 
 
 def bind_abstract(sock: socket.socket, address: UnixSocketAddress) -> None:
