@@ -5,15 +5,15 @@ anyio runs on trio, so that its streams, clients and listeners are peers here.
 
 | situation in anyio's tests | ours |
 | --- | --- |
-| attributes: family, names of both ends | below, test_connection::test_addresses |
+| attributes: family, names of both ends | below, test_connection |
 | send and receive, by str, bytes and Path, at paths and abstract names | below |
-| receive with a wrong size | test_connection::test_receive_some_of_nothing |
+| receive with a wrong size | test_connection |
 | much data from a slow peer, and to one | below, test_connection |
 | file descriptors with bytes, in both directions | below |
 | receive_fds and send_fds with wrong arguments | test_messages, test_send_fds, test_receive_fds |
 | send_eof, then the answer; sending after the peer's end of stream | below |
 | iterating over what arrives | test_connection_is_iterated_... below |
-| a second task that sends or receives | test_connection::test_two_tasks_... |
+| a second task that sends or receives | test_connection |
 | closed while sending or receiving; used when closed | test_connection |
 | closed after a wait was cancelled, in a handler of a server | test_aclose_of_... below |
 | no socket at a path, no listener at an abstract name | below, test_paths |

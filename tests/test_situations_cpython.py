@@ -12,11 +12,11 @@ end. Those that other tests have already are only listed.
 | too little room for control messages, at every boundary | test_send_..._to_a_peer_with_... |
 | a full descriptor table, which truncates at every boundary | test_receive_..._with_few_free... |
 | send_fds and recv_fds with more room than was sent | test_..._stdlib_... below |
-| data from a generator, from several buffers, from an array | below, test_messages::test_buffers |
+| data from a generator, from several buffers, from an array | below, test_messages |
 | control messages from a generator | test_send_message_takes_a_generator_of_fds below |
-| bad arguments, bad items, one bad item among good ones | test_bad_send, test_bad_receive, below |
-| more items than the system can send | test_messages::test_253_are_the_default_and_the_most |
-| sending and receiving after close | test_connection::test_every_async_method_... |
+| bad arguments, bad items, one bad item among good ones | test_messages, below |
+| more items than the system can send | test_messages |
+| sending and receiving after close | test_connection |
 | a timeout while sending or receiving | test_cancellation |
 | shorter and longer than the buffer; peeking; end of stream | below, test_messages |
 | recv without room for control messages, of a message with some | test_..._another_reader... |

@@ -10,7 +10,7 @@ the real GLib as a peer; here its situations are met without it, on every machin
 | both ends of a socketpair in one message, used on arrival | below |
 | nothing is open that was not open before | the guard of every test |
 | an anonymous address: no path, not abstract | below, test_address |
-| a socket that is not connected | test_connection::test_wrong_sockets |
+| a socket that is not connected | test_connection |
 | a child sends a write end, the parent reads what it writes | below |
 | what the peer sent before it shut down arrives, then the end | below, test_situations_cpython |
 | bytes of two sends are read by one receive | below |

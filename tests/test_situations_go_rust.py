@@ -8,10 +8,10 @@ Their tests of datagrams have nothing that corresponds to them here.
 | --- | --- |
 | a received descriptor is close-on-exec, also for a real child | below |
 | a message without a buffer for bytes, with room for descriptors | below |
-| descriptors without bytes are sent with a byte of the library's | test_messages::test_bad_send |
+| descriptors without bytes are sent with a byte of the library's | test_messages |
 | a child makes a file, sends it, and ends; the parent reads it | below |
 | several arrays of descriptors in one message, an empty one too | test_situations_cpython |
-| sending after the own end of the stream | below, test_connection::test_after_send_eof |
+| sending after the own end of the stream | below, test_connection |
 | reading after a shutdown for reading | test_situations_cpython |
 | deadlines: that pass, that are taken back | test_situations_glib, test_cancellation |
 | a listener on a duplicate leaves the path; the first one removes it | below |
@@ -22,7 +22,7 @@ Their tests of datagrams have nothing that corresponds to them here.
 | a connection that waits in the queue: timeouts, bytes, descriptors | below |
 | two clients that are accepted in turn | below |
 | a duplicate of a stream; peeking; no such abstract name | test_situations_cpython |
-| a path that is too long | test_client_and_listener::test_long_path |
+| a path that is too long | test_client_and_listener |
 | an end of a pair is sent through that pair | below |
 | too many descriptors for a message | test_messages |
 | abstract names with control characters in text | below |

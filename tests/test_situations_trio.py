@@ -8,7 +8,7 @@ test_highlevel_serve_listeners.py and test_highlevel_open_unix_stream.py.
 | --- | --- |
 | check_one_way_stream, check_two_way_stream, check_half_closeable_stream; TLS | below |
 | SocketStream of a standard library socket, of datagrams; its options | test_connection |
-| send_all that is split, and frees its buffer | test_connection::test_much_data_against_... |
+| send_all that is split, and frees its buffer | test_connection |
 | a peer that had closed before the stream was made | test_..._whose_peer_has_closed below |
 | SocketListener of wrong sockets | test_inherited_listener |
 | accept: a checkpoint, also when closed; the names of both ends | below |
