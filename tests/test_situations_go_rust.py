@@ -13,9 +13,10 @@ Their tests of datagrams have nothing that corresponds to them here.
 | several arrays of descriptors in one message, an empty one too | test_situations_cpython |
 | sending after the own end of the stream | below, test_connection |
 | reading after a shutdown for reading | test_situations_cpython |
-| deadlines: that pass, that are taken back | test_situations_glib, test_cancellation |
+| deadlines: that pass, that are taken back, that race with the peer | below, test_situations_glib |
+| each end shuts down its own direction | test_send_eof_of_both_ends below |
 | a listener on a duplicate leaves the path; the first one removes it | below |
-| names of both ends; of a client with a name | test_names_of_both_ends below |
+| names of both ends; of a client with a name | below, test_client_and_listener |
 | an address that is neither path nor unnamed | test_address |
 | credentials: own, and of another user without privilege | test_message_values |
 | credentials of a pair | test_peer_credentials_of_a_pair below |
@@ -32,9 +33,11 @@ Their tests of datagrams have nothing that corresponds to them here.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -192,6 +195,91 @@ async def test_names_of_both_ends(unix_socket_path: Path, client_name: str | Non
             assert client.get_remote_address() == listener.get_local_address()
             assert server.get_remote_address() == client.get_local_address()
             assert client.get_local_address().get_is_anonymous() == (not own)
+
+
+async def test_send_eof_of_both_ends() -> None:
+    """Each end ends its direction; then both have read to the end, and neither sends any more."""
+    one, two = connection_pair()
+    async with one, two:
+        for here, there in ((one, two), (two, one)):
+            await here.send_all(b"x")
+            await here.send_eof()
+            await here.send_eof()
+            assert await there.receive_some() == b"x"
+            assert await there.receive_some() == b""
+        for each in (one, two):
+            with pytest.raises(ConnectionClosedError):
+                await each.send_fd(0)
+            assert await each.receive_some() == b""
+
+
+async def test_receive_fd_with_deadlines_that_race() -> None:
+    """A thread sends while deadlines end receive_fd now and then: all arrive, in order, once."""
+    count = 500
+    ours, theirs = socket.socketpair()
+    fds = [os.memfd_create(f"race-{size}") for size in range(7)]
+    for size, fd in enumerate(fds):
+        os.ftruncate(fd, size)
+    pauses = random.Random(1)
+
+    def send() -> None:
+        with theirs:
+            for number in range(count):
+                socket.send_fds(theirs, [b"x"], [fds[number % 7]])
+                if not number % 5:
+                    time.sleep(pauses.uniform(0, 0.0005))
+
+    received: list[int] = []
+    ended = 0
+    async with UnixConnection.from_stdlib_socket(ours) as conn, trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, send)
+        with trio.fail_after(60):
+            while len(received) < count:
+                with trio.move_on_after(pauses.uniform(0, 0.0005)) as scope:
+                    fd = await conn.receive_fd()
+                    received.append(os.fstat(fd).st_size)
+                    os.close(fd)
+                ended += scope.cancelled_caught
+    assert ended
+    assert received == [number % 7 for number in range(count)]
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("with_fd", [False, True])
+async def test_send_message_with_deadlines_that_race(*, with_fd: bool) -> None:
+    """Deadlines end send_message now and then: the peer has exactly those that returned."""
+    count = 2000
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
+    pauses = random.Random(2)
+    received = bytearray()
+
+    def receive() -> None:
+        with theirs:
+            while True:
+                data, fds, _, _ = socket.recv_fds(theirs, 8, 8)
+                if not data:
+                    return
+                received.extend(data)
+                for fd in fds:
+                    os.close(fd)
+                time.sleep(pauses.uniform(0, 0.0002))
+
+    sent = bytearray()
+    ended = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, receive)
+        async with UnixConnection.from_stdlib_socket(ours) as conn:
+            with trio.fail_after(60):
+                for number in range(count):
+                    byte = bytes([number % 251])
+                    with trio.move_on_after(pauses.uniform(0, 0.0002)) as scope:
+                        await conn.send_message(byte, fds=[0] * with_fd)
+                        sent += byte
+                    ended += scope.cancelled_caught
+    assert ended
+    assert received == sent
 
 
 ################################################################
