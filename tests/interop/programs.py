@@ -1,4 +1,4 @@
-"""What the tests with programs share: starting them, and having them end."""
+"""Starting and ending the programs with which this library is tested."""
 
 from __future__ import annotations
 
@@ -22,21 +22,27 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
     from pathlib import Path
 
-# Where a plain user's shell does not look.
+# Not on the PATH of an ordinary user.
 SERVERS: Final = "/usr/sbin"
 
 
-def require_program(name: str) -> str:
-    """Return where a program is; skip without it, but fail in CI. Its package is named like it."""
+def require_program(name: str, *, package: str | None = None) -> str:
+    """Return the path of a program; skip without it, but fail on CI.
+
+    Args:
+      package: the package of Debian that contains it, if that has another name.
+    """
     found = shutil.which(name, path=f"{os.environ['PATH']}:{SERVERS}")
     if found is None:
-        missing_peer(f"there is no {name}; on Debian and Ubuntu install the package {name}")
+        missing_peer(
+            f"{name} is not installed; on Debian and Ubuntu install the package {package or name}"
+        )
     return found
 
 
 @asynccontextmanager
 async def running(command: Sequence[str], **options: Any) -> AsyncGenerator[trio.Process, None]:
-    """Run a program with its standard output in a pipe; at the end it is there no more."""
+    """Run a program with its standard output in a pipe; end it at the end of the block."""
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None
     async with process.stdout:
@@ -52,25 +58,25 @@ async def running(command: Sequence[str], **options: Any) -> AsyncGenerator[trio
 
 
 async def first_line(process: trio.Process) -> str:
-    """Return the line in which a program says that it is ready."""
+    """Return the line that a program prints when it is ready."""
     assert process.stdout is not None
     line = b""
     with trio.fail_after(30):
         while not line.endswith(b"\n"):
             more = await process.stdout.receive_some()
-            assert more, "it died; its last words are on stderr"
+            assert more, "the program exited; its errors are on stderr"
             line += more
     return line.decode().removesuffix("\n")
 
 
 async def connection_to(process: trio.Process, path: Path) -> UnixConnection:
-    """Connect to a program that does not say when it is ready."""
+    """Connect to a program that does not print when it is ready."""
     with trio.fail_after(30):
         while True:
             try:
                 return await open_unix_connection(path)
             except (FileNotFoundError, ConnectionRefusedError):
-                assert process.poll() is None, "it died; its last words are on stderr"
+                assert process.poll() is None, "the program exited; its errors are on stderr"
                 await trio.sleep(0.01)
 
 
