@@ -688,9 +688,9 @@ def test_identify_file_is_fstat(
 ) -> None:
     """identify_file() returns what fstat(2) returns, even where statx(2) is missing."""
     if way == "no statx":
-        monkeypatch.setattr(_fdtypes, "_statx", lambda: None)
+        monkeypatch.setattr(_fdtypes, "_STATX", None)
     elif way == "statx fails":
-        monkeypatch.setattr(_fdtypes, "_statx", lambda: lambda *_: -1)
+        monkeypatch.setattr(_fdtypes, "_STATX", lambda *_: -1)
         ctypes.set_errno(errno.ENOSYS)
     fd = of_kind(kind)
     status = os.fstat(fd)
@@ -704,17 +704,17 @@ def test_identify_file_is_fstat(
         assert caught.value.errno == errno.EBADF
 
 
-@pytest.mark.parametrize("error", [ImportError, OSError, TypeError, AttributeError])
-def test_identify_file_without_ctypes(
+@pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
+def test_identify_file_without_statx(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where ctypes or statx is missing, fstat is used."""
+    """Where the C library has no statx, there is none to call."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", fail)
-    assert _fdtypes._statx.__wrapped__() is None
+    assert _fdtypes._find_statx() is None
 
 
 def test_identify_file_of_a_fuse_file() -> None:

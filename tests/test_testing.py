@@ -1,4 +1,4 @@
-"""trio_unixconn.testing and the pytest plugin: what they give, and that each can fail."""
+"""trio_unixconn.testing and the pytest plugin: what they return, and that each can fail."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import trio
+from fuse import hanging_file
 
 from trio_unixconn import (
     ConnectionClosedError,
     EndOfStreamError,
     NotSupportedError,
     UnixConnection,
+    _closing,
     connection_pair,
     open_unix_connection,
     open_unix_listener,
@@ -48,8 +50,8 @@ HOW_TO = (PROJECT / "docs" / "how-to" / "test-your-code.md").read_text()
 ################################################################
 
 
-def test_all_is_what_there_is() -> None:
-    """__all__ names what the folder's own files and connection_pair give, all described."""
+def test_all_names_every_public_function() -> None:
+    """__all__ names every public function, and each has a docstring."""
     assert testing.connection_pair is connection_pair
     public = {
         name
@@ -60,8 +62,8 @@ def test_all_is_what_there_is() -> None:
     assert [name for name in public if not getattr(testing, name).__doc__] == []
 
 
-def test_without_pytest() -> None:
-    """Where pytest is not installed, everything but the plugin is there."""
+def test_import_without_pytest() -> None:
+    """Without pytest, everything but the plugin can be imported."""
     program = (
         "import sys; sys.modules['pytest'] = None\n"
         "from trio_unixconn.testing import *\n"
@@ -79,8 +81,8 @@ def test_without_pytest() -> None:
 ################################################################
 
 
-def test_what_is_open() -> None:
-    """Each open descriptor is told with its path, or with what else it is."""
+def test_open_descriptors() -> None:
+    """Each open descriptor is returned with its path, or with its type and number."""
     before = open_descriptors()
     one, two = socket.socketpair()
     read, write = os.pipe()
@@ -98,16 +100,16 @@ def test_what_is_open() -> None:
 
 @pytest.fixture
 def dev_fd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a folder as /dev/fd of macOS and the BSDs: no links, and perhaps too many names."""
+    """Make a directory as /dev/fd of macOS and the BSDs: no links, and perhaps too many names."""
     for fd in range(32):
         (tmp_path / str(fd)).touch()
     (tmp_path / "stdin").touch()
-    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", str(tmp_path)))
+    monkeypatch.setattr(_descriptors, "_DIRECTORIES", ("/nonexistent", str(tmp_path)))
     return tmp_path
 
 
-def test_where_there_are_no_links(dev_fd: Path) -> None:
-    """Without /proc/self/fd, fstat(2) tells what is open, and leaks are told by it."""
+def test_open_descriptors_without_links(dev_fd: Path) -> None:
+    """Without /proc/self/fd, kind, device and inode identify what is open, and what leaked."""
     with open(os.devnull) as file, tempfile.TemporaryFile() as other:
         names = open_descriptors()
         assert names[file.fileno()].startswith("character device (device ")
@@ -121,16 +123,16 @@ def test_where_there_are_no_links(dev_fd: Path) -> None:
         os.close(leaked)
 
 
-def test_linux_has_the_other_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/dev/fd tells the same as /proc/self/fd."""
+def test_open_descriptors_from_dev_fd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux, /dev/fd lists the same as /proc/self/fd."""
     expected = open_descriptors()
-    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", "/dev/fd"))
+    monkeypatch.setattr(_descriptors, "_DIRECTORIES", ("/nonexistent", "/dev/fd"))
     assert open_descriptors() == expected
 
 
-def test_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With neither folder everything that has to know is NotSupportedError, and changes nothing."""
-    monkeypatch.setattr(_descriptors, "_FOLDERS", ("/nonexistent", "/nowhere"))
+def test_open_descriptors_without_either_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without both directories, all functions are NotSupportedError, and change nothing."""
+    monkeypatch.setattr(_descriptors, "_DIRECTORIES", ("/nonexistent", "/nowhere"))
     for attempt in (assert_no_fd_leak(), limit_descriptors(1)):
         with pytest.raises(NotSupportedError, match="neither /nonexistent nor /nowhere"):
             attempt.__enter__()
@@ -138,10 +140,24 @@ def test_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_open(fd: int) -> bool:
     try:
-        os.fstat(fd)
+        os.get_inheritable(fd)
     except OSError:
         return False
     return True
+
+
+async def test_open_descriptors_does_not_ask_a_file_server() -> None:
+    """Listing, and the guard, return while a FUSE server does not answer, and do not ask it."""
+    with hanging_file() as file:
+        names = open_descriptors()
+        assert names[file.fd].endswith("/file")
+        with assert_no_fd_leak():
+            fd = os.dup(0)
+            os.close(fd)
+        with pytest.raises(AssertionError, match=r"leaked: \d+, /.*/file$"), assert_no_fd_leak():
+            fd = os.dup(file.fd)
+        assert file.asked() == []
+        _closing.close_fds([fd])
 
 
 ################################################################
@@ -149,8 +165,8 @@ def is_open(fd: int) -> bool:
 ################################################################
 
 
-async def test_nothing_leaked() -> None:
-    """A block that closes what it opens passes, also when it awaits, and gives its value."""
+async def test_assert_no_fd_leak_passes() -> None:
+    """A block that closes what it opens passes, even if it awaits or raises."""
     with assert_no_fd_leak():
         one, two = connection_pair()
         async with one, two:
@@ -161,8 +177,8 @@ async def test_nothing_leaked() -> None:
     assert "descriptors" not in printed(caught.value)
 
 
-def test_leaked_and_lost() -> None:
-    """What is open only after the block, or only before it, is named with what it is open on."""
+def test_assert_no_fd_leak_reports_leaked_and_lost() -> None:
+    """Descriptors open only after the block, or only before it, are reported with their files."""
     file = os.open(os.devnull, os.O_RDONLY)
     with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
         os.close(file)
@@ -181,8 +197,8 @@ def test_leaked_and_lost() -> None:
         ]
 
 
-async def test_a_leaked_connection() -> None:
-    """A connection that is left open is two descriptors that leaked."""
+async def test_assert_no_fd_leak_of_a_connection() -> None:
+    """A pair that is left open is two leaked descriptors."""
     with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
         one, two = connection_pair()
         await one.send_all(b"x")
@@ -192,7 +208,7 @@ async def test_a_leaked_connection() -> None:
     await two.aclose()
 
 
-def test_a_renamed_file_is_the_same(tmp_path: Path) -> None:
+def test_assert_no_fd_leak_of_a_renamed_file(tmp_path: Path) -> None:
     """A file that is renamed or removed while it is open has neither leaked nor been lost."""
     with open(tmp_path / "one", "wb") as file:
         with assert_no_fd_leak():
@@ -202,8 +218,8 @@ def test_a_renamed_file_is_the_same(tmp_path: Path) -> None:
         assert open_descriptors()[file.fileno()].endswith("two (deleted)")
 
 
-def test_another_file_with_the_same_number(tmp_path: Path) -> None:
-    """Another open file under the old number is told, whether it has a path or not."""
+def test_assert_no_fd_leak_of_another_file_with_the_same_number(tmp_path: Path) -> None:
+    """Another open file with the old number is reported, whether it has a path or not."""
     for name in ("one", "two"):
         (tmp_path / name).touch()
     one, two = (os.open(tmp_path / name, os.O_RDONLY) for name in ("one", "two"))
@@ -224,8 +240,8 @@ def test_another_file_with_the_same_number(tmp_path: Path) -> None:
         assert f"lost: {poll.fileno()}, which was anon_inode:[eventpoll]" in str(caught.value)
 
 
-def test_a_circle_is_not_leaked() -> None:
-    """What only the garbage collector still has to close is not leaked."""
+def test_assert_no_fd_leak_collects_garbage() -> None:
+    """A descriptor that only a reference cycle holds is closed, not reported."""
     with assert_no_fd_leak():
         circle: list[Any] = [Closing(os.open(os.devnull, os.O_RDONLY))]
         circle.append(circle)
@@ -259,8 +275,8 @@ def raise_from() -> None:
 
 
 @pytest.mark.parametrize("fail", [raise_it, raise_from_none, raise_from])
-def test_the_block_raises_too(fail: Any) -> None:
-    """The block's exception goes on, and what is printed of it also has what leaked."""
+def test_assert_no_fd_leak_of_a_block_that_raises(fail: Any) -> None:
+    """The block's exception is propagated, and its printed text has the report."""
     with pytest.raises((ZeroDivisionError, ValueError)) as caught, assert_no_fd_leak():
         fd = os.open(os.devnull, os.O_RDONLY)
         fail()
@@ -279,8 +295,8 @@ def printed(exc: BaseException) -> str:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_only_so_many(count: int) -> None:
-    """Exactly that many descriptors can be opened, and afterwards all that could before."""
+def test_limit_descriptors(count: int) -> None:
+    """Exactly that many descriptors can be opened; the old limit is restored."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened: list[int] = []
     with limit_descriptors(count), pytest.raises(OSError, match="Too many open files"):
@@ -292,16 +308,16 @@ def test_only_so_many(count: int) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
-def test_the_limit_is_lifted_when_the_block_raises() -> None:
-    """A block that raises leaves no limit and no descriptor."""
+def test_limit_descriptors_of_a_block_that_raises() -> None:
+    """After a block that raises, limit and descriptors are as before."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with pytest.raises(ZeroDivisionError), assert_no_fd_leak(), limit_descriptors(2):
         raise ZeroDivisionError
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
-def test_looking_takes_no_descriptor() -> None:
-    """Where none is free, what is open and what leaks is told all the same."""
+def test_open_descriptors_without_a_free_descriptor() -> None:
+    """Without a free descriptor, listing and guard still work."""
     before = open_descriptors()
     with limit_descriptors(1):
         fd = os.open("/", os.O_RDONLY)
@@ -314,7 +330,7 @@ def test_looking_takes_no_descriptor() -> None:
             os.close(fd)
 
 
-def test_a_limit_within_a_limit() -> None:
+def test_limit_descriptors_nested() -> None:
     """An inner limit may be lower than an outer one; a higher one is EMFILE."""
     with limit_descriptors(3):
         outer = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -333,10 +349,10 @@ def test_a_limit_within_a_limit() -> None:
         os.close(write)
 
 
-def test_wrong_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_descriptors_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A negative count, or a full system, raises and leaves the limit as it was."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with pytest.raises(ValueError, match="at least 0, not -1"):
+    with pytest.raises(ValueError, match="count must be non-negative, got -1"):
         limit_descriptors(-1).__enter__()
 
     def full(*_: object) -> int:
@@ -349,8 +365,8 @@ def test_wrong_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
-def test_where_there_was_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the process has no limit, it has one during the block."""
+def test_limit_descriptors_of_a_process_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without a limit has one during the block."""
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     really_set = resource.setrlimit
     lifted: list[int] = []
@@ -380,7 +396,7 @@ async def is_clogged(conn: UnixConnection) -> bool:
 
 
 async def test_clog_and_unclog() -> None:
-    """After clog() a send waits, with no byte of it gone; after unclog() it goes on."""
+    """After clog() a send waits, and sends no byte; after unclog() it continues."""
     one, two = connection_pair()
     async with one, two:
         count = clog(one)
@@ -406,8 +422,8 @@ async def test_clogged_pair() -> None:
                 await there.receive_some()
 
 
-async def test_clog_needs_nothing() -> None:
-    """clog() takes no descriptor, does not wait on a blocking socket, and leaves it open."""
+async def test_clog_of_a_blocking_socket() -> None:
+    """clog() needs no free descriptor, does not wait on a blocking socket, and leaves it open."""
     one, two = connection_pair()
     async with one, two:
         os.set_blocking(one.socket.fileno(), True)
@@ -416,34 +432,36 @@ async def test_clog_needs_nothing() -> None:
         assert os.get_blocking(one.socket.fileno())
 
 
-async def test_clog_of_what_cannot_send() -> None:
-    """A closed connection, a gone peer and a sent end of file are errors, not clogged."""
+async def test_clog_rejects_closed_connections() -> None:
+    """A closed connection and a closed peer are errors."""
     one, two = connection_pair()
     await two.aclose()
     with pytest.raises(BrokenPipeError):
         clog(one)
     assert one.is_connected()
     await one.aclose()
-    with pytest.raises(ConnectionClosedError, match="this side has closed"):
+    with pytest.raises(ConnectionClosedError, match="this connection is closed"):
         clog(one)
 
 
-async def test_unclog_at_the_end() -> None:
-    """unclog() does not wait for bytes that will never come."""
+async def test_unclog_at_end_of_stream() -> None:
+    """unclog() raises at the end of the stream."""
     one, two = connection_pair()
     async with two:
         await one.send_all(b"xx")
         await one.aclose()
-        with pytest.raises(EndOfStreamError, match="with 1 bytes due"):
+        with pytest.raises(EndOfStreamError, match="end of stream while waiting for 1 more bytes"):
             await unclog(two, 3)
 
 
 ################################################################
-# The fixtures
+# Fixtures
 ################################################################
 
 
-async def test_pair_in_a_run(unix_connection_pair: tuple[UnixConnection, UnixConnection]) -> None:
+async def test_unix_connection_pair_in_a_run(
+    unix_connection_pair: tuple[UnixConnection, UnixConnection],
+) -> None:
     """The pair is connected, and the test need not close it."""
     one, two = unix_connection_pair
     await one.send_fd(0)
@@ -452,7 +470,7 @@ async def test_pair_in_a_run(unix_connection_pair: tuple[UnixConnection, UnixCon
     assert await one.receive_some() == b"x"
 
 
-async def test_pair_closed_by_the_test(
+async def test_unix_connection_pair_closed_by_the_test(
     unix_connection_pair: tuple[UnixConnection, UnixConnection],
 ) -> None:
     """The test may close the pair."""
@@ -463,7 +481,7 @@ async def test_pair_closed_by_the_test(
     assert two.is_closed()
 
 
-def test_pair_before_and_between_runs(
+def test_unix_connection_pair_outside_of_a_run(
     unix_connection_pair: tuple[UnixConnection, UnixConnection],
 ) -> None:
     """A test that calls trio.run, twice or never, can use the pair; it is closed after them."""
@@ -473,7 +491,7 @@ def test_pair_before_and_between_runs(
     assert trio.run(two.receive_some) == b"x"
 
 
-async def test_pair_with_descriptors_on_the_way(
+async def test_unix_connection_pair_with_read_ahead_descriptors(
     unix_connection_pair: tuple[UnixConnection, UnixConnection],
 ) -> None:
     """Descriptors that were read ahead, or not read, are closed with the pair."""
@@ -485,15 +503,15 @@ async def test_pair_with_descriptors_on_the_way(
     before = open_descriptors()
     stream = two.fds()
     os.close(await stream.__anext__())
-    # The other four have been read ahead: they are open, and nobody has them.
+    # The other four were read ahead: they are open, and the connection owns them.
     assert len(open_descriptors()) == len(before) + 4
 
 
-async def test_socket_path(unix_socket_path: Path) -> None:
-    """The path is free, in an empty folder for this user only, and is one to listen at."""
-    folder = unix_socket_path.parent
-    assert list(folder.iterdir()) == []
-    assert folder.stat().st_mode & 0o777 == 0o700
+async def test_unix_socket_path(unix_socket_path: Path) -> None:
+    """The path is free, in an empty private directory, and can be listened at."""
+    directory = unix_socket_path.parent
+    assert list(directory.iterdir()) == []
+    assert directory.stat().st_mode & 0o777 == 0o700
     longer = unix_socket_path.with_name(unix_socket_path.name + "." + "x" * 39)
     assert len(os.fsencode(longer)) <= 103
     for path in (unix_socket_path, longer):
@@ -502,58 +520,58 @@ async def test_socket_path(unix_socket_path: Path) -> None:
             (await listener.accept()).socket.close()
 
 
-class TestLongTemporaryFolder:
-    """What pytest makes has too long a path."""
+class TestLongTemporaryDirectory:
+    """The paths of pytest are too long."""
 
     @pytest.fixture
     def tmp_path_factory(self, tmp_path: Path) -> Any:
         class Long:
             def mktemp(self, name: str) -> Path:
-                folder = tmp_path / ("x" * 100)
-                folder.mkdir()
-                return folder
+                directory = tmp_path / ("x" * 100)
+                directory.mkdir()
+                return directory
 
         return Long()
 
-    async def test_socket_path(self, unix_socket_path: Path, tmp_path: Path) -> None:
-        """The path is as good as any other, and elsewhere."""
+    async def test_unix_socket_path(self, unix_socket_path: Path, tmp_path: Path) -> None:
+        """The path is short, and in another directory."""
         assert tmp_path not in unix_socket_path.parents
-        await test_socket_path(unix_socket_path)
+        await test_unix_socket_path(unix_socket_path)
 
 
-def test_room_to_append() -> None:
-    """A folder fits as long as 40 bytes can be appended to the socket's path, and no longer."""
+def test_unix_socket_path_has_40_spare_bytes() -> None:
+    """A directory fits if 40 bytes can be appended to the socket's path, and not 39."""
     longest = "/" + "x" * (103 - 40 - len("/socket") - 1)
     assert _paths.fits(longest)
     assert not _paths.fits(longest + "x")
     assert not _paths.fits(longest[:-1] + "é")
 
 
-def test_short_folder(tmp_path: Path) -> None:
-    """The first parent that is there and leaves room gets the folder, which goes with all in it."""
+def test_unix_socket_path_short_directory(tmp_path: Path) -> None:
+    """The directory is in the first parent that exists and is short; it is removed afterwards."""
     parents = ["/nonexistent", str(tmp_path / ("x" * 100)), "/tmp"]
     os.mkdir(parents[1])
-    with _paths.short_folder(parents) as folder:
-        assert str(folder.parent) == parents[2]
-        (folder / "left").mkdir()
-        (folder / "left" / "file").touch()
-    assert not folder.exists()
-    with _paths.short_folder() as folder:
-        folder.rmdir()
+    with _paths.short_directory(parents) as directory:
+        assert str(directory.parent) == parents[2]
+        (directory / "left").mkdir()
+        (directory / "left" / "file").touch()
+    assert not directory.exists()
+    with _paths.short_directory() as directory:
+        directory.rmdir()
     with pytest.raises(OSError, match="set TMPDIR") as caught:
-        _paths.short_folder(parents[:2]).__enter__()
+        _paths.short_directory(parents[:2]).__enter__()
     assert caught.value.errno == errno.ENAMETOOLONG
     assert os.listdir(parents[1]) == []
 
 
 ################################################################
-# The plugin, in a user's project
+# The plugin in a user's project
 ################################################################
 
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A project of a user's, beside which the package is installed with its entry points."""
+    """A user's project, with the package installed with its entry points."""
     toml = (PROJECT / "pyproject.toml").read_text()
     found = re.search(
         r"^\[project\.entry-points\.pytest11\]\n(.*?)\n\n", toml, re.DOTALL | re.MULTILINE
@@ -586,8 +604,8 @@ def fd():
 """
 
 
-def test_nothing_is_on_by_itself(project: pytest.Pytester) -> None:
-    """With the plugin, a test that asks for nothing runs as without it, leaks and all."""
+def test_plugin_is_off_by_default(project: pytest.Pytester) -> None:
+    """A test that requests no fixture runs as without the plugin, even if it leaks."""
     project.makepyfile(
         LEAKING,
         test_names="""
@@ -604,8 +622,8 @@ def test_nothing_is_on_by_itself(project: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize("how", ["by name", "marked", "autouse"])
-def test_a_leaking_test_fails(project: pytest.Pytester, how: str) -> None:
-    """However the guard is asked for, a test that leaks or loses a descriptor fails, naming it."""
+def test_fd_leak_guard_fails_a_leaking_test(project: pytest.Pytester, how: str) -> None:
+    """However the guard is requested, a test that leaks or loses a descriptor fails."""
     source = LEAKING + "def test_neither(): pass\n"
     if how == "by name":
         source = source.replace("test_leak()", "test_leak(fd_leak_guard)")
@@ -630,8 +648,8 @@ def test_a_leaking_test_fails(project: pytest.Pytester, how: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["a, b", "b, a"])
-def test_the_guard_counts_the_pair(project: pytest.Pytester, arguments: str) -> None:
-    """In either order of the two names, the pair is no leak, and what it gave away is one."""
+def test_fd_leak_guard_with_unix_connection_pair(project: pytest.Pytester, arguments: str) -> None:
+    """In both orders of the two names, the pair is not a leak; a received descriptor is one."""
     names = arguments.replace("a", "unix_connection_pair").replace("b", "fd_leak_guard")
     project.makepyfile(
         f"""
@@ -661,8 +679,8 @@ def test_the_guard_counts_the_pair(project: pytest.Pytester, arguments: str) -> 
     result.stdout.no_fnmatch_line("*  lost: *")
 
 
-def test_every_way_to_run_trio(project: pytest.Pytester) -> None:
-    """The fixtures work under pytest-trio, anyio and trio.run, also below async fixtures."""
+def test_plugin_with_every_way_to_run_trio(project: pytest.Pytester) -> None:
+    """The fixtures work under pytest-trio, anyio and trio.run, even below async fixtures."""
     project.makepyfile(
         """
         import os
@@ -731,8 +749,8 @@ def test_every_way_to_run_trio(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=5 if lacking else 7, deselected=2 if lacking else 0)
 
 
-def test_a_long_basetemp(project: pytest.Pytester) -> None:
-    """The socket's path is short also where pytest's is long, and its folder is gone afterwards."""
+def test_unix_socket_path_with_a_long_basetemp(project: pytest.Pytester) -> None:
+    """The path is short even if pytest's is long, and its directory is removed afterwards."""
     project.makepyfile(
         """
         import socket
@@ -751,7 +769,7 @@ def test_a_long_basetemp(project: pytest.Pytester) -> None:
     assert not Path(found[1]).parent.exists()
 
 
-def test_without_the_plugin(project: pytest.Pytester) -> None:
+def test_plugin_disabled(project: pytest.Pytester) -> None:
     """With -p no:trio_unixconn there are no fixtures; trio_unixconn.testing works."""
     project.makepyfile(
         """
@@ -778,8 +796,8 @@ def test_without_the_plugin(project: pytest.Pytester) -> None:
 ################################################################
 
 
-def test_how_to(project: pytest.Pytester) -> None:
-    """The how-to's files are a project whose tests pass; without its close() they fail as told."""
+def test_how_to_test_your_code(project: pytest.Pytester) -> None:
+    """The tests in the how-to pass; without close() they fail with the text in the how-to."""
     files = dict(
         re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", HOW_TO, re.DOTALL | re.MULTILINE)
     )

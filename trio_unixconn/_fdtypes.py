@@ -14,9 +14,9 @@ Sources: statx(2), fcntl(2) (F_GETFL, F_GET_SEALS), open(2) (O_PATH), inode(7), 
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import errno
-import functools
 import os
 import socket as stdlib_socket
 import stat
@@ -88,16 +88,17 @@ class FileIdentity(NamedTuple):
     inode: int
 
 
-@functools.cache
-def _statx() -> Callable[..., int] | None:
+def _find_statx() -> Callable[..., int] | None:
     """Return the C library's statx(); None where it has none (before glibc 2.28; not Linux)."""
     try:
-        import ctypes  # noqa: PLC0415 - some Pythons are built without it
-
         function: Callable[..., int] = ctypes.CDLL(None, use_errno=True).statx
-    except (ImportError, OSError, TypeError, AttributeError):
+    except (OSError, TypeError, AttributeError):
         return None
     return function
+
+
+# Now, because it may take a file descriptor, and later none may be free.
+_STATX: Final = _find_statx()
 
 
 def identify_file(fd: int) -> FileIdentity:
@@ -109,13 +110,10 @@ def identify_file(fd: int) -> FileIdentity:
     Raises:
       OSError: EBADF.
     """
-    statx = _statx()
-    if statx is not None and fd >= 0:
-        import ctypes  # noqa: PLC0415 - as above: it is there
-
+    if _STATX is not None and fd >= 0:
         buffer = ctypes.create_string_buffer(_STATX_SIZE)
         flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
-        if statx(fd, b"", flags, _STATX_TYPE_INO, buffer) == 0:
+        if _STATX(fd, b"", flags, _STATX_TYPE_INO, buffer) == 0:
             mode, inode = _STATX_MODE.unpack_from(buffer)
             device = os.makedev(*_STATX_DEVICE.unpack_from(buffer))
             return FileIdentity(stat.S_IFMT(mode), device, inode)

@@ -1,7 +1,6 @@
-"""For tests of programs that use connections: pairs, full sockets, descriptors that leaked.
+"""Tools for testing programs that use connections: pairs, full sockets, leaked descriptors.
 
-The rule of this file: the public names, nothing else. Nothing below it needs pytest; the
-fixtures stand in ``plugin``, which pytest finds by its entry point.
+Invariant: no module but ``plugin`` needs pytest, which finds that one by its entry point.
 """
 
 from .._connection import connection_pair as connection_pair

@@ -1,12 +1,12 @@
-"""The descriptors of this process: which are open, which leaked, how many there may be.
+"""The file descriptors of this process: which are open, which leaked, how many are free.
 
-The rule of this file: looking changes nothing. A descriptor is the same as before when its
-number is and the open file behind it is; the name of that file may have changed meanwhile.
+Invariant: listing changes nothing and asks no file server. A descriptor is the same as before if
+its number and its open file are the same; the name of that file may have changed meanwhile.
 
-macOS and the BSDs have no links to read, so there a descriptor is told by fstat(2). That way
-is tested with a folder made by hand; nobody has run it on those systems.
+macOS and the BSDs have no links to read, so there fstat(2) identifies a descriptor. That way is
+tested with a directory made by hand; it has not been run on those systems.
 
-Sources: proc_pid_fd(5), fdescfs(5), fstat(2), getrlimit(2)
+Sources: proc_pid_fd(5), fdescfs(5), statx(2), getrlimit(2)
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import errno
 import gc
 import os
 import socket as stdlib_socket
-import stat
 import sys
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Final
@@ -23,15 +22,15 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from .. import _closing
-from .._fdtypes import kind_of
+from .._fdtypes import identify_file, kind_of
 from ..errors import NotSupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from types import TracebackType
 
-_FOLDERS: Final = ("/proc/self/fd", "/dev/fd")
-# What the library is about to close is not leaked. In seconds.
+_DIRECTORIES: Final = ("/proc/self/fd", "/dev/fd")
+# How long to wait for the library to close what it has queued, in seconds.
 _CLOSING_TIMEOUT: Final = 5.0
 
 
@@ -40,8 +39,8 @@ class _Open:
     """An open file.
 
     Attributes:
-      name: what a reader may know it by.
-      identity: what no other file has while this one is open.
+      name: its path or type, for the report.
+      identity: no other file has the same while this one is open.
     """
 
     name: str = attrs.field(eq=False)
@@ -49,9 +48,10 @@ class _Open:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the open descriptors of this process, and what each is open on.
+    """Return the open file descriptors of this process, each with a description of its file.
 
-    That is the path of a file, or ``socket:[...]`` with a number that no other socket has.
+    That is the path of a file, or ``socket:[...]`` with a number that no other socket has. No
+    file server is asked, so this returns even if one does not answer.
 
     Raises:
       NotSupportedError: the platform has neither ``/proc/self/fd`` nor ``/dev/fd``.
@@ -63,48 +63,48 @@ def open_descriptors() -> dict[int, str]:
 
 
 def _look() -> dict[int, _Open]:
-    folder, numbers = _candidates()
+    directory, numbers = _candidates()
     found: dict[int, _Open] = {}
     for fd in numbers:
         try:
-            found[fd] = _look_at(fd, folder)
+            found[fd] = _look_at(fd, directory)
         except OSError:
-            # That of the listing itself is closed by now.
+            # The descriptor of the listing itself is closed by now.
             continue
     return found
 
 
 def _candidates() -> tuple[str, Iterable[int]]:
-    """Return the folder that tells of descriptors, and numbers that may be open."""
-    for folder in _FOLDERS:
+    """Return the directory that lists descriptors, and numbers that may be open."""
+    for directory in _DIRECTORIES:
         try:
-            names = os.listdir(folder)
+            names = os.listdir(directory)
         except OSError as exc:
             if exc.errno == errno.EMFILE:
                 # Listing takes a descriptor. Without a free one, the limit is near.
-                return folder, range(_limits()[0])
+                return directory, range(_limits()[0])
             continue
-        return folder, sorted(int(name) for name in names if name.isdigit())
+        return directory, sorted(int(name) for name in names if name.isdigit())
     raise NotSupportedError(
-        f"{sys.platform} has neither {' nor '.join(_FOLDERS)}, so nobody can tell which "
-        "descriptors are open"
+        f"cannot list open file descriptors: {sys.platform} has neither "
+        f"{' nor '.join(_DIRECTORIES)}"
     )
 
 
-def _look_at(fd: int, folder: str) -> _Open:
-    status = os.fstat(fd)
+def _look_at(fd: int, directory: str) -> _Open:
+    file = identify_file(fd)
     try:
-        name = os.readlink(f"{folder}/{fd}")
+        name = os.readlink(f"{directory}/{fd}")
     except OSError:
-        name = f"{kind_of(fd).value} (device {status.st_dev}, inode {status.st_ino})"
-    # A path can change under an open file. Any other name tells what files without an inode
-    # of their own are (epoll, eventfd).
+        name = f"{kind_of(fd).value} (device {file.device}, inode {file.inode})"
+    # The path of an open file can change. Any other name identifies files without an inode of
+    # their own (epoll, eventfd).
     kept = "" if name.startswith("/") else name
-    return _Open(name, (status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode), kept))
+    return _Open(name, (*file, kept))
 
 
 def _limits() -> tuple[int, int]:
-    # Not on Windows, where nobody can tell which descriptors are open either.
+    # Not on Windows, where open descriptors cannot be listed either.
     import resource  # noqa: PLC0415
 
     return resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -131,7 +131,7 @@ class _Guard(AbstractContextManager[None]):
         _closing.wait_closed(_CLOSING_TIMEOUT)
         after = _look()
         if after != self._before:
-            # What a reference circle still holds (a traceback, say) is not leaked.
+            # A descriptor that a reference cycle still holds (a traceback, say) is not leaked.
             gc.collect()
             _closing.wait_closed(_CLOSING_TIMEOUT)
             after = _look()
@@ -144,18 +144,18 @@ class _Guard(AbstractContextManager[None]):
 
 
 def assert_no_fd_leak() -> AbstractContextManager[None]:
-    """Assert that a block leaves open what was open before it, and nothing else.
+    """Assert that the same descriptors are open after a block as before it.
 
-    The block may await. What waits for the garbage collector is collected first. Other threads
-    must not open or close anything meanwhile.
+    The block may await. Garbage is collected before a leak is reported. Other threads must not
+    open or close anything meanwhile.
 
     Returns:
-      A context manager, for one block. If the block raises, its exception goes on, and what
-      leaked is in a note of it (before Python 3.11, at the end of its ``__context__``).
+      A context manager, for one block. If the block raises, its exception is propagated, with the
+      report in a note (before Python 3.11, at the end of its ``__context__``).
 
     Raises:
       AssertionError: at the end of the block: descriptors leaked (open only after it) or were
-        lost (open only before it). It names each, and what it is open on.
+        lost (open only before it). It names each, and its file.
       NotSupportedError: as :func:`open_descriptors`.
     """
     return _Guard()
@@ -179,7 +179,7 @@ def _socket_kind(fd: int) -> str:
     try:
         sock = stdlib_socket.socket(fileno=fd)
     except OSError:
-        # No socket, or one of a family that has no names.
+        # Not a socket, or one of a family that has no names.
         return ""
     try:
         return " ({}, {})".format(
@@ -190,7 +190,7 @@ def _socket_kind(fd: int) -> str:
 
 
 def _add(exc: BaseException, report: str) -> None:
-    """Have what is printed of ``exc`` contain ``report``."""
+    """Add ``report`` to the text that is printed for ``exc``."""
     if sys.version_info < (3, 11):
         first = exc
         while True:
@@ -206,10 +206,10 @@ def _add(exc: BaseException, report: str) -> None:
 
 @contextmanager
 def limit_descriptors(count: int) -> Generator[None, None, None]:
-    """Let this process have only ``count`` more descriptors during a block.
+    """Leave only ``count`` descriptors free in this process during a block.
 
     All threads share them, and a child process that is started meanwhile inherits the lowered
-    limit: the soft one of ``RLIMIT_NOFILE``. After the block it is as before.
+    limit: the soft one of ``RLIMIT_NOFILE``. After the block it is restored.
 
     Raises:
       ValueError: ``count`` is negative.
@@ -219,7 +219,7 @@ def limit_descriptors(count: int) -> Generator[None, None, None]:
     Source: getrlimit(2)
     """
     if count < 0:
-        raise ValueError(f"count must be at least 0, not {count}")
+        raise ValueError(f"count must be non-negative, got {count}")
     top = max(open_descriptors(), default=-1) + 1 + count
 
     import resource  # noqa: PLC0415 - not on Windows

@@ -1,7 +1,6 @@
 """Pairs of connections, and connections that cannot send.
 
-The rule of this file: a test decides when a connection can send, by public means only; what
-a pair held is closed with it, whether trio runs or not.
+Invariant: everything that a pair holds is closed with it, inside or outside of a trio run.
 
 Sources: send(2) (``MSG_DONTWAIT``), unix(7)
 """
@@ -25,24 +24,24 @@ _CHUNK: Final = 4096
 def clog(conn: UnixConnection) -> int:
     """Send bytes until ``conn`` cannot send any more: the next send will wait.
 
-    It waits for nothing itself, and needs no trio run.
+    This does not wait, and needs no trio run.
 
     Returns:
-      How many bytes that took. :func:`unclog` the other end with that number.
+      How many bytes were sent. Pass that number to :func:`unclog` for the other end.
 
     Raises:
-      ConnectionClosedError: this side has closed the connection.
-      OSError: EPIPE: the peer is gone, or this side has sent its end of file.
+      ConnectionClosedError: this connection is closed.
+      OSError: EPIPE: the peer has closed its end, or this side has called ``send_eof``.
 
     Source: send(2)
     """
     if conn.is_closed():
-        raise ConnectionClosedError("this side has closed the connection")
+        raise ConnectionClosedError("this connection is closed")
     sent = 0
-    # A second owner of the same number for a moment; it takes no descriptor.
+    # A second object for the same number, not a duplicate: no descriptor may be free.
     sock = stdlib_socket.socket(fileno=conn.socket.fileno())
     try:
-        # Linux takes a byte when it takes 4096; others may have room for a few more.
+        # Linux accepts a byte when it accepts 4096; other systems may accept a few more.
         for size in (_CHUNK, 1):
             try:
                 while True:
@@ -58,20 +57,20 @@ async def unclog(conn: UnixConnection, count: int) -> None:
     """Receive the ``count`` bytes that :func:`clog` sent to ``conn`` from the other end.
 
     Raises:
-      EndOfStreamError: the stream ended before.
+      EndOfStreamError: the stream ended before that.
     """
     while count:
         received = len(await conn.receive_some(min(count, 65536)))
         if not received:
-            raise EndOfStreamError(f"the stream ended with {count} bytes due")
+            raise EndOfStreamError(f"end of stream while waiting for {count} more bytes")
         count -= received
 
 
 def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
     """Return two connections that are connected to each other, and neither of which can send.
 
-    The caller owns both. To let one send, receive at the other: :func:`unclog`, or
-    ``receive_some`` until nothing is there.
+    The caller owns both. To let one send, receive at the other: with :func:`unclog`, or with
+    ``receive_some`` until nothing is left.
 
     Raises:
       NotSupportedError, OSError: as :func:`trio_unixconn.connection_pair`.
@@ -84,13 +83,13 @@ def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
 
 @contextmanager
 def closing_pair() -> Generator[tuple[UnixConnection, UnixConnection], None, None]:
-    """Lend a pair, and close what is still open of it when no task can wait for it any more."""
+    """Return a pair in a context manager that closes it, outside of a trio run."""
     pair = connection_pair()
     try:
         yield pair
     finally:
         for conn in pair:
-            # trio closes its sockets only inside of a run, where it wakes up who waits.
+            # trio closes its sockets only in a run, where it wakes waiting tasks.
             receiver = conn._receiver  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
             receiver.release()
             receiver.raw.close()

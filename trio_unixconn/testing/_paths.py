@@ -1,7 +1,6 @@
 """Paths for sockets that fit into an address.
 
-The rule of this file: a folder is fresh, private (mode 0o700), and so short that a name in it
-fits with room to spare; who made it removes it.
+Invariant: a directory is new, private (mode 0o700), and short enough for a longer name in it.
 
 Sources: unix(7) (``sun_path``), mkdtemp(3)
 """
@@ -22,22 +21,22 @@ if TYPE_CHECKING:
 # The shortest sun_path there is: 104 bytes on macOS and the BSDs, with the final NUL. Linux
 # has 108.
 LONGEST: Final = 103
-# For what a test may append: ".lock", a suffix of its own, a counter.
-ROOM_TO_APPEND: Final = 40
+# How many bytes a test may append: ".lock", a suffix of its own, a counter.
+APPENDABLE: Final = 40
 NAME: Final = "socket"
 
 
-def fits(folder: str | os.PathLike[str]) -> bool:
-    """Whether a socket in this folder has a path that an address can hold, with room to spare."""
-    return len(os.fsencode(os.path.join(folder, NAME))) + ROOM_TO_APPEND <= LONGEST
+def fits(directory: str | os.PathLike[str]) -> bool:
+    """Whether an address can hold the path of a socket in this directory, and a longer one."""
+    return len(os.fsencode(os.path.join(directory, NAME))) + APPENDABLE <= LONGEST
 
 
 @contextmanager
-def short_folder(parents: Iterable[str] | None = None) -> Generator[Path, None, None]:
-    """Make a folder below the first of ``parents`` whose path is short enough.
+def short_directory(parents: Iterable[str] | None = None) -> Generator[Path, None, None]:
+    """Make a directory in the first of ``parents`` whose path is short enough.
 
     Raises:
-      OSError: ENAMETOOLONG: none is.
+      OSError: ENAMETOOLONG: all paths are too long.
     """
     tried = (tempfile.gettempdir(), "/tmp", "/var/tmp") if parents is None else tuple(parents)  # noqa: S108
     for parent in tried:
@@ -47,14 +46,14 @@ def short_folder(parents: Iterable[str] | None = None) -> Generator[Path, None, 
     else:
         raise OSError(
             errno.ENAMETOOLONG,
-            f"no folder whose path leaves {ROOM_TO_APPEND} of {LONGEST} bytes for a socket; "
+            f"found no directory whose path leaves {APPENDABLE} of {LONGEST} bytes for a socket; "
             "set TMPDIR to a shorter one",
             os.pathsep.join(tried),
         )
-    folder = tempfile.mkdtemp(prefix="u", dir=parent)
+    directory = tempfile.mkdtemp(prefix="u", dir=parent)
     try:
-        yield Path(folder)
+        yield Path(directory)
     finally:
         # The test may have removed it.
         with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+            shutil.rmtree(directory)

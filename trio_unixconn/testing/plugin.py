@@ -1,7 +1,6 @@
-"""The pytest plugin: fixtures that a test asks for by name.
+"""The pytest plugin: fixtures that a test requests by name.
 
-The rule of this file: nothing is on unless a test asks for it, and only this file imports
-pytest.
+Invariant: nothing is on unless a test requests it, and only this module imports pytest.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def unix_connection_pair(
     The test may close them too. It may be one of trio's, or call ``trio.run`` itself.
     """
     if "fd_leak_guard" in request.fixturenames:
-        # In whichever order the test names them, the guard counts what the pair left behind.
+        # In any order of the two names, the guard begins first and ends last.
         request.getfixturevalue("fd_leak_guard")
     with closing_pair() as pair:
         yield pair
@@ -48,14 +47,14 @@ def unix_connection_pair(
 
 @pytest.fixture
 def unix_socket_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A path for a socket, in a folder of its own, that fits into an address.
+    """A path for a socket, in a directory of its own, that fits into an address.
 
-    A few dozen characters may be appended. The folder is one of pytest's, or, where these have
-    too long a path, another, which is removed after the test.
+    40 bytes may be appended. The directory is one of pytest's. If its path is too long, it is
+    another one, which is removed after the test.
     """
-    folder = tmp_path_factory.mktemp("unix")
-    if _paths.fits(folder):
-        yield folder / _paths.NAME
+    directory = tmp_path_factory.mktemp("unix")
+    if _paths.fits(directory):
+        yield directory / _paths.NAME
     else:
-        with _paths.short_folder() as short:
+        with _paths.short_directory() as short:
             yield short / _paths.NAME
