@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 from helpers import clog, drain, free_descriptors, some, stdlib_peer
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
     Cancellable,
@@ -26,6 +26,7 @@ from trio_unixconn import (
     SendError,
     UnixConnection,
     UnixConnectionError,
+    _socket,
     connection_pair,
 )
 from trio_unixconn._sender import INITIAL_BACKOFF, MAX_BACKOFF
@@ -320,6 +321,19 @@ async def test_send_message_busy_after_a_part() -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("name", ["send_eof", "wait_send_all_might_not_block"])
+async def test_after_half_a_message(name: str) -> None:
+    """After half a message, ending the stream or waiting to send is an error with .sent, too."""
+    one, two = connection_pair()
+    async with one, two:
+        fake(one, 0, errno.EACCES)
+        with pytest.raises(SendError):
+            await one.send_message(b"m" * 10)
+        with assert_checkpoints(), pytest.raises(ConnectionBrokenError) as caught:
+            await getattr(one, name)()
+        assert caught.value.sent == 3
+
+
 ################################################################
 # Resources that stay exhausted
 ################################################################
@@ -344,6 +358,22 @@ async def test_send_fd_retries_and_gives_up(number: int, autojump_clock: MockClo
         assert RETRY_TIMEOUT <= trio.current_time() - begin <= RETRY_TIMEOUT + 2 * MAX_BACKOFF
         assert (caught.value.errno, caught.value.sent) == (number, 0)
         assert str(caught.value).endswith("; nothing was sent")
+
+
+async def test_send_fd_gives_up_without_proc(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """Where /proc cannot be read, the error says that the limit is unknown."""
+
+    def no_proc(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_socket, "open", no_proc, raising=False)
+    one, two = connection_pair()
+    async with one, two:
+        fake(one, errno.ENOBUFS)
+        with pytest.raises(SendError, match=r"optmem_max \(unknown\)"):
+            await one.send_fd(0)
 
 
 async def test_send_all_gives_up_as_a_broken_stream(autojump_clock: MockClock) -> None:

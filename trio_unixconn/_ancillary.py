@@ -81,13 +81,15 @@ def pack(fds: Sequence[int], credentials: SentCredentials | None) -> list[Contro
     Raises:
       NotSupportedError: the platform has no such message.
     """
-    messages: list[ControlMessage] = []
-    if fds:
-        messages.append(pack_rights(fds))
-    if credentials is not None:
-        messages.append(
-            pack_own_credentials() if credentials == "own" else pack_credentials(credentials)
-        )
+    if len(fds) == 1 and _SCM_RIGHTS is not None:
+        # The most frequent message, without another call.
+        messages: list[ControlMessage] = [(_SOL_SOCKET, _SCM_RIGHTS, _int.pack(fds[0]))]
+    else:
+        messages = [pack_rights(fds)] if fds else []
+    if credentials == "own":
+        messages.append(pack_own_credentials())
+    elif credentials is not None:
+        messages.append(pack_credentials(credentials))
     return messages
 
 
@@ -101,7 +103,8 @@ def pack_rights(fds: Sequence[int]) -> ControlMessage:
         raise NotSupportedError(f"{sys.platform} with this Python cannot pass file descriptors")
     if len(fds) == 1:
         return _SOL_SOCKET, _SCM_RIGHTS, _int.pack(fds[0])
-    return _SOL_SOCKET, _SCM_RIGHTS, array("i", fds).tobytes()
+    numbers = fds if isinstance(fds, array) else array("i", fds)
+    return _SOL_SOCKET, _SCM_RIGHTS, numbers.tobytes()
 
 
 def pack_credentials(value: Credentials) -> ControlMessage:

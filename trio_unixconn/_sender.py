@@ -142,7 +142,8 @@ class _BurstProgress(_SendProgress):
     def advance(self, raw: stdlib_socket.socket) -> int:
         """Send until everything is sent or the kernel refuses; see the base class."""
         sendmsg, fds, count = raw.sendmsg, self.numbers, self.per_message
-        level, kind = _kernel.required(_ancillary.RIGHTS, "control message for file descriptors")
+        rights = _ancillary.RIGHTS
+        level, kind = rights or _kernel.required(rights, "control message for file descriptors")
         for position in range(self.sent, len(fds), count):
             try:
                 sendmsg(_BURST_DATA, [(level, kind, fds[position : position + count])], _FLAGS)
@@ -200,18 +201,18 @@ class Sender(ConnectedSocket):
             await checkpoint_if_cancelled()
             if self._cut:
                 await self._refuse_after_cut()
-            sent, refusal = 0, errno.EAGAIN
+            refusal = 0
             try:
                 sent = self.raw.sendmsg([data], _ancillary.pack(fds, credentials), _FLAGS)
             except OSError as exc:
                 if exc.errno not in _RETRYABLE:
                     raise
-                refusal = exc.errno
+                sent, refusal = 0, exc.errno
             if sent == len(data):
                 await cancel_shielded_checkpoint()
             else:
                 progress = _SendProgress(data, fds, credentials, sent=sent)
-                await self._send_later(progress, refusal, cancellable)
+                await self._send_later(progress, refusal or errno.EAGAIN, cancellable)
         except FAILURES as exc:
             progress = progress or _SendProgress(data, fds, credentials)
             raise await self.failed(exc, progress) from exc
