@@ -64,7 +64,7 @@ def drive(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("scenario", ["free", "stale", "live"])
+@pytest.mark.parametrize("scenario", ["free", "dead", "live", "long", "long dead"])
 def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     """If a server is killed at any line while it takes or removes a path, the next one starts."""
     seen = drive("bind_driver.py", "kill", tmp_path, scenario)
@@ -72,7 +72,7 @@ def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     assert seen["steps"] > 40
 
 
-@pytest.mark.parametrize("before", ["free", "stale"])
+@pytest.mark.parametrize("before", ["free", "dead", "long", "long dead"])
 def test_race_for_a_path(tmp_path: Path, before: str) -> None:
     """Of servers that start at one path at the same time, exactly one gets it."""
     seen = drive("bind_driver.py", "race", tmp_path, before)

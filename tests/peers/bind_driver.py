@@ -1,7 +1,7 @@
 """Servers at one path that are killed, or race: forked here, where no thread runs.
 
-``bind_driver.py kill FOLDER SCENARIO`` kills a server at every line of _binding that it
-passes, and starts another each time. ``bind_driver.py race FOLDER STALE`` has servers race.
+``bind_driver.py kill DIRECTORY SCENARIO`` kills a server at every line of _bind that it executes,
+and starts another one each time. ``bind_driver.py race DIRECTORY BEFORE`` starts several at once.
 Prints one JSON object.
 """
 
@@ -51,7 +51,7 @@ def status_of(pid: int) -> int:
 
 
 def killed_at(step: int, work: Callable[[], int]) -> int:
-    """Do ``work``, and be killed at the given line of _binding; 0 if there are fewer."""
+    """Do ``work``, and be killed at the line of _bind with this number, counted as executed."""
     left = step
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -69,14 +69,14 @@ def killed_at(step: int, work: Callable[[], int]) -> int:
 
 
 def listen_at(path: Path) -> None:
-    """Leave a socket behind that nobody listens on any more."""
+    """Leave a socket that no process holds."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
 
 
 def open_and_close(path: Path, *, alone: bool = False) -> Callable[[], int]:
-    """Make the work of a server that listens, serves itself once, and closes."""
+    """Return the work of a server that listens, serves itself once, and closes."""
 
     async def main() -> int:
         async with await open_unix_listener(path) as listener:
@@ -93,7 +93,7 @@ def open_and_close(path: Path, *, alone: bool = False) -> Callable[[], int]:
 
 
 def take_over(path: Path) -> Callable[[], int]:
-    """Make the work of a server that takes the path over, and dies without closing."""
+    """Return the work of a server that takes the path over, and exits without closing."""
 
     async def main() -> int:
         await open_unix_listener(path, replace=True)
@@ -102,17 +102,19 @@ def take_over(path: Path) -> Callable[[], int]:
     return lambda: trio.run(main)
 
 
-def kill(folder: Path, scenario: str) -> dict[str, Any]:
-    """Kill a server at each step, and see that what is left is nobody's hindrance."""
-    path = folder / "socket"
+def kill(directory: Path, scenario: str) -> dict[str, Any]:
+    """Kill a server at each line, and check that the next one starts and nothing is left."""
+    # A name that does not fit into the address of a socket is bound at a temporary one.
+    path = directory / ("x" * 200 if "long" in scenario else "socket")
     wrong: list[str] = []
     step, status = 0, -1
     while status and not wrong:
         step += 1
         work = take_over(path) if scenario == "live" else open_and_close(path)
         with socket.socket(socket.AF_UNIX) as live:
-            if scenario == "stale":
-                listen_at(path)
+            if "dead" in scenario:
+                listen_at(path.with_name("other"))
+                path.with_name("other").rename(path)
             elif scenario == "live":
                 live.bind(str(path))
                 live.listen()
@@ -124,19 +126,20 @@ def kill(folder: Path, scenario: str) -> dict[str, Any]:
         again = status_of(forked(open_and_close(path, alone=True)))
         if again:
             wrong.append(f"step {step}: starting again ended with {again}")
-        if os.listdir(folder):
-            wrong.append(f"step {step}: left behind {os.listdir(folder)}")
+        if os.listdir(directory):
+            wrong.append(f"step {step}: left {os.listdir(directory)}")
     return {"steps": step, "wrong": wrong}
 
 
-def race(folder: Path, *, stale: bool) -> dict[str, Any]:
-    """Have servers start at one path at the same time; count the winners of each round."""
-    path = folder / "socket"
+def race(directory: Path, before: str) -> dict[str, Any]:
+    """Start servers at one path at the same time; count those that get it in each round."""
+    path = directory / ("x" * 200 if "long" in before else "socket")
     winners: list[int] = []
     others: list[int] = []
     for _ in range(ROUNDS):
-        if stale:
-            listen_at(path)
+        if "dead" in before:
+            listen_at(path.with_name("other"))
+            path.with_name("other").rename(path)
         go_read, go_write = os.pipe()
         end_read, end_write = os.pipe()
         said_read, said_write = os.pipe()
@@ -168,7 +171,7 @@ def race(folder: Path, *, stale: bool) -> dict[str, Any]:
         others.append(said.count(b"l"))
         for fd in (go_read, go_write, end_read, end_write, said_read, said_write):
             os.close(fd)
-    return {"winners": winners, "others": others, "left": os.listdir(folder)}
+    return {"winners": winners, "others": others, "left": os.listdir(directory)}
 
 
 if __name__ == "__main__":
@@ -176,4 +179,4 @@ if __name__ == "__main__":
     if what == "kill":
         print(json.dumps(kill(Path(where), how)))
     else:
-        print(json.dumps(race(Path(where), stale=how == "stale")))
+        print(json.dumps(race(Path(where), how)))

@@ -1,8 +1,8 @@
-"""A server that is restarted again and again, and clients that notice nothing.
+"""A server that is restarted again and again, while clients send requests.
 
-``restart_driver.py FOLDER RESTARTS CLIENTS``. All processes are forked here, where no thread
+``restart_driver.py DIRECTORY RESTARTS CLIENTS``. All processes are forked here, where no thread
 runs. Each server takes the path over from the one before, which is then told to drain. Prints
-one JSON object: how many requests were answered, and what else happened to any.
+one JSON object: how many requests were answered, and how any of the others ended.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ async def serve(path: Path, said: int, told: int) -> None:
 
 
 def server(path: Path) -> tuple[int, int, int]:
-    """Start a server; return its pid, and the descriptors it says and is told something by."""
+    """Start a server; return its pid, and the pipes from it and to it."""
     said_read, said_write = os.pipe()
     told_read, told_write = os.pipe()
 
@@ -57,7 +57,7 @@ def server(path: Path) -> tuple[int, int, int]:
 
 
 def client(path: Path, stop: int, report: int) -> Callable[[], int]:
-    """Make the work of one that connects and asks until told to stop."""
+    """Return the work of a client that connects and sends requests until told to stop."""
 
     def work() -> int:
         seen: Counter[str] = Counter()
