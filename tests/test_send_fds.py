@@ -127,9 +127,9 @@ async def test_nothing_to_send_on_a_closed_connection() -> None:
 @pytest.mark.parametrize(
     ("fds", "per_message", "error", "text"),
     [
-        ([0], 0, ValueError, "per_message must be from 1 to 253, not 0"),
-        ([0], 254, ValueError, "per_message must be from 1 to 253, not 254"),
-        ([0], -1, ValueError, "not -1"),
+        ([0], 0, ValueError, "per_message must be from 1 to 253, got 0"),
+        ([0], 254, ValueError, "per_message must be from 1 to 253, got 254"),
+        ([0], -1, ValueError, "got -1"),
         ([0], 1.0, TypeError, "float"),
         ([0], None, TypeError, "NoneType"),
         ([0, 0, True], 1, TypeError, r"fds\[2\]: expected a file descriptor .*, got bool"),

@@ -206,24 +206,27 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
     @enable_ki_protection
     async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
-        """Send one descriptor, with one NUL byte that it travels with.
+        """Send one file descriptor, together with one NUL byte.
 
-        The descriptor stays the caller's, who may close it once this has returned. It may
-        also be closed while this waits: a duplicate is what waits.
+        The file descriptor stays the caller's, who may close it even while this waits: then a
+        duplicate is sent.
 
         Args:
-          fd: an int, or anything with ``fileno()``.
-          cancellable: ends the wait when it fires.
+          fd: an int, an object with ``fileno()``, or an object that owns a trio socket as its
+            ``socket``: a UnixConnection, a UnixListener, a ``trio.SocketStream`` or a
+            ``trio.SocketListener``.
+          cancellable: ends the wait when it is cancelled.
 
         Returns:
           True, as in Gio.
 
         Raises:
-          TypeError, ValueError: not a descriptor; nothing was sent.
-          OSError: EBADF, the descriptor is closed; EMFILE, none is free for the duplicate
-            while waiting. Nothing was sent.
-          DescriptorsRefusedError: the peer takes no descriptors.
-          NotSupportedError: the platform passes none.
+          TypeError, ValueError: not a file descriptor; nothing was sent.
+          SendError: the kernel rejects it, or a limit stays exhausted. It is an ``OSError``:
+            EBADF, the file descriptor is closed; EMFILE, none is free for a duplicate;
+            ETOOMANYREFS, too many are in flight. Nothing was sent.
+          DescriptorsRefusedError: the peer does not accept file descriptors; nothing was sent.
+          NotSupportedError: the platform passes no file descriptors.
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_fd.html
         """
@@ -260,29 +263,31 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         per_message: int = _kernel.SCM_MAX_FD,
         cancellable: Cancellable | None = None,
     ) -> int:
-        """Send any number of descriptors, in order, with as few checkpoints as the peer allows.
+        """Send any number of file descriptors, in order, with as few checkpoints as possible.
 
-        Each message has one NUL byte and up to ``per_message`` descriptors. The descriptors
-        stay the caller's, and may be closed while this waits: duplicates are what waits.
+        Each message has one NUL byte and up to ``per_message`` file descriptors. They stay the
+        caller's, who may close them even while this waits: then duplicates are sent. Objects
+        that own them are referenced until this returns, so ``send_fds(map(open, paths))`` works.
 
         Args:
+          fds: an iterable of what :meth:`send_fd` accepts.
           per_message: 1 to 253; with 1, the peer receives each with ``receive_fd``, as a Gio
             program must.
 
         Returns:
-          How many were sent: all of them, or fewer if a trio cancellation came in between.
-          What the kernel has taken is not undone; the cancellation is seen at the next
-          checkpoint.
+          How many were sent: all of them, or fewer if trio cancels this after a part. What the
+          kernel has taken is not undone; the next checkpoint raises the cancellation.
 
         Raises:
-          OperationCancelled: the Cancellable fired; ``.sent`` says how many had gone.
-          ConnectionBrokenError: the peer left; ``.sent`` likewise.
-          TypeError, ValueError, OSError: as :meth:`send_fd`, before anything is sent.
-          DescriptorsRefusedError: the peer takes no descriptors.
+          TypeError, ValueError: as :meth:`send_fd`, with the position; nothing was sent.
+          SendError: as :meth:`send_fd`. If one of several is closed, nothing was sent.
+          DescriptorsRefusedError: the peer does not accept file descriptors.
+
+        The ``sent`` of every error is the number of file descriptors that were sent before.
         """
         if not 1 <= operator.index(per_message) <= _kernel.SCM_MAX_FD:
             raise ValueError(
-                f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, not {per_message}"
+                f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, got {per_message}"
             )
         # The owners stay referenced until this returns.
         numbers, _owners = _fds.filenos(fds)
@@ -432,7 +437,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         Args:
           data: a contiguous buffer, which is copied once, into a new memfd; or a memfd of the
-            caller's, which is sealed now and not copied.
+            caller, which is sealed now and not copied.
 
         Raises:
           UnsafeBufferError: a descriptor that is not a memfd, or that cannot be sealed, because
@@ -492,15 +497,15 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
     @enable_ki_protection
     async def send_credentials(self, cancellable: Cancellable | None = None) -> bool:
-        """Send the credentials of this process, with one NUL byte.
+        """Send the credentials of this process, together with one NUL byte.
 
-        The kernel checks them, so that the receiver can believe them.
+        The kernel checks them, so that the receiver can trust them.
 
         Returns:
           True, as in Gio.
 
         Raises:
-          NotSupportedError: the platform has no message for credentials.
+          NotSupportedError: the platform has no control message for credentials.
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.send_credentials.html
         """
@@ -536,22 +541,22 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def send_fake_credentials(
         self, credentials: Credentials, cancellable: Cancellable | None = None
     ) -> bool:
-        """Send credentials that are not this process's own, with one NUL byte.
+        """Send credentials that are not this process's own, together with one NUL byte.
 
         Returns:
           True.
 
         Raises:
-          PermissionError: this process may not (CAP_SYS_ADMIN for the pid, CAP_SETUID,
-            CAP_SETGID for the others); nothing was sent.
-          ProcessLookupError: no process has that pid; nothing was sent.
+          SendError: it is a ``PermissionError`` if this process lacks the privilege
+            (CAP_SYS_ADMIN for the pid, CAP_SETUID and CAP_SETGID for the others), and a
+            ``ProcessLookupError`` if no process has that pid. Nothing was sent.
           TypeError: not Credentials.
-          NotSupportedError: the platform has no message for credentials.
+          NotSupportedError: the platform has no control message for credentials.
 
         Source: unix(7) (``SCM_CREDENTIALS``)
         """
         if not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Credentials are due, not {type(credentials).__name__}")
+            raise TypeError(f"credentials must be Credentials, not {type(credentials).__name__}")
         await self._sender.send(NUL, (), credentials, cancellable)
         return True
 
@@ -568,23 +573,25 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         credentials: Credentials | None = None,
         cancellable: Cancellable | None = None,
     ) -> None:
-        """Send bytes with descriptors and credentials, which travel with the first byte.
+        """Send bytes with file descriptors and credentials, which are sent with the first byte.
 
-        The descriptors stay the caller's, and may be closed while this waits.
+        The file descriptors stay the caller's, as with :meth:`send_fds`.
 
         Args:
-          data: at least one byte, if anything goes with it.
-          fds: at most 253.
+          data: at least one byte if there are file descriptors or credentials.
+          fds: an iterable of at most 253 of what :meth:`send_fd` accepts.
           credentials: ``Credentials()`` for this process's own.
 
         Raises:
-          TypeError, ValueError, OSError: as :meth:`send_fd`; or descriptors or credentials
-            without a byte, which the kernel would drop. Nothing was sent.
-          DescriptorsRefusedError: the peer takes no descriptors.
-          PermissionError, ProcessLookupError: as :meth:`send_fake_credentials`.
+          TypeError, ValueError: as :meth:`send_fds`; or file descriptors or credentials without
+            a byte, which the kernel would drop. Nothing was sent.
+          SendError: as :meth:`send_fd` and :meth:`send_fake_credentials`.
+          DescriptorsRefusedError: the peer does not accept file descriptors; nothing was sent.
 
-        If this is cancelled or fails when a part of the bytes has gone, later sends raise
-        ConnectionBrokenError: the peer would take them for the rest of this message.
+        The ``sent`` of every error is the number of bytes that were sent before. If this is
+        cancelled or fails after a part of the bytes, every later send raises
+        ConnectionBrokenError, because the peer would take it for the rest of this message. The
+        ``sent`` of that error is the size of the part, even if trio cancelled this.
         """
         numbers: Sequence[int] = ()
         if fds is not _NO_FDS:
@@ -663,16 +670,17 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def send_all(self, data: Buffer) -> None:
         """Send all of ``data``; as ``trio.SocketStream.send_all``.
 
-        If this is cancelled or fails, some of it may have been sent.
+        If this is cancelled or fails, a part of it may have been sent. The ``sent`` of an error
+        is the number of bytes.
         """
         await self._sender.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until there is room to send; as ``trio.SocketStream``."""
+        """Wait until the socket can be written to; as ``trio.SocketStream``."""
         await self._sender.wait_writable()
 
     async def send_eof(self) -> None:
-        """Send an end of file; receiving goes on. As ``trio.SocketStream.send_eof``."""
+        """End the stream in this direction; receiving goes on. As ``trio.SocketStream``."""
         await self._sender.send_eof()
 
     @enable_ki_protection

@@ -1,11 +1,10 @@
 """Every exception of the library.
 
-The rule of this file: a name says whose fault it is, each class also inherits the
-builtin or trio class that callers already catch, and each carries the number that Gio
-gives to the same situation, so that ported code can go on switching on it.
+Invariant: a name says which side is at fault, each class inherits the builtin or trio class that
+callers already catch, and each has Gio's code for the same situation, so that ported code can
+compare it.
 
-Wrong arguments are plain ``TypeError`` and ``ValueError``, raised before anything
-happens; a descriptor that is closed already is ``OSError`` with ``EBADF``.
+Wrong arguments are plain ``TypeError`` and ``ValueError``, raised before anything happens.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class UnixConnectionError(Exception):
 
     Attributes:
       code: Gio's code for this error.
-      sent: of an error of a send method, how much had been sent before: file descriptors for
+      sent: if a send method raises this, how much had been sent before: file descriptors for
         ``send_fds``, bytes for all others.
     """
 
@@ -127,7 +126,7 @@ class UnixConnectionError(Exception):
 
 
 class OperationCancelled(UnixConnectionError):
-    """A :class:`~trio_unixconn.Cancellable` fired.
+    """A :class:`~trio_unixconn.Cancellable` was cancelled.
 
     Trio's own cancellation is never turned into this: it stays ``trio.Cancelled``.
     """
@@ -136,13 +135,17 @@ class OperationCancelled(UnixConnectionError):
 
 
 class ConnectionClosedError(UnixConnectionError, trio.ClosedResourceError):
-    """This side closed the connection, or sent its end of file, before the operation."""
+    """This side closed or detached the connection, or called ``send_eof``."""
 
     code = IOErrorEnum.CLOSED
 
 
 class ConnectionBrokenError(UnixConnectionError, trio.BrokenResourceError):
-    """The peer is gone; ``__cause__`` is the ``OSError`` that said so."""
+    """The connection cannot be used any more, mostly because the peer has closed it.
+
+    ``__cause__`` is the ``OSError`` of the kernel. There is none if an earlier ``send_message`` was
+    cancelled or failed after a part of its bytes; then ``sent`` is the size of that part.
+    """
 
     code = IOErrorEnum.BROKEN_PIPE
 
@@ -213,15 +216,19 @@ class DescriptorsTruncatedError(UnixConnectionError, OSError):
 
 
 class SendError(UnixConnectionError, OSError):
-    """The kernel rejected what was to be sent; the connection is still usable if ``sent`` is 0.
+    """The kernel rejected a message.
 
-    The ``errno`` says why: EBADF, a file descriptor to send is closed; EMFILE, no file descriptor
-    is free for the duplicate that a waiting send needs; EINVAL, a file descriptor that cannot be
-    sent (io_uring); ETOOMANYREFS, ENOBUFS or ENOMEM, a limit that was not lifted in time. As with
-    ``OSError`` itself, EPERM gives a ``PermissionError`` and ESRCH a ``ProcessLookupError``: the
-    credentials to send are not this process's own.
+    The ``errno`` says why:
 
-    If a part of a message was sent, the next send raises ConnectionBrokenError.
+    - EBADF: a file descriptor to send is closed.
+    - EMFILE: no file descriptor is free for the duplicate that a waiting send needs.
+    - EINVAL: a file descriptor of a kind that cannot be sent (io_uring).
+    - ETOOMANYREFS, ENOBUFS, ENOMEM: a limit stayed exhausted for 30 seconds; the text names it.
+    - EPERM, ESRCH: this process may not send these credentials. As with ``OSError`` itself, the
+      error is then a ``PermissionError`` or a ``ProcessLookupError``, too.
+
+    The connection is still usable, except after a part of the bytes of a message: then the next
+    send raises ConnectionBrokenError.
 
     Attributes:
       sent: how much had been sent before: file descriptors for ``send_fds``, bytes for all others.
@@ -295,7 +302,7 @@ class AddressInUseError(UnixConnectionError, OSError):
 
 
 class PeerGoneError(UnixConnectionError, ProcessLookupError):
-    """The process at the other end has ended; its pid may be another's by now."""
+    """The process at the other end has ended; another process may have its pid by now."""
 
     code = IOErrorEnum.NOT_FOUND
 
@@ -307,29 +314,29 @@ class PeerDeniedError(UnixConnectionError, PermissionError):
 
 
 class PoolClosedError(UnixConnectionError, trio.ClosedResourceError):
-    """The worker pool takes no more jobs: it drains, was left, or has failed."""
+    """The worker pool accepts no more jobs: it is draining, was closed, or has failed."""
 
     code = IOErrorEnum.CLOSED
 
 
 class JobRefusedError(UnixConnectionError, RuntimeError):
-    """No worker has acknowledged a job, which was given up; no handler has begun.
+    """No worker has accepted a job, after several attempts; no handler was called.
 
-    ``__cause__`` says why the last one did not.
+    ``__cause__`` is the error of the last attempt.
     """
 
 
 class WorkerDiedError(UnixConnectionError, RuntimeError):
-    """A worker's process has ended without having been asked to."""
+    """A worker process has ended unexpectedly."""
 
     code = IOErrorEnum.BROKEN_PIPE
 
 
 class _RemoteError(UnixConnectionError, RuntimeError):
-    """Something in a worker has failed.
+    """An error in a worker process.
 
     Attributes:
-      traceback: what the worker says of it, mostly a traceback; "" if it said nothing.
+      traceback: the text that the worker sent, mostly a traceback; "" if it sent none.
     """
 
     def __init__(self, message: str, traceback: str = "") -> None:
@@ -342,10 +349,10 @@ class _RemoteError(UnixConnectionError, RuntimeError):
 
 
 class WorkerStartError(_RemoteError):
-    """A worker could not be started: its handler could not be imported, or its setup failed.
+    """A worker could not start: its handler could not be imported, or its setup failed.
 
     Attributes:
-      traceback: the worker's; "" if it died without one.
+      traceback: the worker's traceback; "" if it sent none.
     """
 
 
@@ -353,7 +360,7 @@ class HandlerError(_RemoteError):
     """The handler of a ``call`` raised, or did not return bytes.
 
     Attributes:
-      traceback: the worker's.
+      traceback: the worker's traceback.
     """
 
 
