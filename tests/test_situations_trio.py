@@ -250,6 +250,15 @@ async def test_open_unix_connection_takes_a_trio_path(unix_socket_path: Path) ->
 ################################################################
 
 
+def fail_accept(patch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Make accept(2) fail with this error."""
+
+    def accept(sock: socket.socket) -> Any:
+        raise error
+
+    patch.setattr(socket.socket, "_accept", accept, raising=False)
+
+
 @pytest.fixture(params=["path", "abstract"])
 def name(request: pytest.FixtureRequest, unix_socket_path: Path) -> str:
     if request.param == "path":
@@ -327,12 +336,7 @@ async def test_accept_raises_errors_that_are_not_about_one_connection(
     """An error that is not about one connection comes out as it is, and the next accept works."""
     async with await open_unix_listener(name) as listener, await open_unix_connection(name):
         with monkeypatch.context() as patch:
-
-            async def accept() -> Any:
-                await trio.lowlevel.checkpoint()
-                raise OSError(number, os.strerror(number))
-
-            patch.setattr(listener.socket, "accept", accept)
+            fail_accept(patch, OSError(number, os.strerror(number)))
             with assert_checkpoints(), pytest.raises(OSError, match=os.strerror(number)) as caught:
                 await listener.accept()
             assert caught.value.errno == number
@@ -436,14 +440,10 @@ async def test_serve_listeners_ends_with_an_unknown_error(
     """An exception out of accept() ends the server, and the listener is closed."""
     listener = await open_unix_listener(name)
 
-    async def accept() -> Any:
-        await trio.lowlevel.checkpoint()
-        raise error
-
     async def handler(conn: UnixConnection) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(listener.socket, "accept", accept)
+    fail_accept(monkeypatch, error)
     with pytest.RaisesGroup(pytest.RaisesExc(check=lambda exc: exc is error)):
         await trio.serve_listeners(handler, [listener])
     assert listener.socket.fileno() == -1
@@ -471,9 +471,7 @@ async def test_serve_goes_on_when_descriptors_are_free_again(
             with trio.fail_after(30):
                 while not caplog.records:
                     await wait_all_tasks_blocked()
-        assert caplog.records[0].exc_info is not None
-        assert isinstance(caplog.records[0].exc_info[1], OSError)
-        assert caplog.records[0].exc_info[1].errno == errno.EMFILE
+        assert os.strerror(errno.EMFILE) in caplog.text
         with trio.fail_after(30):
             assert await client.receive_some() == b"x"
         nursery.cancel_scope.cancel()
