@@ -37,8 +37,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [str, os.fsencode, Path, UnixSocketAddress.path])
-async def test_every_form_of_a_path(path: Path, form: Any) -> None:
-    """A path may be text, bytes, a Path or an address."""
+async def test_open_unix_listener_forms_of_a_path(path: Path, form: Any) -> None:
+    """A path may be str, bytes, a Path or an address."""
     async with await open_unix_listener(form(path)) as listener:
         with assert_checkpoints():
             client = await open_unix_connection(form(path))
@@ -70,8 +70,8 @@ async def test_mode(path: Path, mode: int) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-async def test_served_by_trio(path: Path) -> None:
-    """trio.serve_listeners serves it, and nursery.start works."""
+async def test_serve_listeners(path: Path) -> None:
+    """Connections of trio.serve_listeners are UnixConnections, and nursery.start works."""
 
     async def handler(conn: UnixConnection) -> None:
         assert isinstance(conn, UnixConnection)
@@ -89,8 +89,8 @@ async def test_served_by_trio(path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"credentials": True}, {"pidfds": True}])
-async def test_what_comes_with_every_message(path: Path, options: Any) -> None:
-    """What was asked for when a connection was opened comes with every message, to both ends."""
+async def test_credentials_and_pidfds_of_every_message(path: Path, options: Any) -> None:
+    """With credentials=True or pidfds=True, every message has them, at both ends."""
     try:
         listener = await open_unix_listener(path, **options)
     except NotSupportedError:
@@ -110,8 +110,8 @@ async def test_what_comes_with_every_message(path: Path, options: Any) -> None:
                     assert message.credentials.pid == os.getpid()
 
 
-async def test_closing(path: Path) -> None:
-    """Closing wakes who accepts, removes the path, and may be done twice."""
+async def test_aclose(path: Path) -> None:
+    """aclose() wakes accept(), removes the path, and may be called twice."""
     listener = await open_unix_listener(path)
 
     async def accept() -> None:
@@ -131,16 +131,16 @@ async def test_closing(path: Path) -> None:
         listener.get_local_address()
 
 
-async def test_path_removed_by_another(path: Path) -> None:
-    """A path that somebody else has removed is no error at closing."""
+async def test_aclose_after_the_path_was_removed(path: Path) -> None:
+    """A path that another program has removed is no error for aclose()."""
     listener = await open_unix_listener(path)
     path.unlink()
     await listener.aclose()
     assert listener.socket.fileno() == -1
 
 
-async def test_path_taken_by_another(path: Path) -> None:
-    """Closing leaves alone what somebody else has put at the path since."""
+async def test_aclose_after_the_path_was_taken(path: Path) -> None:
+    """aclose() leaves what another program has put at the path since."""
     first = await open_unix_listener(path)
     path.unlink()
     async with await open_unix_listener(path):
@@ -151,8 +151,8 @@ async def test_path_taken_by_another(path: Path) -> None:
     assert not path.exists()
 
 
-async def test_path_relative_to_another_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path is removed also after the process went to another folder."""
+async def test_aclose_of_a_relative_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is removed even if the working directory has changed."""
     below = path.parent / "below"
     below.mkdir()
     (below / path.name).write_text("")
@@ -163,8 +163,10 @@ async def test_path_relative_to_another_folder(path: Path, monkeypatch: pytest.M
     assert (below / path.name).exists()
 
 
-async def test_path_that_cannot_be_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the path cannot be removed, the error comes out, and the socket is closed."""
+async def test_aclose_that_cannot_remove_the_path(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the path cannot be removed, aclose() raises, and the socket is closed."""
     listener = await open_unix_listener(path)
 
     def fail(*_: object, **__: object) -> None:
@@ -183,8 +185,8 @@ async def test_open_unix_connection_rejects_anonymous_address(address: Any) -> N
         await open_unix_connection(address)
 
 
-async def test_path_that_exists(path: Path) -> None:
-    """A path at which something exists is EADDRINUSE with its name, and is left alone."""
+async def test_open_unix_listener_path_that_exists(path: Path) -> None:
+    """A path at which a file exists is EADDRINUSE with its name, and the file stays."""
     path.write_text("x")
     with pytest.raises(OSError, match="Address already in use") as caught:
         await open_unix_listener(path)
@@ -193,7 +195,7 @@ async def test_path_that_exists(path: Path) -> None:
     assert path.read_text() == "x"
 
 
-async def test_listener_that_cannot_be_made(path: Path) -> None:
+async def test_open_unix_listener_that_fails_after_bind(path: Path) -> None:
     """What fails after bind removes the path again and leaks nothing."""
     with pytest.raises(OverflowError):
         await open_unix_listener(path, backlog=2**70)
@@ -236,8 +238,8 @@ async def test_owner_and_group_of_an_abstract_name(address: str, options: Any) -
         await open_unix_listener(address, **options)
 
 
-async def test_no_free_descriptor(path: Path) -> None:
-    """Without free descriptors accept says EMFILE, as trio.serve_listeners expects."""
+async def test_accept_without_free_descriptors(path: Path) -> None:
+    """Without free file descriptors accept() raises EMFILE, as trio.serve_listeners expects."""
     async with (
         await open_unix_listener(path) as listener,
         await open_unix_connection(path),
@@ -250,8 +252,10 @@ async def test_no_free_descriptor(path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
-async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Accept passes over a connection that is gone, and returns the next."""
+async def test_accept_after_an_aborted_connection(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """accept() ignores a connection that was aborted, and returns the next."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
         real, failures = listener.socket.accept, [OSError(number, "gone")]
 
@@ -265,10 +269,10 @@ async def test_connection_aborted(path: Path, monkeypatch: pytest.MonkeyPatch, n
             assert not failures
 
 
-async def test_accepted_by_a_listener_that_fails(
+async def test_accept_that_fails_closes_the_socket(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A socket that cannot become a connection is closed."""
+    """An accepted socket that cannot become a connection is closed."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
 
         async def accept() -> Any:
@@ -279,8 +283,8 @@ async def test_accepted_by_a_listener_that_fails(
             await listener.accept()
 
 
-async def test_client_that_left_before_it_was_accepted(path: Path) -> None:
-    """A connection whose client has gone is accepted, with what the client sent."""
+async def test_accept_after_the_client_has_closed(path: Path) -> None:
+    """A connection whose client has closed is accepted, with what the client sent."""
     async with await open_unix_listener(path) as listener:
         async with await open_unix_connection(path) as client:
             await client.send_fd(0)
@@ -289,8 +293,8 @@ async def test_client_that_left_before_it_was_accepted(path: Path) -> None:
             assert await server.receive_some() == b""
 
 
-async def test_wrong_sockets_for_a_listener(path: Path) -> None:
-    """What does not listen on a Unix stream socket is refused, and named."""
+async def test_listener_rejects_wrong_sockets(path: Path) -> None:
+    """The constructor rejects what is not a listening Unix stream socket, and names it."""
     with pytest.raises(TypeError, match="expected a trio socket, got str"):
         UnixListener("x")  # type: ignore[arg-type]
     sock = trio.socket.socket(socket.AF_UNIX)
@@ -303,8 +307,8 @@ async def test_wrong_sockets_for_a_listener(path: Path) -> None:
         UnixListener(inet)
 
 
-async def test_nobody_there(path: Path) -> None:
-    """Errors of connect have the path."""
+async def test_open_unix_connection_without_a_server(path: Path) -> None:
+    """Errors of open_unix_connection have the path."""
     with pytest.raises(FileNotFoundError) as missing:
         await open_unix_connection(path)
     assert missing.value.filename == str(path)
@@ -428,8 +432,8 @@ async def test_local_address_rejects_wrong_arguments(path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["a\0b", 3, None])
-async def test_no_address(bad: Any) -> None:
-    """What names no socket is refused at once."""
+async def test_address_rejects_wrong_values(bad: Any) -> None:
+    """What is not the address of a socket is rejected before anything happens."""
     with pytest.raises((ValueError, TypeError)):
         await open_unix_connection(bad)
     with pytest.raises((ValueError, TypeError)):
@@ -438,7 +442,7 @@ async def test_no_address(bad: Any) -> None:
 
 @pytest.mark.parametrize("length", [96, 107, 108, 120, 255])
 async def test_long_path(path: Path, length: int) -> None:
-    """A path that does not fit into a socket's address works all the same, to the last byte."""
+    """A path that does not fit into the address of a socket works, to the last byte."""
     path = path.with_name("x" * length)
     async with (
         await open_unix_listener(path) as listener,
@@ -454,7 +458,7 @@ async def test_long_path(path: Path, length: int) -> None:
 
 @pytest.mark.parametrize("length", range(100, 111))
 async def test_path_at_the_limit(path: Path, length: int) -> None:
-    """Where the path, or the temporary one, is as long as fits, or a byte longer, it works."""
+    """A path works if it, or its temporary name, is as long as fits, or a byte longer."""
     path = path.with_name("x" * (length - len(os.fsencode(path.parent)) - 1))
     assert len(os.fsencode(path)) == length
     async with await open_unix_listener(path), await open_unix_connection(path):
@@ -462,7 +466,7 @@ async def test_path_at_the_limit(path: Path, length: int) -> None:
 
 
 async def test_name_too_long(path: Path) -> None:
-    """A name that no folder takes is ENAMETOOLONG with the limits, and nothing is made."""
+    """A name that no directory takes is ENAMETOOLONG with the limits, and nothing is created."""
     path = path.with_name("x" * 256)
     for use in (open_unix_listener, open_unix_connection):
         with pytest.raises(OSError, match=r"holds 107 bytes .* holds 255") as caught:
@@ -475,8 +479,8 @@ async def test_name_too_long(path: Path) -> None:
     assert not list(path.parent.iterdir())
 
 
-async def test_full_backlog(path: Path) -> None:
-    """While the backlog is full a connect waits; what it returns is connected."""
+async def test_open_unix_connection_full_backlog(path: Path) -> None:
+    """While the backlog is full it waits; what it returns is connected."""
     async with await open_unix_listener(path, backlog=0) as listener:
         clients: list[UnixConnection] = []
 
@@ -494,10 +498,10 @@ async def test_full_backlog(path: Path) -> None:
                 assert await conn.receive_some() == b"x"
 
 
-async def test_pauses_while_the_backlog_is_full(
+async def test_backoff_while_the_backlog_is_full(
     path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """The pauses grow from 1 to 100 ms, and clients do not all make the same ones."""
+    """The backoff grows from 1 to 100 ms, and differs between clients."""
     real, pauses = trio.sleep, []
 
     async def sleep(seconds: float) -> None:
@@ -515,8 +519,8 @@ async def test_pauses_while_the_backlog_is_full(
     assert len(set(shares)) > 10
 
 
-async def test_cancelled_while_the_backlog_is_full(path: Path) -> None:
-    """A connect that waits for room in the backlog can be cancelled, and leaks nothing."""
+async def test_open_unix_connection_cancelled(path: Path) -> None:
+    """While the backlog is full it can be cancelled, and leaks nothing."""
     async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
         with trio.move_on_after(0.02) as scope:
             await open_unix_connection(path)

@@ -1,4 +1,4 @@
-"""UnixListener.from_fd, and the names that connections remember."""
+"""UnixListener.from_fd, and the addresses that connections remember."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def listening(path: Path) -> socket.socket:
     return sock
 
 
-async def test_inherited(path: Path) -> None:
-    """An inherited listening socket serves, knows its name, and leaves the path when closed."""
+async def test_from_fd_inherited(path: Path) -> None:
+    """An inherited listener accepts, knows its address, and leaves its path when closed."""
     with listening(path) as sock:
         fd = os.dup(sock.fileno())
         os.set_inheritable(fd, True)
@@ -49,14 +49,14 @@ async def test_inherited(path: Path) -> None:
             ):
                 await client.send_fd(0)
                 os.close(await server.receive_fd())
-        # Others who hold the socket go on.
+        # The socket stays open for other processes that hold it.
         async with await open_unix_connection(path):
             sock.accept()[0].close()
     assert path.exists()
 
 
-async def test_received(path: Path) -> None:
-    """A listening socket that another process made and sent serves here, when that has ended."""
+async def test_from_fd_received(path: Path) -> None:
+    """A listening socket that another process has sent accepts here after that has exited."""
     script = (
         "import socket, sys\n"
         "with socket.socket(socket.AF_UNIX) as sock, socket.socket(fileno=0) as way:\n"
@@ -78,8 +78,8 @@ async def test_received(path: Path) -> None:
         assert await server.receive_some() == b"x"
 
 
-def test_wrong_descriptors(path: Path) -> None:
-    """What is no descriptor of a listening Unix socket is refused, and stays the caller's."""
+def test_from_fd_rejects_wrong_descriptors(path: Path) -> None:
+    """What is not the fd of a listening Unix socket is rejected, and stays the caller's."""
     with socket.socket(socket.AF_UNIX) as sock, pytest.raises(ValueError, match="does not listen"):
         UnixListener.from_fd(sock.fileno())
     one, two = socket.socketpair()
@@ -108,7 +108,7 @@ def test_wrong_descriptors(path: Path) -> None:
             UnixListener.from_fd(bad)
 
 
-async def test_names_are_remembered(path: Path) -> None:
+async def test_addresses_after_replace(path: Path) -> None:
     """Both ends know the path, even if the kernel knows the socket by its temporary name."""
     address = UnixSocketAddress.path(path)
     async with (
@@ -125,8 +125,8 @@ async def test_names_are_remembered(path: Path) -> None:
         assert str(path) in repr(client)
 
 
-async def test_names_of_a_bound_client(path: Path) -> None:
-    """A client that has a name of its own is known by it."""
+async def test_addresses_of_a_bound_client(path: Path) -> None:
+    """A client that is bound has that address at both ends."""
     own = path.with_name("client")
     async with await open_unix_listener(path) as listener:
         sock = socket.socket(socket.AF_UNIX)

@@ -71,6 +71,10 @@ async def listening() -> None:
     assert_type(listener, UnixListener)
     assert_type(await listener.accept(), UnixConnection)
     assert_type(await open_unix_connection(b"x"), UnixConnection)
+    assert_type(await open_unix_connection("x", local_address=Path("y")), UnixConnection)
+    await open_unix_listener("", owner="root", group=0)
+    await open_unix_listener("x", mode="600")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(listener.get_local_address().to_string(), str)
     await open_unix_connection(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await trio.serve_listeners(serve, [listener])
 
