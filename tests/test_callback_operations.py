@@ -1,4 +1,4 @@
-"""The callback form of what passes many descriptors, messages, files, sockets and buffers."""
+"""The callback form of operations that Gio lacks: lists, messages, files, sockets, buffers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from trio_unixconn import (
     UnixFDList,
     UnsafeBufferError,
     WrongDescriptorKindError,
+    _closing,
     connection_pair,
     open_callback_adapter,
 )
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 
 
 class Calls(list[Any]):
-    """Notes down every callback: source, result, user data, thread."""
+    """Records every callback: source, result, user data, thread."""
 
     def __call__(self, source: CallbackConnection, result: AsyncResult, *user_data: Any) -> None:
         self.append((source, result, user_data, threading.get_ident()))
 
     def only(self) -> tuple[CallbackConnection, AsyncResult]:
-        """Return what came, which must be one call in this thread."""
+        """Return source and result of the only call, which was in this thread."""
         assert len(self) == 1
         source, result, _, thread = self[0]
         assert thread == threading.get_ident()
@@ -71,7 +72,7 @@ async def call(conn: UnixConnection, name: str, *arguments: Any, **options: Any)
     try:
         return finish(result)
     finally:
-        with pytest.raises(ValueError, match="finishes once"):
+        with pytest.raises(ValueError, match="already finished"):
             finish(result)
 
 
@@ -86,8 +87,8 @@ def tcp() -> tuple[socket.socket, socket.socket]:
 ################################################################
 
 
-async def test_many() -> None:
-    """send_fds says how many went, receive_fds gives a list that owns them."""
+async def test_send_fds_async_and_receive_fds_async() -> None:
+    """send_fds_finish returns a number, receive_fds_finish a list that owns them."""
     one, two = connection_pair()
     async with one, two:
         assert await call(one, "send_fds", [0, 0, 0]) == 3
@@ -101,8 +102,8 @@ async def test_many() -> None:
             assert len(fds) == 1
 
 
-async def test_messages() -> None:
-    """send_message gives nothing, receive_message the message; the options are keywords."""
+async def test_send_message_async_and_receive_message_async() -> None:
+    """send_message_finish returns None, receive_message_finish a message; options are keywords."""
     one, two = connection_pair()
     async with one, two:
         sent = await call(one, "send_message", b"x", fds=[0, 0], credentials=Credentials())
@@ -116,8 +117,8 @@ async def test_messages() -> None:
         assert await call(one, "send_message", b"") is None
 
 
-async def test_fake_credentials() -> None:
-    """send_fake_credentials gives True."""
+async def test_send_fake_credentials_async() -> None:
+    """send_fake_credentials_finish returns True."""
     one, two = connection_pair()
     async with one, two:
         fake = Credentials(os.getpid(), 54321, 54321) if os.geteuid() == 0 else Credentials()
@@ -125,8 +126,8 @@ async def test_fake_credentials() -> None:
         assert await call(two, "receive_credentials") == fake
 
 
-async def test_file() -> None:
-    """receive_file gives a file in the mode asked for, of the kinds that are allowed."""
+async def test_receive_file_async() -> None:
+    """receive_file_finish returns a file in the given mode, of one of the given kinds."""
     one, two = connection_pair()
     async with one, two:
         with tempfile.TemporaryFile() as file:
@@ -143,8 +144,8 @@ async def test_file() -> None:
             assert got.read() == b""
 
 
-async def test_file_without_arguments() -> None:
-    """receive_file_async needs no argument, and reads bytes."""
+async def test_receive_file_async_without_arguments() -> None:
+    """receive_file_async needs no argument; the default is to read bytes."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two, open_callback_adapter() as adapter:
@@ -158,8 +159,8 @@ async def test_file_without_arguments() -> None:
             assert got.read() == b""
 
 
-async def test_sockets() -> None:
-    """receive_socket gives a trio socket."""
+async def test_receive_socket_async() -> None:
+    """receive_socket_finish returns a trio socket."""
     one, two = connection_pair()
     async with one, two:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sent:
@@ -168,8 +169,8 @@ async def test_sockets() -> None:
             assert sock.type == socket.SOCK_DGRAM
 
 
-async def test_streams() -> None:
-    """receive_stream gives a stream, or a connection."""
+async def test_receive_stream_async() -> None:
+    """receive_stream_finish returns a stream, or a connection."""
     one, two = connection_pair()
     async with one, two:
         for pair, kind in ((tcp(), trio.SocketStream), (socket.socketpair(), UnixConnection)):
@@ -181,8 +182,8 @@ async def test_streams() -> None:
                     assert pair[1].recv(1) == b"x"
 
 
-async def test_buffers() -> None:
-    """send_buffer gives True, receive_buffer a read-only view."""
+async def test_send_buffer_async_and_receive_buffer_async() -> None:
+    """send_buffer_finish returns True, receive_buffer_finish a read-only view."""
     one, two = connection_pair()
     async with one, two:
         assert await call(one, "send_buffer", b"content") is True
@@ -210,7 +211,7 @@ SENDS: list[tuple[str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), RECEIVES)
-async def test_end_of_stream(name: str, arguments: list[Any]) -> None:
+async def test_receive_finish_at_the_end_of_the_stream(name: str, arguments: list[Any]) -> None:
     """*_finish raises what the operation raised."""
     one, two = connection_pair()
     async with two:
@@ -220,8 +221,8 @@ async def test_end_of_stream(name: str, arguments: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*RECEIVES, *SENDS, ("receive_message", [9])])
-async def test_closed(name: str, arguments: list[Any]) -> None:
-    """A connection that this side closed says so in *_finish."""
+async def test_finish_of_a_closed_connection(name: str, arguments: list[Any]) -> None:
+    """*_finish raises ConnectionClosedError if this side has closed the connection."""
     one, two = connection_pair()
     async with one, two:
         pass
@@ -230,7 +231,7 @@ async def test_closed(name: str, arguments: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["receive_file", "receive_socket", "receive_stream"])
-async def test_wrong_kind(name: str) -> None:
+async def test_receive_finish_of_the_wrong_kind(name: str) -> None:
     """Another kind of descriptor is an error in *_finish, and it is closed."""
     one, two = connection_pair()
     async with one, two:
@@ -241,7 +242,7 @@ async def test_wrong_kind(name: str) -> None:
         assert caught.value.kind is DescriptorKind.CHARACTER_DEVICE
 
 
-async def test_unsafe_buffer() -> None:
+async def test_receive_buffer_finish_of_an_unsafe_buffer() -> None:
     """An unsealed buffer is an error in *_finish, and it is closed."""
     one, two = connection_pair()
     async with one, two:
@@ -254,8 +255,8 @@ async def test_unsafe_buffer() -> None:
 
 @pytest.mark.parametrize(("name", "arguments"), [*RECEIVES, ("receive_message", [9])])
 @pytest.mark.parametrize("when", ["before", "while"])
-async def test_cancelled_receive(name: str, arguments: list[Any], when: str) -> None:
-    """A Cancellable that fires ends the wait, and *_finish raises OperationCancelled."""
+async def test_receive_async_cancelled(name: str, arguments: list[Any], when: str) -> None:
+    """A Cancellable ends the wait of a receive, and *_finish raises OperationCancelled."""
     one, two = connection_pair()
     calls = Calls()
     cancellable = Cancellable()
@@ -272,8 +273,8 @@ async def test_cancelled_receive(name: str, arguments: list[Any], when: str) -> 
 
 
 @pytest.mark.parametrize(("name", "arguments"), SENDS)
-async def test_cancelled_send(name: str, arguments: list[Any]) -> None:
-    """A Cancellable ends a send that waits for room; its duplicates are closed."""
+async def test_send_async_cancelled(name: str, arguments: list[Any]) -> None:
+    """A Cancellable ends a send that waits until the socket is writable; duplicates are closed."""
     one, two = connection_pair()
     calls = Calls()
     cancellable = Cancellable()
@@ -288,8 +289,8 @@ async def test_cancelled_send(name: str, arguments: list[Any]) -> None:
             getattr(gio, f"{name}_finish")(calls.only()[1])
 
 
-async def test_the_wrong_finish() -> None:
-    """A result goes with its own *_finish only."""
+async def test_finish_rejects_results_of_other_methods() -> None:
+    """A result can be finished by its own *_finish only."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -298,18 +299,18 @@ async def test_the_wrong_finish() -> None:
             gio.send_message_async(b"x", None, calls)
         _, result = calls.only()
         for finish in (gio.send_fds_finish, gio.receive_fds_finish, gio.send_buffer_finish):
-            with pytest.raises(ValueError, match=r"of send_message_async\(\), not of"):
+            with pytest.raises(ValueError, match=r"got one of send_message_async\(\)"):
                 finish(result)
         gio.send_message_finish(result)
 
 
 ################################################################
-# Arguments are the caller's again at once
+# Arguments are the caller's again when *_async returns
 ################################################################
 
 
-async def test_descriptors_may_be_closed_at_once() -> None:
-    """What was given is free as soon as *_async has returned; the numbers may mean other files."""
+async def test_send_message_async_duplicates_fds() -> None:
+    """When send_message_async has returned, its fds may be closed and their numbers reused."""
     one, two = connection_pair()
     async with one, two:
         count = clog(one)
@@ -334,8 +335,8 @@ async def test_descriptors_may_be_closed_at_once() -> None:
         calls.only()[0].send_message_finish(calls.only()[1])
 
 
-async def test_many_may_be_closed_at_once() -> None:
-    """As before, for send_fds_async; an iterator is read before it returns."""
+async def test_send_fds_async_duplicates_fds() -> None:
+    """When send_fds_async has returned, its fds may be closed; an iterator is read before."""
     one, two = connection_pair()
     async with one, two:
         calls = Calls()
@@ -354,8 +355,8 @@ async def test_many_may_be_closed_at_once() -> None:
         assert source.send_fds_finish(result) == 5
 
 
-async def test_buffer_may_be_changed_at_once() -> None:
-    """What was given to send_buffer_async is free; a memfd may be closed, a bytearray changed."""
+async def test_send_buffer_async_copies() -> None:
+    """When send_buffer_async has returned, a memfd may be closed, and a bytearray changed."""
     one, two = connection_pair()
     async with one, two:
         calls = Calls()
@@ -376,7 +377,7 @@ async def test_buffer_may_be_changed_at_once() -> None:
 
 
 ################################################################
-# Wrong arguments are told at once
+# Wrong arguments are rejected before *_async returns
 ################################################################
 
 
@@ -389,10 +390,10 @@ async def test_buffer_may_be_changed_at_once() -> None:
     ],
 )
 @pytest.mark.parametrize("bad", [True, "0", None, -1, 1.0])
-async def test_no_descriptor(
+async def test_send_async_rejects_wrong_fds(
     begin: Callable[[CallbackConnection, Any], None], error: str, bad: Any
 ) -> None:
-    """What is no descriptor is refused before *_async returns, and nothing is held."""
+    """What is not a file descriptor is rejected before *_async returns, and nothing stays open."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
         with pytest.raises((TypeError, ValueError), match=error):
@@ -402,8 +403,8 @@ async def test_no_descriptor(
 
 
 @pytest.mark.parametrize("name", ["send_fds", "send_message", "send_buffer"])
-async def test_closed_descriptor(name: str) -> None:
-    """A closed descriptor is EBADF before *_async returns, and the others are not held."""
+async def test_send_async_rejects_closed_fd(name: str) -> None:
+    """A closed descriptor is EBADF before *_async returns, and no duplicate stays open."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
         gio = adapter.wrap(one)
@@ -419,8 +420,8 @@ async def test_closed_descriptor(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", ["x", 5, None, 1.5, [1, 2]])
-async def test_no_bytes(bad: Any) -> None:
-    """What is no bytes is refused before send_message_async returns, and nothing is held."""
+async def test_send_message_async_rejects_what_is_not_bytes(bad: Any) -> None:
+    """What is not bytes is rejected before send_message_async returns."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
         with pytest.raises(TypeError):
@@ -430,8 +431,8 @@ async def test_no_bytes(bad: Any) -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_closed_adapter() -> None:
-    """An adapter whose block was left refuses, and holds nothing of what it was given."""
+async def test_async_after_the_block() -> None:
+    """After its block an adapter rejects operations, and none of their descriptors stays open."""
     one, two = connection_pair()
     async with one, two:
         async with open_callback_adapter() as adapter:
@@ -448,12 +449,12 @@ async def test_closed_adapter() -> None:
 
 
 ################################################################
-# Results that nobody finishes
+# Results that are never finished
 ################################################################
 
 
 async def send_one(conn: UnixConnection, name: str) -> None:
-    """Send what a receive of that name takes."""
+    """Send what a receive of that name accepts."""
     if name == "receive_fds":
         await conn.send_fds([0, 0])
     elif name == "receive_message":
@@ -480,8 +481,8 @@ BUFFER = [("receive_buffer", [5000])]
 
 
 @pytest.mark.parametrize(("name", "arguments"), OWNERS)
-async def test_nobody_finishes(name: str, arguments: list[Any]) -> None:
-    """What a result holds is closed when it is collected unfinished, with one warning."""
+async def test_result_never_finished(name: str, arguments: list[Any]) -> None:
+    """A result that is never finished is closed when it is collected, with one warning."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -493,14 +494,15 @@ async def test_nobody_finishes(name: str, arguments: list[Any]) -> None:
             warnings.simplefilter("always")
             calls.clear()
             gc.collect()
+        assert _closing.wait_closed(30)
         assert len(os.listdir("/proc/self/fd")) < before
         (warning,) = caught
         assert warning.category is ResourceWarning
-        assert f"nobody finished a result of {name}_async" in str(warning.message)
+        assert f"unfinished result of {name}_async" in str(warning.message)
 
 
-async def test_nobody_finishes_a_buffer() -> None:
-    """A mapping ends with the result that holds it."""
+async def test_result_of_receive_buffer_async_never_finished() -> None:
+    """A mapping ends with the result that has it."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -514,8 +516,8 @@ async def test_nobody_finishes_a_buffer() -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*OWNERS, *BUFFER])
-async def test_no_callback(name: str, arguments: list[Any]) -> None:
-    """Without a callback the operation runs, and what came is closed without a word."""
+async def test_receive_async_without_a_callback(name: str, arguments: list[Any]) -> None:
+    """Without a callback the operation runs, and its result is closed without a warning."""
     one, two = connection_pair()
     async with one, two:
         async with open_callback_adapter() as adapter:
@@ -528,8 +530,8 @@ async def test_no_callback(name: str, arguments: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*OWNERS, *BUFFER])
-async def test_cancelled_block(name: str, arguments: list[Any]) -> None:
-    """When the block is cancelled, the callback is told, once."""
+async def test_receive_async_in_a_cancelled_block(name: str, arguments: list[Any]) -> None:
+    """If the block is cancelled, the callback runs once."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:

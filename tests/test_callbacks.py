@@ -1,4 +1,4 @@
-"""The callback form: once each, in the trio thread, with an owner for every result."""
+"""The callback form: order, threads, cancellation, and the owner of every result."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from trio_unixconn import (
     Credentials,
     EndOfStreamError,
     OperationCancelled,
+    _closing,
     connection_pair,
     open_callback_adapter,
 )
 
 
 class Calls(list[Any]):
-    """Notes down every callback: source, result, user data, thread."""
+    """Records every callback: source, result, user data, thread."""
 
     def __call__(self, source: CallbackConnection, result: AsyncResult, *user_data: Any) -> None:
         self.append((source, result, user_data, threading.get_ident()))
 
     def only(self) -> tuple[CallbackConnection, AsyncResult]:
-        """Return what came, which must be one call in this thread."""
+        """Return source and result of the only call, which was in this thread."""
         assert len(self) == 1
         source, result, _, thread = self[0]
         assert thread == threading.get_ident()
         return source, result
 
 
-async def test_all_pairs() -> None:
-    """Every *_async returns None at once, calls back later, and *_finish gives the value."""
+async def test_async_and_finish_of_gios_methods() -> None:
+    """Every *_async returns None immediately, calls back later, and *_finish returns the value."""
     one, two = connection_pair()
     async with one, two:
         for name, arguments, value in [
@@ -75,7 +76,7 @@ async def test_all_pairs() -> None:
     assert one.is_closed()
 
 
-async def test_keyword_names_are_gios() -> None:
+async def test_async_has_gios_keywords() -> None:
     """The arguments have Gio's names."""
     one, two = connection_pair()
     calls = Calls()
@@ -89,7 +90,7 @@ async def test_keyword_names_are_gios() -> None:
     assert len(calls) == 3
 
 
-async def test_awaitable_forms() -> None:
+async def test_wrap_has_awaitable_methods() -> None:
     """The wrapped connection has the awaitable methods too."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
@@ -101,7 +102,7 @@ async def test_awaitable_forms() -> None:
         assert await right.receive_credentials() == Credentials()
 
 
-async def test_error() -> None:
+async def test_receive_fd_finish_raises_once() -> None:
     """An operation that fails calls back once, and *_finish raises the error, once."""
     one, two = connection_pair()
     calls = Calls()
@@ -112,13 +113,13 @@ async def test_error() -> None:
     assert result.had_error()
     with pytest.raises(EndOfStreamError):
         source.receive_fd_finish(result)
-    with pytest.raises(ValueError, match="finishes once"):
+    with pytest.raises(ValueError, match="already finished"):
         source.receive_fd_finish(result)
     assert result.had_error()
 
 
-async def test_finished_wrongly() -> None:
-    """A foreign result, the wrong *_finish and no result are refused; the right one works."""
+async def test_finish_rejects_wrong_results() -> None:
+    """The result of another connection or method is rejected, and can still be finished."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two, open_callback_adapter() as adapter:
@@ -129,18 +130,20 @@ async def test_finished_wrongly() -> None:
         _, result = calls.only()
         with pytest.raises(ValueError, match="another connection"):
             other.receive_fd_finish(result)
-        with pytest.raises(ValueError, match=r"of receive_fd_async\(\), not of send_fd_async\(\)"):
+        with pytest.raises(
+            ValueError, match=r"expected a result of send_fd_async\(\), got one of receive_fd"
+        ):
             gio.send_fd_finish(result)
-        with pytest.raises(TypeError, match="an AsyncResult is due, not NoneType"):
+        with pytest.raises(TypeError, match="expected an AsyncResult, got NoneType"):
             gio.receive_fd_finish(None)  # type: ignore[arg-type]
         os.close(gio.receive_fd_finish(result))
-        with pytest.raises(ValueError, match="finishes once"):
+        with pytest.raises(ValueError, match="already finished"):
             gio.receive_fd_finish(result)
 
 
 @pytest.mark.parametrize("when", ["before", "while", "thread"])
-async def test_cancellable(when: str) -> None:
-    """A Cancellable that fires gives one callback whose *_finish raises OperationCancelled."""
+async def test_receive_credentials_async_with_a_cancellable(when: str) -> None:
+    """A cancelled Cancellable causes one callback whose *_finish raises OperationCancelled."""
     one, two = connection_pair()
     calls = Calls()
     cancellable = Cancellable()
@@ -163,7 +166,7 @@ async def test_cancellable(when: str) -> None:
 
 @pytest.mark.parametrize("thread", [False, True])
 async def test_cancel_pending(*, thread: bool) -> None:
-    """cancel_pending() ends what is pending, from any thread, and the adapter goes on."""
+    """cancel_pending() cancels pending operations, in any thread, and the adapter stays usable."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -183,8 +186,8 @@ async def test_cancel_pending(*, thread: bool) -> None:
         assert calls[1][1].had_error() is False
 
 
-async def test_cancel_pending_before_it_began() -> None:
-    """cancel_pending() also ends what was begun in this very tick."""
+async def test_cancel_pending_before_the_operation_starts() -> None:
+    """cancel_pending() cancels an operation that was begun in the same scheduling round."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -196,8 +199,8 @@ async def test_cancel_pending_before_it_began() -> None:
         assert await two.receive_some() == b"x"
 
 
-async def test_outer_cancellation_tells_the_callbacks() -> None:
-    """When the block is cancelled, each callback is told once, and the cancellation goes on."""
+async def test_open_callback_adapter_cancelled() -> None:
+    """If the block is cancelled, each callback runs once, and the cancellation propagates."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -212,11 +215,11 @@ async def test_outer_cancellation_tells_the_callbacks() -> None:
         for source, result, _, _ in calls:
             assert result.had_error()
             with pytest.raises(OperationCancelled, match="adapter was cancelled"):
-                result.finish(source, result._tag)
+                result._finish(source, result._tag)
 
 
-async def test_block_that_raises() -> None:
-    """When the block raises, what is pending is cancelled and told, and the exception comes out."""
+async def test_open_callback_adapter_raises() -> None:
+    """If the block raises, pending operations are cancelled, and the exception propagates."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -227,8 +230,8 @@ async def test_block_that_raises() -> None:
         assert calls.only()[1].had_error()
 
 
-async def test_closed_adapter() -> None:
-    """An adapter whose block was left takes nothing more, and keeps nothing open."""
+async def test_send_fd_async_after_the_block() -> None:
+    """After its block an adapter accepts no operation, and nothing stays open."""
     one, two = connection_pair()
     async with one, two:
         async with open_callback_adapter() as adapter:
@@ -238,8 +241,8 @@ async def test_closed_adapter() -> None:
         adapter.cancel_pending()
 
 
-async def test_callbacks_that_begin_again_while_all_ends() -> None:
-    """A callback that begins again each time cannot keep a cancelled block from ending."""
+async def test_open_callback_adapter_cancelled_with_endless_callbacks() -> None:
+    """A callback that begins another operation each time cannot keep a cancelled block open."""
     one, two = connection_pair()
     refused: list[bool] = []
 
@@ -259,8 +262,8 @@ async def test_callbacks_that_begin_again_while_all_ends() -> None:
         assert refused == [True]
 
 
-async def test_leaving_waits_for_chains() -> None:
-    """Leaving the block waits for operations that callbacks begin."""
+async def test_open_callback_adapter_waits_for_chains() -> None:
+    """The end of the block waits for operations that callbacks begin."""
     one, two = connection_pair()
     done: list[Credentials] = []
 
@@ -277,8 +280,8 @@ async def test_leaving_waits_for_chains() -> None:
         assert done == [Credentials()]
 
 
-async def test_callback_that_raises() -> None:
-    """An exception out of a callback crashes the nursery; the others are told."""
+async def test_open_callback_adapter_with_a_callback_that_raises() -> None:
+    """An exception in a callback cancels the nursery, and the other callbacks run."""
     one, two = connection_pair()
     calls = Calls()
 
@@ -293,10 +296,10 @@ async def test_callback_that_raises() -> None:
                 adapter.wrap(one).send_credentials_async(None, fail)
         del fail
         for _, result, _, _ in calls:
-            result.discard()
+            result._discard_value()
 
 
-async def test_begun_in_another_thread() -> None:
+async def test_send_credentials_async_in_another_thread() -> None:
     """*_async may be called in any thread; the callback runs in trio's."""
     one, two = connection_pair()
     calls = Calls()
@@ -305,15 +308,15 @@ async def test_begun_in_another_thread() -> None:
             gio = adapter.wrap(one)
             thread = threading.Thread(target=gio.send_credentials_async, args=(None, calls))
             thread.start()
-            # The operation is under way as soon as the call has returned, though no task
-            # has had a chance to run; the block must wait for it.
+            # The operation is pending as soon as the call has returned, although no task has
+            # run since. The block must wait for it.
             thread.join()
         source, result = calls.only()
         assert source.send_credentials_finish(result)
 
 
-async def test_begun_in_another_thread_as_the_block_ends() -> None:
-    """What another thread began before the block was cancelled is told, and nothing breaks."""
+async def test_send_fd_async_in_another_thread_as_the_block_is_cancelled() -> None:
+    """The callback of an operation that has not arrived runs when the block is cancelled."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -329,14 +332,14 @@ async def test_begun_in_another_thread_as_the_block_ends() -> None:
         assert calls.only()[1].had_error()
 
 
-def test_begun_after_the_run() -> None:
-    """Beginning something in a thread when the trio run is over is trio's RunFinishedError."""
+def test_send_fd_async_after_the_run() -> None:
+    """To begin an operation after the trio run has ended is trio's RunFinishedError."""
     left: list[Any] = []
 
     async def main() -> None:
         one, two = connection_pair()
         async with one, two, trio.open_nursery() as nursery:
-            # An adapter that was never closed, as of a nursery that was abandoned.
+            # An adapter that was never closed.
             left.append(CallbackAdapter(nursery).wrap(one))
 
     trio.run(main)
@@ -354,8 +357,8 @@ def test_begun_after_the_run() -> None:
     assert len(errors) == 1
 
 
-async def test_caller_may_close_at_once() -> None:
-    """send_fd_async has its own duplicate: the caller may close the descriptor at once."""
+async def test_send_fd_async_duplicates_fd() -> None:
+    """send_fd_async has its own duplicate: the caller may close the file descriptor."""
     one, two = connection_pair()
     count = clog(one)
     fd = os.memfd_create("m")
@@ -373,8 +376,8 @@ async def test_caller_may_close_at_once() -> None:
 
 
 @pytest.mark.parametrize("bad", [True, "x", None, -1])
-async def test_no_descriptor(bad: Any) -> None:
-    """send_fd_async refuses what is no descriptor at once."""
+async def test_send_fd_async_rejects_wrong_fd(bad: Any) -> None:
+    """send_fd_async rejects what is not a file descriptor before it returns."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
         with pytest.raises((TypeError, ValueError)):
@@ -386,20 +389,20 @@ def drop(calls: Calls) -> None:
     gc.collect()
 
 
-async def test_result_that_nobody_finishes() -> None:
-    """A descriptor in a result that nobody finishes is closed, with a ResourceWarning."""
+async def test_result_of_receive_fd_async_never_finished() -> None:
+    """The file descriptor of a result that is never finished is closed, with a ResourceWarning."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
         async with open_callback_adapter() as adapter:
             await two.send_fd(0)
             adapter.wrap(one).receive_fd_async(None, calls)
-        with pytest.warns(ResourceWarning, match="nobody finished a result of receive_fd_async"):
+        with pytest.warns(ResourceWarning, match="unfinished result of receive_fd_async"):
             drop(calls)
 
 
-async def test_no_callback() -> None:
-    """Without a callback the operation runs, and a descriptor that it got is closed."""
+async def test_receive_fd_async_without_a_callback() -> None:
+    """Without a callback the operation runs, and the received file descriptor is closed."""
     one, two = connection_pair()
     async with one, two:
         async with open_callback_adapter() as adapter:
@@ -409,8 +412,8 @@ async def test_no_callback() -> None:
         assert (await two.receive_credentials()) == Credentials()
 
 
-async def test_close_is_not_cancelled() -> None:
-    """Closing with a fired Cancellable closes, and says that it was cancelled, as in Gio."""
+async def test_close_async_with_a_cancelled_cancellable() -> None:
+    """Closing with a cancelled Cancellable closes, and raises OperationCancelled, as in Gio."""
     one, two = connection_pair()
     calls = Calls()
     cancellable = Cancellable()
@@ -424,8 +427,8 @@ async def test_close_is_not_cancelled() -> None:
             source.close_finish(result)
 
 
-async def test_tasks_have_names() -> None:
-    """The task of an operation is called after it."""
+async def test_async_names_its_task() -> None:
+    """The task of an operation is named after its method."""
     one, two = connection_pair()
     names: list[str] = []
     async with one, two, open_callback_adapter() as adapter:
@@ -437,22 +440,22 @@ async def test_tasks_have_names() -> None:
     assert names == ["send_credentials_async"]
 
 
-async def test_what_is_no_argument() -> None:
-    """A wrong connection, Cancellable or callback is a TypeError at once; nothing is held."""
+async def test_wrap_and_async_reject_wrong_types() -> None:
+    """A wrong connection, Cancellable or callback is a TypeError, and nothing stays open."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
-        with pytest.raises(TypeError, match="a UnixConnection is due, not str"):
+        with pytest.raises(TypeError, match="expected a UnixConnection, got str"):
             adapter.wrap("nope")  # type: ignore[arg-type]
         gio = adapter.wrap(one)
         with pytest.raises(
             TypeError, match="cancellable must be a Cancellable or None, not function"
         ):
             gio.send_credentials_async(lambda *_: None)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="a callback or None is due, not str"):
+        with pytest.raises(TypeError, match="callback must be callable or None, not str"):
             gio.send_fd_async(0, None, "x")  # type: ignore[arg-type]
 
 
-async def test_two_wrappers_of_one_connection() -> None:
+async def test_finish_by_another_wrapper() -> None:
     """A result may be finished by any wrapper of its connection."""
     one, two = connection_pair()
     calls = Calls()
@@ -463,8 +466,10 @@ async def test_two_wrappers_of_one_connection() -> None:
         assert other.send_credentials_finish(calls.only()[1]) is True
 
 
-async def test_dropped_result_when_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dropped result closes its descriptor also when the warning is an exception."""
+async def test_result_never_finished_with_warnings_as_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A result that is never finished is closed even if the warning is an exception."""
     one, two = connection_pair()
     calls = Calls()
     async with one, two:
@@ -478,5 +483,6 @@ async def test_dropped_result_when_warnings_are_errors(monkeypatch: pytest.Monke
             warnings.simplefilter("error", ResourceWarning)
             drop(calls)
         assert len(unraisable) == 1
+        assert _closing.wait_closed(30)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)

@@ -1,31 +1,28 @@
-"""CallbackConnection: a connection with Gio's ``*_async`` and ``*_finish``.
+"""A connection with Gio's ``*_async`` and ``*_finish`` methods.
 
-The rule of this file: names and order of arguments are Gio's; what Gio lacks follows suit.
+Invariant: Gio's names and order of arguments, and the same for operations that Gio lacks. Nothing
+here blocks, and the objects passed to ``*_async`` are the caller's again when it returns.
 
 Source: https://docs.gtk.org/gio-unix/class.Connection.html
 """
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from trio.lowlevel import enable_ki_protection
 
-from . import _closing
 from ._buffers import bytes_of
 from ._cancellable import check_cancellable
-from ._closing import close_fds
+from ._closing import close_fds, close_object
 from ._connection import sealed_memory_of
-from ._fdlist import UnixFDList
 from ._fds import check_open, duplicate, filenos
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
 from ._memfd import Seals
-from ._messages import Message
 from ._owner import DescriptorOwner
-from ._results import AsyncReadyCallback, AsyncResult, Operation
+from ._results import AsyncReadyCallback, AsyncResult, Operation, finish_result
 
 if TYPE_CHECKING:
     from array import array
@@ -37,24 +34,32 @@ if TYPE_CHECKING:
     from ._cancellable import Cancellable
     from ._connection import UnixConnection
     from ._credentials import Credentials
+    from ._fdlist import UnixFDList
     from ._fds import FileDescriptor
+    from ._messages import Message
 
 
 class CallbackConnection(DescriptorOwner):
     """A connection in callback form; made by :meth:`CallbackAdapter.wrap`.
 
     It has the methods of ``Gio.UnixConnection`` under Gio's names. ``*_async`` methods return
-    None at once, and later ``callback(source, result, *user_data)`` is called in the trio
-    thread, exactly once, also when the operation failed or was cancelled; it calls the
-    matching ``*_finish`` for the value, or to have the error raised. Without a callback the
-    operation runs and its result is dropped.
+    None immediately. When the operation has ended, ``callback(source, result, *user_data)`` is
+    called in the trio thread, exactly once, even if the operation failed or was cancelled. It calls
+    the matching ``*_finish``, which returns the value or raises the error. Without a callback
+    the operation runs and its result is discarded.
 
-    ``*_async`` may be called in any thread. In the trio thread the callback never runs before
-    ``*_async`` has returned; another thread may still be on its way out of it, because the
-    two run at the same time.
+    ``*_async`` can be called in any thread. In the trio thread the callback never runs before
+    ``*_async`` has returned. In another thread it can, because the two threads run at the same
+    time. The callback runs in a copy of the context (:mod:`contextvars`) of the ``*_async`` call.
+
+    Operations start in the order of the ``*_async`` calls; those of other threads, in the order
+    in which they arrive in the trio thread. So if two operations use one direction, the later one
+    fails with :class:`ConnectionBusyError`. An operation that was begun before
+    :meth:`close_async` completes if it does not have to wait, and otherwise fails with
+    :class:`ConnectionClosedError`.
 
     Attributes:
-      connection: the :class:`UnixConnection` beneath.
+      connection: the wrapped :class:`UnixConnection`.
     """
 
     def __init__(
@@ -65,24 +70,25 @@ class CallbackConnection(DescriptorOwner):
 
     @enable_ki_protection
     async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
-        """As :meth:`UnixConnection.send_fd`."""
+        """See :meth:`UnixConnection.send_fd`."""
         return await self.connection.send_fd(fd, cancellable)
 
     @enable_ki_protection
     async def receive_fd(self, cancellable: Cancellable | None = None) -> int:
-        """As :meth:`UnixConnection.receive_fd`."""
+        """See :meth:`UnixConnection.receive_fd`."""
         return await self.connection.receive_fd(cancellable)
 
     @enable_ki_protection
     async def send_credentials(self, cancellable: Cancellable | None = None) -> bool:
-        """As :meth:`UnixConnection.send_credentials`."""
+        """See :meth:`UnixConnection.send_credentials`."""
         return await self.connection.send_credentials(cancellable)
 
     @enable_ki_protection
     async def receive_credentials(self, cancellable: Cancellable | None = None) -> Credentials:
-        """As :meth:`UnixConnection.receive_credentials`."""
+        """See :meth:`UnixConnection.receive_credentials`."""
         return await self.connection.receive_credentials(cancellable)
 
+    @enable_ki_protection
     def send_fd_async(
         self,
         fd: FileDescriptor,
@@ -90,24 +96,24 @@ class CallbackConnection(DescriptorOwner):
         callback: AsyncReadyCallback | None = None,
         *user_data: Any,
     ) -> None:
-        """Begin :meth:`send_fd`; the caller may close ``fd`` as soon as this has returned.
+        """Begin :meth:`send_fd`; the caller may close ``fd`` when this has returned.
 
         Raises:
-          TypeError, ValueError, OSError: ``fd`` is not an open descriptor.
+          TypeError, ValueError, OSError: ``fd`` is not an open file descriptor; EMFILE.
         """
-        duplicates, close_duplicates = duplicated([fd])
-        self.begin(
+        duplicates, owned = _duplicated([fd])
+        self._begin(
             "send_fd_async",
             partial(self.connection.send_fd, duplicates[0]),
             cancellable,
             callback,
             user_data,
-            release=close_duplicates,
+            fds=owned,
         )
 
     def send_fd_finish(self, result: AsyncResult) -> bool:
-        """Return True, or raise what went wrong with :meth:`send_fd_async`."""
-        return bool(self.finish(result, "send_fd_async"))
+        """Return True, or raise the error of :meth:`send_fd_async`."""
+        return bool(finish_result(result, self, "send_fd_async"))
 
     def receive_fd_async(
         self,
@@ -116,19 +122,20 @@ class CallbackConnection(DescriptorOwner):
         *user_data: Any,
     ) -> None:
         """Begin :meth:`receive_fd`."""
-        self.begin(
+        self._begin(
             "receive_fd_async",
             self.connection.receive_fd,
             cancellable,
             callback,
             user_data,
-            discard=os.close,
+            discard=_discard_fd,
         )
 
     def receive_fd_finish(self, result: AsyncResult) -> int:
-        """Return the descriptor, which is the caller's now, or raise what went wrong."""
-        return int(self.finish(result, "receive_fd_async"))
+        """Return the file descriptor, which the caller owns, or raise the error."""
+        return int(finish_result(result, self, "receive_fd_async"))
 
+    @enable_ki_protection
     def send_fds_async(
         self,
         fds: Iterable[FileDescriptor],
@@ -137,25 +144,24 @@ class CallbackConnection(DescriptorOwner):
         *user_data: Any,
         per_message: int = SCM_MAX_FD,
     ) -> None:
-        """Begin :meth:`UnixConnection.send_fds`; the caller may close ``fds`` at once.
+        """Begin :meth:`UnixConnection.send_fds`; ``fds`` are the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError: one of them is not an open descriptor, or none is
-            free for the duplicates.
+          TypeError, ValueError, OSError: one of ``fds`` is not an open file descriptor; EMFILE.
         """
-        duplicates, close_duplicates = duplicated(fds)
-        self.begin(
+        duplicates, owned = _duplicated(fds)
+        self._begin(
             "send_fds_async",
             partial(self.connection.send_fds, duplicates, per_message=per_message),
             cancellable,
             callback,
             user_data,
-            release=close_duplicates,
+            fds=owned,
         )
 
     def send_fds_finish(self, result: AsyncResult) -> int:
-        """Return how many were sent, or raise what went wrong."""
-        return int(self.finish(result, "send_fds_async"))
+        """Return the number of file descriptors that were sent, or raise the error."""
+        return int(finish_result(result, self, "send_fds_async"))
 
     def receive_fds_async(
         self,
@@ -166,13 +172,13 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_fds`."""
         work = partial(self.connection.receive_fds, max_fds)
-        self.begin(
-            "receive_fds_async", work, cancellable, callback, user_data, discard=UnixFDList.close
+        self._begin(
+            "receive_fds_async", work, cancellable, callback, user_data, discard=_discard_list
         )
 
     def receive_fds_finish(self, result: AsyncResult) -> UnixFDList:
-        """Return the list, which is the caller's now, or raise what went wrong."""
-        fds: UnixFDList = self.finish(result, "receive_fds_async")
+        """Return the list, which the caller owns, or raise the error."""
+        fds: UnixFDList = finish_result(result, self, "receive_fds_async")
         return fds
 
     def receive_file_async(
@@ -185,13 +191,13 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_file`."""
         work = partial(self.connection.receive_file, mode, kinds=kinds)
-        self.begin(
-            "receive_file_async", work, cancellable, callback, user_data, discard=_close_file
+        self._begin(
+            "receive_file_async", work, cancellable, callback, user_data, discard=_discard_file
         )
 
     def receive_file_finish(self, result: AsyncResult) -> IO[Any]:
-        """Return the file, which is the caller's now, or raise what went wrong."""
-        file: IO[Any] = self.finish(result, "receive_file_async")
+        """Return the file, which the caller owns, or raise the error."""
+        file: IO[Any] = finish_result(result, self, "receive_file_async")
         return file
 
     def receive_socket_async(
@@ -202,11 +208,13 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_socket`."""
         work = self.connection.receive_socket
-        self.begin("receive_socket_async", work, cancellable, callback, user_data, discard=_close)
+        self._begin(
+            "receive_socket_async", work, cancellable, callback, user_data, discard=_discard_socket
+        )
 
     def receive_socket_finish(self, result: AsyncResult) -> trio.socket.SocketType:
-        """Return the socket, which is the caller's now, or raise what went wrong."""
-        sock: trio.socket.SocketType = self.finish(result, "receive_socket_async")
+        """Return the socket, which the caller owns, or raise the error."""
+        sock: trio.socket.SocketType = finish_result(result, self, "receive_socket_async")
         return sock
 
     def receive_stream_async(
@@ -217,15 +225,16 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_stream`."""
         work = self.connection.receive_stream
-        self.begin(
-            "receive_stream_async", work, cancellable, callback, user_data, discard=_close_stream
+        self._begin(
+            "receive_stream_async", work, cancellable, callback, user_data, discard=_discard_stream
         )
 
     def receive_stream_finish(self, result: AsyncResult) -> trio.abc.HalfCloseableStream:
-        """Return the stream, which is the caller's now, or raise what went wrong."""
-        stream: trio.abc.HalfCloseableStream = self.finish(result, "receive_stream_async")
+        """Return the stream, which the caller owns, or raise the error."""
+        stream: trio.abc.HalfCloseableStream = finish_result(result, self, "receive_stream_async")
         return stream
 
+    @enable_ki_protection
     def send_buffer_async(
         self,
         data: Buffer | FileDescriptor,
@@ -233,24 +242,24 @@ class CallbackConnection(DescriptorOwner):
         callback: AsyncReadyCallback | None = None,
         *user_data: Any,
     ) -> None:
-        """Begin :meth:`UnixConnection.send_buffer`; ``data`` may be changed or closed at once.
+        """Begin :meth:`UnixConnection.send_buffer`; ``data`` is the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError, UnsafeBufferError, NotSupportedError: as there.
+          TypeError, ValueError, OSError, UnsafeBufferError, NotSupportedError: see there.
         """
         fd = sealed_memory_of(data)
-        self.begin(
+        self._begin(
             "send_buffer_async",
             partial(self.connection.send_fd, fd),
             cancellable,
             callback,
             user_data,
-            release=partial(os.close, fd),
+            fds=[fd],
         )
 
     def send_buffer_finish(self, result: AsyncResult) -> bool:
-        """Return True, or raise what went wrong with :meth:`send_buffer_async`."""
-        return bool(self.finish(result, "send_buffer_async"))
+        """Return True, or raise the error of :meth:`send_buffer_async`."""
+        return bool(finish_result(result, self, "send_buffer_async"))
 
     def receive_buffer_async(
         self,
@@ -262,11 +271,11 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.receive_buffer`."""
         work = partial(self.connection.receive_buffer, max_bytes, seals=seals)
-        self.begin("receive_buffer_async", work, cancellable, callback, user_data)
+        self._begin("receive_buffer_async", work, cancellable, callback, user_data)
 
     def receive_buffer_finish(self, result: AsyncResult) -> memoryview:
-        """Return the view, or raise what went wrong."""
-        view: memoryview = self.finish(result, "receive_buffer_async")
+        """Return the view, or raise the error."""
+        view: memoryview = finish_result(result, self, "receive_buffer_async")
         return view
 
     def send_credentials_async(
@@ -277,11 +286,11 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`send_credentials`."""
         work = self.connection.send_credentials
-        self.begin("send_credentials_async", work, cancellable, callback, user_data)
+        self._begin("send_credentials_async", work, cancellable, callback, user_data)
 
     def send_credentials_finish(self, result: AsyncResult) -> bool:
-        """Return True, or raise what went wrong with :meth:`send_credentials_async`."""
-        return bool(self.finish(result, "send_credentials_async"))
+        """Return True, or raise the error of :meth:`send_credentials_async`."""
+        return bool(finish_result(result, self, "send_credentials_async"))
 
     def receive_credentials_async(
         self,
@@ -291,11 +300,11 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`receive_credentials`."""
         work = self.connection.receive_credentials
-        self.begin("receive_credentials_async", work, cancellable, callback, user_data)
+        self._begin("receive_credentials_async", work, cancellable, callback, user_data)
 
     def receive_credentials_finish(self, result: AsyncResult) -> Credentials:
-        """Return the credentials, or raise what went wrong."""
-        credentials: Credentials = self.finish(result, "receive_credentials_async")
+        """Return the credentials, or raise the error."""
+        credentials: Credentials = finish_result(result, self, "receive_credentials_async")
         return credentials
 
     def send_fake_credentials_async(
@@ -307,12 +316,13 @@ class CallbackConnection(DescriptorOwner):
     ) -> None:
         """Begin :meth:`UnixConnection.send_fake_credentials`."""
         work = partial(self.connection.send_fake_credentials, credentials)
-        self.begin("send_fake_credentials_async", work, cancellable, callback, user_data)
+        self._begin("send_fake_credentials_async", work, cancellable, callback, user_data)
 
     def send_fake_credentials_finish(self, result: AsyncResult) -> bool:
-        """Return True, or raise what went wrong."""
-        return bool(self.finish(result, "send_fake_credentials_async"))
+        """Return True, or raise the error."""
+        return bool(finish_result(result, self, "send_fake_credentials_async"))
 
+    @enable_ki_protection
     def send_message_async(
         self,
         data: Buffer,
@@ -322,27 +332,26 @@ class CallbackConnection(DescriptorOwner):
         fds: Iterable[FileDescriptor] = (),
         credentials: Credentials | None = None,
     ) -> None:
-        """Begin :meth:`UnixConnection.send_message`; ``data`` and ``fds`` are free at once.
+        """Begin :meth:`UnixConnection.send_message`; ``data`` and ``fds`` are the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError: one of ``fds`` is not an open descriptor, or none is
-            free for the duplicates.
+          TypeError, ValueError, OSError: one of ``fds`` is not an open file descriptor; EMFILE.
         """
         with bytes_of(data) as view:
             copy = view.tobytes()
-        duplicates, close_duplicates = duplicated(fds)
-        self.begin(
+        duplicates, owned = _duplicated(fds)
+        self._begin(
             "send_message_async",
             partial(self.connection.send_message, copy, fds=duplicates, credentials=credentials),
             cancellable,
             callback,
             user_data,
-            release=close_duplicates,
+            fds=owned,
         )
 
     def send_message_finish(self, result: AsyncResult) -> None:
-        """Raise what went wrong with :meth:`send_message_async`, if something did."""
-        self.finish(result, "send_message_async")
+        """Return None, or raise the error of :meth:`send_message_async`."""
+        finish_result(result, self, "send_message_async")
 
     def receive_message_async(
         self,
@@ -352,19 +361,80 @@ class CallbackConnection(DescriptorOwner):
         *user_data: Any,
         max_fds: int = SCM_MAX_FD,
         credentials: bool = False,
+        pidfd: bool = False,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_message`."""
         work = partial(
-            self.connection.receive_message, max_bytes, max_fds=max_fds, credentials=credentials
+            self.connection.receive_message,
+            max_bytes,
+            max_fds=max_fds,
+            credentials=credentials,
+            pidfd=pidfd,
         )
-        self.begin(
-            "receive_message_async", work, cancellable, callback, user_data, discard=Message.close
+        self._begin(
+            "receive_message_async",
+            work,
+            cancellable,
+            callback,
+            user_data,
+            discard=_discard_message,
         )
 
     def receive_message_finish(self, result: AsyncResult) -> Message:
-        """Return the message, which is the caller's now, or raise what went wrong."""
-        message: Message = self.finish(result, "receive_message_async")
+        """Return the message, which the caller owns, or raise the error."""
+        message: Message = finish_result(result, self, "receive_message_async")
         return message
+
+    def send_all_async(
+        self,
+        data: Buffer,
+        cancellable: Cancellable | None = None,
+        callback: AsyncReadyCallback | None = None,
+        *user_data: Any,
+    ) -> None:
+        """Begin :meth:`UnixConnection.send_all`; ``data`` is the caller's again.
+
+        Raises:
+          TypeError: ``data`` is not bytes.
+        """
+        with bytes_of(data) as view:
+            copy = view.tobytes()
+        work = partial(_under, partial(self.connection.send_all, copy))
+        self._begin("send_all_async", work, cancellable, callback, user_data)
+
+    def send_all_finish(self, result: AsyncResult) -> None:
+        """Return None, or raise the error of :meth:`send_all_async`."""
+        finish_result(result, self, "send_all_async")
+
+    def receive_some_async(
+        self,
+        max_bytes: int | None = None,
+        cancellable: Cancellable | None = None,
+        callback: AsyncReadyCallback | None = None,
+        *user_data: Any,
+    ) -> None:
+        """Begin :meth:`UnixConnection.receive_some`."""
+        work = partial(_under, partial(self.connection.receive_some, max_bytes))
+        self._begin("receive_some_async", work, cancellable, callback, user_data)
+
+    def receive_some_finish(self, result: AsyncResult) -> bytes:
+        """Return the bytes, empty at the end of the stream, or raise the error."""
+        data: bytes = finish_result(result, self, "receive_some_async")
+        return data
+
+    def send_eof_async(
+        self,
+        cancellable: Cancellable | None = None,
+        callback: AsyncReadyCallback | None = None,
+        *user_data: Any,
+    ) -> None:
+        """Begin :meth:`UnixConnection.send_eof`."""
+        work = partial(_under, self.connection.send_eof)
+        self._begin("send_eof_async", work, cancellable, callback, user_data)
+
+    def send_eof_finish(self, result: AsyncResult) -> None:
+        """Return None, or raise the error of :meth:`send_eof_async`."""
+        finish_result(result, self, "send_eof_async")
 
     def close_async(
         self,
@@ -373,15 +443,19 @@ class CallbackConnection(DescriptorOwner):
         callback: AsyncReadyCallback | None = None,
         *user_data: Any,
     ) -> None:
-        """Begin to close the connection; a Cancellable does not keep it from being closed.
+        """Begin to close the connection. It is closed even if the Cancellable is cancelled.
 
-        ``io_priority`` is there because Gio has it; trio has no priorities.
+        The callbacks of operations that were begun before run first. A second ``close_async``
+        while the first one is pending fails with :class:`ConnectionBusyError`, as in Gio.
+
+        Args:
+          io_priority: ignored. Gio has it; trio has no priorities.
         """
-        self.begin("close_async", self._close, cancellable, callback, user_data)
+        self._begin("close_async", self._close, cancellable, callback, user_data, closes=True)
 
     def close_finish(self, result: AsyncResult) -> bool:
         """Return True, or raise OperationCancelled; the connection is closed either way."""
-        return bool(self.finish(result, "close_async"))
+        return bool(finish_result(result, self, "close_async"))
 
     async def _close(self, cancellable: Cancellable | None) -> bool:
         await self.connection.aclose()
@@ -389,7 +463,8 @@ class CallbackConnection(DescriptorOwner):
             cancellable.raise_if_cancelled()
         return True
 
-    def begin(
+    @enable_ki_protection
+    def _begin(
         self,
         tag: str,
         work: Callable[..., Awaitable[Any]],
@@ -398,59 +473,84 @@ class CallbackConnection(DescriptorOwner):
         user_data: tuple[Any, ...],
         *,
         discard: Callable[[Any], object] | None = None,
-        release: Callable[[], object] | None = None,
+        fds: Iterable[int] = (),
+        closes: bool = False,
     ) -> None:
-        """Begin ``work(cancellable=...)``; the ``*_async`` methods call this."""
-        operation = Operation(
-            self,
-            tag,
-            partial(work, cancellable=cancellable),
-            callback,
-            user_data,
-            discard=discard,
-            release=release,
-        )
+        """Begin ``work(cancellable=...)``.
+
+        Args:
+          discard: closes a value that is not finished; must not raise or block.
+          fds: file descriptors that ``work`` uses; they are closed afterwards, even if it was
+            not begun.
+          closes: whether ``work`` closes the connection.
+        """
         try:
             if cancellable is not None:
                 check_cancellable(cancellable)
             if callback is not None and not callable(callback):
-                raise TypeError(f"a callback or None is due, not {type(callback).__name__}")
+                raise TypeError(f"callback must be callable or None, not {type(callback).__name__}")
+            operation = Operation(
+                self,
+                tag,
+                partial(work, cancellable=cancellable),
+                callback,
+                user_data,
+                discard=discard,
+                fds=fds,
+                closes=closes,
+            )
             self._begin_operation(operation)
         except BaseException:
-            if release is not None:
-                release()
+            close_fds(fds)
             raise
 
-    def finish(self, result: AsyncResult, tag: str) -> Any:
-        """Return the value of a result, or raise; the ``*_finish`` methods call this."""
-        if not isinstance(result, AsyncResult):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"an AsyncResult is due, not {type(result).__name__}")
-        return result.finish(self, tag)
+
+async def _under(work: Callable[[], Awaitable[Any]], cancellable: Cancellable | None) -> Any:
+    """Await ``work()`` under a Cancellable, if there is one."""
+    if cancellable is None:
+        return await work()
+    with cancellable.scope():
+        return await work()
 
 
-def duplicated(fds: Iterable[FileDescriptor]) -> tuple[array[int], Callable[[], None]]:
-    """Return duplicates, and a function that closes them.
+def _duplicated(fds: Iterable[FileDescriptor]) -> tuple[array[int], list[int]]:
+    """Return duplicates in the order of ``fds``, and a list of them that the caller owns.
 
     Raises:
-      TypeError, ValueError, OSError: one is not an open file descriptor, or none is free for a
-        duplicate; then nothing stays open.
+      TypeError, ValueError, OSError: one is not an open file descriptor; EMFILE. Then nothing
+        stays open.
     """
     # The owners stay referenced until there are duplicates.
     numbers, _owners = filenos(fds)
     # Before any is made, because a duplicate can get the number of one that is closed.
     check_open(numbers)
-    duplicates, owned = duplicate(numbers)
-    return duplicates, partial(close_fds, owned)
+    return duplicate(numbers)
 
 
-def _close(value: Any) -> None:
-    value.close()
+# A value that is not finished is closed by the closing thread, which can wait for a file server or
+# for SO_LINGER. These functions are called by finalizers, too, in any thread.
 
 
-def _close_file(file: IO[Any]) -> None:
-    # In a thread: it may wait for a file server.
-    _closing.close_object(file.close)
+def _discard_fd(fd: int) -> None:
+    close_fds([fd])
 
 
-def _close_stream(stream: Any) -> None:
-    stream.socket.close()
+def _discard_list(fds: UnixFDList) -> None:
+    close_fds(fds.steal_fds())
+
+
+def _discard_message(message: Message) -> None:
+    close_fds([*message.fds.steal_fds(), *message.pidfds.steal_fds()])
+
+
+def _discard_file(file: IO[Any]) -> None:
+    close_object(file.close)
+
+
+def _discard_socket(sock: trio.socket.SocketType) -> None:
+    # Not close(), which can be called in a trio run only.
+    close_fds([sock.detach()])
+
+
+def _discard_stream(stream: Any) -> None:
+    _discard_socket(stream.socket)

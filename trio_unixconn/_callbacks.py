@@ -1,7 +1,13 @@
 """The callback form of connections, on top of a nursery.
 
-The rule of this file: an operation that was begun ends in exactly one call of its callback, in
-the trio thread.
+Invariant: each operation that was begun ends in exactly one call of its callback, in the trio
+thread. Operations start in the order in which they arrive in the trio thread.
+
+Trio runs the tasks of one scheduling round in random order. So a task is not tied to one operation:
+whichever runs first takes the oldest one from the queue. An operation claims its direction of the
+connection, and tries its system call, before its first scheduling point. Therefore the order of the
+``*_async`` calls decides which of two operations gets ConnectionBusyError, and what has been sent
+when the connection is closed.
 
 Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 """
@@ -9,17 +15,21 @@ Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
+from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from ._callback_connection import CallbackConnection
+from ._cancellable import is_current_run
+from ._closing import close_fds
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
-from ._results import AsyncResult, Operation
-from .errors import ConnectionClosedError, OperationCancelled
+from ._results import AsyncResult, Operation, discard_result
+from .errors import ConnectionBusyError, ConnectionClosedError, OperationCancelled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -31,91 +41,95 @@ class CallbackAdapter(DescriptorOwner):
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._run = trio.lowlevel.current_trio_token()
-        self._thread = threading.get_ident()
-        # Guards the three below, because operations may be begun in any thread.
+        # Operations that have arrived in the trio thread, in this order: those that have not
+        # started, and all.
+        self._queue: deque[Operation] = deque()
+        self._running: dict[Operation, None] = {}
+        # Guards the three below, because operations can be begun in any thread.
         self._lock = threading.Lock()
         self._pending: set[Operation] = set()
         self._accepting = True
         self._idle: trio.Event | None = None
 
     def wrap(self, connection: UnixConnection) -> CallbackConnection:
-        """Return the callback form of ``connection``, which stays usable as it is.
+        """Return the callback form of ``connection``, which stays usable itself.
 
         Raises:
           TypeError: not a UnixConnection.
         """
         if not isinstance(connection, UnixConnection):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a UnixConnection is due, not {type(connection).__name__}")
-        return CallbackConnection(self.begin, connection)
+            raise TypeError(f"expected a UnixConnection, got {type(connection).__name__}")
+        return CallbackConnection(self._begin, connection)
 
     def cancel_pending(self) -> None:
-        """End what is pending: each callback gets a result that raises OperationCancelled.
+        """Cancel all pending operations: the error of their results is OperationCancelled.
 
-        May be called from any thread. Operations begun later are not affected.
+        May be called in any thread. Operations that are begun later are not affected.
 
         Raises:
-          trio.RunFinishedError: in another thread, when the trio run is over.
+          trio.RunFinishedError: the trio run has ended.
         """
         with self._lock:
             scopes = [operation.scope for operation in self._pending]
-        self._in_trio(partial(_cancel_all, scopes))
+        self._call_in_run(partial(_cancel_all, scopes))
 
-    def begin(self, operation: Operation) -> None:
-        """Begin ``operation``; the ``*_async`` methods call this, in any thread.
+    def _begin(self, operation: Operation) -> None:
+        """Begin an operation, in any thread.
 
         Raises:
-          ConnectionClosedError: the adapter's block is being left by a cancellation or an
-            exception, or was left.
-          trio.RunFinishedError: the trio run is over.
+          ConnectionClosedError: the adapter accepts no more operations.
+          trio.RunFinishedError: the trio run has ended.
         """
         with self._lock:
             if not self._accepting:
                 raise ConnectionClosedError("this callback adapter is closed")
             self._pending.add(operation)
         try:
-            self._in_trio(partial(self._spawn, operation))
+            self._call_in_run(partial(self._start, operation))
         except BaseException:
             with self._lock:
                 self._pending.discard(operation)
             raise
 
-    def _in_trio(self, do: Callable[[], object]) -> None:
-        if threading.get_ident() == self._thread:
-            do()
+    def _call_in_run(self, call: Callable[[], object]) -> None:
+        if is_current_run(self._run):
+            call()
         else:
-            self._run.run_sync_soon(do)
+            self._run.run_sync_soon(call)
 
-    def _spawn(self, operation: Operation) -> None:
-        self._nursery.start_soon(self._perform, operation, name=operation.tag)
+    def _start(self, operation: Operation) -> None:
+        if operation.closes:
+            connection = operation.source.connection
+            operation.earlier = [
+                each for each in self._running if each.source.connection is connection
+            ]
+        self._nursery.start_soon(self._perform_next)
+        self._queue.append(operation)
+        self._running[operation] = None
 
-    @trio.lowlevel.enable_ki_protection
-    async def _perform(self, operation: Operation) -> None:
+    @enable_ki_protection
+    async def _perform_next(self) -> None:
+        operation = self._queue.popleft()
+        trio.lowlevel.current_task().name = operation.tag
         try:
-            value: Any = None
-            error: Exception | None = OperationCancelled("cancel_pending() ended this operation")
             try:
-                with operation.scope:
-                    value = await operation.work()
-                    error = None
-            except Exception as exc:  # noqa: BLE001 - *_finish raises it
-                error = exc
+                result = await _perform(operation)
             except trio.Cancelled:
-                # The adapter's block is being cancelled from outside. The callback is told,
-                # so that it can clean up, and the cancellation goes on.
+                # The adapter's block is cancelled. The callback runs, so that it can clean up,
+                # and the cancellation goes on.
                 error = OperationCancelled("the callback adapter was cancelled")
                 _call_back(operation, AsyncResult(operation, None, error))
                 raise
-            _call_back(operation, AsyncResult(operation, value, error))
+            _call_back(operation, result)
         finally:
-            if operation.release is not None:
-                operation.release()
+            del self._running[operation]
             with self._lock:
                 self._pending.discard(operation)
                 if not self._pending and self._idle is not None:
                     self._idle.set()
 
-    async def drain(self) -> None:
-        """Wait until nothing is pending, then take no more."""
+    async def _drain(self) -> None:
+        """Wait until nothing is pending, then accept no more operations."""
         while True:
             with self._lock:
                 if not self._pending:
@@ -124,8 +138,8 @@ class CallbackAdapter(DescriptorOwner):
                 self._idle = trio.Event()
             await self._idle.wait()
 
-    def refuse(self) -> None:
-        """Take no more operations."""
+    def _refuse(self) -> None:
+        """Accept no more operations."""
         with self._lock:
             self._accepting = False
 
@@ -135,34 +149,54 @@ def _cancel_all(scopes: list[trio.CancelScope]) -> None:
         scope.cancel()
 
 
-@trio.lowlevel.disable_ki_protection
+async def _perform(operation: Operation) -> AsyncResult:
+    """Run an operation to its end, and release what it used."""
+    try:
+        with operation.scope:
+            closing = any(each.closes for each in operation.earlier)
+            value = None if closing else await operation.work()
+            for each in operation.earlier:
+                await each.ended.wait()
+            if closing:
+                raise ConnectionBusyError("another close_async() of this connection is pending")
+            return AsyncResult(operation, value, None)
+    except Exception as exc:  # noqa: BLE001 - *_finish raises it
+        # Without this frame: it references the callback, which can reference the result.
+        exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
+        return AsyncResult(operation, None, exc)
+    finally:
+        operation.ended.set()
+        close_fds(operation.fds)
+    return AsyncResult(operation, None, OperationCancelled("cancelled by cancel_pending()"))
+
+
+@disable_ki_protection
 def _call_back(operation: Operation, result: AsyncResult) -> None:
     if operation.callback is None:
-        result.discard()
+        discard_result(result)
     else:
-        operation.callback(operation.source, result, *operation.user_data)
+        operation.context.run(operation.callback, operation.source, result, *operation.user_data)
 
 
 @asynccontextmanager
 async def open_callback_adapter() -> AsyncGenerator[CallbackAdapter, None]:
-    """Open a nursery in which operations run that end in a callback.
+    """Open a nursery for operations that end in a callback.
 
-    ``async with open_callback_adapter() as adapter`` waits at its end until nothing is
-    pending, operations that callbacks have begun included. If the block is cancelled or
-    raises, what is pending is cancelled, its callbacks are told, and no more is taken. An
-    exception out of a callback cancels the rest and comes out of the block, in an
-    ExceptionGroup, as from any nursery.
+    At its end, ``async with open_callback_adapter() as adapter`` waits until nothing is pending,
+    operations that callbacks have begun included. If the block is cancelled or raises, pending
+    operations are cancelled, their callbacks run, and no more operations are accepted. An
+    exception in a callback cancels the rest and propagates in an ExceptionGroup, as from any
+    nursery.
     """
     async with trio.open_nursery() as nursery:
         adapter = CallbackAdapter(nursery)
         try:
             yield adapter
-            await adapter.drain()
+            await adapter._drain()  # noqa: SLF001 - of this module
         except BaseException:
-            adapter.refuse()
+            adapter._refuse()  # noqa: SLF001 - of this module
             nursery.cancel_scope.cancel()
-            # Operations begun in other threads may still be on their way to the nursery,
-            # which must be there when they arrive.
+            # Operations begun in other threads may not have arrived yet, and need the nursery.
             with trio.CancelScope(shield=True):
-                await adapter.drain()
+                await adapter._drain()  # noqa: SLF001 - of this module
             raise

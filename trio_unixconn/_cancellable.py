@@ -67,19 +67,20 @@ async def checkpoint_cancellable(cancellable: Cancellable) -> None:
         raise OperationCancelled(_CANCELLED)
 
 
-def _current_run() -> trio.lowlevel.TrioToken | None:
+def is_current_run(run: trio.lowlevel.TrioToken) -> bool:
+    """Whether the calling code is inside of a trio run, and it is this one."""
     try:
-        return current_trio_token()
+        return run is current_trio_token()
     except RuntimeError:
-        return None
+        return False
 
 
 def call_in_trio_thread(run: trio.lowlevel.TrioToken, call: Callable[[], object]) -> None:
-    """Call ``call`` in a trio run: immediately in its thread, or soon, from other threads.
+    """Call ``call`` in a trio run: immediately inside of it, or soon, from other threads.
 
     If the run has ended, the call is dropped.
     """
-    if run is _current_run():
+    if is_current_run(run):
         call()
         return
     with suppress(trio.RunFinishedError):

@@ -1,14 +1,16 @@
-"""AsyncResult: what an operation in callback form came to, and who owns it.
+"""The operations of the callback form, and their results.
 
-The rule of this file: what a result holds has an owner until it is finished or closed.
+Invariant: the file descriptors in a result have an owner: the result, until it is finished or
+discarded.
 
 Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 """
 
 from __future__ import annotations
 
+import contextvars
 import warnings
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -16,19 +18,34 @@ import trio
 from ._owner import DescriptorOwner
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
 AsyncReadyCallback: TypeAlias = "Callable[..., object]"
 
 
-class AsyncResult(DescriptorOwner):
-    """What an operation came to, as ``Gio.AsyncResult``; hand it to the matching ``*_finish``.
+class Source(Protocol):
+    """The object whose method began an operation: a CallbackConnection."""
 
-    A result that holds descriptors closes them, with a ResourceWarning, when it is collected
-    without having been finished.
+    connection: Any
+
+
+class AsyncResult(DescriptorOwner):
+    """The result of an operation, as ``Gio.AsyncResult``; pass it to the matching ``*_finish``.
+
+    If a result is garbage collected before it is finished, its file descriptors are closed, with
+    a ResourceWarning.
     """
 
-    __slots__ = ("_discard", "_error", "_finished", "_source", "_tag", "_user_data", "_value")
+    __slots__ = (
+        "_discard",
+        "_error",
+        "_finished",
+        "_had_error",
+        "_source",
+        "_tag",
+        "_user_data",
+        "_value",
+    )
 
     def __init__(self, operation: Operation, value: Any, error: Exception | None) -> None:
         self._source = operation.source
@@ -37,6 +54,7 @@ class AsyncResult(DescriptorOwner):
         self._discard = operation.discard if error is None else None
         self._value = value
         self._error = error
+        self._had_error = error is not None
         self._finished = False
 
     def get_source_object(self) -> Any:
@@ -44,7 +62,7 @@ class AsyncResult(DescriptorOwner):
         return self._source
 
     def get_user_data(self) -> tuple[Any, ...]:
-        """Return what was passed to ``*_async`` behind the callback."""
+        """Return what was passed to ``*_async`` after the callback."""
         return self._user_data
 
     def is_tagged(self, source_tag: object) -> bool:
@@ -52,61 +70,88 @@ class AsyncResult(DescriptorOwner):
         return getattr(source_tag, "__name__", source_tag) == self._tag
 
     def had_error(self) -> bool:
-        """Whether ``*_finish`` will raise, or has raised, what went wrong."""
-        return self._error is not None
+        """Whether the operation failed: ``*_finish`` raises the error."""
+        return self._had_error
 
-    def finish(self, source: object, tag: str) -> Any:
-        """Hand over the value or raise the error, once; called by the ``*_finish`` methods.
-
-        Raises:
-          ValueError: a result of another connection or method, or finished before.
-        """
-        if getattr(self._source, "connection", None) is not getattr(source, "connection", self):
+    def _finish(self, source: Source, tag: str) -> Any:
+        if self._source.connection is not source.connection:
             raise ValueError("this result belongs to another connection; finish it there")
         if self._tag != tag:
-            raise ValueError(f"this is a result of {self._tag}(), not of {tag}()")
+            raise ValueError(f"expected a result of {tag}(), got one of {self._tag}()")
         if self._finished:
-            raise ValueError("this result has been finished before; a result finishes once")
+            raise ValueError("this result is already finished")
         self._finished = True
-        if self._error is not None:
-            raise self._error
-        return self._value
+        value, error = self._value, self._error
+        self._value = self._error = None
+        if error is None:
+            return value
+        try:
+            raise error
+        finally:
+            # The traceback has this frame, and self: without this line, and with the error still
+            # in self, that would be a reference cycle.
+            del error
 
-    def discard(self) -> None:
-        """Close what the result holds, if nobody has finished it."""
+    def _discard_value(self) -> None:
         if not self._finished and self._discard is not None:
             self._finished = True
-            self._discard(self._value)
+            value, self._value = self._value, None
+            self._discard(value)
 
     def __del__(self) -> None:
         if not self._finished and self._discard is not None:
-            # First closed, because a warning may be an exception.
-            self.discard()
+            # Closed first, because a warning can be an exception.
+            self._discard_value()
             warnings.warn(
-                f"nobody finished a result of {self._tag}(), so what it held was closed",
+                f"unfinished result of {self._tag}(): its file descriptors were closed",
                 ResourceWarning,
                 stacklevel=2,
             )
 
 
+def finish_result(result: AsyncResult, source: Source, tag: str) -> Any:
+    """Return the value of a result, or raise its error; once.
+
+    Raises:
+      TypeError: not a result.
+      ValueError: a result of another connection or method, or finished already.
+    """
+    if not isinstance(result, AsyncResult):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"expected an AsyncResult, got {type(result).__name__}")
+    return result._finish(source, tag)  # noqa: SLF001 - of this module
+
+
+def discard_result(result: AsyncResult) -> None:
+    """Close the file descriptors of a result that is not finished; never blocks."""
+    result._discard_value()  # noqa: SLF001 - of this module
+
+
 @attrs.define(eq=False)
 class Operation(DescriptorOwner):
-    """An operation to be run: what to call, whom to tell, what to clean up.
+    """An operation of the callback form.
 
     Attributes:
-      source, tag, user_data: what its result says of itself.
-      work: the operation.
-      callback: called with source, result and user data; None drops the result.
-      discard: closes a value that nobody finished.
-      release: called at the end, however it came.
-      scope: cancelling this ends it.
+      source, tag, user_data: as its result returns them.
+      work: runs the operation.
+      callback: called with source, result and user data; if None, the result is discarded.
+      discard: closes a value that is not finished; must not raise or block.
+      fds: file descriptors that the operation owns, until it has ended.
+      closes: whether it closes the connection.
+      earlier: for one that closes, the operations on the connection that arrived before it.
+      scope: cancelling it cancels the operation.
+      ended: set when the operation has ended.
+      context: the context of the code that began the operation, for the callback.
     """
 
-    source: object
+    source: Source
     tag: str
     work: Callable[[], Awaitable[Any]]
     callback: AsyncReadyCallback | None
     user_data: tuple[Any, ...]
-    discard: Callable[[Any], object] | None = None
-    release: Callable[[], object] | None = None
+    discard: Callable[[Any], object] | None
+    fds: Iterable[int]
+    closes: bool
+    earlier: list[Operation] = attrs.field(factory=list["Operation"])
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    ended: trio.Event = attrs.field(factory=trio.Event)
+    context: contextvars.Context = attrs.field(factory=contextvars.copy_context)
