@@ -11,7 +11,7 @@ import trio
 from hypothesis import given, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trio_unixconn import JobRefusedError
+from trio_unixconn import JobRefusedError, _closing
 from trio_unixconn.pool import _wire
 from trio_unixconn.pool._delivery import Delivery
 from trio_unixconn.pool._dispatch import Dispatcher
@@ -326,13 +326,16 @@ async def test_nobody_is_left_for_what_others_may_have() -> None:
     assert [each.id for each in its.queue] == [3, 4]
 
 
-def test_a_job_that_is_dropped_closes_its_descriptor() -> None:
-    """Whatever becomes of a job, its descriptor is closed; what that has to say hurts nobody."""
+@pytest.mark.parametrize("form", [_wire.OTHER, _wire.UNIX])
+def test_delivery_del_closes_its_descriptor(form: int) -> None:
+    """A job that is collected closes its descriptor; an error of that close is ignored."""
     fd = os.open(os.devnull, os.O_RDONLY)
-    delivery = Delivery(1, fd, _wire.OTHER)
+    delivery = Delivery(1, fd, form)
     del delivery
+    assert _closing.wait_closed(30)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    closed = Delivery(2, fd, _wire.OTHER)
+    closed = Delivery(2, fd, form)
     closed.close()
     assert closed.fd == -1
+    assert _closing.wait_closed(30)

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pool_handlers
 import pytest
 import trio
+from fuse import file_with_failing_close, fuse_file
+from helpers import until
 from pools import at_rest, ends, open_in, pids
 
 from trio_unixconn import (
     HandlerError,
     UnixConnection,
     WrongDescriptorKindError,
+    _closing,
     connection_pair,
 )
 from trio_unixconn._sockopts import raw_socket
@@ -205,3 +208,63 @@ async def test_nothing_leaks() -> None:
         gc.collect()
         await at_rest(pool)
         assert (open_in(pid), open_in(os.getpid())) == (before, here)
+
+
+################################################################
+# Files whose server does not answer
+################################################################
+
+
+async def test_call_of_a_file_whose_server_does_not_answer() -> None:
+    """The call can be cancelled, and meanwhile the same worker handles other jobs."""
+    with fuse_file() as file:
+        async with open_worker_pool("pool_handlers:do", workers=1) as pool:
+            # Not before: a process that is started closes its copy, and would wait.
+            file.hang()
+            file.forget()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.call, os.dup(file.fd))
+                await until(lambda: "getattr" in file.asked())
+                assert await pool.call(data=b"pid") == str(*pids(pool)).encode()
+                nursery.cancel_scope.cancel()
+            assert await pool.call(data=b"pid") == str(*pids(pool)).encode()
+            # The end of the worker's process would wait for its close(2).
+            file.answer()
+            await at_rest(pool)
+
+
+async def test_submit_of_a_file_object_whose_server_does_not_answer() -> None:
+    """submit() closes a file object in a thread: other tasks run, and it can be cancelled."""
+    with fuse_file() as file:
+        async with open_worker_pool("pool_handlers:do", workers=1) as pool:
+            given = os.fdopen(os.dup(file.fd), "rb")
+            file.hang()
+            file.forget()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.submit, given)
+                await until(lambda: "flush" in file.asked())
+                assert await pool.call(data=b"pid")
+                nursery.cancel_scope.cancel()
+            file.answer()
+            await until(lambda: given.closed)
+            assert pool.statistics().submitted == 1
+            # The duplicate for the worker is closed, too.
+            await until(lambda: file.asked().count("flush") == 2)
+    assert _closing.wait_closed(30)
+
+
+async def test_call_writes_the_file_before_it_returns(tmp_path: Path) -> None:
+    """A file that a handler has written to is flushed when the call returns."""
+    async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+        for count in range(20):
+            fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            await pool.call(fd, data=b"x")
+            assert (tmp_path / "file").stat().st_size == count + 1
+
+
+async def test_job_of_a_file_whose_close_fails() -> None:
+    """An EIO of close(2), here or in the worker, fails no job."""
+    with file_with_failing_close() as file:
+        async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
+            assert (await pool.call(os.dup(file.fd), data=b"x")).startswith(b"content")
+            assert await pool.call(os.memfd_create("m"), data=b"x") == b""

@@ -113,10 +113,14 @@ class Delivery(DescriptorOwner):
         fd = self.fd
         if fd >= 0:
             self.fd = -1
+            if self.form == _wire.OTHER:
+                # Mostly a file, for whose server close(2) may wait.
+                close_fds([fd])
+                return
             try:  # noqa: SIM105 - of every job
                 os.close(fd)
             except OSError:
-                # What it has to say is about bytes that somebody wrote there before.
+                # An error is about data that was written before; the descriptor is closed.
                 pass
 
     def settle(self, outcome: Any) -> None:

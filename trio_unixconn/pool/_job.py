@@ -11,22 +11,25 @@ from __future__ import annotations
 import fcntl
 import os
 import socket as stdlib_socket
-from io import FileIO
+from contextlib import suppress
+from io import FileIO, IOBase
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 import trio
 
 from .. import _memfd
-from .._closing import close_fds
+from .._closing import close_fds, close_object
 from .._connection import UnixConnection
 from .._fdtypes import (
     DescriptorKind,
+    is_memory,
     kind_of,
     open_checked_file,
     open_file_or_close,
     open_stream,
 )
+from .._file_thread import call_in_file_thread, ignore
 from .._owner import DescriptorOwner
 from ..errors import UnsafeBufferError
 from . import _wire
@@ -133,11 +136,26 @@ def _has_position(fd: int) -> bool:
     return True
 
 
+async def close_file(file: IOBase) -> None:
+    """Close a file, in a thread if it may have a server; closing twice is allowed.
+
+    A cancellation leaves the thread behind if that server does not answer.
+    """
+    # ValueError: the handler has detached it. OSError: about data that it has written.
+    with suppress(OSError, ValueError):
+        if file.closed:
+            return
+        if is_memory(file.fileno()):
+            file.close()
+            return
+        await call_in_file_thread(
+            file.close, discard=ignore, not_started=lambda: close_object(file.close)
+        )
+
+
 def close_now(stream: Any) -> None:
-    """Close what :func:`stream_for` has made, without a checkpoint; twice is allowed."""
+    """Close a connection or stream, without a checkpoint; closing twice is allowed."""
     if isinstance(stream, UnixConnection):
         stream._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
-    elif isinstance(stream, trio.SocketStream):
-        stream.socket.close()
     elif stream is not None:
-        stream.close()
+        stream.socket.close()

@@ -19,16 +19,18 @@ import sys
 import threading
 import time
 import traceback
+from io import IOBase
 from socket import SHUT_RD
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from .._closing import close_fds
 from .._connection import UnixConnection
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _wire
 from ._board import Board
-from ._job import Job, close_now, stream_for
+from ._job import Job, close_file, close_now, stream_for
 from ._targets import load_handler, load_setup
 
 if TYPE_CHECKING:
@@ -222,8 +224,7 @@ class _Worker:
             await self._tell()
         except BaseException:
             # The pool is gone before it knew: nobody will say what became of them.
-            for fd in fds:
-                os.close(fd)
+            close_fds(fds)
             raise
         coming = iter(fds)
         for job in jobs:
@@ -239,16 +240,12 @@ class _Worker:
         self._something.unpark()
 
     async def _handle(self, sent: _wire.SentJob, fd: int) -> None:
-        number, form, wants_answer, data = sent
-        stream: Any = None
+        number, _, wants_answer, _ = sent
         try:
-            if form != _wire.NO_DESCRIPTOR:
-                stream = await stream_for(form, fd)
-            job = Job(number, data, self._state, self._draining, stream)
             if wants_answer:
-                await self._answer(stream, job)
+                await self._answer(sent, fd)
             else:
-                await self._handler(stream, job)
+                await self._call_handler(sent, fd)
                 self._note(number)
                 self._done.append(number)
         except Exception:  # noqa: BLE001 - the pool logs it, or raises it
@@ -260,28 +257,44 @@ class _Worker:
             self._tell_of(number, f"the handler {why or traceback.format_exc()}")
             raise
         finally:
-            try:  # noqa: SIM105 - of every job
-                close_now(stream)
-            except (OSError, ValueError):
-                # ValueError: the handler has detached a file.
-                pass
             if wants_answer:
                 del self._scopes[number]
             self._something.unpark()
 
-    async def _answer(self, stream: Any, job: Job) -> None:
-        scope = self._scopes[job.id]
+    async def _call_handler(self, sent: _wire.SentJob, fd: int) -> Any:
+        """Call the handler; its stream is closed, and a file written, when this returns."""
+        number, form, _, data = sent
+        stream: Any = None
+        if form != _wire.NO_DESCRIPTOR:
+            stream = await stream_for(form, fd)
+        try:
+            return await self._handler(
+                stream, Job(number, data, self._state, self._draining, stream)
+            )
+        finally:
+            if form == _wire.OTHER and isinstance(stream, IOBase):
+                await close_file(stream)
+            else:
+                try:  # noqa: SIM105 - of every job
+                    close_now(stream)
+                except OSError:
+                    # About data that was sent before; it is closed.
+                    pass
+
+    async def _answer(self, sent: _wire.SentJob, fd: int) -> None:
+        number = sent.id
+        scope = self._scopes[number]
         answer: Any = None
         with scope:
-            answer = await self._handler(stream, job)
+            answer = await self._call_handler(sent, fd)
         if scope.cancelled_caught:
-            self._say(job.id, "the handler was cancelled, because the call was")
+            self._say(number, "the handler was cancelled, because the call was")
         elif not isinstance(answer, bytes):
-            self._say(job.id, f"the handler returned {answer!r}, where bytes were due")
+            self._say(number, f"the handler returned {answer!r}, where bytes were due")
         elif len(answer) > _wire.MAX_DATA:
-            self._say(job.id, f"the handler returned {len(answer)} bytes; send sealed memory")
+            self._say(number, f"the handler returned {len(answer)} bytes; send sealed memory")
         else:
-            self._out.append(_wire.about(_wire.ANSWER, job.id, answer))
+            self._out.append(_wire.about(_wire.ANSWER, number, answer))
 
     def _say(self, number: int, text: str) -> None:
         self._note(number)
