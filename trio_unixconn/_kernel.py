@@ -77,8 +77,10 @@ MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
 
-# The process or the system is out of file descriptors or memory at the moment.
-OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+# The process, its user or the system is out of file descriptors or memory at the moment.
+OUT_OF_RESOURCES: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
+)
 
 # The maximum number of file descriptors in one message, in either direction.
 SCM_MAX_FD: Final = 253

@@ -267,7 +267,7 @@ class Link(DescriptorOwner):
                 if exc.errno == errno.EBADF:
                     self._give_up_closed()
                 elif exc.errno in _kernel.OUT_OF_RESOURCES:
-                    # Mostly no descriptor is free to hold on to them while it waits.
+                    # Mostly no file descriptor is free for the duplicates that wait.
                     await trio.sleep(_NO_ROOM_PAUSE)
                 else:
                     raise
