@@ -27,6 +27,7 @@ from trio_unixconn import (
     NotSupportedError,
     UnixListener,
     _bind,
+    _kernel,
     _paths,
     open_unix_connection,
     open_unix_listener,
@@ -70,6 +71,14 @@ def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     seen = drive("bind_driver.py", "kill", tmp_path, scenario)
     assert seen["wrong"] == []
     assert seen["steps"] > 40
+
+
+def test_race_with_replace(tmp_path: Path) -> None:
+    """Of servers that start with replace=True at the same time, each gets the path in turn."""
+    seen = drive("bind_driver.py", "race", tmp_path, "replace")
+    assert set(seen["winners"]) == {6}
+    assert set(seen["others"]) == {0}
+    assert seen["left"] == []
 
 
 @pytest.mark.parametrize("before", ["free", "dead", "long", "long dead"])
@@ -265,6 +274,19 @@ async def test_dead_socket(path: Path) -> None:
     async with await open_unix_listener(path), await open_unix_connection(path):
         assert path.stat() != before
     assert not path.exists()
+
+
+async def test_dead_socket_with_connections(path: Path) -> None:
+    """A socket whose server has exited is replaced, even if its connections are still open."""
+    server = listen_at(path)
+    async with await open_unix_connection(path) as client:
+        accepted, _ = server.accept()
+        server.close()
+        with accepted:
+            async with await open_unix_listener(path) as listener:
+                assert listener.socket.getsockname() == str(path)
+            accepted.sendall(b"x")
+            assert await client.receive_some() == b"x"
 
 
 async def test_dead_socket_removed_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,13 +717,14 @@ async def test_open_unix_listener_waits_for_the_lock(
 
 async def test_open_unix_listener_while_all_threads_are_busy(path: Path) -> None:
     """A listener opens and closes even if every thread of trio's limiter is in use."""
+    owner = _kernel.name_of_user(os.geteuid())
     limiter = trio.to_thread.current_default_thread_limiter()
     holders = [object() for _ in range(int(limiter.total_tokens))]
     for holder in holders:
         limiter.acquire_on_behalf_of_nowait(holder)
     try:
         with trio.fail_after(30):
-            async with await open_unix_listener(path):
+            async with await open_unix_listener(path, owner=owner):
                 pass
     finally:
         for holder in holders:

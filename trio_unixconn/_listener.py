@@ -295,8 +295,9 @@ def _check_id(name: str, value: object) -> None:
 
 async def _id_of(value: int | str | None, look_up: Callable[[str], int]) -> int | None:
     if isinstance(value, str):
-        # The database of users may be on another machine.
-        return await trio.to_thread.run_sync(look_up, value)
+        # The database of users may be on another machine. Not trio's default limiter, whose threads
+        # may all be waiting for something.
+        return await trio.to_thread.run_sync(look_up, value, limiter=trio.CapacityLimiter(1))
     return value
 
 

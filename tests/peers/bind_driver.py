@@ -146,7 +146,7 @@ def race(directory: Path, before: str) -> dict[str, Any]:
 
         async def main(said: int = said_write, end: int = end_read) -> int:
             try:
-                listener = await open_unix_listener(path)
+                listener = await open_unix_listener(path, replace=before == "replace")
             except AddressInUseError as exc:
                 os.write(said, b"l" if exc.errno == errno.EADDRINUSE else b"?")
                 return 0
