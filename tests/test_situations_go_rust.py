@@ -37,7 +37,9 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,8 +47,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
+    Cancellable,
     ConnectionBrokenError,
     ConnectionClosedError,
+    OperationCancelled,
     UnixConnection,
     UnixListener,
     UnixSocketAddress,
@@ -56,8 +60,21 @@ from trio_unixconn import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
+
+
+@contextmanager
+def numbered(count: int) -> Iterator[list[int]]:
+    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
+    fds = [os.memfd_create(f"numbered-{size}") for size in range(count)]
+    try:
+        for size, fd in enumerate(fds):
+            os.ftruncate(fd, size)
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 ################################################################
@@ -217,12 +234,9 @@ async def test_receive_fd_with_deadlines_that_race() -> None:
     """A thread sends while deadlines end receive_fd now and then: all arrive, in order, once."""
     count = 500
     ours, theirs = socket.socketpair()
-    fds = [os.memfd_create(f"race-{size}") for size in range(7)]
-    for size, fd in enumerate(fds):
-        os.ftruncate(fd, size)
     pauses = random.Random(1)
 
-    def send() -> None:
+    def send(fds: list[int]) -> None:
         with theirs:
             for number in range(count):
                 socket.send_fds(theirs, [b"x"], [fds[number % 7]])
@@ -231,19 +245,18 @@ async def test_receive_fd_with_deadlines_that_race() -> None:
 
     received: list[int] = []
     ended = 0
-    async with UnixConnection.from_stdlib_socket(ours) as conn, trio.open_nursery() as nursery:
-        nursery.start_soon(trio.to_thread.run_sync, send)
-        with trio.fail_after(60):
-            while len(received) < count:
-                with trio.move_on_after(pauses.uniform(0, 0.0005)) as scope:
-                    fd = await conn.receive_fd()
-                    received.append(os.fstat(fd).st_size)
-                    os.close(fd)
-                ended += scope.cancelled_caught
+    with numbered(7) as fds:
+        async with UnixConnection.from_stdlib_socket(ours) as conn, trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, send, fds)
+            with trio.fail_after(60):
+                while len(received) < count:
+                    with trio.move_on_after(pauses.uniform(0, 0.0005)) as scope:
+                        fd = await conn.receive_fd()
+                        received.append(os.fstat(fd).st_size)
+                        os.close(fd)
+                    ended += scope.cancelled_caught
     assert ended
     assert received == [number % 7 for number in range(count)]
-    for fd in fds:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("with_fd", [False, True])
@@ -280,6 +293,117 @@ async def test_send_message_with_deadlines_that_race(*, with_fd: bool) -> None:
                     ended += scope.cancelled_caught
     assert ended
     assert received == sent
+
+
+@pytest.mark.parametrize("per_message", [1, 3])
+@pytest.mark.parametrize("by", ["deadline", "Cancellable"])
+async def test_send_fds_with_deadlines_that_race(by: str, per_message: int) -> None:
+    """Deadlines end send_fds half way: the peer has exactly as many as it says, in order."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 6000)
+    times = random.Random(3)
+    received: list[int] = []
+    expected: list[int] = []
+
+    def receive() -> None:
+        with theirs:
+            while True:
+                data, fds, _, _ = socket.recv_fds(theirs, 1, 9)
+                if not data:
+                    return
+                for fd in fds:
+                    received.append(os.fstat(fd).st_size)
+                    os.close(fd)
+
+    with numbered(7) as fds:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, receive)
+            async with UnixConnection.from_stdlib_socket(ours) as conn:
+                with trio.fail_after(60):
+                    for _ in range(200):
+                        sizes = [times.randrange(7) for _ in range(times.randrange(1, 40))]
+                        burst = [fds[size] for size in sizes]
+                        sent = 0
+                        if by == "deadline":
+                            with trio.move_on_after(times.uniform(0, 0.001)):
+                                sent = await conn.send_fds(burst, per_message=per_message)
+                        else:
+                            cancellable = Cancellable()
+                            timer = threading.Timer(times.uniform(0, 0.001), cancellable.cancel)
+                            timer.start()
+                            try:
+                                sent = await conn.send_fds(
+                                    burst, per_message=per_message, cancellable=cancellable
+                                )
+                            except OperationCancelled as exc:
+                                sent = exc.sent
+                            timer.join()
+                        expected += sizes[:sent]
+    assert received == expected
+
+
+async def receive_in_any_way(
+    conn: UnixConnection, way: int, number: int, cancellable: Cancellable | None, sizes: list[int]
+) -> None:
+    """Receive at least one file, and at most ``number``, and append their sizes."""
+    if way == 0:
+        fd = await conn.receive_fd(cancellable)
+        sizes.append(os.fstat(fd).st_size)
+        os.close(fd)
+    elif way == 1:
+        with await conn.receive_fds(number, cancellable=cancellable) as fds:
+            sizes += [os.fstat(fd).st_size for fd in fds]
+    elif way == 2:
+        async for fd in conn.fds(read_ahead=number):
+            sizes.append(os.fstat(fd).st_size)
+            os.close(fd)
+            number -= 1
+            if not number:
+                break
+    elif way == 3:
+        with await conn.receive_file(cancellable=cancellable) as file:
+            sizes.append(os.fstat(file.fileno()).st_size)
+    else:
+        with await conn.receive_message(
+            1, max_fds=1, credentials=way == 4, cancellable=cancellable
+        ) as message:
+            sizes.append(os.fstat(message.fds[0]).st_size)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_receives_of_every_kind_with_deadlines_that_race(seed: int) -> None:
+    """Whichever receive comes next, and whenever the one before was ended: nothing is lost."""
+    count = 500
+    ours, theirs = socket.socketpair()
+    times, pauses = random.Random(seed), random.Random(seed)
+    received: list[int] = []
+
+    def send(fds: list[int]) -> None:
+        with theirs:
+            for number in range(count):
+                socket.send_fds(theirs, [b"x"], [fds[number % 7]])
+                if pauses.random() < 0.5:
+                    time.sleep(pauses.uniform(0, 0.0005))
+
+    with numbered(7) as fds:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, send, fds)
+            async with UnixConnection.from_stdlib_socket(ours) as conn:
+                with trio.fail_after(60):
+                    while len(received) < count:
+                        cancellable = Cancellable() if times.random() < 0.3 else None
+                        timer = threading.Timer(
+                            times.uniform(0, 0.001), (cancellable or Cancellable()).cancel
+                        )
+                        timer.start()
+                        way, most = times.randrange(6), times.randrange(1, 30)
+                        with (
+                            trio.move_on_after(times.uniform(0, 0.001)),
+                            suppress(OperationCancelled),
+                        ):
+                            await receive_in_any_way(conn, way, most, cancellable, received)
+                        timer.join()
+    assert received == [number % 7 for number in range(count)]
 
 
 ################################################################
