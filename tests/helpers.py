@@ -1,4 +1,4 @@
-"""What the tests share: peers in processes of their own, and what they look at."""
+"""Shared by the tests: peer processes, and file descriptors to send and to compare."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Peer:
     _buffer: bytes = b""
 
     async def ask(self, do: str, **arguments: Any) -> Any:
-        """Have the peer do something and return its answer."""
+        """Send the peer a command and return its answer."""
         await self.begin(do, **arguments)
         return await self.answer()
 
     async def begin(self, do: str, **arguments: Any) -> None:
-        """Have the peer begin to do something."""
+        """Send the peer a command."""
         assert self.process.stdin is not None
         await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
 
@@ -53,7 +53,7 @@ class Peer:
         with trio.fail_after(30):
             while b"\n" not in self._buffer:
                 more = await self.process.stdout.receive_some()
-                assert more, "the peer died"
+                assert more, "the peer exited"
                 self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
@@ -61,7 +61,7 @@ class Peer:
 
 @asynccontextmanager
 async def stdlib_peer() -> AsyncGenerator[Peer, None]:
-    """Start a peer of the standard library at the other end of a socketpair."""
+    """Start a peer that uses the standard library only, at the other end of a socketpair."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = await trio.lowlevel.open_process(
@@ -82,12 +82,12 @@ async def stdlib_peer() -> AsyncGenerator[Peer, None]:
 
 
 async def pair() -> tuple[UnixConnection, UnixConnection]:
-    """Make a pair, as trio's stream tests want it made."""
+    """Return a pair, in the form that trio's stream tests expect."""
     return connection_pair()
 
 
 async def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
-    """Make a pair of which neither end can send, as trio's stream tests want it made."""
+    """Return a pair whose buffers are full, in the form that trio's stream tests expect."""
     return testing.clogged_pair()
 
 
@@ -102,7 +102,7 @@ def look(fd: int) -> dict[str, Any]:
 
 
 def kind_of(fd: int) -> str:
-    """Return what kind of file this is, by stat(2)."""
+    """Return the kind of an open file, as ls(1) prints it."""
     return stat.filemode(os.fstat(fd).st_mode)[0]
 
 
@@ -110,18 +110,18 @@ NOBODY = 65534
 
 
 @contextmanager
-def as_nobody(folder: Path) -> Generator[None, None, None]:
-    """Let this process be another user for a while, who may pass the way to ``folder``."""
+def as_nobody(directory: Path) -> Generator[None, None, None]:
+    """Run the block as another user, with search permission on the path to ``directory``."""
     if os.geteuid() != 0:
         if os.environ.get("CI"):
-            pytest.fail("the tests run as root on CI, to become another user")
+            pytest.fail("on CI the tests must run as root, to become another user")
         pytest.skip("only root can become another user")
-    passed = []
-    for each in (folder, *folder.parents):
+    changed = []
+    for each in (directory, *directory.parents):
         mode = stat.S_IMODE(each.stat().st_mode)
         if not mode & 0o001:
             each.chmod(mode | 0o001)
-            passed.append((each, mode))
+            changed.append((each, mode))
     groups = os.getgroups()
     os.setgroups([])
     os.setegid(NOBODY)
@@ -132,12 +132,12 @@ def as_nobody(folder: Path) -> Generator[None, None, None]:
         os.seteuid(0)
         os.setegid(0)
         os.setgroups(groups)
-        for each, mode in reversed(passed):
+        for each, mode in reversed(changed):
             each.chmod(mode)
 
 
 def some(count: int) -> UnixFDList:
-    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
+    """Open ``count`` memfds, whose sizes are 0, 1, 2 and so on."""
     fds = UnixFDList()
     for size in range(count):
         fd = os.memfd_create("some")
@@ -148,12 +148,12 @@ def some(count: int) -> UnixFDList:
 
 
 def sizes(fds: UnixFDList) -> list[int]:
-    """Return the sizes of what is in a list, in order."""
+    """Return the sizes of the files in a list, in order."""
     return [os.fstat(fd).st_size for fd in fds]
 
 
 async def drain(conn: UnixConnection, count: int) -> list[int]:
-    """Receive that many descriptors; return their sizes."""
+    """Receive ``count`` file descriptors; return the sizes of their files."""
     got: list[int] = []
     with trio.fail_after(30):
         while len(got) < count:
@@ -163,14 +163,14 @@ async def drain(conn: UnixConnection, count: int) -> list[int]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait for what has no event of its own."""
+    """Wait for a condition that has no event."""
     with trio.fail_after(30):
-        while not holds():  # noqa: ASYNC110 - as said
+        while not holds():  # noqa: ASYNC110 - there is no event
             await trio.sleep(0.001)
 
 
 def until_sync(holds: Callable[[], bool]) -> None:
-    """Wait, outside of trio, for what has no event of its own."""
+    """Wait, outside of trio, for a condition that has no event."""
     deadline = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < deadline
@@ -178,7 +178,7 @@ def until_sync(holds: Callable[[], bool]) -> None:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
-    """Have calls of a function counted: the list grows by one as each begins."""
+    """Return a list that grows by one when a call of the function begins."""
     real = getattr(owner, name)
     calls: list[str] = []
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from commands import run
+from cli import run
 from typer.testing import CliRunner
 
 import trio_unixconn

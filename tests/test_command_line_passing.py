@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import typer
-from commands import ended, run, started, wait_for_socket
+from cli import ended, run, started, wait_for_socket
 
 from trio_unixconn._cli import passing, running
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run
+from cli import run
 
 from trio_unixconn import Credentials, PeerIdentity, _kernel
 from trio_unixconn._cli import peer

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pyte
 import pytest
-from commands import COMMAND, ended, run, started
+from cli import COMMAND, ended, run, started
 
 from trio_unixconn._cli.reloading import folders_of
 

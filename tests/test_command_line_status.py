@@ -7,8 +7,8 @@ import logging
 
 import attrs
 import pytest
-from pool_numbers import STATISTICS, worker
 from rich.console import Console
+from statistics_samples import STATISTICS, worker
 
 from trio_unixconn._cli.log import LogLines
 from trio_unixconn._cli.status import Sample, Sampler, Status

@@ -50,7 +50,10 @@ async def serving(
         async with trio.open_nursery() as nursery:
             server: WorkerServer = await nursery.start(
                 partial(
-                    serve_with_workers, f"served:{handler}", listeners, **{"workers": 1, **options}
+                    serve_with_workers,
+                    f"server_handlers:{handler}",
+                    listeners,
+                    **{"workers": 1, **options},
                 )
             )
             yield server
@@ -409,7 +412,7 @@ async def test_cancelled(tmp_path: Path) -> None:
     listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
     async with trio.open_nursery() as nursery:
         server: WorkerServer = await nursery.start(
-            partial(serve_with_workers, "served:hold", listeners, workers=1)
+            partial(serve_with_workers, "server_handlers:hold", listeners, workers=1)
         )
         client = connected(listeners[0])
         assert await trio.to_thread.run_sync(client.recv, 4) == b"held"
@@ -509,7 +512,7 @@ async def test_a_handler_that_cannot_be_imported(tmp_path: Path) -> None:
 async def test_no_listeners() -> None:
     """At least one is due."""
     with pytest.raises(ValueError, match="at least one listener"):
-        await serve_with_workers("served:echo", [])
+        await serve_with_workers("server_handlers:echo", [])
 
 
 async def test_no_listener() -> None:
@@ -518,7 +521,7 @@ async def test_no_listener() -> None:
     async with AsyncExitStack() as stack:
         listener = await stack.enter_async_context(await tcp())
         with pytest.raises(TypeError, match=r"a trio.SocketListener or UnixListener .* not socket"):
-            await serve_with_workers("served:echo", [listener, wrong])
+            await serve_with_workers("server_handlers:echo", [listener, wrong])
         assert listener.socket.fileno() != -1
     wrong.close()
 
@@ -527,7 +530,7 @@ async def test_a_wrong_option() -> None:
     """An option that cannot be is a ValueError, and the listeners are closed."""
     listener = await tcp()
     with pytest.raises(ValueError, match="workers must be at least 1"):
-        await serve_with_workers("served:echo", [listener], workers=0)
+        await serve_with_workers("server_handlers:echo", [listener], workers=0)
     assert listener.socket.fileno() == -1
 
 

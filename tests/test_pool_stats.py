@@ -15,8 +15,8 @@ import h11
 import pytest
 import trio
 from helpers import until
-from pool_numbers import STATISTICS
 from prometheus_client.parser import text_string_to_metric_families
+from statistics_samples import STATISTICS
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (

@@ -1,4 +1,4 @@
-"""Statistics of a pool that never was."""
+"""Sample values of a pool's statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from trio_unixconn.pool import PoolStatistics, WorkerStatistics
 
 
 def worker(index: int, pid: int, state: str = "ready", handled: int = 20) -> WorkerStatistics:
-    """Return what a worker might have done."""
+    """Return the statistics of one worker."""
     return WorkerStatistics(
         index=index,
         pid=pid,
@@ -20,7 +20,7 @@ def worker(index: int, pid: int, state: str = "ready", handled: int = 20) -> Wor
     )
 
 
-# Two of one place, of which one drains.
+# Two workers of slot 0, one of which drains.
 STATISTICS = PoolStatistics(
     workers=(worker(0, 100), worker(1, 101), worker(0, 99, "draining")),
     queued=1,

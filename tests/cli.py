@@ -1,4 +1,4 @@
-"""Running the command line as a user does."""
+"""Run the command line as a user does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "trio_unixconn"]
 
 
 def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command until it exits."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
@@ -31,7 +31,7 @@ def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 
 @contextmanager
 def started(*arguments: str | Path, **options: Any) -> Generator[subprocess.Popen[str], None, None]:
-    """Start a command, which does not outlive the block."""
+    """Start a command; kill it at the end of the block."""
     with subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         text=True,
@@ -49,26 +49,35 @@ def started(*arguments: str | Path, **options: Any) -> Generator[subprocess.Pope
 
 
 def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for the end of a command that was started."""
+    """Wait until a command has exited."""
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def wait_for_socket(where: str | Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a command listens at a path, or at an abstract name (``@name``)."""
+    """Wait until a command listens on a path or on an abstract name (``@name``)."""
     deadline = time.monotonic() + 60
-    while not is_there(str(where)):
+    while not is_listening(str(where)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def is_there(where: str) -> bool:
-    if where.startswith("@"):
-        # What listens has the flag __SO_ACCEPTCON.
-        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-        return any(line[-1] == where and line[3] == "00010000" for line in lines)
-    with suppress(FileNotFoundError):
-        # It gets its path when it listens already.
-        return stat.S_ISSOCK(os.stat(where).st_mode)
-    return False
+def is_listening(where: str) -> bool:
+    """Return whether a process listens on a path or an abstract name, without connecting to it."""
+    names = {where}
+    if not where.startswith("@"):
+        # The path exists before listen(2). The kernel shows the name that was given to bind(2),
+        # of which only the last part is certain.
+        try:
+            if not stat.S_ISSOCK(os.stat(where).st_mode):
+                return False
+        except FileNotFoundError:
+            return False
+        name = os.path.basename(where)
+        names = {name, f".{name}.new"}
+    # A listening socket has the flag __SO_ACCEPTCON.
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(
+        line[3] == "00010000" and names & {line[-1], os.path.basename(line[-1])} for line in lines
+    )

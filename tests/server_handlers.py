@@ -1,6 +1,6 @@
-"""What the workers of servers run; tests name it, workers import it.
+"""Handlers that the workers of a server import by name.
 
-The rule of this file: a handler works on any stream, and what it has to say goes to the client.
+Invariant: a handler works on any stream, and reports to the client only.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 
 async def echo(stream: Any, _: Job) -> None:
-    """Send back what comes, until the other end ends its stream."""
+    """Echo until the end of the stream."""
     async for data in stream:
         await stream.send_all(data)
 
 
 async def tell(stream: Any, job: Job) -> None:
-    """Tell what the worker has got."""
+    """Describe the stream and the job that the worker received."""
     refused = None
     if isinstance(stream, UnixConnection):
-        # The client sends a byte, and perhaps a descriptor.
+        # The client sends a byte, perhaps with a file descriptor.
         try:
             os.close(await stream.receive_fd())
         except (UnixConnectionError, ValueError) as exc:
             refused = type(exc).__name__
     else:
-        # Closed with something unread, TCP resets.
+        # TCP resets a connection that is closed with unread data.
         await stream.receive_some()
     told = {"type": type(stream).__name__, "pid": os.getpid(), "refused": refused}
     await stream.send_all(json.dumps({**told, "state": job.state}).encode())
 
 
 async def hold(stream: Any, _: Job) -> None:
-    """Say that the connection is being handled; for ever."""
+    """Report that the connection is being handled, and never return."""
     await stream.send_all(b"held")
     await trio.sleep_forever()
 
 
 async def die(_stream: Any, _job: Job) -> None:
-    """Be the end of the worker."""
+    """Kill the worker."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
