@@ -1,4 +1,4 @@
-"""Cancellation of each operation at each await: nothing lost, nothing leaked, still in step."""
+"""Cancellation of each operation at each await: nothing is lost, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def expect_cancelled(run: Operation, cancellable: Cancellable) -> None:
 
 
 async def by_scope(run: Operation) -> None:
-    """A trio scope, cancelled by another task."""
+    """A trio scope that another task cancels."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, None)
         await wait_all_tasks_blocked()
@@ -49,7 +49,7 @@ async def by_deadline(run: Operation) -> None:
 
 
 async def before_by_scope(run: Operation) -> None:
-    """A trio scope that was cancelled before."""
+    """A trio scope that is cancelled already."""
     with trio.CancelScope() as scope:
         scope.cancel()
         await run(None)
@@ -57,7 +57,7 @@ async def before_by_scope(run: Operation) -> None:
 
 
 async def by_another_task(run: Operation) -> None:
-    """A Cancellable, fired by another task."""
+    """A Cancellable that another task cancels."""
     cancellable = Cancellable()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(expect_cancelled, run, cancellable)
@@ -66,7 +66,7 @@ async def by_another_task(run: Operation) -> None:
 
 
 async def by_thread(run: Operation) -> None:
-    """A Cancellable, fired by a thread."""
+    """A Cancellable that a thread cancels."""
     cancellable = Cancellable()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(expect_cancelled, run, cancellable)
@@ -77,7 +77,7 @@ async def by_thread(run: Operation) -> None:
 
 
 async def before(run: Operation) -> None:
-    """A Cancellable that fired before, in the same task."""
+    """A Cancellable that is cancelled already, in the same task."""
     cancellable = Cancellable()
     cancellable.cancel()
     with assert_checkpoints():
@@ -85,7 +85,7 @@ async def before(run: Operation) -> None:
 
 
 async def both_at_once(run: Operation) -> None:
-    """A Cancellable and a trio scope in the same tick: the outer, trio's, is what is seen."""
+    """A Cancellable and a trio scope in one scheduling round: trio's cancellation propagates."""
     cancellable = Cancellable()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, cancellable)
@@ -107,10 +107,10 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", RECEIVES)
-async def test_receive(
+async def test_receive_cancelled_while_it_waits(
     name: str, way: Callable[[Operation], Awaitable[None]], autojump_clock: MockClock
 ) -> None:
-    """A receive that is cancelled while nothing comes has read nothing and changed nothing."""
+    """A receive that is cancelled while it waits has read nothing and changed nothing."""
     one, two = connection_pair()
     async with one, two:
         await way(operation(two, name))
@@ -124,10 +124,10 @@ async def test_receive(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SENDS)
-async def test_send(
+async def test_send_cancelled_while_it_waits(
     name: str, way: Callable[[Operation], Awaitable[None]], autojump_clock: MockClock
 ) -> None:
-    """A send that is cancelled while there is no room has sent nothing."""
+    """A send that is cancelled while the socket is full has sent nothing."""
     one, two = connection_pair()
     async with one, two:
         count = clog(one)
@@ -139,10 +139,10 @@ async def test_send(
 
 @pytest.mark.parametrize("way", [before_by_scope, before])
 @pytest.mark.parametrize("name", SENDS + RECEIVES)
-async def test_cancelled_before_anything_happens(
+async def test_send_and_receive_cancelled_before(
     name: str, way: Callable[[Operation], Awaitable[None]]
 ) -> None:
-    """What is cancelled before it begins does not touch the socket, though it could at once."""
+    """An operation that is cancelled already does not touch the socket, even if it is ready."""
     one, two = connection_pair()
     async with one, two:
         await two.send_fd(0)
@@ -153,8 +153,8 @@ async def test_cancelled_before_anything_happens(
 
 
 @pytest.mark.parametrize("cancel", ["scope", "cancellable"])
-async def test_what_arrived_is_returned_at_once(cancel: str) -> None:
-    """A cancellation behind the kernel's answer, in the same tick, does not lose the descriptor."""
+async def test_receive_fd_cancelled_after_recvmsg(cancel: str) -> None:
+    """A cancellation after recvmsg(2), in the same scheduling round, does not lose the result."""
     one, two = connection_pair()
     cancellable = Cancellable()
     got: list[int] = []
@@ -169,18 +169,18 @@ async def test_what_arrived_is_returned_at_once(cancel: str) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive, scope)
 
-            def fire(_: object) -> None:
+            def end(_: object) -> None:
                 cancellable.cancel() if cancel == "cancellable" else scope.cancel()
 
-            # Runs when receive_fd has begun and stands at its only scheduling point.
-            trio.lowlevel.add_instrument(After(two, fire))
+            # Runs when receive_fd() is at its only scheduling point.
+            trio.lowlevel.add_instrument(After(two, end))
         assert cancellable.is_cancelled() or scope.cancel_called
         assert len(got) == 1
         os.close(got[0])
 
 
 class After(trio.abc.Instrument):
-    """Does something as soon as a task that receives from a connection has stepped."""
+    """Calls something when a task that receives from a connection has made a step."""
 
     def __init__(self, conn: UnixConnection, do: Callable[[object], None]) -> None:
         self.conn = conn
@@ -195,8 +195,8 @@ class After(trio.abc.Instrument):
 
 @pytest.mark.parametrize("cancel", ["scope", "cancellable"])
 @pytest.mark.parametrize("name", RECEIVES)
-async def test_what_arrives_as_it_is_cancelled(name: str, cancel: str) -> None:
-    """Arrival and cancellation in one tick: either it is returned, or it is there for the next."""
+async def test_receive_cancelled_as_data_arrives(name: str, cancel: str) -> None:
+    """Arrival and cancellation in one round: this receive or the next one returns the data."""
     one, two = connection_pair()
     cancellable = Cancellable()
     got: list[Any] = []
@@ -227,7 +227,7 @@ async def test_what_arrives_as_it_is_cancelled(name: str, cancel: str) -> None:
 
 
 class BeforeTheTasks(trio.abc.Instrument):
-    """Does something once, when the kernel has reported events and before a task sees them."""
+    """Calls something once, when the kernel has reported events and before a task runs."""
 
     def __init__(self, do: Callable[[], object]) -> None:
         self.do = do
@@ -239,8 +239,8 @@ class BeforeTheTasks(trio.abc.Instrument):
         self.do()
 
 
-async def test_woken_for_nothing_to_receive() -> None:
-    """A receive that is woken for bytes which another reader took goes on waiting."""
+async def test_receive_fd_woken_for_nothing() -> None:
+    """A receive that is woken for bytes that another reader has taken waits again."""
     one, two = connection_pair()
     got: list[int] = []
 
@@ -260,8 +260,8 @@ async def test_woken_for_nothing_to_receive() -> None:
 
 
 @pytest.mark.parametrize("name", ["send_fd", "send_all"])
-async def test_woken_without_room_to_send(name: str) -> None:
-    """A send that is woken for room which another writer took goes on waiting."""
+async def test_send_woken_for_nothing(name: str) -> None:
+    """A send that is woken for space that another writer has taken waits again."""
     one, two = connection_pair()
     count = clog(one)
     async with one, two:
@@ -281,8 +281,8 @@ async def test_woken_without_room_to_send(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SENDS + RECEIVES)
-async def test_reset_does_not_let_a_refused_operation_through(name: str) -> None:
-    """An operation whose Cancellable has fired is refused, also if it is reset in that moment."""
+async def test_reset_while_a_cancelled_operation_unwinds(name: str) -> None:
+    """An operation that is cancelled already stays so, even if its Cancellable is reset."""
     one, two = connection_pair()
     cancellable = Cancellable()
     cancellable.cancel()
@@ -298,8 +298,8 @@ async def test_reset_does_not_let_a_refused_operation_through(name: str) -> None
 
 @pytest.mark.parametrize("bad", [0, False, "x", trio.CancelScope, object()])
 @pytest.mark.parametrize("name", SENDS + RECEIVES)
-async def test_no_cancellable(name: str, bad: Any) -> None:
-    """What is no Cancellable is a TypeError, before anything happens."""
+async def test_operations_reject_wrong_cancellable(name: str, bad: Any) -> None:
+    """What is not a Cancellable is a TypeError, before anything happens."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises(TypeError, match="cancellable must be a Cancellable or None"):
@@ -308,8 +308,8 @@ async def test_no_cancellable(name: str, bad: Any) -> None:
         assert await two.receive_some() == b"x"
 
 
-async def test_the_other_direction_waits_on() -> None:
-    """A Cancellable that ends a send does not disturb who receives on the same socket."""
+async def test_send_fd_cancelled_while_another_task_receives() -> None:
+    """A Cancellable that ends a send does not disturb a receive on the same socket."""
     one, two = connection_pair()
     async with one, two:
         clog(one)
@@ -334,8 +334,8 @@ async def test_the_other_direction_waits_on() -> None:
         assert got == [b"x"]
 
 
-async def test_reset_while_others_wait() -> None:
-    """A Cancellable ends only the waits of operations that it was given."""
+async def test_cancel_and_reset_while_others_wait() -> None:
+    """A Cancellable ends only the operations that it was passed to."""
     one, two = connection_pair()
     async with one, two, trio.open_nursery() as nursery:
         cancellable = Cancellable()
@@ -357,16 +357,16 @@ async def test_reset_while_others_wait() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_pauses_end_when_a_cancellable_fires(autojump_clock: MockClock) -> None:
-    """Also a pause, where there is nothing to poll for, ends when the Cancellable fires."""
+async def test_sleep_cancellable(autojump_clock: MockClock) -> None:
+    """A Cancellable ends a backoff, where there is nothing to poll for, too."""
     cancellable = Cancellable()
     async with trio.open_nursery() as nursery:
 
-        async def fire() -> None:
+        async def cancel() -> None:
             await trio.sleep(1)
             cancellable.cancel()
 
-        nursery.start_soon(fire)
+        nursery.start_soon(cancel)
         begun = trio.current_time()
         with pytest.raises(OperationCancelled):
             await sleep_cancellable(60, cancellable)

@@ -1,4 +1,4 @@
-"""Waiting for GLib, and GLib waiting for us, given up: nothing is lost and all goes on."""
+"""Cancellation of a wait for GLib, and of GLib's own waits: nothing is lost."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ pytestmark = pytest.mark.usefixtures("real_glib")
 
 ours = pytest.mark.parametrize("form", OURS)
 glibs = pytest.mark.parametrize("glib", GLIBS)
-dues = pytest.mark.parametrize("due", ["receive_fd", "receive_credentials"])
+operations = pytest.mark.parametrize("operation", ["receive_fd", "receive_credentials"])
 befores = pytest.mark.parametrize("before", [0, 1])
 
 
-def while_waiting(due: str, before: int) -> int:
+def while_waiting(operation: str, before: int) -> int:
     """Return what SO_PASSCRED is while an operation waits: on for credentials."""
-    return 1 if due == "receive_credentials" else before
+    return 1 if operation == "receive_credentials" else before
 
 
 @ours
-@dues
+@operations
 @befores
-async def test_cancellable_from_a_thread(tmp_path: Path, form: str, due: str, before: int) -> None:
-    """A Cancellable fired in another thread ends our wait for a silent GLib."""
+async def test_cancel_in_a_thread(tmp_path: Path, form: str, operation: str, before: int) -> None:
+    """A Cancellable that another thread cancels ends our wait for a silent GLib."""
     cancellable = Cancellable()
     async with connected(tmp_path) as (conn, peer):
         set_passcred(conn, before)
@@ -58,22 +58,22 @@ async def test_cancellable_from_a_thread(tmp_path: Path, form: str, due: str, be
 
             async def receive() -> None:
                 with pytest.raises(OperationCancelled) as caught:
-                    await operate(form, conn, due, cancellable=cancellable)
+                    await operate(form, conn, operation, cancellable=cancellable)
                 assert caught.value.code == IOErrorEnum.CANCELLED
 
             nursery.start_soon(receive)
             await trio.testing.wait_all_tasks_blocked()
-            assert passcred(conn) == while_waiting(due, before)
+            assert passcred(conn) == while_waiting(operation, before)
             await trio.to_thread.run_sync(cancellable.cancel)
         assert passcred(conn) == before
         await in_step(conn, peer)
 
 
 @ours
-@dues
+@operations
 @befores
-async def test_trio_scope(tmp_path: Path, form: str, due: str, before: int) -> None:
-    """A trio scope ends our wait for a silent GLib, and it stays trio's cancellation."""
+async def test_trio_scope(tmp_path: Path, form: str, operation: str, before: int) -> None:
+    """A trio scope ends our wait for a silent GLib, and the cancellation stays trio's."""
     async with connected(tmp_path) as (conn, peer):
         set_passcred(conn, before)
         async with trio.open_nursery() as nursery:
@@ -81,46 +81,48 @@ async def test_trio_scope(tmp_path: Path, form: str, due: str, before: int) -> N
 
             async def receive() -> None:
                 with scope:
-                    await operate(form, conn, due)
+                    await operate(form, conn, operation)
 
             nursery.start_soon(receive)
             await trio.testing.wait_all_tasks_blocked()
-            assert passcred(conn) == while_waiting(due, before)
+            assert passcred(conn) == while_waiting(operation, before)
             scope.cancel()
         assert scope.cancelled_caught
         assert passcred(conn) == before
         await in_step(conn, peer)
 
 
-@dues
+@operations
 @befores
-async def test_cancel_pending(tmp_path: Path, due: str, before: int) -> None:
+async def test_cancel_pending(tmp_path: Path, operation: str, before: int) -> None:
     """cancel_pending() of the callback form, in a thread, ends our wait for a silent GLib."""
     async with connected(tmp_path) as (conn, peer):
         set_passcred(conn, before)
         results: list[AsyncResult] = []
         async with open_callback_adapter() as adapter:
             wrapped = adapter.wrap(conn)
-            begin = getattr(wrapped, f"{due}_async")
+            begin = getattr(wrapped, f"{operation}_async")
             begin(None, lambda _source, result: results.append(result))
             await trio.testing.wait_all_tasks_blocked()
-            assert passcred(conn) == while_waiting(due, before)
+            assert passcred(conn) == while_waiting(operation, before)
             await trio.to_thread.run_sync(adapter.cancel_pending)
         (result,) = results
         with pytest.raises(OperationCancelled):
-            getattr(wrapped, f"{due}_finish")(result)
+            getattr(wrapped, f"{operation}_finish")(result)
         assert passcred(conn) == before
         await in_step(conn, peer)
 
 
 @glibs
-@dues
-async def test_glib_gives_up(tmp_path: Path, glib: str, due: str) -> None:
-    """GLib's wait for us ended by a Gio.Cancellable has our code, and nothing is lost."""
+@operations
+async def test_gio_cancellable_ends_a_wait_for_us(
+    tmp_path: Path, glib: str, operation: str
+) -> None:
+    """A Gio.Cancellable ends GLib's wait with the code that our error has; nothing is lost."""
     async with connected(tmp_path) as (conn, peer):
-        # There a main loop waits for the descriptor, and GLib's call comes only after that.
-        watched = glib == "async" and due == "receive_fd"
-        await peer.begin(due, form=glib, announce=not watched)
+        # In this form a main loop waits for the descriptor, and receive_fd is called afterwards.
+        watched = glib == "async" and operation == "receive_fd"
+        await peer.begin(operation, form=glib, announce=not watched)
         await peer.cancel()
         assert await peer.error_code() == OperationCancelled.code
         await in_step(conn, peer)
@@ -128,8 +130,10 @@ async def test_glib_gives_up(tmp_path: Path, glib: str, due: str) -> None:
 
 @ours
 @pytest.mark.parametrize("operation", ["send_fd", "send_credentials"])
-async def test_we_give_up_sending(tmp_path: Path, form: str, operation: str) -> None:
-    """What we gave up sending to a GLib that does not read never arrives."""
+async def test_send_cancelled_while_glib_does_not_read(
+    tmp_path: Path, form: str, operation: str
+) -> None:
+    """A send to a GLib that does not read, once cancelled, never arrives."""
     cancellable = Cancellable()
     async with connected(tmp_path) as (conn, peer):
         filled = fill(conn)
@@ -149,23 +153,23 @@ async def test_we_give_up_sending(tmp_path: Path, form: str, operation: str) -> 
         await in_step(conn, peer)
 
 
-async def test_we_wait_for_room(tmp_path: Path) -> None:
-    """A send that waits for GLib to read arrives behind the bytes that were in its way."""
+async def test_send_fd_waits_until_glib_reads(tmp_path: Path) -> None:
+    """A send that waits until GLib reads arrives after the bytes that filled the socket."""
     async with connected(tmp_path) as (conn, peer):
         filled = fill(conn)
         async with trio.open_nursery() as nursery:
             with opened("pipe", b"hello") as fd:
                 nursery.start_soon(conn.send_fd, fd)
                 await trio.testing.wait_all_tasks_blocked()
-            # The descriptor was closed meanwhile; it is a duplicate that waits.
+            # The descriptor is closed meanwhile: a duplicate is sent.
             assert len(await peer.ask("read", size=filled)) == 2 * filled
             assert (await peer.ask("receive_fd"))["content"] == b"hello".hex()
         await ours_in_step(conn, peer)
 
 
 @ours
-async def test_cancellation_races_with_arrival(tmp_path: Path, form: str) -> None:
-    """Whatever a Cancellable and a descriptor of GLib's do at once, the descriptor comes."""
+async def test_receive_fd_cancelled_as_a_descriptor_arrives(tmp_path: Path, form: str) -> None:
+    """However a Cancellable and a descriptor of GLib's race, the descriptor is received."""
     received: list[str] = []
     async with connected(tmp_path) as (conn, peer):
 
@@ -185,7 +189,7 @@ async def test_cancellation_races_with_arrival(tmp_path: Path, form: str) -> Non
                 nursery.start_soon(receive, cancellable)
                 await trio.testing.wait_all_tasks_blocked()
                 await peer.begin("send_fd", content=f"{number} ")
-                # By turns it has arrived by then, and is on its way.
+                # Every other time it has arrived before the cancellation.
                 if number % 2:
                     await peer.result()
                 await trio.to_thread.run_sync(cancellable.cancel)
