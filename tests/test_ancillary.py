@@ -1,4 +1,4 @@
-"""Control messages: what the parser makes of anything that recvmsg could return."""
+"""Control messages: what unpack() and expect_*() make of anything that recvmsg can return."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     UnixCredentialsMessage,
     _ancillary,
+    _closing,
     _fds,
     _kernel,
 )
@@ -46,96 +47,164 @@ def is_open(fd: int) -> bool:
     return True
 
 
-def test_round_trip() -> None:
-    """What the builders write the parser reads."""
+def unpack(*ancdata: tuple[int, int, bytes], data: bytes = b"x", flags: int = 0) -> Any:
+    return _ancillary.unpack((data, list(ancdata), flags, None))
+
+
+def all_closed(fds: list[int]) -> bool:
+    """Whether none of these is open, once the closing thread is done."""
+    assert _closing.wait_closed(30)
+    return not any(map(is_open, fds))
+
+
+def test_unpack_round_trip() -> None:
+    """unpack() reads what the pack functions write."""
     (fd,) = fresh(1)
-    parsed = _ancillary.parse(
-        [_ancillary.pack_rights([fd]), _ancillary.pack_credentials(Credentials(1, 2, 3))], 0
+    received = unpack(
+        _ancillary.pack_rights([fd]), _ancillary.pack_credentials(Credentials(1, 2, 3))
     )
-    assert parsed.fds == [fd]
-    assert parsed.credentials == [Credentials(1, 2, 3)]
-    assert str(parsed) == "1 descriptor and credentials"
-    parsed.close()
-    assert not is_open(fd)
+    assert received.fds == [fd]
+    assert received.credentials == Credentials(1, 2, 3)
+    assert str(received) == "b'x' with 1 file descriptor (closed) and credentials"
+    received.close()
+    received.close()
+    assert received.fds == []
+    assert all_closed([fd])
 
 
-def test_negative_slots() -> None:
-    """An error number in a descriptor's place counts as truncation; the others are closed."""
+def test_expect_fd_negative_slots() -> None:
+    """An error number in place of a file descriptor is a truncation; the others are closed."""
     fds = fresh(2)
     with pytest.raises(DescriptorsTruncatedError) as caught:
-        _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fds[0], -24, fds[1]))], 0, None))
+        _ancillary.expect_fd((b"\0", [(*RIGHTS, ints(fds[0], -24, fds[1]))], 0, None))
     assert caught.value.arrived == 2
-    assert not any(map(is_open, fds))
+    assert all_closed(fds)
     with pytest.raises(DescriptorsTruncatedError) as caught:
-        _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(-24))], 0, None))
+        _ancillary.expect_fd((b"\0", [(*RIGHTS, ints(-24))], 0, None))
     assert caught.value.arrived == 0
 
 
-def test_negative_pidfd() -> None:
-    """A pidfd that could not be made is passed over."""
+def test_expect_fd_ignores_negative_pidfd() -> None:
+    """A pidfd that the kernel could not make is ignored."""
     (fd,) = fresh(1)
     messages = [(*RIGHTS, ints(fd)), (*PIDFD, ints(-24))]
-    assert _ancillary.one_descriptor((b"\0", messages, 0, None)) == fd
+    assert _ancillary.expect_fd((b"\0", messages, 0, None)) == fd
     os.close(fd)
 
 
-def test_partial_integers() -> None:
-    """Bytes that are too few for a descriptor are none; whole ones before them count."""
+def test_expect_fd_partial_integers() -> None:
+    """Bytes that are too few for a file descriptor are ignored; whole ones before them count."""
     (fd,) = fresh(1)
-    assert _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fd) + b"\1\2")], 0, None)) == fd
+    assert _ancillary.expect_fd((b"\0", [(*RIGHTS, ints(fd) + b"\1\2")], 0, None)) == fd
     os.close(fd)
-    with pytest.raises(UnexpectedControlMessageError, match="no control message"):
-        _ancillary.one_descriptor((b"\0", [(*RIGHTS, b"\1\2")], 0, None))
+    with pytest.raises(UnexpectedControlMessageError, match=r"file descriptor, got b.\\x00.;"):
+        _ancillary.expect_fd((b"\0", [(*RIGHTS, b"\1\2")], 0, None))
 
 
-def test_what_came_beside() -> None:
-    """Credentials, a pidfd and a label, which this side asked for, do not hinder a descriptor."""
-    fd, pidfd = fresh(2)
-    messages = [
-        (*CREDENTIALS, struct.pack("iII", 1, 2, 3)),
-        (*RIGHTS, ints(fd)),
-        (*PIDFD, ints(pidfd)),
-        (*LABEL, b"label\0"),
+# What the kernel adds because this side set an option; 99 stands for a kind of a later kernel.
+ADDED = [
+    (*PIDFD, ints(-24)),
+    (*LABEL, b"label\0"),
+    (socket.SOL_SOCKET, 84, ints(1)),
+    *((socket.SOL_SOCKET, kind, bytes(16)) for kind in (29, 35, 37, 63, 64, 65)),
+    (socket.SOL_SOCKET, 99, b""),
+    (0, 1, b"x"),
+    (*CREDENTIALS, b"short"),
+]
+
+
+@pytest.mark.parametrize("added", ADDED, ids=lambda each: f"{each[0]}-{each[1]}")
+def test_expect_lets_control_messages_pass_that_this_side_asked_for(added: Any) -> None:
+    """No expect function rejects a message because of what the kernel added to it."""
+    fds = fresh(4)
+    message = [(*RIGHTS, ints(fds[0])), added]
+    assert _ancillary.expect_fd((b"\0", message, 0, None)) == fds[0]
+    message = [added, (*RIGHTS, ints(fds[1], fds[2]))]
+    assert _ancillary.expect_fds((b"\0", message, 0, None), 2) == fds[1:3]
+    assert _ancillary.expect_message((b"\0", message, 0, None), 2).fds == fds[1:3]
+    assert _ancillary.expect_bytes((b"x", [added], 0, None)) == b"x"
+    assert _ancillary.expect_credentials((b"x", [added], 0, None)) is None
+    _ancillary.expect_no_fds((b"x", [added], 0, None))
+    for fd in fds:
+        os.close(fd)
+
+
+def test_unpack_logs_each_unknown_kind_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kind that is not in the table is ignored, and logged once for the process."""
+    monkeypatch.setattr(_ancillary, "_logged", set())
+    for _ in range(3):
+        received = unpack((socket.SOL_SOCKET, 99, b""), (0, 1, b"x"), (socket.SOL_SOCKET, 84, b""))
+        assert received.unknown == ((socket.SOL_SOCKET, 99), (0, 1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "ignoring control messages of level 1, type 99: unknown or malformed",
+        "ignoring control messages of level 0, type 1: unknown or malformed",
     ]
-    assert _ancillary.one_descriptor((b"\0", messages, 0, None)) == fd
+
+
+def test_expect_fd_closes_a_pidfd() -> None:
+    """A pidfd beside a file descriptor is closed if the operation does not return it."""
+    fd, pidfd = fresh(2)
+    credentials = (*CREDENTIALS, struct.pack("iII", 1, 2, 3))
+    messages = [credentials, (*RIGHTS, ints(fd)), (*PIDFD, ints(pidfd))]
+    assert _ancillary.expect_fd((b"\0", messages, 0, None)) == fd
     assert is_open(fd)
     assert not is_open(pidfd)
     os.close(fd)
 
 
-@pytest.mark.parametrize(
-    "message", [(0, 1, b"x"), (socket.SOL_SOCKET, 99, b""), (*CREDENTIALS, b"short")]
-)
-def test_unknown_messages(message: Any) -> None:
-    """A control message of no known kind or form is an error that names it, not ignored."""
-    for due in (_ancillary.one_descriptor, _ancillary.only_credentials):
-        (fd,) = fresh(1)
-        with pytest.raises(UnexpectedControlMessageError) as caught:
-            due((b"\0", [(*RIGHTS, ints(fd)), message], 0, None))
-        assert f"level {message[0]}, type {message[1]}" in str(caught.value)
-        assert not is_open(fd)
+def test_expect_credentials_of_pid_0() -> None:
+    """Credentials of process id 0 mean that the sender attached none."""
+    none = struct.pack("iII", 0, 65534, 65534)
+    assert _ancillary.expect_credentials((b"\0", [(*CREDENTIALS, none)], 0, None)) is None
+    assert _ancillary.expect_credentials((b"\0", [], 0, None)) is None
 
 
-def test_no_credentials() -> None:
-    """Credentials of pid 0 mean that none were sent."""
-    nobody = struct.pack("iII", 0, 65534, 65534)
-    assert _ancillary.only_credentials((b"\0", [(*CREDENTIALS, nobody)], 0, None)) is None
-    assert _ancillary.only_credentials((b"\0", [], 0, None)) is None
+def test_unpack_credentials_twice() -> None:
+    """The first credentials of a message count; the second ones are malformed."""
+    first, second = (struct.pack("iII", pid, 2, 3) for pid in (1, 2))
+    received = unpack((*CREDENTIALS, first), (*CREDENTIALS, second))
+    assert received.credentials == Credentials(1, 2, 3)
+    assert received.unknown == (CREDENTIALS,)
 
 
-def test_credentials_twice() -> None:
-    """Two credentials in one message are an error."""
-    message = (*CREDENTIALS, struct.pack("iII", 1, 2, 3))
-    with pytest.raises(UnexpectedControlMessageError):
-        _ancillary.only_credentials((b"\0", [message, message], 0, None))
+def test_unpack_credentials_without_user() -> None:
+    """An unknown user id is -1, as everywhere."""
+    received = unpack((*CREDENTIALS, struct.pack("iII", 1, 0xFFFFFFFF, 3)))
+    assert received.credentials == Credentials(1, -1, 3)
 
 
-def test_long_data_is_shortened_in_the_message() -> None:
+@pytest.mark.parametrize("flags", [0, _kernel.MSG_CTRUNC])
+def test_refusal_has_credentials(flags: int) -> None:
+    """Each error has the credentials of the sender, if the message has them."""
+    credentials = (*CREDENTIALS, struct.pack("iII", 1, 2, 3))
+    for expect in (
+        _ancillary.expect_fd,
+        lambda message: _ancillary.expect_fds(message, 1),
+        lambda message: _ancillary.expect_message(message, 1),
+        _ancillary.expect_credentials,
+        _ancillary.expect_bytes,
+        _ancillary.expect_no_fds,
+    ):
+        for ancdata, expected in (([credentials], Credentials(1, 2, 3)), ([], None)):
+            fds = fresh(2)
+            with pytest.raises(
+                (UnexpectedControlMessageError, DescriptorsTruncatedError)
+            ) as caught:
+                expect((b"\0", [*ancdata, (*RIGHTS, ints(*fds))], flags, None))
+            error: Any = caught.value
+            assert error.credentials == expected
+            assert all_closed(fds)
+
+
+def test_expect_bytes_shortens_long_data() -> None:
     """An error quotes the beginning of long data and has all of it."""
     (fd,) = fresh(1)
     with pytest.raises(UnexpectedDescriptorsError, match=r"\.\.\. \(100 bytes\)") as caught:
-        _ancillary.only_bytes((b"x" * 100, [(*RIGHTS, ints(fd))], 0, None))
+        _ancillary.expect_bytes((b"x" * 100, [(*RIGHTS, ints(fd))], 0, None))
     assert caught.value.data == b"x" * 100
+    assert all_closed([fd])
 
 
 @given(
@@ -152,12 +221,10 @@ def test_long_data_is_shortened_in_the_message() -> None:
     ),
     data=st.binary(max_size=40),
     truncated=st.booleans(),
-    due=st.sampled_from(["one_descriptor", "only_credentials", "only_bytes"]),
+    expect=st.sampled_from(["expect_fd", "expect_credentials", "expect_bytes"]),
 )
-def test_anything_in_nothing_leaks(
-    messages: Any, data: bytes, *, truncated: bool, due: str
-) -> None:
-    """Whatever comes, all descriptors are closed but the one returned; only known errors arise."""
+def test_expect_leaks_nothing(messages: Any, data: bytes, *, truncated: bool, expect: str) -> None:
+    """Of any message, all file descriptors are closed except the one that is returned."""
     arrived: list[int] = []
     ancdata: list[tuple[int, int, bytes]] = []
     for kind, what, tail in messages:
@@ -172,12 +239,13 @@ def test_anything_in_nothing_leaks(
     flags = _kernel.MSG_CTRUNC if truncated else 0
     kept: set[int] = set()
     try:
-        result = getattr(_ancillary, due)((data, ancdata, flags, None))
-        if due == "one_descriptor":
+        result = getattr(_ancillary, expect)((data, ancdata, flags, None))
+        if expect == "expect_fd":
             kept = {result}
     except (UnexpectedControlMessageError, DescriptorsTruncatedError) as exc:
         assert exc.data == data
     finally:
+        assert _closing.wait_closed(30)
         still_open = {fd for fd in arrived if is_open(fd)}
         for fd in still_open:
             os.close(fd)
@@ -199,7 +267,7 @@ def test_close_on_exec_where_the_kernel_does_not_set_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(_ancillary, "_ARRIVE_CLOEXEC", False)
     (fd,) = fresh(1)
     os.set_inheritable(fd, True)
-    assert _ancillary.one_descriptor((b"\0", [(*RIGHTS, ints(fd))], 0, None)) == fd
+    assert _ancillary.expect_fd((b"\0", [(*RIGHTS, ints(fd))], 0, None)) == fd
     assert not os.get_inheritable(fd)
     os.close(fd)
 
@@ -214,9 +282,9 @@ def test_credentials_cannot_be_sent_everywhere(
     with pytest.raises(NotSupportedError, match="no control message for credentials"):
         _ancillary.pack_credentials(Credentials(1, 2, 3))
     (fd,) = fresh(1)
-    parsed = _ancillary.parse([(*RIGHTS, ints(fd))], 0)
-    assert parsed.fds == [fd]
-    parsed.close()
+    received = unpack((*RIGHTS, ints(fd)))
+    assert received.fds == [fd]
+    received.close()
 
 
 def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,15 +293,17 @@ def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
     message = PLATFORMS["freebsd"].message
     assert message is not None
-    monkeypatch.setattr(_ancillary, "_CREDENTIALS", attrs.evolve(message, kind=3))
+    message = attrs.evolve(message, kind=3)
+    monkeypatch.setattr(_ancillary, "_CREDENTIALS", message)
+    monkeypatch.setattr(_ancillary, "_KNOWN", _ancillary.known_messages(message))
     level, kind, payload = _ancillary.pack_credentials(Credentials(1, 2, 3))
     assert (level, kind, len(payload)) == (socket.SOL_SOCKET, 3, 84)
-    assert _ancillary.only_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
+    assert _ancillary.expect_credentials((b"\0", [(level, kind, payload)], 0, None)) == Credentials(
         1, 2, 3
     )
 
 
-def test_an_error_of_close_does_not_leave_the_rest_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expect_bytes_closes_all_if_a_close_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """When closing one refused descriptor fails, the others are closed, and the error is ours."""
     fds = fresh(3)
     real = os.close
@@ -245,17 +315,8 @@ def test_an_error_of_close_does_not_leave_the_rest_open(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "close", close)
     with pytest.raises(UnexpectedDescriptorsError):
-        _ancillary.only_bytes((b"x", [(*RIGHTS, ints(*fds))], 0, None))
-    assert not any(map(is_open, fds))
-
-
-def test_count_descriptors() -> None:
-    """The count is that of the descriptors, and 0 of what parsing would find fault with."""
-    good = (*RIGHTS, ints(5, 6))
-    assert _ancillary.count_descriptors((b"x", [good, (*PIDFD, ints(7))], 0, None)) == 2
-    assert _ancillary.count_descriptors((b"x", [(*RIGHTS, ints(5, -24))], 0, None)) == 0
-    assert _ancillary.count_descriptors((b"x", [good, (0, 1, b"")], 0, None)) == 0
-    assert _ancillary.count_descriptors((b"x", [good], _kernel.MSG_CTRUNC, None)) == 0
+        _ancillary.expect_bytes((b"x", [(*RIGHTS, ints(*fds))], 0, None))
+    assert all_closed(fds)
 
 
 def test_free_descriptors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +340,14 @@ def test_rights_round_trip(numbers: list[int]) -> None:
     assert (level, kind) == RIGHTS
     assert list(struct.unpack(f"{len(numbers)}i", payload)) == numbers
     # Parsed without closing: the numbers are nobody's here.
-    assert _ancillary.parse([(level, kind, payload)], 0).fds == numbers
+    assert unpack((level, kind, payload)).fds == numbers
 
 
 @given(pid=st.integers(1, 2**31 - 1), uid=IDS, gid=IDS)
 def test_credentials_round_trip(pid: int, uid: int, gid: int) -> None:
     """Any credentials come out of their message as they went in."""
     message = _ancillary.pack_credentials(Credentials(pid, uid, gid))
-    assert _ancillary.parse([message], 0).credentials == [Credentials(pid, uid, gid)]
+    assert unpack(message).credentials == Credentials(pid, uid, gid)
     assert UnixCredentialsMessage.deserialize(*message) == UnixCredentialsMessage(
         Credentials(pid, uid, gid)
     )

@@ -99,7 +99,7 @@ async def test_a_descriptor_where_credentials_were_due(*, credentials: bool) -> 
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"]], credentials=credentials)
         await peer.ask("send", kinds=[], credentials=True)
-        with pytest.raises(UnexpectedControlMessageError, match="1 descriptor") as caught:
+        with pytest.raises(UnexpectedControlMessageError, match="1 file descriptor") as caught:
             await peer.conn.receive_credentials()
         assert caught.value.data == b"\0"
         assert passcred(peer.conn) == 0

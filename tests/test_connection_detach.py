@@ -10,7 +10,17 @@ import trio
 import trio.testing
 from helpers import clogged_pair, pair
 
-from trio_unixconn import ConnectionClosedError, UnixConnection, connection_pair
+from trio_unixconn import (
+    ConnectionBrokenError,
+    ConnectionClosedError,
+    Credentials,
+    IOErrorEnum,
+    ReadAheadError,
+    UnixConnection,
+    _closing,
+    connection_pair,
+)
+from trio_unixconn.pool._delivery import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -60,21 +70,135 @@ async def test_detach_ends_what_waits(
         os.close(one.detach())
 
 
-async def test_detach_closes_what_was_read_ahead() -> None:
-    """Descriptors that were read ahead, and nobody has received, are closed."""
+async def read_ahead(conn: UnixConnection, peer: UnixConnection) -> None:
+    """Have a connection hold two messages with a file descriptor each, and one plain byte."""
+    await peer.send_fds([0, 0, 0], per_message=1)
+    await peer.send_all(b"x")
+    async for fd in conn.fds():
+        os.close(fd)
+        break
+    assert conn.has_read_ahead()
+
+
+HANDOVERS: dict[str, Callable[[UnixConnection, UnixConnection], Awaitable[object]]] = {
+    "send_fd(conn)": lambda conn, to: to.send_fd(conn),
+    "send_fd(conn.socket)": lambda conn, to: to.send_fd(conn.socket),
+    "send_fd(number)": lambda conn, to: to.send_fd(conn.socket.fileno()),
+    "send_fds": lambda conn, to: to.send_fds([0, conn.socket.fileno()]),
+    "send_fds(conn)": lambda conn, to: to.send_fds([0, conn]),
+    "send_message": lambda conn, to: to.send_message(b"y", fds=[conn]),
+    "take_over": lambda conn, _: take_over(conn),
+    "take_over(socket)": lambda conn, _: take_over(conn.socket),
+    "take_over(number)": lambda conn, _: take_over(conn.socket.fileno()),
+}
+
+
+@pytest.mark.parametrize("hand_over", HANDOVERS.values(), ids=HANDOVERS)
+async def test_handover_refuses_what_was_read_ahead(
+    hand_over: Callable[[UnixConnection, UnixConnection], Awaitable[object]],
+) -> None:
+    """A connection that holds messages is not sent or submitted, and loses none of them."""
     one, two = connection_pair()
-    reading, writing = os.pipe()
+    three, four = connection_pair()
+    async with one, two, three, four:
+        await read_ahead(one, two)
+        with pytest.raises(ReadAheadError, match=r"3 messages with 2 file descriptors") as caught:
+            await hand_over(one, three)
+        assert (caught.value.messages, caught.value.descriptors) == (3, 2)
+        assert caught.value.code is IOErrorEnum.BUSY
+        assert not one.is_closed()
+        with trio.move_on_after(0):
+            pytest.fail(f"got {await four.receive_some()!r}")
+        for _ in range(2):
+            os.close(await one.receive_fd())
+        assert await one.receive_some() == b"x"
+        assert not one.has_read_ahead()
+        # Nothing is held any more.
+        await three.send_fd(one)
+        os.close(await four.receive_fd())
+
+
+async def test_detach_refuses_what_was_read_ahead() -> None:
+    """A connection that holds messages is not detached; once they are received, it is."""
+    one, two = connection_pair()
     async with two:
-        for _ in range(3):
-            await two.send_fd(writing)
-        os.close(writing)
+        await read_ahead(one, two)
+        with pytest.raises(ReadAheadError, match=r"fds\(read_ahead=1\)"):
+            one.detach()
+        assert not one.is_closed()
+        for _ in range(2):
+            os.close(await one.receive_fd())
+        with pytest.raises(ReadAheadError, match="1 messages with 0 file descriptors"):
+            one.detach()
+        assert await one.receive_some() == b"x"
+        os.close(one.detach())
+
+
+async def test_detach_refuses_an_error_that_was_read_ahead() -> None:
+    """An error that the kernel reports only once is not lost by a hand-over either."""
+    one, two = connection_pair()
+    await one.send_all(b"never read")
+    await two.send_fds([0, 0], per_message=1)
+    await two.aclose()
+    assert _closing.wait_closed(30)
+    async with one:
         async for fd in one.fds():
             os.close(fd)
             break
+        os.close(await one.receive_fd())
+        with pytest.raises(ReadAheadError, match="an error"):
+            one.detach()
+        with pytest.raises(ConnectionBrokenError):
+            await one.receive_fd()
         os.close(one.detach())
-    # Nobody has the other end any more.
-    assert os.read(reading, 1) == b""
-    os.close(reading)
+
+
+@pytest.mark.parametrize("read", ["fds", "receive_fds"])
+async def test_detach_after_receiving_without_reading_ahead(read: str) -> None:
+    """fds(read_ahead=1) and receive_fds() leave the rest of the stream in the socket."""
+    one, two = connection_pair()
+    async with two:
+        await two.send_fds([0, 0], per_message=1)
+        await two.send_all(b"plain")
+        await two.send_fds([0, 0, 0])
+        await two.send_credentials()
+        if read == "fds":
+            async for fd in one.fds(read_ahead=1):
+                os.close(fd)
+                break
+            os.close(await one.receive_fd())
+        else:
+            with await one.receive_fds(8) as fds:
+                assert len(fds) == 2
+        assert not one.has_read_ahead()
+        async with UnixConnection.from_fd(one.detach()) as again:
+            assert await again.receive_some(5) == b"plain"
+            with await again.receive_fds(3) as fds:
+                assert len(fds) == 3
+            assert await again.receive_credentials() == Credentials()
+
+
+async def test_number_of_a_closed_connection_can_be_sent() -> None:
+    """A number is guarded only while the connection is open, even if its socket was closed."""
+    for close in (UnixConnection.aclose, close_socket):
+        one, two = connection_pair()
+        three, four = connection_pair()
+        async with two, three, four:
+            await read_ahead(one, two)
+            number = one.socket.fileno()
+            await close(one)
+            assert _closing.wait_closed(30)
+            os.dup2(0, number)
+            await three.send_fd(number)
+            os.close(number)
+
+
+async def close_socket(conn: UnixConnection) -> None:
+    """Close the socket without its connection, which then drops what it has read ahead."""
+    conn.socket.close()
+    with pytest.raises(ConnectionClosedError):
+        await conn.receive_fd()
+    assert not conn.has_read_ahead()
 
 
 async def test_detach_when_closed() -> None:

@@ -175,8 +175,8 @@ async def test_one_more_than_allowed(most: int) -> None:
         with some(most + 1) as fds:
             await one.send_message(b"hello", fds=fds, credentials=Credentials())
         await one.send_all(b"next")
-        due = f"at most {most} descriptors were due" if most else "no descriptors were due"
-        with pytest.raises(UnexpectedControlMessageError, match=due) as caught:
+        text = f"expected at most {most} file desc" if most else "expected no file desc"
+        with pytest.raises(UnexpectedControlMessageError, match=text) as caught:
             await two.receive_message(100, max_fds=most)
         assert caught.value.data == b"hello"
         assert (await two.receive_message(100, max_fds=most)).data == b"next"

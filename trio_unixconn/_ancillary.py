@@ -1,26 +1,22 @@
-"""Control messages to bytes and back, and what may have come with what.
+"""Control messages: packed for sendmsg, unpacked and checked after recvmsg. No I/O.
 
-The rule of this file: no I/O (the one thing it does to a descriptor is to close what nobody
-will get), and every descriptor that recvmsg returned is accounted for here: it is either the
-one that was due, and returned, or it is closed.
+Invariant: every file descriptor that recvmsg returned is either returned to the caller, or
+handed to _closing.
 
-Sources: unix(7), cmsg(3), recvmsg(2).
+Sources: unix(7), cmsg(3), recvmsg(2)
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
 import struct
 import sys
-import threading
 from array import array
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-import attrs
-
 from . import _kernel
+from ._closing import close_fds
 from ._credentials import Credentials, credentials_from_ucred
 from ._fds import none_negative
 from ._owner import DescriptorOwner
@@ -33,13 +29,17 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from ._ucred import MessageKind
+
+logger: Final = logging.getLogger("trio_unixconn")
 
 # What socket.recvmsg returns, but for the address, which a connected socket has no use for.
 ControlMessage: TypeAlias = "tuple[int, int, bytes]"
 # "own" are those of this process at the moment of sending.
 SentCredentials: TypeAlias = "Credentials | Literal['own']"
-Received: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
+RawMessage: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
 
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
 _SCM_RIGHTS: Final = _kernel.SCM_RIGHTS
@@ -56,12 +56,6 @@ CREDENTIALS: Final = (
     else None
 )
 _HAS_SENDMSG: Final = _kernel.HAS_SENDMSG
-# What comes because this side has asked for it, and not because the peer sent it.
-_ASKED_FOR: Final = {
-    _kernel.SCM_PIDFD,
-    _kernel.SCM_SECURITY,
-    None if _CREDENTIALS is None else _CREDENTIALS.kind,
-}
 # Linux's own layout has a short way: all others take the long one.
 _LINUX: Final = PLATFORMS["linux"].message
 _OWN: Final = (
@@ -70,9 +64,9 @@ _OWN: Final = (
     else None
 )
 _ucred: Final = struct.Struct("iII")
-_MOMENT: Final = 0.01
-_NO_LINGER: Final = struct.pack("ii", 0, 0)
 _int: Final = struct.Struct("i")
+# How many bytes of a message an error quotes.
+_QUOTED: Final = 16
 
 
 def pack(fds: Sequence[int], credentials: SentCredentials | None) -> list[ControlMessage]:
@@ -134,151 +128,161 @@ def pack_own_credentials() -> ControlMessage:
     return _SOL_SOCKET, _OWN, _ucred.pack(os.getpid(), os.geteuid(), os.getegid())
 
 
-@attrs.frozen
-class Parsed(DescriptorOwner):
-    """The control messages of one recvmsg.
+################################################################
+# Unpacking
+################################################################
+
+_FDS: Final = 0
+_PIDFDS: Final = 1
+_SENDER: Final = 2
+_IGNORED: Final = 3
+
+
+def known_messages(credentials: MessageKind | None) -> dict[tuple[int, int], int]:
+    """Return the table of control messages: (level, type), and what this module does with it.
+
+    A peer can only send file descriptors and credentials. The kernel adds the others because
+    this side, or another process that shares the socket, set an option. They are not the
+    peer's fault, so they never make a message unexpected.
+    """
+    kinds: dict[int | None, int] = {
+        _kernel.SCM_SECURITY: _IGNORED,
+        _kernel.SCM_INQ: _IGNORED,
+        **dict.fromkeys(_kernel.SCM_TIMESTAMPS, _IGNORED),
+        _kernel.SCM_PIDFD: _PIDFDS,
+        _SCM_RIGHTS: _FDS,
+        None if credentials is None else credentials.kind: _SENDER,
+    }
+    return {(_SOL_SOCKET, kind): use for kind, use in kinds.items() if kind is not None}
+
+
+_KNOWN: Final = known_messages(_CREDENTIALS)
+# Unknown kinds that the log has mentioned.
+_logged: Final[set[tuple[int, int]]] = set()
+
+
+class Received(DescriptorOwner):
+    """One message that was received. It owns its file descriptors.
 
     Attributes:
-      fds: the descriptors of all SCM_RIGHTS messages, in order; this value owns them.
-      pidfds: those of SCM_PIDFD, likewise owned.
-      credentials: the valid credentials, one for each such message.
-      others: (level, type) of messages of no known kind, malformed ones among them.
+      data: the bytes.
+      fds: the file descriptors of all SCM_RIGHTS messages, in order.
+      pidfds: the pidfds of the sender; the kernel adds at most one (SO_PASSPIDFD).
+      credentials: the sender's; None if there are none. Linux shows process id 0 if the sender
+        attached none, and GLib reads it in the same way.
       truncated: whether the kernel dropped something (MSG_CTRUNC), or put an error number in
-        the place of a descriptor.
+        the place of a file descriptor.
+      unknown: (level, type) of each control message that is not known or is malformed.
     """
 
-    fds: list[int]
-    pidfds: list[int]
-    credentials: list[Credentials]
-    others: list[tuple[int, int]]
-    truncated: bool
+    __slots__ = ("credentials", "data", "fds", "pidfds", "truncated", "unknown")
 
-    def close(self, *, but: int = -1) -> None:
-        """Close every descriptor, except ``but``."""
-        _close_each(self.pidfds)
-        close_all(fd for fd in self.fds if fd != but)
+    def __init__(self, data: bytes) -> None:
+        self.data: bytes = data
+        self.fds: list[int] = []
+        self.pidfds: list[int] = []
+        self.credentials: Credentials | None = None
+        self.truncated: bool = False
+        self.unknown: tuple[tuple[int, int], ...] = ()
+
+    def close(self) -> None:
+        """Close all file descriptors; closing twice is allowed."""
+        fds, self.fds = self.fds, []
+        if fds:
+            close_fds(fds)
+        self.close_pidfds()
+
+    def close_pidfds(self) -> None:
+        """Close the pidfds. The kernel made them, so their close(2) cannot block."""
+        while self.pidfds:
+            os.close(self.pidfds.pop())
 
     def __str__(self) -> str:
-        """Say what came, for an error message."""
+        """Return the bytes and what came with them, for an error message."""
+        data = self.data
+        text = repr(data) if len(data) <= _QUOTED else f"{data[:_QUOTED]!r}... ({len(data)} bytes)"
         parts: list[str] = []
         if self.fds:
-            parts.append("1 descriptor" if len(self.fds) == 1 else f"{len(self.fds)} descriptors")
-        if self.credentials:
+            plural = "" if len(self.fds) == 1 else "s"
+            parts.append(f"{len(self.fds)} file descriptor{plural} (closed)")
+        if self.credentials is not None:
             parts.append("credentials")
-        parts += [f"a control message of level {level}, type {kind}" for level, kind in self.others]
-        return " and ".join(parts) or "no control message"
+        return f"{text} with {' and '.join(parts)}" if parts else text
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that arrived and that nobody will get.
-
-    The peer chose what is behind them, and closing can wait: for the rest of a TCP connection
-    to be sent (SO_LINGER, which is switched off for them), or for a file server (FUSE, NFS).
-    So a thread closes what is no socket, and who called waits for it no longer than a moment;
-    mostly it is done by then.
-    """
-    files = [fd for fd in fds if not _close_socket(fd)]
-    if files:
-        thread = threading.Thread(target=_close_each, args=(files,), daemon=True)
-        thread.start()
-        thread.join(_MOMENT)
-
-
-def _close_socket(fd: int) -> bool:
-    """Close ``fd`` without lingering, if it is a socket; whether it was."""
-    try:
-        # Told a family and a type, it does not look what the descriptor is.
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
-    except OSError:
-        return False
-    with suppress(OSError):
-        sock.setsockopt(_SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-    with suppress(OSError):
-        sock.close()
-    return True
-
-
-def _close_each(fds: list[int]) -> None:
-    for fd in fds:
-        # An error is about bytes that somebody wrote there before; the descriptor is closed
-        # all the same (close(2)), and the rest must be, too.
-        with suppress(OSError):
-            os.close(fd)
-
-
-def parse(ancdata: list[ControlMessage], flags: int) -> Parsed:
+def unpack(message: RawMessage) -> Received:
     """Sort out what recvmsg returned.
 
-    A slot with a negative number is an error of the kernel in a descriptor's place and
-    counts as truncation; trailing bytes too few for a descriptor are none. Credentials of
-    pid 0 say that the peer sent none (GLib reads them the same way).
+    A control message that is not in the table is ignored, and logged once for each kind. If a
+    later kernel puts a file descriptor into such a message, it cannot be recognized here, and
+    stays open.
     """
-    fds: list[int] = []
-    pidfds: list[int] = []
-    found: list[Credentials] = []
-    others: list[tuple[int, int]] = []
-    truncated = bool(flags & _MSG_CTRUNC)
+    data, ancdata, flags, _ = message
+    received = Received(data)
+    if flags & _MSG_CTRUNC:
+        received.truncated = True
     for level, kind, payload in ancdata:
-        if level == _SOL_SOCKET and kind in (_SCM_RIGHTS, _kernel.SCM_PIDFD):
-            slots = _slots(payload)
-            good = slots if none_negative(payload) else [slot for slot in slots if slot >= 0]
-            truncated = truncated or (kind == _SCM_RIGHTS and len(good) < len(slots))
-            (fds if kind == _SCM_RIGHTS else pidfds).extend(good)
-        elif level == _SOL_SOCKET and _CREDENTIALS and kind == _CREDENTIALS.kind:
-            try:
-                came = Credentials(*LAYOUTS[_CREDENTIALS.layout].unpack(payload))
-            except ValueError:
-                others.append((level, kind))
-            else:
-                if came.pid:
-                    found.append(came)
-        elif (level, kind) != (_SOL_SOCKET, _kernel.SCM_SECURITY):
-            # A security label comes because this side asked for it (SO_PASSSEC), like a
-            # pidfd (SO_PASSPIDFD): nothing that the peer did.
-            others.append((level, kind))
+        use = _KNOWN.get((level, kind))
+        if use == _FDS:
+            received.fds += _slots(payload)
+            if not none_negative(payload):
+                # The kernel could not install a descriptor, and says why in its place.
+                received.truncated = True
+                received.fds = [fd for fd in received.fds if fd >= 0]
+        elif use == _PIDFDS:
+            received.pidfds += [slot for slot in _slots(payload) if slot >= 0]
+        elif use == _SENDER:
+            _unpack_credentials(received, (level, kind), payload)
+        elif use is None:
+            _note_unknown(received, (level, kind))
     if not _ARRIVE_CLOEXEC:
-        # A window in which another thread's fork and exec inherits them is left, which only
-        # the kernel could close.
-        for fd in (*fds, *pidfds):
+        # Another thread can fork and exec before this. Only the kernel could prevent that.
+        for fd in (*received.fds, *received.pidfds):
             os.set_inheritable(fd, False)
-    return Parsed(fds, pidfds, found, others, truncated)
+    return received
+
+
+def _unpack_credentials(received: Received, kind: tuple[int, int], payload: bytes) -> None:
+    assert _CREDENTIALS is not None  # noqa: S101 - the table says so
+    if kind[1] == _OWN and len(payload) == _ucred.size and received.credentials is None:
+        # The same bytes as in the peer's last message, mostly.
+        received.credentials = credentials_from_ucred(payload)
+        if received.credentials is not None:
+            return
+    try:
+        found = Credentials(*LAYOUTS[_CREDENTIALS.layout].unpack(payload))
+    except ValueError:
+        _note_unknown(received, kind)
+        return
+    if found.pid and received.credentials is not None:
+        _note_unknown(received, kind)
+    elif found.pid:
+        received.credentials = found
+
+
+def _note_unknown(received: Received, kind: tuple[int, int]) -> None:
+    received.unknown += (kind,)
+    if kind not in _logged:
+        _logged.add(kind)
+        logger.warning(
+            "ignoring control messages of level %d, type %d: unknown or malformed", *kind
+        )
 
 
 def _slots(payload: bytes) -> list[int]:
-    """Return the numbers in a message of descriptors; trailing bytes too few for one are none."""
-    slots = array("i")
-    slots.frombytes(payload[: len(payload) & ~3])
-    return slots.tolist()
+    """Return the ints of a control message, without trailing bytes that are too few for one."""
+    if len(payload) == _int.size:
+        return [*_int.unpack(payload)]
+    return array("i", payload[: len(payload) & ~3]).tolist()
 
 
-def one_descriptor(received: Received) -> int:
-    """Return the descriptor of a message that must carry exactly one.
+def lone_fd(message: RawMessage) -> int:
+    """Return the file descriptor of a message that has nothing else, but for credentials.
 
-    Credentials beside it are let pass: the kernel adds them to every message once this side
-    has asked for them (SO_PASSCRED), whatever the peer did.
-
-    Raises:
-      UnexpectedControlMessageError: anything else came; all of it is closed.
-      DescriptorsTruncatedError: the kernel dropped descriptors.
+    This is the fast path, which builds nothing. It returns -1 for every other message;
+    :func:`unpack` may still find it good.
     """
-    fd = lone_descriptor(received)
-    if fd >= 0:
-        return fd
-    data, ancdata, flags, _ = received
-    parsed = parse(ancdata, flags)
-    if len(parsed.fds) == 1 and not parsed.truncated and not parsed.others:
-        parsed.close(but=parsed.fds[0])
-        return parsed.fds[0]
-    raise _refusal("one descriptor was due", data, parsed)
-
-
-def lone_descriptor(received: Received) -> int:
-    """Return the descriptor of a message that is just one, alone or behind credentials.
-
-    This is the common case, without building anything. -1 for every other message, which
-    :func:`one_descriptor` looks at in full; it may still be fine.
-    """
-    _, ancdata, flags, _ = received
+    _, ancdata, flags, _ = message
     if len(ancdata) == 1:
         level, kind, payload = ancdata[0]
     elif len(ancdata) == 2 and ancdata[0][1] == _OWN and ancdata[0][0] == _SOL_SOCKET:
@@ -298,149 +302,156 @@ def lone_descriptor(received: Received) -> int:
     return -1
 
 
-def only_rights(received: Received, most: int) -> list[int] | None:
-    """Return the descriptors of a message that has up to ``most``, or none, and nothing else.
+def only_fds(message: RawMessage) -> list[int] | None:
+    """Return the file descriptors of a message that has nothing else, even if it has none.
 
-    This is the common case, without building anything. None for every other message, which
-    :func:`parse` looks at in full; it may still be fine.
+    As :func:`lone_fd`, for receive_message(), which took 6 % longer by way of unpack().
     """
-    _, ancdata, flags, _ = received
+    _, ancdata, flags, _ = message
     if len(ancdata) > 1 or flags & _MSG_CTRUNC or not _ARRIVE_CLOEXEC:
         return None
     if not ancdata:
         return []
     level, kind, payload = ancdata[0]
-    if (
-        kind == _SCM_RIGHTS
-        and level == _SOL_SOCKET
-        and len(payload) <= 4 * most
-        and none_negative(payload)
-    ):
+    if kind == _SCM_RIGHTS and level == _SOL_SOCKET and none_negative(payload):
         return _slots(payload)
     return None
 
 
-def count_descriptors(received: Received) -> int:
-    """Return how many descriptors came with a message; 0 if :func:`parse` would find fault."""
-    _, ancdata, flags, _ = received
-    count = 0
-    for level, kind, payload in ancdata:
-        if (level, kind) == RIGHTS:
-            if not none_negative(payload):
-                return 0
-            count += len(payload) // 4
-        elif level != _SOL_SOCKET or kind not in _ASKED_FOR:
-            return 0
-    return 0 if flags & _MSG_CTRUNC else count
+################################################################
+# What an operation expects. Each closes all file descriptors if it raises.
+################################################################
 
 
-def only_credentials(received: Received) -> Credentials | None:
-    """Return the credentials of a message that must carry nothing else, None without any.
+def expect_fd(message: RawMessage) -> int:
+    """Return the file descriptor of a message that must have exactly one.
 
     Raises:
-      UnexpectedControlMessageError: anything else came; all of it is closed.
-      DescriptorsTruncatedError: the kernel dropped descriptors.
+      UnexpectedControlMessageError: none, or several.
+      DescriptorsTruncatedError: the kernel dropped some.
     """
-    data, ancdata, flags, _ = received
-    # The common case without building anything but what is returned.
-    if len(ancdata) == 1:
+    fd = lone_fd(message)
+    if fd >= 0:
+        return fd
+    received = unpack(message)
+    if len(received.fds) != 1 or received.truncated:
+        raise _unexpected("one file descriptor", received)
+    received.close_pidfds()
+    return received.fds[0]
+
+
+def expect_fds(message: RawMessage, max_fds: int) -> list[int]:
+    """Return the file descriptors of a message that must have between 1 and ``max_fds``.
+
+    Raises:
+      UnexpectedControlMessageError: none, or more.
+      DescriptorsTruncatedError: the kernel dropped some.
+    """
+    fds = only_fds(message)
+    if fds and len(fds) <= max_fds:
+        return fds
+    received = unpack(message)
+    if received.truncated or not 1 <= len(received.fds) <= max_fds:
+        raise _unexpected(
+            "one file descriptor" if max_fds == 1 else f"between 1 and {max_fds} file descriptors",
+            received,
+        )
+    received.close_pidfds()
+    return received.fds
+
+
+def expect_message(message: RawMessage, max_fds: int) -> Received:
+    """Return a message that may have up to ``max_fds`` file descriptors.
+
+    Raises:
+      UnexpectedControlMessageError: more.
+      DescriptorsTruncatedError: the kernel dropped some.
+    """
+    received = unpack(message)
+    if received.truncated or len(received.fds) > max_fds:
+        raise _unexpected(
+            f"at most {max_fds} file descriptors" if max_fds else "no file descriptors", received
+        )
+    return received
+
+
+def expect_credentials(message: RawMessage) -> Credentials | None:
+    """Return the credentials of a message that must have no file descriptors, None without any.
+
+    Raises:
+      UnexpectedControlMessageError: it has file descriptors.
+      DescriptorsTruncatedError: it had, and the kernel dropped some.
+    """
+    _, ancdata, flags, _ = message
+    if len(ancdata) == 1 and not flags & _MSG_CTRUNC:
         level, kind, payload = ancdata[0]
-        if kind == _OWN and level == _SOL_SOCKET and len(payload) == 12 and not flags & _MSG_CTRUNC:
+        if kind == _OWN and level == _SOL_SOCKET and len(payload) == _ucred.size:
             known = credentials_from_ucred(payload)
             if known is not None:
                 return known
-    parsed = parse(ancdata, flags)
-    if parsed.fds or parsed.others or parsed.truncated or len(parsed.credentials) > 1:
-        raise _refusal("credentials were due", data, parsed)
-    parsed.close()
-    return parsed.credentials[0] if parsed.credentials else None
+    received = unpack(message)
+    if received.fds or received.truncated:
+        raise _unexpected("credentials", received)
+    received.close_pidfds()
+    return received.credentials
 
 
-def up_to_descriptors(received: Received, most: int) -> list[int]:
-    """Return the descriptors of a message that must carry between 1 and ``most``.
-
-    Raises:
-      UnexpectedControlMessageError: none, more, or anything else; all of it is closed.
-      DescriptorsTruncatedError: the kernel dropped descriptors.
-    """
-    fds = only_rights(received, most)
-    if fds:
-        return fds
-    data, ancdata, flags, _ = received
-    parsed = parse(ancdata, flags)
-    if parsed.truncated or parsed.others or not 1 <= len(parsed.fds) <= most:
-        raise _refusal(f"between 1 and {most} descriptors were due", data, parsed)
-    _close_each(parsed.pidfds)
-    return parsed.fds
-
-
-def whole_message(received: Received, most: int) -> Parsed:
-    """Return what came with a message that may carry up to ``most`` descriptors.
-
-    The caller owns what is in it.
+def expect_bytes(message: RawMessage) -> bytes:
+    """Return the bytes of a message that must have no file descriptors.
 
     Raises:
-      UnexpectedControlMessageError: more descriptors; all are closed.
-      DescriptorsTruncatedError: the kernel dropped descriptors.
+      UnexpectedDescriptorsError: it has some, or had.
     """
-    data, ancdata, flags, _ = received
-    parsed = parse(ancdata, flags)
-    if parsed.truncated or len(parsed.fds) > most:
-        due = "no descriptors were" if not most else f"at most {most} descriptors were"
-        raise _refusal(f"{due} due", data, parsed)
-    return parsed
-
-
-def only_bytes(received: Received) -> bytes:
-    """Return the bytes of a message that must carry no descriptor.
-
-    Raises:
-      UnexpectedDescriptorsError: descriptors came, or would have had there been room; those
-        that came are closed.
-    """
-    data, ancdata, flags, _ = received
-    parsed = parse(ancdata, flags)
-    parsed.close()
-    if parsed.fds or parsed.truncated:
-        what = str(parsed) if parsed.fds else "descriptors, for which there was no free slot,"
-        raise UnexpectedDescriptorsError(
-            f"plain bytes were due, but {what} came with {_some(data)}; they are closed, the bytes "
-            "are in .data; call receive_fd() at the place where the peer sends descriptors",
-            data,
+    received = unpack(message)
+    if received.fds or received.truncated:
+        raise _unexpected_descriptors(
+            "expected bytes",
+            received,
+            "receive file descriptors with receive_fd(), receive_fds() or receive_message()",
         )
-    return data
+    received.close_pidfds()
+    return received.data
 
 
-def check_no_descriptors(received: Received) -> None:
-    """Raise if a message that may carry anything but descriptors carries some.
+def expect_no_fds(message: RawMessage) -> None:
+    """Raise if a message has file descriptors; leave everything else to the caller.
 
     Raises:
-      UnexpectedDescriptorsError: descriptors came; they are closed.
+      UnexpectedDescriptorsError: it has some, or had.
     """
-    data, ancdata, flags, _ = received
-    if not flags & _MSG_CTRUNC and all(each[:2] != RIGHTS for each in ancdata):
-        return
-    parse(ancdata, flags).close()
-    raise UnexpectedDescriptorsError(
-        f"this connection takes no descriptors (receive_descriptors=False), but some came with "
-        f"{_some(data)}; they are closed, the bytes are in .data",
-        data,
-    )
+    _, ancdata, flags, _ = message
+    if flags & _MSG_CTRUNC or any(each[:2] == RIGHTS for each in ancdata):
+        raise _unexpected_descriptors(
+            "this connection does not accept file descriptors (receive_descriptors=False)",
+            unpack(message),
+            "pass receive_descriptors=True to accept them",
+        )
 
 
-def _refusal(
-    due: str, data: bytes, parsed: Parsed
+def _unexpected(
+    expected: str, received: Received
 ) -> UnexpectedControlMessageError | DescriptorsTruncatedError:
-    parsed.close()
-    if parsed.truncated:
-        return DescriptorsTruncatedError(data, len(parsed.fds))
-    closed = " (closed)" if parsed.fds else ""
+    text, arrived = str(received), len(received.fds)
+    received.close()
+    if received.truncated:
+        return DescriptorsTruncatedError(received.data, arrived, received.credentials)
     return UnexpectedControlMessageError(
-        f"{due}, but {_some(data)} came with {parsed}{closed}; the bytes are in .data and the "
-        "stream goes on behind them; agree with the peer on what is sent when",
-        data,
+        f"expected {expected}, got {text}; the bytes are in .data and the connection is still "
+        "usable",
+        received.data,
+        received.credentials,
     )
 
 
-def _some(data: bytes) -> str:
-    return f"{data[:16]!r}" if len(data) <= 16 else f"{data[:16]!r}... ({len(data)} bytes)"
+def _unexpected_descriptors(
+    expected: str, received: Received, remedy: str
+) -> UnexpectedDescriptorsError:
+    text = str(received)
+    if not received.fds:
+        text += " with file descriptors that were lost (RLIMIT_NOFILE)"
+    received.close()
+    return UnexpectedDescriptorsError(
+        f"{expected}, got {text}; the bytes are in .data; {remedy}",
+        received.data,
+        received.credentials,
+    )

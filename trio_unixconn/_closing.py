@@ -29,6 +29,8 @@ import os
 import sys
 import threading
 import time
+import warnings
+import weakref
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -216,6 +218,27 @@ def close_socket(sock: socket.socket, then: Callable[[], object] | None = None) 
             sock.close()
     if then is not None:
         then()
+
+
+# A weak reference calls back only while it is alive itself.
+_sockets: Final[dict[weakref.ref[object], socket.socket]] = {}
+
+
+def close_dropped(owner: object, sock: socket.socket) -> None:
+    """Have a socket closed without blocking if ``owner`` is collected while it is open.
+
+    Otherwise the finalizer of the socket closes it, in the event loop.
+    """
+    _sockets[weakref.ref(owner, _on_dropped)] = sock
+
+
+def _on_dropped(reference: weakref.ref[object]) -> None:
+    sock = _sockets.pop(reference)
+    if sock.fileno() != -1 and has_unread(sock):
+        # The finalizer says the same of those that are left to it.
+        text = f"unclosed {sock!r}"
+        close_fds([sock.detach()])
+        warnings.warn(text, ResourceWarning, stacklevel=2)
 
 
 def has_unread(sock: socket.socket) -> bool:

@@ -36,7 +36,7 @@ from ._identity import get_peer_groups, get_peer_security_context, identify, ope
 from ._memfd import Seals
 from ._messages import Message
 from ._owner import DescriptorOwner
-from ._receiver import Receiver, RefusingReceiver
+from ._receiver import Receiver, RefusingReceiver, with_data
 from ._sender import NUL, Sender
 from ._sockopts import adopt_fd, check_connected, raw_socket
 from .errors import EndOfStreamError
@@ -44,7 +44,7 @@ from .errors import EndOfStreamError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from ._ancillary import Received
+    from ._ancillary import RawMessage
     from ._buffers import Buffer
     from ._cancellable import Cancellable
     from ._identity import PeerIdentity
@@ -60,7 +60,7 @@ _NO_FDS: Final = ()
 
 
 class DescriptorStream(DescriptorOwner):
-    """What :meth:`UnixConnection.fds` returns: an async iterator over descriptors."""
+    """An async iterator over file descriptors; see :meth:`UnixConnection.fds`."""
 
     __slots__ = ("_read_ahead", "_receiver")
 
@@ -77,7 +77,7 @@ class DescriptorStream(DescriptorOwner):
         ahead = receiver.ahead
         if ahead and not receiver.busy:
             first = ahead[0]
-            # What was read ahead of an error, or is no lone descriptor, receive() looks at.
+            # receive() looks at errors, and at messages that are not a lone file descriptor.
             if isinstance(first, tuple) and first[0] >= 0:
                 ahead.popleft()
                 return first[0]
@@ -88,7 +88,7 @@ class DescriptorStream(DescriptorOwner):
             raise StopAsyncIteration
         if not is_ahead:
             receiver.read_ahead(self._read_ahead - 1)
-        return _ancillary.one_descriptor(received)
+        return _ancillary.expect_fd(received)
 
 
 class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
@@ -153,6 +153,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         self._receiver = (Receiver if receive_descriptors else RefusingReceiver)(socket, raw)
         self._local_address = local_address
         self._remote_address = remote_address
+        # A caller may keep the socket, and drop the connection.
+        _closing.close_dropped(socket, raw)
 
     @classmethod
     def from_stdlib_socket(
@@ -252,8 +254,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """
         received = await self._receiver.receive(1, cancellable)
         if not received[0]:
-            raise end_of_stream_error("a descriptor", received)
-        return _ancillary.one_descriptor(received)
+            raise end_of_stream_error("a file descriptor", received)
+        return _ancillary.expect_fd(received)
 
     @enable_ki_protection
     async def send_fds(
@@ -321,10 +323,10 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         most = check_at_least(max_fds, 1, "max_fds")
         received = await self._receiver.receive(1, cancellable)
         if not received[0]:
-            raise end_of_stream_error("descriptors", received)
-        fds = _ancillary.up_to_descriptors(received, most)
-        for more in self._receiver.ahead_that_fits(most - len(fds)):
-            fds += _ancillary.up_to_descriptors(more, most)
+            raise end_of_stream_error("file descriptors", received)
+        fds = _ancillary.expect_fds(received, most)
+        if len(fds) < most:
+            fds += self._receiver.take_arrived(most - len(fds))
         return UnixFDList.owning(fds)
 
     def fds(self, *, read_ahead: int = DEFAULT_READ_AHEAD) -> DescriptorStream:
@@ -533,8 +535,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             can_tell_credentials()
         received = await self._receiver.receive(1, cancellable, passcred=True)
         if not received[0]:
-            raise end_of_stream_error("a byte with credentials", received)
-        credentials = _ancillary.only_credentials(received)
+            raise end_of_stream_error("credentials", received)
+        credentials = _ancillary.expect_credentials(received)
         return self.get_peer_credentials() if credentials is None else credentials
 
     @enable_ki_protection
@@ -652,15 +654,15 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         received = await self._receiver.receive(
             size, cancellable, passcred=credentials, passpidfd=pidfd
         )
-        fds = _ancillary.only_rights(received, most)
-        if fds is not None:
+        fds = _ancillary.only_fds(received)
+        if fds is not None and len(fds) <= most:
             return Message(received[0], UnixFDList.owning(fds), None, UnixFDList.owning([]))
-        parsed = _ancillary.whole_message(received, most)
+        message = _ancillary.expect_message(received, most)
         return Message(
-            received[0],
-            UnixFDList.owning(parsed.fds),
-            parsed.credentials[0] if parsed.credentials else None,
-            UnixFDList.owning(parsed.pidfds),
+            message.data,
+            UnixFDList.owning(message.fds),
+            message.credentials,
+            UnixFDList.owning(message.pidfds),
         )
 
     ################################################################
@@ -703,37 +705,87 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             raise ValueError("max_bytes must be >= 1")
         received = await self._receiver.receive(size, None)
         if received[1] or received[2] & _kernel.MSG_CTRUNC:
-            return _ancillary.only_bytes(received)
+            return _ancillary.expect_bytes(received)
         return received[0]
 
-    async def aclose(self) -> None:
-        """Close the connection, at once and also when cancelled; closing twice is allowed.
+    @enable_ki_protection
+    async def receive_into(
+        self,
+        buffer: bytearray | memoryview,
+        *,
+        cancellable: Cancellable | None = None,
+    ) -> int:
+        """Receive bytes into ``buffer``, without a copy; 0 at the end of the stream.
 
-        A task that waits in this connection gets :class:`ConnectionClosedError`.
+        As ``socket.recv_into``, except that file descriptors are not dropped silently.
+
+        Args:
+          buffer: a writable contiguous buffer of at least one byte, for example an ``array``
+            or an ``mmap``. It cannot be resized until this returns.
+          cancellable: ends the wait when it is cancelled.
+
+        Returns:
+          How many bytes were received, at the beginning of ``buffer``.
+
+        Raises:
+          UnexpectedDescriptorsError: file descriptors arrived with the bytes. They are closed,
+            and the bytes are in ``.data`` as well as in ``buffer``.
+          TypeError: ``buffer`` is not a writable contiguous buffer.
+          ValueError: ``buffer`` is empty.
+        """
+        with bytes_of(buffer) as view:
+            if not view:
+                raise ValueError("buffer must have at least 1 byte, got 0")
+            if view.readonly:
+                raise TypeError(f"buffer must be writable, got {type(buffer).__name__}")
+            received = await self._receiver.receive(len(view), cancellable, into=view)
+            if received[1] or received[2] & _kernel.MSG_CTRUNC:
+                _ancillary.expect_bytes(with_data(received, view))
+            count: Any = received[0]
+            return int(count)
+
+    async def aclose(self) -> None:
+        """Close the connection, at once and even if cancelled; closing twice is allowed.
+
+        A task that waits on this connection gets :class:`ConnectionClosedError`. Messages that
+        no task has received are dropped. The peer chose the file descriptors in them, and
+        closing these may block, so a thread of this library closes them. This never waits.
         """
         self._close_now()
         await checkpoint()
 
     def _close_now(self) -> None:
         self._receiver.release()
-        self.socket.close()
+        if not self.is_closed():
+            notify_closing(self._receiver.raw)
+            _closing.close_socket(self._receiver.raw)
 
     def detach(self) -> int:
-        """Take the descriptor out of this connection, which is closed by that.
+        """Take the file descriptor out of this connection, which is closed by that.
 
-        A task that waits in this connection gets :class:`ConnectionClosedError`. Descriptors
-        that ``fds()`` had read ahead are closed.
+        A task that waits on this connection gets :class:`ConnectionClosedError`.
 
         Returns:
-          The descriptor of the socket, which is still connected; the caller owns it.
+          The file descriptor of the socket, which is still connected; the caller owns it.
 
         Raises:
-          ConnectionClosedError: this side has closed the connection.
+          ReadAheadError: messages were read ahead, see :meth:`fds`. Nothing was detached.
+          ConnectionClosedError: this connection is closed.
         """
-        self._receiver.check_open()
+        self._receiver.check_handover()
         self._receiver.release()
         notify_closing(self._receiver.raw)
         return self._receiver.raw.detach()
+
+    def has_read_ahead(self) -> bool:
+        """Whether this connection holds messages that its socket does not have any more.
+
+        :meth:`fds` read them ahead. The next receives return them. Until then :meth:`detach`,
+        ``pool.submit(conn)``, ``send_fd(conn)`` and ``send_fd(conn.socket)`` raise
+        :class:`ReadAheadError`. Other code that uses :attr:`socket` does not see them, so
+        check this first.
+        """
+        return bool(self._receiver.ahead)
 
     @overload
     def setsockopt(self, level: int, option: int, value: int | Buffer) -> None: ...
@@ -933,27 +985,27 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
         return _memfd.create(view)
 
 
-def end_of_stream_error(due: str, received: Received) -> EndOfStreamError:
-    """Return the error for a stream that ended where something was due."""
+def end_of_stream_error(expected: str, received: RawMessage) -> EndOfStreamError:
+    """Return the error for a stream that ended where ``expected`` should have been."""
     close_trailing_fds(received)
-    return EndOfStreamError(f"{due} was due, but the peer has ended the stream")
+    return EndOfStreamError(f"end of stream while waiting for {expected}")
 
 
-def close_trailing_fds(received: Received) -> None:
-    """Close what came with the end of the stream.
+def close_trailing_fds(received: RawMessage) -> None:
+    """Close what arrived with the end of the stream.
 
-    With SO_PASSCRED on, a control message comes even then, and with SO_PASSPIDFD a pidfd.
+    With SO_PASSCRED on, a control message arrives even then, and with SO_PASSPIDFD a pidfd.
     """
-    _ancillary.parse(received[1], received[2]).close()
+    _ancillary.unpack(received).close()
 
 
 def check_at_least(value: int, least: int, name: str) -> int:
-    """Return ``value`` if it is at least ``least``.
+    """Return ``value`` as an int if it is at least ``least``.
 
     Raises:
-      TypeError, ValueError: it is not, and is called ``name``.
+      TypeError, ValueError: it is not; the error calls it ``name``.
     """
     number = operator.index(value)
     if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
+        raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

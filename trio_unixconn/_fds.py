@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import trio
 
 from . import _closing
+from ._guards import check_handover, guards
 from .errors import SendError
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def fileno(fd: FileDescriptor) -> int:
       TypeError: neither an int nor an object that has a file descriptor; bool is rejected.
       ValueError: a number that no file descriptor can have. The number of a closed socket is -1;
         ``fileno()`` of a closed file raises this, too.
+      ReadAheadError: the socket of a connection that has read messages ahead.
     """
-    if type(fd) is int and 0 <= fd <= _MAX_FD:
+    if type(fd) is int and 0 <= fd <= _MAX_FD and fd not in guards:
         return fd
     number: object = fd
     if not isinstance(fd, int):
@@ -79,6 +81,8 @@ def fileno(fd: FileDescriptor) -> int:
         )
     if number > _MAX_FD:
         raise ValueError(f"file descriptor is out of range ({number}){_origin(fd, number)}")
+    if number in guards:
+        guards[number]()
     return int(number)
 
 
@@ -102,6 +106,7 @@ def filenos(
     Raises:
       TypeError, ValueError: as :func:`fileno`, with the position; not an iterable of file
         descriptors; more than ``max_fds``.
+      ReadAheadError: as :func:`fileno`.
     """
     if type(fds) not in _LISTS and (
         isinstance(fds, (str, bytes, bytearray, memoryview)) or hasattr(fds, "fileno")
@@ -131,6 +136,8 @@ def filenos(
             f"fds: expected at most {max_fds} file descriptors for one message, got "
             f"{len(numbers)}; send_fds() sends any number, in several messages"
         )
+    if guards:
+        check_handover(numbers)
     return numbers, owners
 
 

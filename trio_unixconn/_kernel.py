@@ -71,9 +71,13 @@ SO_PEERGROUPS: Final = _numbered(59)  # since Linux 4.13
 SO_PASSPIDFD: Final = _numbered(76)  # since Linux 6.5
 SO_PEERPIDFD: Final = _numbered(77)  # since Linux 6.5
 SO_PASSRIGHTS: Final = _numbered(83)  # since Linux 6.16
+SCM_INQ: Final = _numbered(84)  # SO_INQ, since Linux 6.18
+# SO_TIMESTAMP, SO_TIMESTAMPNS and SO_TIMESTAMPING; before and after the year 2038 was fixed.
+SCM_TIMESTAMPS: Final = tuple(filter(None, map(_numbered, (29, 35, 37, 63, 64, 65))))
 
 MSG_CTRUNC: Final = _named("MSG_CTRUNC") or 0
 MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
+MSG_PEEK: Final = _named("MSG_PEEK") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
 

@@ -137,7 +137,7 @@ class UnixFDMessage(DescriptorOwner):
         """
         if (level, msg_type) != _ancillary.RIGHTS:
             return None
-        return cls(UnixFDList(_ancillary.parse([(level, msg_type, data)], 0).fds))
+        return cls(UnixFDList(_ancillary.unpack((b"", [(level, msg_type, data)], 0, None)).fds))
 
 
 @attrs.frozen
@@ -192,5 +192,5 @@ class UnixCredentialsMessage:
         """
         if (level, msg_type) != _ancillary.CREDENTIALS:
             return None
-        parsed = _ancillary.parse([(level, msg_type, data)], 0)
-        return cls(parsed.credentials[0]) if parsed.credentials else None
+        credentials = _ancillary.unpack((b"", [(level, msg_type, data)], 0, None)).credentials
+        return None if credentials is None else cls(credentials)

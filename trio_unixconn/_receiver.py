@@ -1,8 +1,8 @@
-"""Receiving: one recvmsg, one scheduling point, and what was read ahead.
+"""Receiving: one recvmsg, one scheduling point, and waiting for a message.
 
-The rule of this file: nothing between the kernel's answer and the return can be cancelled,
-and what was read ahead of a receive serves the next one, whichever it is. Only this file
-calls recvmsg.
+Invariant: nothing between the kernel's answer and the return can be cancelled, and a message
+that was read ahead serves the next receive, whichever it is. Only this module calls recvmsg and
+recvmsg_into.
 
 Sources: unix(7), recvmsg(2)
 """
@@ -10,9 +10,9 @@ Sources: unix(7), recvmsg(2)
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
-from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
@@ -23,24 +23,31 @@ from trio.lowlevel import (
 
 from . import _ancillary, _kernel
 from ._cancellable import checkpoint_cancellable, wait_cancellable
+from ._readahead import ReadAhead
 from ._socket import FAILURES, ConnectedSocket
 from ._sockopts import disable_passrights
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
-    from collections.abc import Iterator
 
     import trio
 
-    from ._ancillary import Received
+    from ._ancillary import RawMessage
     from ._cancellable import Cancellable
 
 _ROOM: Final = _kernel.CONTROL_ROOM
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
-# MSG_DONTWAIT, because whoever shares the socket can clear its O_NONBLOCK.
+# MSG_DONTWAIT, because another process that shares the socket can clear its O_NONBLOCK.
 _FLAGS: Final = _kernel.MSG_CMSG_CLOEXEC | _kernel.MSG_DONTWAIT
-# None where no credentials come in messages of their own.
+_PEEK: Final = _FLAGS | _kernel.MSG_PEEK
+# On Linux, MSG_PEEK installs duplicates of the file descriptors. FreeBSD returns pointers of the
+# kernel in their place.
+_CAN_PEEK: Final = sys.platform == "linux"
+# Not 1: once it has enough plain bytes, a peek still goes on to the next message, and installs the
+# descriptors of that. So a single byte with descriptors can be two messages; of two it is one.
+_PEEK_SIZE: Final = 2
+# None where credentials do not come in a message of their own.
 _PASSCRED: Final = None if _kernel.SCM_CREDENTIALS is None else _kernel.SO_PASSCRED
 
 
@@ -48,31 +55,40 @@ class Receiver(ConnectedSocket):
     """The receiving direction of a connected socket.
 
     Attributes:
+      ahead: what fds() read ahead; None before its first use.
       busy: whether a task is receiving.
-      ahead: single bytes, each with its control messages, that serve the next receives; in
-        front of each its descriptor if that is all it has, or -1.
     """
 
-    __slots__ = ("_temporary_options", "ahead", "busy")
+    __slots__ = ("_temporary_options", "_wants_pidfds", "ahead", "busy")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         self.busy: bool = False
-        self.ahead: deque[tuple[int, Received] | OSError] | None = None
-        # Options that are on only for a receive that is under way.
+        self.ahead: ReadAhead | None = None
+        # Options that are on only while a receive is running.
         self._temporary_options: list[int] = []
+        # Whether this connection was ever asked for a pidfd: then reading ahead asks, too.
+        self._wants_pidfds = False
 
-    # In one piece: each coroutine that a wait comes back through takes time.
+    # In one piece: each coroutine that a wait returns through takes time.
     @enable_ki_protection
     async def receive(  # noqa: C901, PLR0912
         self,
-        max_bytes: int,
+        size: int,
         cancellable: Cancellable | None,
         *,
         passcred: bool = False,
         passpidfd: bool = False,
-    ) -> Received:
-        """One recvmsg. Nothing between it and the return can be cancelled."""
+        into: memoryview | None = None,
+    ) -> RawMessage:
+        """Receive one message with one recvmsg.
+
+        Args:
+          size: how many bytes at most.
+          cancellable: ends the wait when it is cancelled.
+          passcred, passpidfd: whether to ask for the sender's credentials and pidfd.
+          into: where to put the bytes; then the data of the message is their number.
+        """
         if self.busy:
             raise ConnectionBusyError("another task is receiving from this connection")
         self.busy = True
@@ -80,11 +96,11 @@ class Receiver(ConnectedSocket):
             if cancellable is not None:
                 await checkpoint_cancellable(cancellable)
             await checkpoint_if_cancelled()
+            raw = self.raw
             if self.ahead:
-                received = self._take_ahead()
+                received = self._take_ahead(into)
                 await cancel_shielded_checkpoint()
                 return received
-            raw = self.raw
             if passcred and _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
                 # As _enable_passcred(), without the call.
                 raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
@@ -92,19 +108,26 @@ class Receiver(ConnectedSocket):
             if passpidfd:
                 self._enable_passpidfd()
             try:
-                received = raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+                if into is None:
+                    received = raw.recvmsg(size, _ROOM, _FLAGS)
+                else:
+                    received = _receive_into(raw, into)
             except BlockingIOError:
                 pass
             else:
                 await cancel_shielded_checkpoint()
                 return received
             while True:
+                # The socket is open: nothing was awaited since recvmsg said EAGAIN. A closed one
+                # has the number -1, and trio would confuse all that have.
                 try:
                     if cancellable is None:
                         await wait_readable(raw)
                     else:
                         await wait_cancellable(wait_readable, raw, cancellable)
-                    return raw.recvmsg(max_bytes, _ROOM, _FLAGS)
+                    if into is None:
+                        return raw.recvmsg(size, _ROOM, _FLAGS)
+                    return _receive_into(raw, into)
                 except BlockingIOError:
                     continue
         except FAILURES as exc:
@@ -114,88 +137,144 @@ class Receiver(ConnectedSocket):
                 self._restore_options()
             self.busy = False
 
-    def read_ahead(self, count: int) -> None:
-        """Read up to ``count`` single bytes that are there already, each with what it brings.
+    def _take_ahead(self, into: memoryview | None) -> RawMessage:
+        """Return the first message that was read ahead.
 
-        They serve the next receives, whichever these are, and so nothing may be lost that
-        would not have been lost otherwise. SO_PASSCRED is on meanwhile, for credentials that
-        the peer sent explicitly. It ends behind the first message that is not just one
-        descriptor, and leaves as many descriptors free as such a message may bring.
+        Raises:
+          ConnectionClosedError: the socket was closed without this connection.
+          OSError: the kernel reported it in place of a message.
+        """
+        assert self.ahead is not None  # noqa: S101 - the caller has looked
+        if self.is_closed():
+            self.ahead.drop()
+            self.check_open()
+        received = self.ahead.take()
+        if into is not None:
+            data = received[0]
+            into[: len(data)] = data
+            return (len(data), *received[1:])  # type: ignore[return-value]
+        return received
+
+    def read_ahead(self, count: int) -> None:  # noqa: C901 - in one piece, for speed
+        """Read up to ``count`` single bytes that have arrived, each with its control messages.
+
+        They serve the next receives, whichever these are, so nothing may be lost that would
+        not have been lost otherwise. SO_PASSCRED is on meanwhile, for credentials that the
+        peer sent explicitly, and SO_PASSPIDFD if this connection was ever asked for pidfds.
+        It stops after the first message that is not a lone file descriptor, and leaves as many
+        file descriptors free as such a message may have.
         """
         count = min(count, _kernel.free_descriptors() - _kernel.SCM_MAX_FD)
         if count <= 0 or self.is_closed():
             return
+        ahead = self.ahead
+        if ahead is None:
+            ahead = self.ahead = ReadAhead(self.raw)
         try:
             self._enable_passcred()
+            if self._wants_pidfds:
+                self._enable_passpidfd()
         except OSError:
-            # Without it credentials could be lost: nothing is read that nobody has asked for.
+            # Without them something could be lost: read nothing that was not asked for.
+            self._restore_options()
             return
-        ahead = self.ahead = self.ahead or deque()
-        recvmsg, lone_descriptor = self.raw.recvmsg, _ancillary.lone_descriptor
+        recvmsg, lone_fd, append = self.raw.recvmsg, _ancillary.lone_fd, ahead.append
         try:
             for _ in range(count):
-                try:
-                    received: Received = recvmsg(1, _ROOM, _FLAGS)
-                except BlockingIOError:
-                    return
-                except OSError as exc:
-                    # The kernel says it only once.
-                    ahead.append(exc)
-                    return
+                received: RawMessage = recvmsg(1, _ROOM, _FLAGS)
                 if not received[0]:
                     # The end of the stream can be read again.
-                    _ancillary.parse(received[1], received[2]).close()
-                    return
-                fd = lone_descriptor(received)
-                ahead.append((fd, received))
+                    _ancillary.unpack(received).close()
+                    break
+                fd = lone_fd(received)
+                append((fd, received))
                 if fd < 0:
-                    return
+                    break
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            # The kernel reports it only once.
+            append(exc)
         finally:
             self._restore_options()
+        if ahead:
+            ahead.guard()
 
-    def ahead_that_fits(self, room: int) -> Iterator[Received]:
-        """Take what is there already and has descriptors, ``room`` of them at the most."""
-        if room and not self.ahead:
-            self.read_ahead(room)
-        while room and self.ahead:
-            first = self.ahead[0]
-            count = 0 if isinstance(first, OSError) else _ancillary.count_descriptors(first[1])
-            if not 0 < count <= room:
-                return
-            room -= count
-            yield self._take_ahead()
+    def take_arrived(self, room: int) -> list[int]:
+        """Take messages that have arrived, while they have file descriptors and ``room`` for them.
 
-    def _take_ahead(self) -> Received:
-        assert self.ahead  # noqa: S101 - callers have looked
-        first = self.ahead.popleft()
-        if isinstance(first, OSError):
-            raise first
-        return first[1]
+        What was read ahead is first. Then it peeks at each message, which installs duplicates
+        of its file descriptors. If they fit, they are what is returned, and the message is
+        read without them. If not, they are closed, and the message stays where it is.
+
+        A message of more than one byte stays: send_fd() and send_fds() send one byte.
+
+        Another process that receives from the same socket could take the message in between.
+        Two receivers of one stream have lost their place anyway.
+        """
+        taken: list[int] = []
+        if self.ahead:
+            while fds := self.ahead.take_fds(room - len(taken)):
+                taken += fds
+            if self.ahead:
+                return taken
+        if not _CAN_PEEK or self.is_closed():
+            return taken
+        raw = self.raw
+        while len(taken) < room:
+            try:
+                received = _ancillary.unpack(raw.recvmsg(_PEEK_SIZE, _ROOM, _PEEK))
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                # The kernel reports it only once.
+                self.ahead = self.ahead or ReadAhead(raw)
+                self.ahead.append(exc)
+                self.ahead.guard()
+                break
+            fits = (
+                len(received.data) == 1
+                and 1 <= len(received.fds) <= room - len(taken)
+                and not received.truncated
+            )
+            if not fits or not self._skip_message():
+                received.close()
+                break
+            received.close_pidfds()
+            taken += received.fds
+        return taken
+
+    def _skip_message(self) -> bool:
+        """Read the byte of a message that was peeked at; the kernel drops its descriptors."""
+        try:
+            return bool(self.raw.recv(1, _FLAGS))
+        except OSError:
+            return False
+
+    def check_handover(self) -> None:
+        """Raise unless the socket can be handed over.
+
+        Raises:
+          ConnectionClosedError: this side has closed it.
+          ReadAheadError: messages were read ahead.
+        """
+        self.check_open()
+        if self.ahead:
+            self.ahead.check_handover()
 
     def release(self) -> None:
-        """Leave nothing behind before the socket is closed: no descriptor and no option."""
+        """Close what was read ahead, and restore options, before the socket is closed."""
         if self._temporary_options:
             self._restore_options()
-        self._drop_ahead()
-
-    def _drop_ahead(self) -> int:
-        """Close all descriptors that were read ahead; return how many."""
-        count = 0
-        while self.ahead:
-            first = self.ahead.popleft()
-            if not isinstance(first, OSError):
-                _, (_, ancdata, flags, _) = first
-                parsed = _ancillary.parse(ancdata, flags)
-                count += len(parsed.fds)
-                parsed.close()
-        return count
+        if self.ahead is not None:
+            self.ahead.drop()
 
     def __del__(self) -> None:
-        count = self._drop_ahead()
+        count = self.ahead.drop() if self.ahead is not None else 0
         if count:
             warnings.warn(
-                f"a connection was dropped with {count} descriptors that fds() had read ahead; "
-                "they were closed; close the connection",
+                f"unclosed UnixConnection: {count} file descriptors that fds() read ahead were "
+                "closed",
                 ResourceWarning,
                 stacklevel=2,
             )
@@ -216,21 +295,38 @@ class Receiver(ConnectedSocket):
             if exc.errno != errno.ENOPROTOOPT:
                 raise
             raise NotSupportedError("this kernel has no SO_PASSPIDFD (Linux 6.5)") from exc
+        self._wants_pidfds = True
 
     def _restore_options(self) -> None:
         """Switch off what was switched on here: other processes may hold the same socket."""
         raw = self.raw
         if raw.fileno() != -1:
             for option in self._temporary_options:
-                raw.setsockopt(_SOL_SOCKET, option, 0)
+                try:  # noqa: SIM105 - in every receive_credentials()
+                    raw.setsockopt(_SOL_SOCKET, option, 0)
+                except OSError:
+                    # It must not take the place of a message that was received.
+                    pass
         self._temporary_options.clear()
 
 
-class RefusingReceiver(Receiver):
-    """One that takes no descriptors.
+def _receive_into(raw: stdlib_socket.socket, into: memoryview) -> RawMessage:
+    """Receive one message; the data of it is the number of bytes in ``into``."""
+    received: Any = raw.recvmsg_into([into], _ROOM, _FLAGS)
+    return cast("RawMessage", received)
 
-    It has the kernel refuse them where it can (``SO_PASSRIGHTS``, Linux 6.16), and refuses
-    those itself that come elsewhere, or were on their way before.
+
+def with_data(received: RawMessage, into: memoryview) -> RawMessage:
+    """Return a message that was received into a buffer, with its bytes as its data."""
+    count: Any = received[0]
+    return (bytes(into[:count]), *received[1:])
+
+
+class RefusingReceiver(Receiver):
+    """A receiver of a connection that does not accept file descriptors.
+
+    The kernel rejects them where it can (``SO_PASSRIGHTS``, Linux 6.16). This rejects them on
+    other kernels, and those that were sent before the option was set.
     """
 
     __slots__ = ()
@@ -242,18 +338,19 @@ class RefusingReceiver(Receiver):
     @enable_ki_protection
     async def receive(
         self,
-        max_bytes: int,
+        size: int,
         cancellable: Cancellable | None,
         *,
         passcred: bool = False,
         passpidfd: bool = False,
-    ) -> Received:
-        """One recvmsg, as above, of a message without descriptors."""
+        into: memoryview | None = None,
+    ) -> RawMessage:
+        """Receive one message without file descriptors; see Receiver."""
         received = await super().receive(
-            max_bytes, cancellable, passcred=passcred, passpidfd=passpidfd
+            size, cancellable, passcred=passcred, passpidfd=passpidfd, into=into
         )
-        _ancillary.check_no_descriptors(received)
+        _ancillary.expect_no_fds(received if into is None else with_data(received, into))
         return received
 
     def read_ahead(self, count: int) -> None:
-        """Read nothing ahead: no descriptors are expected."""
+        """Read nothing ahead: no file descriptors are expected."""

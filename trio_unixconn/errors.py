@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -32,6 +32,7 @@ __all__ = [
     "PeerDeniedError",
     "PeerGoneError",
     "PoolClosedError",
+    "ReadAheadError",
     "SendError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
@@ -157,60 +158,91 @@ class ConnectionBusyError(UnixConnectionError, trio.BusyResourceError):
 
 
 class EndOfStreamError(UnixConnectionError, trio.EndOfChannel):
-    """The stream ended where a descriptor or credentials were due.
+    """The stream ended while the operation waited for a file descriptor or credentials.
 
     Gio calls this ``FAILED`` for credentials and reports no error at all for a descriptor.
     """
 
 
-class UnexpectedControlMessageError(UnixConnectionError, ValueError):
-    """The peer sent another kind or number of control messages than was due.
+class ReadAheadError(UnixConnectionError, RuntimeError):
+    """A connection cannot be handed over because it holds messages that were read ahead.
 
-    Descriptors that came are closed. The connection is still in step: what was read is in
-    ``data``, and the next operation begins behind it.
+    The socket does not have these messages any more, so its next owner would miss them.
+    Nothing was detached or sent. Receive the messages first. To hand a connection over in the
+    middle of its stream, iterate with ``fds(read_ahead=1)``, which reads nothing ahead.
 
     Attributes:
-      data: the bytes that came with the message, at most what was asked for.
+      messages: how many messages are held; each has one byte of data.
+      descriptors: how many file descriptors they have.
     """
 
-    def __init__(self, message: str, data: bytes) -> None:
+    code = IOErrorEnum.BUSY
+
+    def __init__(self, message: str, messages: int, descriptors: int) -> None:
+        super().__init__(message, messages, descriptors)
+        self.messages = messages
+        self.descriptors = descriptors
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UnexpectedControlMessageError(UnixConnectionError, ValueError):
+    """The peer sent more or fewer file descriptors than the operation expects.
+
+    Those that arrived are closed. The connection is still in step: what was read is in
+    ``data``, and the next operation starts after it.
+
+    Attributes:
+      data: the bytes of the message, at most as many as were asked for.
+      credentials: the sender's, if the message has them; otherwise None.
+    """
+
+    def __init__(self, message: str, data: bytes, credentials: Any = None) -> None:
         super().__init__(message, data)
         self.data = data
+        # Credentials; that module imports this one.
+        self.credentials: Any = credentials
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class UnexpectedDescriptorsError(UnexpectedControlMessageError):
-    """Descriptors arrived in a plain read; they are closed, the bytes are in ``data``."""
+    """File descriptors arrived in a plain read; they are closed, the bytes are in ``data``."""
 
 
 class DescriptorsTruncatedError(UnixConnectionError, OSError):
-    """The kernel dropped descriptors on their way in (``MSG_CTRUNC``).
+    """The kernel dropped file descriptors on their way in (``MSG_CTRUNC``).
 
-    Mostly the process has no free descriptor left (``RLIMIT_NOFILE``). The descriptors that
-    did arrive are closed, because a message with some of its descriptors has another
-    meaning than the whole message. The connection is still in step.
+    Mostly the process has no free file descriptor left (``RLIMIT_NOFILE``). Those that did
+    arrive are closed, because a message with some of its file descriptors has another meaning
+    than the whole message. The connection is still in step.
 
     Attributes:
-      data: the bytes that came with the message.
-      arrived: how many descriptors did arrive.
+      data: the bytes of the message.
+      arrived: how many file descriptors did arrive.
+      credentials: the sender's, if the message has them; otherwise None.
     """
 
     code = IOErrorEnum.TOO_MANY_OPEN_FILES
 
-    def __init__(self, data: bytes, arrived: int) -> None:
+    def __init__(self, data: bytes, arrived: int, credentials: Any = None) -> None:
         super().__init__(errno.EMFILE, os.strerror(errno.EMFILE))
         self.data = data
         self.arrived = arrived
+        # Credentials; that module imports this one.
+        self.credentials: Any = credentials
 
-    def __reduce__(self) -> tuple[type[DescriptorsTruncatedError], tuple[bytes, int]]:
-        return type(self), (self.data, self.arrived)
+    def __reduce__(
+        self,
+    ) -> tuple[type[DescriptorsTruncatedError], tuple[bytes, int, Any]]:
+        return type(self), (self.data, self.arrived, self.credentials)
 
     def __str__(self) -> str:
         return (
-            f"descriptors were lost on arrival: {self.arrived} arrived and were closed, the others "
-            "found no free slot in this process; close descriptors or raise RLIMIT_NOFILE "
+            f"file descriptors were lost: {self.arrived} arrived and were closed, the others found "
+            "no free slot in this process; close file descriptors or raise RLIMIT_NOFILE "
             "(ulimit -n), then ask the peer to send again"
         )
 

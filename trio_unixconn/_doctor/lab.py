@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .._ancillary import ControlMessage, Parsed
+    from .._ancillary import ControlMessage, Received
 
 PATIENCE: Final = 10.0
 
@@ -104,13 +104,14 @@ class Lab(DescriptorOwner):
         """Send a byte with control messages."""
         sock.sendmsg([b"x"], messages)
 
-    def receive(self, sock: stdlib_socket.socket, flags: int = _kernel.MSG_CMSG_CLOEXEC) -> Parsed:
+    def receive(
+        self, sock: stdlib_socket.socket, flags: int = _kernel.MSG_CMSG_CLOEXEC
+    ) -> Received:
         """Receive a byte and what came with it, which is closed at the end."""
-        data, ancdata, came, _ = sock.recvmsg(1, _kernel.CONTROL_ROOM, flags)
-        parsed = _ancillary.parse(ancdata, came)
-        self._stack.callback(parsed.close)
-        expect(data == b"x", f"{data!r} came where b'x' was sent")
-        return parsed
+        received = _ancillary.unpack(sock.recvmsg(1, _kernel.CONTROL_ROOM, flags))
+        self._stack.callback(received.close)
+        expect(received.data == b"x", f"expected b'x', got {received.data!r}")
+        return received
 
     def file(self) -> int:
         """Open a file that has no name."""

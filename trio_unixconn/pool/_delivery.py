@@ -26,6 +26,7 @@ from .._connection import UnixConnection
 from .._fds import check_open, fileno
 from .._fdtypes import DescriptorKind, is_memory, kind_of
 from .._file_thread import call_in_file_thread
+from .._guards import check_handover
 from .._owner import DescriptorOwner
 from .._receiver import RefusingReceiver
 from .._sockopts import raw_socket
@@ -183,6 +184,7 @@ async def take_over(what: Submitted) -> tuple[int, int]:
     Raises:
       TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a handler can be
         given; it is as it was.
+      ReadAheadError: a connection, or its socket, that has read messages ahead; likewise.
     """
     if isinstance(what, UnixConnection):
         refuses = isinstance(what._receiver, RefusingReceiver)  # noqa: SLF001 - of one package
@@ -236,6 +238,7 @@ def _out_of_file(what: Any, number: int) -> int:
 def _form_of(fd: int) -> int:
     if fd < 0:
         raise ValueError("a descriptor that is open is due, but this one is closed")
+    check_handover([fd])
     kind = kind_of(fd)
     if kind is DescriptorKind.SOCKET:
         return _form_of_socket(fd, kind)

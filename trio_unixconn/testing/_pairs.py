@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from .. import _kernel
+from .._closing import close_socket
 from .._connection import UnixConnection, connection_pair
 from ..errors import ConnectionClosedError, EndOfStreamError
 
@@ -92,4 +93,4 @@ def closing_pair() -> Generator[tuple[UnixConnection, UnixConnection], None, Non
             # trio closes its sockets only in a run, where it wakes waiting tasks.
             receiver = conn._receiver  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
             receiver.release()
-            receiver.raw.close()
+            close_socket(receiver.raw)
