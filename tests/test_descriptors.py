@@ -36,7 +36,7 @@ KINDS = ["file", "pipe", "tcp", "unix", "listening", "memfd", "pidfd", "epoll"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_every_kind_is_sent(kind: str) -> None:
+async def test_send_fd_every_kind(kind: str) -> None:
     """The peer gets the same open file, with exactly one NUL byte and one control message."""
     opened = open_kind(kind)
     async with stdlib_peer() as peer:
@@ -50,7 +50,7 @@ async def test_every_kind_is_sent(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_every_kind_is_received(kind: str) -> None:
+async def test_receive_fd_every_kind(kind: str) -> None:
     """We get the same open file, close-on-exec."""
     async with stdlib_peer() as peer:
         (theirs,) = await peer.ask("send", kinds=[[kind]])
@@ -64,8 +64,8 @@ async def test_every_kind_is_received(kind: str) -> None:
             os.close(fd)
 
 
-async def test_the_file_behind_a_descriptor() -> None:
-    """The peer reads the file to its end through what it received, its own name unknown."""
+async def test_send_fd_of_an_unnamed_file() -> None:
+    """The peer reads a file that has no name to its end through what it received."""
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
         file.seek(0)
@@ -74,8 +74,8 @@ async def test_the_file_behind_a_descriptor() -> None:
             assert bytes.fromhex(await peer.ask("read_behind")) == b"content"
 
 
-async def test_whatever_has_fileno() -> None:
-    """Files, sockets, trio's sockets and trio's files can be given as they are."""
+async def test_send_fd_of_objects_with_fileno() -> None:
+    """Files, sockets, trio's sockets and trio's files can be sent as they are."""
     one, two = connection_pair()
     async with one, two:
         with open(os.devnull) as file, socket.socket() as sock:
@@ -127,8 +127,8 @@ def closed_socket() -> socket.socket:
         (closed_socket(), ValueError, "it is closed"),
     ],
 )
-async def test_no_descriptor(bad: Any, error: type[Exception], text: str) -> None:
-    """What is no descriptor is refused before anything is sent."""
+async def test_send_fd_rejects_other_objects(bad: Any, error: type[Exception], text: str) -> None:
+    """What is not a file descriptor raises before anything is sent."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises(error, match=text.replace("(", r"\(").replace(")", r"\)")):
@@ -137,8 +137,8 @@ async def test_no_descriptor(bad: Any, error: type[Exception], text: str) -> Non
         assert await two.receive_some() == b"next"
 
 
-async def test_closed_descriptor() -> None:
-    """A closed descriptor is EBADF, nothing is sent, and the connection goes on."""
+async def test_send_fd_rejects_closed_fd() -> None:
+    """A closed file descriptor is EBADF, nothing is sent, and the connection is usable."""
     one, two = connection_pair()
     async with one, two:
         fd = os.open(os.devnull, os.O_RDONLY)
@@ -167,8 +167,8 @@ async def test_bytes_around_descriptors() -> None:
         assert await peer.conn.receive_some() == b"ybehind"
 
 
-async def test_a_thousand_in_a_row() -> None:
-    """Many descriptors arrive in the order in which they were sent."""
+async def test_send_fd_a_thousand_in_a_row() -> None:
+    """Many file descriptors arrive in the order in which they were sent."""
     one, two = connection_pair()
     count = 1000
     got: list[int] = []
@@ -278,8 +278,8 @@ async def test_plain_read_with_credentials_on() -> None:
         assert await peer.conn.receive_some() == b"hello"
 
 
-async def test_peer_that_refuses_descriptors() -> None:
-    """SO_PASSRIGHTS off at the peer is DescriptorsRefusedError, and bytes still pass."""
+async def test_send_fd_to_a_peer_with_passrights_off() -> None:
+    """SO_PASSRIGHTS=0 at the peer is DescriptorsRefusedError, and bytes still flow."""
     async with stdlib_peer() as peer:
         if not await peer.ask("disable_passrights"):
             pytest.skip("this kernel has no SO_PASSRIGHTS (Linux 6.16)")
@@ -313,8 +313,8 @@ async def test_no_free_slot(free: int) -> None:
         os.close(await peer.conn.receive_fd())
 
 
-async def test_the_callers_descriptor_may_be_closed_while_sending_waits() -> None:
-    """While send_fd waits for room, the number given may be closed and mean another file."""
+async def test_send_fd_original_closed_while_it_waits() -> None:
+    """While it waits, the caller may close the file descriptor and reuse the number."""
     one, two = connection_pair()
     count = clog(one)
     fd = os.memfd_create("right")
@@ -333,8 +333,8 @@ async def test_the_callers_descriptor_may_be_closed_while_sending_waits() -> Non
         os.close(wrong)
 
 
-async def test_no_descriptor_free_to_wait_with() -> None:
-    """Without a free slot for the duplicate, a send that must wait says so; nothing is sent."""
+async def test_send_fd_without_a_free_fd() -> None:
+    """A send that must wait without a free file descriptor raises; nothing is sent."""
     one, two = connection_pair()
     count = clog(one)
     async with one, two:
@@ -350,7 +350,7 @@ async def test_no_descriptor_free_to_wait_with() -> None:
 
 
 class UnderPressure:
-    """A socket whose kernel says no some times before it says yes."""
+    """A socket whose sendmsg fails with the given errnos before it works."""
 
     def __init__(self, sock: socket.socket, *refusals: int) -> None:
         self.sock = sock
@@ -366,8 +366,8 @@ class UnderPressure:
         return self.sock.sendmsg(*arguments)
 
 
-async def test_pressure_is_waited_for(autojump_clock: MockClock) -> None:
-    """When memory is short or too many fly, a send tries again, with growing pauses."""
+async def test_send_fd_retries_with_backoff(autojump_clock: MockClock) -> None:
+    """If a resource is exhausted, a send is tried again, with growing pauses."""
     one, two = connection_pair()
     refusals = [errno.ETOOMANYREFS, errno.ENOBUFS, errno.EAGAIN, *[errno.ENOMEM] * 9]
     async with one, two:
@@ -381,8 +381,8 @@ async def test_pressure_is_waited_for(autojump_clock: MockClock) -> None:
         os.close(await two.receive_fd())
 
 
-async def test_error_behind_pressure() -> None:
-    """An error of another kind behind a wait is that error, and the duplicate is closed."""
+async def test_send_fd_rejected_after_a_retry() -> None:
+    """An error of another kind after a wait is raised, and the duplicate is closed."""
     one, two = connection_pair()
     async with one, two:
         raw = one._sender.raw
@@ -431,8 +431,8 @@ trio.run(main)
 
 
 @as_root
-async def test_too_many_in_flight() -> None:
-    """When too many of a user's descriptors wait unread, a send waits, and does not spin."""
+async def test_send_fd_waits_while_too_many_are_in_flight() -> None:
+    """While too many file descriptors of a user are in flight, a send waits, and does not spin."""
     # Only an unprivileged user has that limit. The kernel counts the file descriptors in flight of
     # all its processes, so this runs as a user that has no others.
     done = await trio.run_process(
@@ -513,8 +513,8 @@ async def test_closing_what_was_refused_does_not_block_the_loop() -> None:
             thread.join()
 
 
-async def test_socket_made_blocking_by_another(autojump_clock: MockClock) -> None:
-    """Whoever shares the socket may make it blocking; that does not hold the loop."""
+async def test_send_fd_on_a_socket_made_blocking(autojump_clock: MockClock) -> None:
+    """A process that shares the socket may make it blocking; that does not block the loop."""
     one, two = connection_pair()
     async with one, two:
         for conn in (one, two):

@@ -1,4 +1,4 @@
-"""send_fds: any number, in order, and nothing sent twice or half."""
+"""UnixConnection.send_fds: any number, in order, and nothing sent twice or half."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Three messages at most: the suite must do with 1,024 file descriptors, and with as many in
 # flight for all processes of the user.
 @pytest.mark.parametrize("count", [1, 7, 8, 253, 254, 507])
-async def test_any_number(count: int, per_message: int) -> None:
+async def test_send_fds_any_number(count: int, per_message: int) -> None:
     """Any number arrives in order, however many go in one message."""
     one, two = connection_pair()
     async with one, two:
@@ -58,7 +58,7 @@ async def test_any_number(count: int, per_message: int) -> None:
         assert got == list(range(count))
 
 
-async def test_what_a_message_holds() -> None:
+async def test_send_fds_messages() -> None:
     """Another process sees one NUL byte with up to per_message descriptors in each message."""
     async with stdlib_peer() as peer:
         with some(7) as fds:
@@ -69,8 +69,8 @@ async def test_what_a_message_holds() -> None:
             assert (got["data"], got["messages"], got["fds"]) == ("00", 1, expected)
 
 
-async def test_for_a_peer_that_takes_one_at_a_time() -> None:
-    """With per_message=1 a program of Gio's, or receive_fd, gets each for itself."""
+async def test_send_fds_per_message_1() -> None:
+    """With per_message=1 a Gio program, or receive_fd, receives each one by itself."""
     one, two = connection_pair()
     async with one, two:
         with some(5) as fds:
@@ -84,8 +84,8 @@ async def test_for_a_peer_that_takes_one_at_a_time() -> None:
             assert (await peer.ask("receive"))["fds"] == [look(fd)]
 
 
-async def test_all_kinds_of_iterables() -> None:
-    """Files, numbers, sockets; a list, a generator, which is read once."""
+async def test_send_fds_iterables() -> None:
+    """Files, numbers and sockets; a list, or a generator, which is read once."""
     one, two = connection_pair()
     async with one, two:
         with open(os.devnull) as file, socket.socket() as sock:
@@ -95,8 +95,8 @@ async def test_all_kinds_of_iterables() -> None:
             assert len(got) == 4
 
 
-async def test_nothing_to_send() -> None:
-    """No descriptors are no message, but a checkpoint."""
+async def test_send_fds_empty() -> None:
+    """No file descriptors are no message, but a checkpoint."""
     one, two = connection_pair()
     async with one, two:
         with assert_checkpoints():
@@ -105,8 +105,8 @@ async def test_nothing_to_send() -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_nothing_to_send_with_a_fired_cancellable() -> None:
-    """A Cancellable that fired before is OperationCancelled also where there is nothing to do."""
+async def test_send_fds_empty_cancelled() -> None:
+    """A Cancellable that is cancelled already raises even if nothing is to be sent."""
     one, two = connection_pair()
     cancellable = Cancellable()
     cancellable.cancel()
@@ -115,8 +115,8 @@ async def test_nothing_to_send_with_a_fired_cancellable() -> None:
             await one.send_fds([], cancellable=cancellable)
 
 
-async def test_nothing_to_send_on_a_closed_connection() -> None:
-    """A connection that this side closed says so also where there is nothing to do."""
+async def test_send_fds_empty_closed() -> None:
+    """A closed connection raises even if nothing is to be sent."""
     one, two = connection_pair()
     async with one, two:
         pass
@@ -140,8 +140,10 @@ async def test_nothing_to_send_on_a_closed_connection() -> None:
         (0, 253, TypeError, "fds must be an iterable of file descriptors, got int"),
     ],
 )
-async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception], text: str) -> None:
-    """What is no descriptor is refused with its position, before anything is sent."""
+async def test_send_fds_bad_arguments(
+    fds: Any, per_message: Any, error: type[Exception], text: str
+) -> None:
+    """Wrong arguments raise with the position, before anything is sent."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises(error, match=text):
@@ -151,8 +153,8 @@ async def test_bad_arguments(fds: Any, per_message: Any, error: type[Exception],
 
 
 @required(os.geteuid() == 0, "only root may have more descriptors in flight than RLIMIT_NOFILE")
-async def test_more_than_may_be_open() -> None:
-    """More descriptors than this process may have by now are checked, and sent, all the same."""
+async def test_send_fds_above_the_limit() -> None:
+    """More file descriptors than RLIMIT_NOFILE allows by now are checked, and sent."""
     one, two = connection_pair()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fds = [os.dup(0) for _ in range(50)]
@@ -172,8 +174,8 @@ async def test_more_than_may_be_open() -> None:
 
 
 @pytest.mark.parametrize("per_message", [1, 2, 253])
-async def test_closed_in_the_middle(per_message: int) -> None:
-    """A closed one anywhere is EBADF before anything is sent."""
+async def test_send_fds_rejects_closed_fd(per_message: int) -> None:
+    """A closed file descriptor anywhere is EBADF before anything is sent."""
     one, two = connection_pair()
     closed = os.dup(0)
     os.close(closed)
@@ -186,7 +188,7 @@ async def test_closed_in_the_middle(per_message: int) -> None:
 
 
 class Refusing:
-    """A socket whose kernel says no from the n-th message on."""
+    """A socket whose sendmsg fails from the n-th message on."""
 
     def __init__(self, sock: socket.socket, after: int, number: int) -> None:
         self.sock = sock
@@ -207,10 +209,10 @@ class Refusing:
     ("number", "error"),
     [(errno.EPIPE, ConnectionBrokenError), (errno.EPERM, DescriptorsRefusedError)],
 )
-async def test_refused_in_the_middle_of_a_burst(
+async def test_send_fds_rejected_in_a_burst(
     number: int, error: type[ConnectionBrokenError]
 ) -> None:
-    """Where the kernel says no within one burst, .sent counts what had gone of that burst."""
+    """If the kernel rejects a message of a burst, .sent counts those before it."""
     one, two = connection_pair()
     async with one, two:
         raw = one._sender.raw
@@ -227,21 +229,21 @@ async def blocked(
     end: Callable[[], object] | None = None,
     **arguments: Any,
 ) -> tuple[list[Any], list[int]]:
-    """Send until there is no room, and then end it; return what came of it, and what arrived."""
-    came: list[Any] = []
+    """Send until the socket is full, and then end it; return the results, and what arrived."""
+    results: list[Any] = []
     count = 300
 
     async def send() -> None:
         fds = some(count)
         with fds:
             try:
-                came.append(await one.send_fds(fds, per_message=1, **arguments))
+                results.append(await one.send_fds(fds, per_message=1, **arguments))
             except (OperationCancelled, ConnectionBrokenError) as exc:
-                came.append(exc)
+                results.append(exc)
         try:
             await trio.lowlevel.checkpoint()
         except trio.Cancelled:
-            came.append("cancelled")
+            results.append("cancelled")
             raise
 
     got: list[int] = []
@@ -249,18 +251,18 @@ async def blocked(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
         await wait_all_tasks_blocked()
-        # Some room again, so that it is not the first burst in which it ends.
+        # Make some space, so that it does not end in the first burst.
         got += await drain(two, 10)
         await wait_all_tasks_blocked()
         if end is None:
             nursery.cancel_scope.cancel()
         else:
             end()
-    return came, got
+    return results, got
 
 
 async def rest(conn: UnixConnection, count: int) -> list[int]:
-    """Return the sizes of that many more, behind which there must be nothing."""
+    """Return the sizes of that many more, after which there must be nothing."""
     got = await drain(conn, count)
     with trio.move_on_after(0) as scope:
         await conn.receive_some()
@@ -268,12 +270,12 @@ async def rest(conn: UnixConnection, count: int) -> list[int]:
     return got
 
 
-async def test_cancelled_by_trio_half_way() -> None:
-    """A trio cancellation half way: it returns how many went, and the next checkpoint sees it."""
+async def test_send_fds_cancelled_by_trio_after_a_part() -> None:
+    """If trio cancels it after a part, it returns how many; the next checkpoint raises."""
     one, two = connection_pair()
     async with one, two:
-        came, got = await blocked(one, two)
-        sent, then = came
+        results, got = await blocked(one, two)
+        sent, then = results
         assert 10 < sent < 300
         assert then == "cancelled"
         assert got + await rest(two, sent - len(got)) == list(range(sent))
@@ -282,8 +284,8 @@ async def test_cancelled_by_trio_half_way() -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_cancelled_by_a_cancellable_half_way() -> None:
-    """A Cancellable half way: OperationCancelled says how many went."""
+async def test_send_fds_cancelled_by_cancellable_after_a_part() -> None:
+    """If a Cancellable is cancelled after a part, OperationCancelled has the number."""
     one, two = connection_pair()
     cancellable = Cancellable()
     async with one, two:
@@ -293,8 +295,8 @@ async def test_cancelled_by_a_cancellable_half_way() -> None:
         assert got + await rest(two, error.sent - len(got)) == list(range(error.sent))
 
 
-async def test_peer_that_leaves_half_way() -> None:
-    """A peer that leaves half way: ConnectionBrokenError says how many the kernel took."""
+async def test_send_fds_peer_closes_after_a_part() -> None:
+    """If the peer closes after a part, ConnectionBrokenError has what the kernel took."""
     one, two = connection_pair()
     async with one, two:
         (error,), got = await blocked(one, two, two.socket.close)
@@ -303,21 +305,21 @@ async def test_peer_that_leaves_half_way() -> None:
 
 
 @pytest.mark.parametrize("way", ["scope", "cancellable", "before"])
-async def test_cancelled_before_the_first(way: str) -> None:
-    """Cancelled before the first went, nothing is sent, and a trio cancellation is one."""
+async def test_send_fds_cancelled_before_the_first(way: str) -> None:
+    """Cancelled before the first message, nothing is sent, and Cancelled stays Cancelled."""
     one, two = connection_pair()
     cancellable = Cancellable()
     if way == "before":
         cancellable.cancel()
-    came: list[Any] = []
+    results: list[Any] = []
 
     async def send() -> None:
         try:
-            came.append(await one.send_fds([0] * 300, cancellable=cancellable))
+            results.append(await one.send_fds([0] * 300, cancellable=cancellable))
         except OperationCancelled as exc:
-            came.append(exc.sent)
+            results.append(exc.sent)
         except trio.Cancelled:
-            came.append("cancelled")
+            results.append("cancelled")
             raise
 
     async with one, two:
@@ -326,14 +328,14 @@ async def test_cancelled_before_the_first(way: str) -> None:
             nursery.start_soon(send)
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel() if way == "scope" else cancellable.cancel()
-        assert came == ["cancelled" if way == "scope" else 0]
+        assert results == ["cancelled" if way == "scope" else 0]
         await unclog(two, count)
         await one.send_all(b"next")
         assert await two.receive_some() == b"next"
 
 
-async def test_the_callers_descriptors_while_it_waits() -> None:
-    """While it waits, the numbers given may be closed and mean other files."""
+async def test_send_fds_originals_closed_while_it_waits() -> None:
+    """While it waits, the caller may close the file descriptors and reuse the numbers."""
     one, two = connection_pair()
     fds = some(10)
     async with one, two:
@@ -350,8 +352,8 @@ async def test_the_callers_descriptors_while_it_waits() -> None:
         assert await drain(two, 10) == list(range(10))
 
 
-async def test_no_descriptor_free_to_wait_with() -> None:
-    """Without free slots for the duplicates it says so, how many had gone, and nothing leaks."""
+async def test_send_fds_without_a_free_fd() -> None:
+    """Without free file descriptors for the duplicates nothing is sent, and nothing leaks."""
     one, two = connection_pair()
     async with one, two:
         count = clog(one)
@@ -369,8 +371,8 @@ async def test_no_descriptor_free_to_wait_with() -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_the_same_descriptor_again_and_again() -> None:
-    """While it waits, a descriptor that is sent many times takes one free slot."""
+async def test_send_fds_same_fd_often() -> None:
+    """While it waits, a file descriptor that is sent many times is duplicated once."""
     one, two = connection_pair()
     async with one, two, trio.open_nursery() as nursery:
         count = clog(one)
@@ -382,8 +384,8 @@ async def test_the_same_descriptor_again_and_again() -> None:
             assert len(fds) == 10
 
 
-async def test_two_tasks() -> None:
-    """Two tasks that send, or receive, at the same time: the second is told."""
+async def test_send_fds_two_tasks() -> None:
+    """If two tasks send, or receive, at the same time, the second one gets an error."""
     one, two = connection_pair()
     async with one, two:
         clog(one)
@@ -411,8 +413,8 @@ class BeforeTheTasks(trio.abc.Instrument):
         self.do()
 
 
-async def test_woken_without_room() -> None:
-    """A burst that is woken for room which another writer took goes on waiting."""
+async def test_send_fds_woken_while_full() -> None:
+    """A burst that is woken for space that another writer took continues to wait."""
     one, two = connection_pair()
     async with one, two:
         count = clog(one)

@@ -1,4 +1,4 @@
-"""Messages that go in more than one piece, or only half."""
+"""UnixConnection.send_message: messages that take several writes, or stop in the middle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from helpers import clog, stdlib_peer, unclog
+from helpers import clog, sizes, some, stdlib_peer, unclog
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -28,28 +28,8 @@ if TYPE_CHECKING:
 BIG = 10_000_000
 
 
-def some(count: int) -> UnixFDList:
-    """Open that many memfds, whose sizes are 0, 1, 2 and so on."""
-    fds = UnixFDList()
-    for size in range(count):
-        fd = os.memfd_create("some")
-        os.ftruncate(fd, size)
-        fds.append(fd)
-        os.close(fd)
-    return fds
-
-
-def sizes(fds: UnixFDList) -> list[int]:
-    return [os.fstat(fd).st_size for fd in fds]
-
-
-################################################################
-# Messages in more than one piece
-################################################################
-
-
 async def receive_all(conn: UnixConnection, count: int) -> tuple[int, list[int]]:
-    """Receive that many bytes; return how many came before the first descriptor, and sizes."""
+    """Receive that many bytes; return how many precede the first descriptor, and the sizes."""
     before, got = 0, list[int]()
     while count:
         with await conn.receive_message(count) as message:
@@ -60,8 +40,8 @@ async def receive_all(conn: UnixConnection, count: int) -> tuple[int, list[int]]
     return before, got
 
 
-async def test_short_writes() -> None:
-    """Of 10 MB with descriptors all bytes arrive, and the descriptors once, with the first."""
+async def test_send_message_short_writes() -> None:
+    """Of 10 MB with file descriptors all bytes arrive, and the file descriptors with the first."""
     one, two = connection_pair()
     async with one, two:
         with some(5) as fds:
@@ -72,8 +52,8 @@ async def test_short_writes() -> None:
         os.close(await two.receive_fd())
 
 
-async def test_short_writes_to_another_process() -> None:
-    """A process that reads slowly gets the descriptors with the first byte, once."""
+async def test_send_message_to_a_slow_process() -> None:
+    """A process that reads slowly gets the file descriptors with the first byte, once."""
     async with stdlib_peer() as peer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: peer.conn.send_message(b"m" * 3_000_000, fds=[0, 0]))
@@ -87,7 +67,7 @@ async def test_short_writes_to_another_process() -> None:
 
 
 class Short:
-    """A socket that sends little at a time, and whose kernel says no in between."""
+    """A socket that sends 3 bytes at a time, and whose send fails with the given errnos."""
 
     def __init__(self, sock: socket.socket, *refusals: int) -> None:
         self.sock = sock
@@ -107,8 +87,8 @@ class Short:
 
 
 @pytest.mark.parametrize("refusal", [errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM])
-async def test_pressure_in_the_middle(refusal: int) -> None:
-    """When memory is short for the rest of a message, the rest is tried again."""
+async def test_send_message_retries_the_rest(refusal: int) -> None:
+    """If memory is short for the rest of a message, the rest is tried again."""
     one, two = connection_pair()
     async with one, two:
         raw = one._sender.raw
@@ -118,8 +98,8 @@ async def test_pressure_in_the_middle(refusal: int) -> None:
         assert await receive_all(two, 10) == (0, [os.fstat(0).st_size])
 
 
-async def test_error_in_the_middle() -> None:
-    """An error behind a part of a message does not say that nothing was sent; no more goes."""
+async def test_send_message_fails_in_the_middle() -> None:
+    """An error after a part does not claim that nothing was sent; later sends raise."""
     one, two = connection_pair()
     async with one, two:
         raw = one._sender.raw
@@ -134,8 +114,8 @@ async def test_error_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("way", ["scope", "cancellable"])
-async def test_cancelled_half_way(way: str) -> None:
-    """Half a message leaves a connection on which only receiving works; nothing leaks."""
+async def test_send_message_cancelled_in_the_middle(way: str) -> None:
+    """After half a message only receiving works; nothing leaks."""
     one, two = connection_pair()
     cancellable = Cancellable()
     ended: list[str] = []
@@ -185,8 +165,8 @@ async def half_sent(conn: UnixConnection) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_half_a_message_and_closed() -> None:
-    """A connection with half a message that was closed is a closed one."""
+async def test_send_all_closed_after_half_a_message() -> None:
+    """A connection that was closed after half a message is a closed one."""
     one, two = connection_pair()
     async with one, two:
         await half_sent(one)
@@ -194,8 +174,8 @@ async def test_half_a_message_and_closed() -> None:
         await one.send_all(b"x")
 
 
-async def test_half_a_message_is_told_behind_a_checkpoint() -> None:
-    """A task that goes on trying behind half a message does not keep others from running."""
+async def test_send_all_checkpoints_after_half_a_message() -> None:
+    """A task that keeps trying after half a message lets other tasks run."""
     one, two = connection_pair()
     async with one, two:
         await half_sent(one)
@@ -204,8 +184,8 @@ async def test_half_a_message_is_told_behind_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("way", ["scope", "cancellable", "before"])
-async def test_cancelled_before_the_first_byte(way: str) -> None:
-    """Cancelled while there is no room at all, nothing is sent, and the stream is in step."""
+async def test_send_message_cancelled_before_the_first_byte(way: str) -> None:
+    """Cancelled while the socket is full, nothing is sent, and the stream is in step."""
     one, two = connection_pair()
     cancellable = Cancellable()
     if way == "before":
@@ -229,8 +209,8 @@ async def test_cancelled_before_the_first_byte(way: str) -> None:
             assert (message.data, len(message.fds)) == (b"next", 1)
 
 
-async def test_peer_that_leaves_in_the_middle() -> None:
-    """A peer that leaves half way breaks the connection; nothing leaks."""
+async def test_send_message_peer_closes_in_the_middle() -> None:
+    """A peer that closes in the middle breaks the connection; nothing leaks."""
     one, two = connection_pair()
     async with one:
 
@@ -244,8 +224,8 @@ async def test_peer_that_leaves_in_the_middle() -> None:
             await two.aclose()
 
 
-async def test_the_callers_descriptors_while_it_waits() -> None:
-    """While a message waits, the numbers given may be closed and mean other files."""
+async def test_send_message_originals_closed_while_it_waits() -> None:
+    """While it waits, the caller may close the file descriptors and reuse the numbers."""
     one, two = connection_pair()
     count = clog(one)
     fds = some(3)
