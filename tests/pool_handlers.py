@@ -115,6 +115,12 @@ async def copy(stream: Any, job: Job) -> bytes:
     return data
 
 
+async def close_it(stream: Any, job: Job) -> bytes:
+    """Close the file, as a with block does."""
+    with stream:
+        return b"closed"
+
+
 async def map_buffer(stream: Any, job: Job) -> bytes:
     """Map what came; the data says how large it may be."""
     with job.map_buffer(int(job.data)) as view:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 
@@ -176,6 +177,38 @@ def test_fork_closes_copies_of_what_is_queued(monkeypatch: pytest.MonkeyPatch) -
     release_lingering()
     while closer.unfinished:
         time.sleep(0)
+
+
+def test_close_fds_starts_no_thread_at_the_end_of_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No thread runs any more then; the end of the process closes what is queued."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    fds = pipes(1)
+    _closing.close_fds(fds)
+    assert all(map(is_open, fds))
+    assert closer.threads == set()
+    monkeypatch.undo()
+    closer._close_here()
+    assert not any(map(is_open, fds))
+
+
+@pytest.mark.parametrize("error", [None, OSError, ValueError])
+def test_close_object_calls_close_in_the_thread(error: type[Exception] | None) -> None:
+    """The close method is called once, in another thread, and its errors are ignored."""
+    threads: list[int] = []
+
+    def close() -> None:
+        threads.append(threading.get_ident())
+        if error is not None:
+            raise error
+
+    _closing.close_object(close)
+    assert _closing.wait_closed(30)
+    assert len(threads) == 1
+    assert threads != [threading.get_ident()]
 
 
 def test_close_socket_with_an_empty_queue_closes_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import gc
 import mmap
@@ -158,6 +159,21 @@ async def test_send_buffer_rejects_other_arguments(bad: Any) -> None:
     async with one, two:
         with pytest.raises((TypeError, ValueError)):
             await one.send_buffer(bad)
+        await one.send_all(b"next")
+        assert await two.receive_some() == b"next"
+
+
+async def test_send_buffer_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOMEM leaves no descriptor, and nothing is sent."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            await one.send_buffer(b"x")
         await one.send_all(b"next")
         assert await two.receive_some() == b"next"
 

@@ -253,6 +253,17 @@ async def test_submit_of_a_file_object_whose_server_does_not_answer() -> None:
     assert _closing.wait_closed(30)
 
 
+async def test_call_of_file_objects_that_the_handler_closes() -> None:
+    """A device and a memfd are closed by the pool, and by the handler itself."""
+    async with open_worker_pool("pool_handlers:close_it", workers=1) as pool:
+        memory = os.memfd_create("m")
+        for fd in os.open(os.devnull, os.O_RDWR), memory:
+            file = os.fdopen(fd, "r+b", buffering=0)
+            assert await pool.call(file) == b"closed"
+            assert file.closed
+        await at_rest(pool)
+
+
 async def test_call_writes_the_file_before_it_returns(tmp_path: Path) -> None:
     """A file that a handler has written to is flushed when the call returns."""
     async with open_worker_pool("pool_handlers:copy", workers=1) as pool:

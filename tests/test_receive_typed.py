@@ -492,10 +492,13 @@ async def test_receive_file_does_not_block_the_loop() -> None:
 
 @pytest.mark.parametrize("by", ["cancel scope", "Cancellable"])
 @pytest.mark.parametrize("then", ["answers", "dies"])
+@pytest.mark.parametrize("when", ["in the grace period", "later"])
 async def test_receive_file_cancelled_while_a_file_server_does_not_answer(
-    by: str, then: str
+    by: str, then: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancellation ends the wait; the descriptor is closed once, whatever the server does."""
+    if when == "later":
+        monkeypatch.setattr(_file_thread, "CANCEL_GRACE", 0)
     one, two = connection_pair()
     async with one, two:
         with hanging_file() as file:
@@ -507,6 +510,7 @@ async def test_receive_file_cancelled_while_a_file_server_does_not_answer(
 
                     async def cancel() -> None:
                         await until(lambda: "getattr" in file.asked())
+                        await wait_all_tasks_blocked()
                         (scope.cancel if by == "cancel scope" else cancellable.cancel)()
 
                     nursery.start_soon(cancel)
@@ -611,6 +615,22 @@ async def test_receive_file_without_a_thread(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_file_thread, "start_thread_soon", fail)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         await pass_on(opened(__file__, os.O_RDONLY), lambda conn: conn.receive_file())
+    assert _file_thread.thread_limiter().borrowed_tokens == 0
+
+
+async def test_call_in_file_thread_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, the call is not made, and its turn is given back."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_file_thread, "start_thread_soon", fail)
+    called: list[int] = []
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await _file_thread.call_in_file_thread(
+            lambda: called.append(1), discard=_file_thread.ignore
+        )
+    assert called == []
     assert _file_thread.thread_limiter().borrowed_tokens == 0
 
 
