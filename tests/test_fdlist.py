@@ -87,7 +87,8 @@ def test_lookup_of_any_position() -> None:
     with UnixFDList(given := some(3)) as fds:
         os.close(fds.take(1))
         found = [fds.lookup(index) for index in range(-4, 4)]
-        assert found == [-1, given[0], -1, given[2], given[0], -1, given[2], -1]
+        assert found == [-1, -1, -1, -1, given[0], -1, given[2], -1]
+        assert fds.lookup(2**70) == fds.lookup(-(2**70)) == -1
         with pytest.raises(TypeError):
             fds.lookup("0")  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ the real GLib as a peer; here its situations are met without it, on every machin
 
 | situation in GLib's tests | ours |
 | --- | --- |
-| a list from an array: peek, get, append, steal | below, test_fdlist |
+| a list from an array: peek, get, append, steal; append_take, lookup | below, test_fdlist |
 | a message with a list: append, steal, append again, get | below, test_message_values |
 | both ends of a socketpair in one message, used on arrival | below |
 | nothing is open that was not open before | the guard of every test |
@@ -76,6 +76,19 @@ def test_fd_list_from_array_peek_get_append_steal() -> None:
     assert (fds.get_length(), fds.peek_fds(), fds.steal_fds()) == (0, [], [])
     for fd in stolen:
         os.close(fd)
+
+
+def test_fd_list_append_take_peek_lookup() -> None:
+    """append_take() takes no duplicate; peek() and lookup() leave it; no position is negative."""
+    read, write = os.pipe()
+    with UnixFDList() as fds:
+        assert [fds.lookup(position) for position in (-1, 0)] == [-1, -1]
+        assert (fds.append_take(read), fds.append_take(write)) == (0, 1)
+        assert fds.get_length() == 2
+        assert [fds.peek(position) for position in (0, 1)] == [read, write]
+        assert [fds.lookup(position) for position in (0, 1, 2, -1)] == [read, write, -1, -1]
+        with pytest.raises(IndexError):
+            fds.peek(2)
 
 
 def test_fd_message_steal_then_append_again() -> None:

@@ -119,13 +119,11 @@ class UnixFDList(DescriptorOwner):
     def lookup(self, index: SupportsIndex) -> int:
         """Return the descriptor at ``index``, which stays the list's, or -1 if there is none.
 
-        There is none if the position is out of range, or was taken out. As ``lookup`` of
-        GLib 2.90; for positions that a peer chose.
+        There is none if the position is negative or too large, or was taken out. As ``lookup``
+        of GLib 2.90; for positions that a peer chose.
         """
-        try:
-            return self._fds[operator.index(index)]
-        except IndexError:
-            return _TAKEN
+        position = operator.index(index)
+        return self._fds[position] if 0 <= position < len(self._fds) else _TAKEN
 
     def get_length(self) -> int:
         """Return the number of positions."""
