@@ -223,6 +223,29 @@ async def test_socket_of_another_type(path: Path, kind: int, *, is_connected: bo
         assert "datagrams or packets" in str(await rejected(path))
 
 
+@pytest.mark.parametrize("replace", [False, True])
+async def test_live_server_on_another_kernel(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, replace: bool
+) -> None:
+    """A kernel that refuses datagrams to a live stream server does not cost it the path."""
+    real = _bind._probe
+
+    class Refused(socket.socket):
+        def connect(self, _: Any) -> None:
+            raise ConnectionRefusedError
+
+    def probe(kind: socket.SocketKind) -> socket.socket:
+        return Refused(socket.AF_UNIX, kind) if kind == socket.SOCK_DGRAM else real(kind)
+
+    monkeypatch.setattr(_bind, "_probe", probe)
+    with listen_at(path):
+        if replace:
+            async with await open_unix_listener(path, replace=True) as listener:
+                assert listener.socket.getsockname() == str(path.with_name(".s.new"))
+        else:
+            assert "a server is listening there" in str(await rejected(path))
+
+
 async def test_live_server_without_peer_credentials(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1133,7 +1156,7 @@ async def test_accept_while_closing(path: Path) -> None:
 
 
 async def test_path_with_dot_dot_after_a_symbolic_link(path: Path) -> None:
-    """A path with ".." is the same to the listener as to those who connect."""
+    """A path with ".." is the same to the listener as to clients."""
     (path.parent / "a" / "b").mkdir(parents=True)
     path.with_name("link").symlink_to("a/b")
     there = path.parent / "link" / ".." / "s"

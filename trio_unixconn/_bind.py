@@ -288,8 +288,12 @@ def _holder_of(path: bytes) -> str | None:
         try:
             with connectable(UnixSocketAddress.path(path)) as name:
                 probe.connect(name)
-        except (ConnectionRefusedError, FileNotFoundError):
+        except FileNotFoundError:
             return None
+        except ConnectionRefusedError:
+            # The same answer from a kernel that looks for datagram sockets only must not cost a
+            # live server its path. If none is there, this leaves no trace either.
+            return _server_at(path)
         except OSError as exc:
             if exc.errno == errno.EPROTOTYPE:
                 return "a process holds this socket, which is not listening"

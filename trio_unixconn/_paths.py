@@ -32,7 +32,7 @@ _O_PATH: Final[int | None] = getattr(os, "O_PATH", None)
 def absolute(path: bytes) -> bytes:
     """Return a path that stays valid when the working directory changes.
 
-    Not abspath: ".." after a symbolic link is another directory for those who connect.
+    Not abspath: ".." after a symbolic link is another directory for clients.
 
     Raises:
       FileNotFoundError: a relative path, and the working directory does not exist anymore.
