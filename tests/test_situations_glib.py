@@ -15,7 +15,8 @@ the real GLib as a peer; here its situations are met without it, on every machin
 | what the peer sent before it shut down arrives, then the end | below, test_situations_cpython |
 | bytes of two sends are read by one receive | below |
 | a wait with a timeout; a Cancellable that fires | below, test_cancellation |
-| accept and connect that are cancelled | below, test_client_and_listener |
+| accept and connect that are cancelled, before or meanwhile; several that wait | below |
+| addresses in text | test_address |
 | a thread writes, the loop passes on, a thread reads, until cancelled | below |
 | credentials: own ids, same user, other user, native form | test_credentials |
 | credentials of a socketpair, and over it (a TODO in GLib's tests) | test_connection_credentials |
@@ -278,6 +279,37 @@ async def test_accept_and_connect_under_cancellable_scope(
         for conn in queued:
             await conn.aclose()
             await (await listener.accept()).aclose()
+
+
+async def test_accept_and_connect_under_a_scope_that_has_fired(unix_socket_path: Path) -> None:
+    """A Cancellable that has fired ends accept() and connect at once; the queue is as it was."""
+    cancellable = Cancellable()
+    cancellable.cancel()
+    async with (
+        await open_unix_listener(unix_socket_path) as listener,
+        await open_unix_connection(unix_socket_path) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(OperationCancelled), cancellable.scope():
+                await listener.accept()
+            with pytest.raises(OperationCancelled), cancellable.scope():
+                await open_unix_connection(unix_socket_path)
+        async with await listener.accept() as server:
+            await client.send_all(b"x")
+            assert await server.receive_some() == b"x"
+        with trio.move_on_after(0.01) as scope:
+            await listener.accept()
+        assert scope.cancelled_caught
+
+
+async def test_accept_of_several_that_wait(unix_socket_path: Path) -> None:
+    """One accept() takes one of the clients in the queue, and the next ones the others."""
+    async with await open_unix_listener(unix_socket_path) as listener:
+        clients = [await open_unix_connection(unix_socket_path) for _ in range(5)]
+        for number, client in enumerate(clients):
+            async with client, await listener.accept() as server:
+                await client.send_all(b"%d" % number)
+                assert await server.receive_some() == b"%d" % number
 
 
 CHUNK = bytes(range(65, 91))
