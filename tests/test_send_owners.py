@@ -156,6 +156,14 @@ async def test_send_fds_of_a_generator_that_raises() -> None:
         assert await two.receive_some() == b"next"
 
 
+async def test_send_fd_async_names_no_position() -> None:
+    """A wrong file descriptor of send_fd_async is not described as one of a list."""
+    one, two = connection_pair()
+    async with one, two, open_callback_adapter() as adapter:
+        with pytest.raises(TypeError, match=r"^expected a file descriptor .*, got str$"):
+            adapter.wrap(one).send_fd_async("x")  # type: ignore[arg-type]
+
+
 class StrangeError(ValueError):
     """A ValueError that cannot be made from a text alone."""
 

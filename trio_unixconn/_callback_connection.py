@@ -17,7 +17,7 @@ from ._buffers import bytes_of
 from ._cancellable import check_cancellable
 from ._closing import close_fds, close_object
 from ._connection import sealed_memory_of
-from ._fds import check_open, duplicate, filenos
+from ._fds import check_open, duplicate, fileno, filenos
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
 from ._memfd import Seals
@@ -101,7 +101,7 @@ class CallbackConnection(DescriptorOwner):
         Raises:
           TypeError, ValueError, OSError: ``fd`` is not an open file descriptor; EMFILE.
         """
-        duplicates, owned = _duplicated([fd])
+        duplicates, owned = _duplicated([fileno(fd)])
         self._begin(
             "send_fd_async",
             partial(self.connection.send_fd, duplicates[0]),

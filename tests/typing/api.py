@@ -47,6 +47,12 @@ async def connection(conn: UnixConnection, cancellable: Cancellable) -> None:
     assert_type(await conn.send_fd(conn.socket), bool)
     with Path("x").open() as file:
         await conn.send_fd(file)
+    await conn.send_fd(conn)
+    await conn.send_fd(trio.SocketStream(conn.socket))
+    await conn.send_fd(trio.SocketListener(conn.socket))
+    assert_type(await conn.send_fds(map(open, ["x"])), int)
+    await conn.send_fds([conn, conn.socket, 3])
+    await conn.send_fds(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await conn.send_fd("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert_type(await conn.receive_fd(cancellable), int)
     assert_type(await conn.send_credentials(cancellable), bool)
