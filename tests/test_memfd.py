@@ -435,6 +435,22 @@ async def test_receive_buffer_with_seals_of_memory_with_holes() -> None:
     os.close(fd)
 
 
+async def test_receive_buffer_with_seals_rejects_huge_pages() -> None:
+    """Huge pages that the sender can take away are rejected: a read could be SIGBUS."""
+    try:
+        fd = os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING)
+    except OSError:
+        pytest.skip("this kernel has no huge pages")
+    one, two = connection_pair()
+    async with one, two:
+        os.ftruncate(fd, os.fstatvfs(fd).f_bsize)
+        fcntl.fcntl(fd, ADD_SEALS, SHRINK_ONLY)
+        await one.send_fd(fd)
+        os.close(fd)
+        with pytest.raises(UnsafeBufferError, match="got one of huge pages"):
+            await two.receive_buffer(2**30, seals=Seals.SHRINK)
+
+
 @pytest.mark.parametrize(
     ("bad", "error"),
     [

@@ -1,7 +1,7 @@
 """Sealed memory: create, seal, check and map a memfd.
 
 Invariant: size and seals are checked before anything is mapped, and a mapping is read-only. What
-is mapped cannot shrink, which would kill the reader with SIGBUS.
+is mapped cannot shrink, nor lose its huge pages: either would kill the reader with SIGBUS.
 
 No file server is asked: F_GET_SEALS fails at once for anything but memory.
 
@@ -160,7 +160,16 @@ def map_readonly(fd: int, max_bytes: int, seals: Seals = Seals.ALL) -> memoryvie
     options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
     # Shared, where the sender may write: it is specified then that this side sees it. But before
     # Linux 6.7 a memfd that is sealed against writing cannot be mapped shared.
-    flags = mmap.MAP_PRIVATE if present & Seals.WRITE.value else mmap.MAP_SHARED
+    flags = mmap.MAP_PRIVATE
+    if not present & Seals.WRITE.value:
+        flags = mmap.MAP_SHARED
+        if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
+            # Its sender can punch a hole, and there may be no huge page left to fill it.
+            raise UnsafeBufferError(
+                "expected a memfd of ordinary pages, got one of huge pages that its sender can "
+                "still write to; reading it can kill this process (SIGBUS)",
+                DescriptorKind.REGULAR_FILE,
+            )
     try:
         return memoryview(mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ, **options))
     except OSError as exc:

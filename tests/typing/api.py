@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import IO, Any
 
 import trio
 from typing_extensions import assert_type
@@ -14,6 +15,7 @@ from trio_unixconn import (
     CallbackConnection,
     Cancellable,
     Credentials,
+    DescriptorKind,
     IOErrorEnum,
     Message,
     OperationCancelled,
@@ -21,7 +23,9 @@ from trio_unixconn import (
     PeerGoneError,
     PeerIdentity,
     PeerPolicy,
+    Seals,
     UnixConnection,
+    UnixFDList,
     UnixListener,
     UnixServer,
     UnixSocketAddress,
@@ -66,6 +70,24 @@ async def connection(conn: UnixConnection, cancellable: Cancellable) -> None:
     assert_type(connection_pair(), tuple[UnixConnection, UnixConnection])
     stream: trio.abc.HalfCloseableStream = conn
     await stream.send_eof()
+
+
+async def typed(conn: UnixConnection, cancellable: Cancellable) -> None:
+    assert_type(await conn.receive_file("r", kinds={DescriptorKind.PIPE}), IO[Any])
+    await conn.receive_file(kinds="pipe")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(await conn.receive_socket(cancellable=cancellable), trio.socket.SocketType)
+    assert_type(await conn.receive_stream(), trio.abc.HalfCloseableStream)
+    await conn.send_buffer(b"x")
+    assert_type(await conn.receive_buffer(9), memoryview)
+    assert_type(await conn.receive_buffer(9, seals=Seals.SHRINK | Seals.SEAL), memoryview)
+    await conn.receive_buffer(9, seals=2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with await conn.receive_fds(3) as fds:
+        assert_type(fds, UnixFDList)
+        assert_type(fds.append(3), int)
+        assert_type(fds.append_take(3), int)
+        assert_type(fds.peek(0), int)
+        assert_type(fds.lookup(0), int)
+        assert_type(fds.take_file(0), IO[Any])
 
 
 async def serve(conn: UnixConnection) -> None:
