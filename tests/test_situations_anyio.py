@@ -19,7 +19,7 @@ anyio runs on trio, so that its streams, clients and listeners are peers here.
 | no socket at a path, no listener at an abstract name | below, test_paths |
 | names that are not UTF-8 | test_situations_cpython |
 | from_socket of sockets, of file descriptors, of wrong ones | test_connection, and below |
-| a listener's socket options; what it accepts does not block | below |
+| a listener's socket options; accepted sockets do not block | below |
 | two listeners one after the other at one name | below |
 | several listeners served together, TCP among them | test_situations_trio |
 """
@@ -215,7 +215,7 @@ async def test_detach_for_anyio_from_socket() -> None:
 
 
 async def test_connection_is_iterated_to_the_end(name: str) -> None:
-    """Iterating gives what arrived, chunk by chunk, and ends with the stream."""
+    """Iterating gives the bytes chunk by chunk, and ends with the stream."""
     async with (
         await open_unix_listener(name) as listener,
         await open_unix_connection(name) as client,
@@ -342,7 +342,7 @@ async def test_open_unix_listener_twice_one_after_the_other(name: str) -> None:
 
 
 async def test_listener_socket_options(name: str) -> None:
-    """Options that are set on a listener's socket stay; what it accepts does not block."""
+    """Options set on a listener's socket stay; accepted sockets do not block."""
     async with await open_unix_listener(name) as listener:
         assert listener.socket.family == socket.AF_UNIX
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 80000)

@@ -291,7 +291,7 @@ async def test_receive_fds_with_just_enough_free_descriptors() -> None:
 
 
 async def test_receive_fd_after_another_reader_took_the_byte() -> None:
-    """A plain recv by another holder of the socket closes what came; receive_fd gets the next."""
+    """A plain recv by another holder closes the descriptor; receive_fd gets the next one."""
     with connection_and_socket() as (conn, sock), numbered(2) as fds:
         async with conn:
             for fd in fds:
@@ -440,7 +440,7 @@ async def test_receive_message_of_more_bytes_than_there_can_be() -> None:
 
 @pytest.mark.parametrize("backlog", [-1, 2**31, 2**63, 2**70, 1.5, "1", True])
 async def test_open_unix_listener_rejects_backlog(tmp_path: Path, backlog: Any) -> None:
-    """A backlog that listen(2) cannot take is an error, and nothing is left behind."""
+    """A backlog that listen(2) cannot take is an error, and nothing remains."""
     for name in (tmp_path / "s", f"\0trio-unixconn-backlog-{os.getpid()}"):
         with pytest.raises((OverflowError, ValueError, TypeError)):
             await open_unix_listener(name, backlog=backlog)
@@ -509,7 +509,7 @@ async def test_sends_after_shutdown_of_the_peer(
 
 
 async def test_receive_fd_after_shutdown_of_this_side() -> None:
-    """After a shutdown for reading by another holder of the socket: the end, also while waiting."""
+    """A shutdown for reading by another holder ends the stream, even during a wait."""
     with connection_and_socket() as (conn, _):
         async with conn:
             async with trio.open_nursery() as nursery:
@@ -650,7 +650,7 @@ async def test_open_unix_listener_with_empty_name(empty: Any) -> None:
 
 @pytest.mark.parametrize("function", [open_unix_listener, open_unix_connection])
 async def test_abstract_name_that_is_too_long(function: Any) -> None:
-    """An abstract name of 108 bytes does not fit, and nothing is left behind."""
+    """An abstract name of 108 bytes does not fit, and nothing remains."""
     with pytest.raises((OSError, ValueError)):
         await function("\0" + "h" * 108)
 

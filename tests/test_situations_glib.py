@@ -12,7 +12,7 @@ the real GLib as a peer; here its situations are met without it, on every machin
 | an anonymous address: no path, not abstract | below, test_address |
 | a socket that is not connected | test_connection |
 | a child sends a write end, the parent reads what it writes | below |
-| what the peer sent before it shut down arrives, then the end | below, test_situations_cpython |
+| bytes sent before a shutdown arrive, then the end | below, test_situations_cpython |
 | bytes of two sends are read by one receive | below |
 | a wait with a timeout; a Cancellable that fires | below, test_cancellation |
 | accept and connect that are cancelled, before or meanwhile; several that wait | below |
@@ -64,7 +64,7 @@ TEXT = b"written by one process, read by another"
 
 
 def test_fd_list_from_array_peek_get_append_steal() -> None:
-    """The list owns what it was made from, gives duplicates, and hands over all it has."""
+    """The list owns the descriptors given to it, returns duplicates, and hands over all of them."""
     read, write = os.pipe()
     fds = UnixFDList.new_from_array([read, write])
     assert fds.peek_fds() == [read, write]
@@ -111,7 +111,7 @@ def test_fd_message_steal_then_append_again() -> None:
 
 
 def test_fd_list_of_an_exception_while_appending() -> None:
-    """An append that fails changes nothing; what is in the list is still the list's."""
+    """An append that fails changes nothing; the list still owns its descriptors."""
     before = open_descriptors()
     with UnixFDList() as fds:
         assert fds.append(0) == 0
@@ -123,7 +123,7 @@ def test_fd_list_of_an_exception_while_appending() -> None:
 
 
 async def test_send_message_with_both_ends_of_a_socketpair() -> None:
-    """Both ends cross in one message; what is written into one is read from the other."""
+    """Both ends cross in one message; bytes written into one are read from the other."""
     one, two = connection_pair()
     ends = UnixFDMessage(UnixFDList([each.detach() for each in socket.socketpair()]))
     async with one, two:
@@ -316,7 +316,7 @@ CHUNK = bytes(range(65, 91))
 
 
 class Relay:
-    """Passes on what arrives at one connection to another, by callbacks, until cancelled."""
+    """Passes on bytes from one connection to another, by callbacks, until cancelled."""
 
     def __init__(self, source: CallbackConnection, sink: CallbackConnection) -> None:
         self.source, self.sink = source, sink

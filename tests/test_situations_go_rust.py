@@ -6,7 +6,7 @@ Their tests of datagrams have nothing that corresponds to them here.
 
 | situation in Go's or Rust's tests | ours |
 | --- | --- |
-| a received descriptor is close-on-exec, also for a real child | below |
+| a received descriptor is close-on-exec, even for a real child | below |
 | a message without a buffer for bytes, with room for descriptors | below |
 | descriptors without bytes are sent with a byte of the library's | test_messages |
 | a child makes a file, sends it, and ends; the parent reads it | below |
@@ -447,7 +447,7 @@ async def test_connection_that_waits_to_be_accepted(unix_socket_path: Path) -> N
 
 @pytest.mark.parametrize("waits", [True, False])
 async def test_connection_that_is_never_accepted(unix_socket_path: Path, *, waits: bool) -> None:
-    """When its listener closes, a client in the queue is reset, also while it waits."""
+    """When its listener closes, a client in the queue is reset, even while it waits."""
 
     async def receive() -> None:
         with pytest.raises(ConnectionBrokenError):

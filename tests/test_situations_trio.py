@@ -11,7 +11,7 @@ test_highlevel_serve_listeners.py and test_highlevel_open_unix_stream.py.
 | send_all that is split, and frees its buffer | test_connection |
 | a peer that had closed before the stream was made | test_..._whose_peer_has_closed below |
 | SocketListener of wrong sockets | test_inherited_listener |
-| accept: a checkpoint, also when closed; the names of both ends | below |
+| accept: a checkpoint, even when closed; the names of both ends | below |
 | a listener whose socket was closed underneath | test_accept_after_the_socket_... below |
 | accept: ECONNABORTED, EPERM, EPROTO are passed over | test_client_and_listener |
 | accept: EMFILE, ENFILE, ENOBUFS, ENOMEM come out, and it goes on | below |

@@ -118,7 +118,7 @@ async def test_send_fd_waits_while_the_peer_does_not_read() -> None:
 
 
 ################################################################
-# Refused file descriptors are closed, whatever refuses them
+# Refused file descriptors are closed
 ################################################################
 
 
@@ -220,7 +220,7 @@ async def test_refused_descriptor_is_closed_by_receive_descriptors_false() -> No
 
 
 async def test_descriptor_in_an_unaccepted_connection_is_closed(unix_socket_path: Path) -> None:
-    """A listener that closes closes what clients had sent before they were accepted."""
+    """Closing a listener closes descriptors that clients sent before they were accepted."""
     probe, cargo = socket.socketpair()
     with probe:
         async with await open_unix_listener(unix_socket_path):
@@ -232,7 +232,7 @@ async def test_descriptor_in_an_unaccepted_connection_is_closed(unix_socket_path
 
 
 async def test_descriptor_in_a_connection_in_a_connection_is_closed() -> None:
-    """Closing a connection also closes what waits in a socket that waits in its queue."""
+    """Closing a connection closes descriptors in the queue of a socket that is in its own queue."""
     probe, cargo = socket.socketpair()
     one, two = connection_pair()
     inner, outer = connection_pair()
@@ -245,7 +245,7 @@ async def test_descriptor_in_a_connection_in_a_connection_is_closed() -> None:
 
 
 async def test_descriptor_that_fds_read_ahead_is_closed() -> None:
-    """A loop over fds() that is left early: closing the connection closes what it read ahead."""
+    """A loop over fds() that is left early: closing the connection closes those read ahead."""
     one, two = connection_pair()
     probe, cargo = socket.socketpair()
     with probe:
