@@ -159,6 +159,69 @@ def test_close_fds_without_another_thread_leaves_the_queue(
     assert not any(map(is_open, fds))
 
 
+def test_close_fds_batched_closes_many_calls_with_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What many calls hand over is closed together, and a later call is not forgotten."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "BATCH_DELAY", 0.2)
+    fds = pipes(20)
+    for fd in fds:
+        _closing.close_fds_batched([fd])
+    _closing.close_fds_batched([])
+    assert closer.unfinished <= 1 + len(fds) // 2
+    assert _closing.wait_closed(30)
+    assert not any(map(is_open, fds))
+    monkeypatch.setattr(_closing, "BATCH_DELAY", 0)
+    for fd in pipes(20):
+        _closing.close_fds_batched([fd])
+        assert _closing.wait_closed(30)
+        assert not is_open(fd)
+
+
+def test_close_fds_batched_without_threads_closes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, the descriptors are closed before it returns."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError("the caller must not sleep")
+
+    monkeypatch.setattr(_closing, "_closer", _closing._Closer())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(time, "sleep", sleep)
+    fds = pipes(3)
+    _closing.close_fds_batched(fds)
+    assert not any(map(is_open, fds))
+
+
+def test_fork_closes_copies_of_what_is_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process closes its copies of what was collected, without the lock of the parent."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(closer, "_has_free_thread", lambda: True)
+    fds = pipes(2)
+    _closing.close_fds_batched(fds)
+    # As in the child, while another thread of the parent holds the lock.
+    locked, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with closer.lock:
+            locked.set()
+            assert release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(30)
+    _closing._after_fork()
+    assert _closing.wait_closed(30)
+    assert not any(map(is_open, fds))
+    release.set()
+    thread.join()
+
+
 def test_fork_closes_copies_of_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child process has no thread of its own yet, and closes its copies of the queue."""
     closer = _closing._Closer()

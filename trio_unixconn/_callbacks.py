@@ -25,7 +25,7 @@ from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from ._callback_connection import CallbackConnection
 from ._cancellable import is_current_run
-from ._closing import close_fds
+from ._closing import close_fds_batched
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
 from ._results import AsyncResult, Operation, discard_result
@@ -166,7 +166,7 @@ async def _perform(operation: Operation) -> AsyncResult:
         return AsyncResult(operation, None, exc)
     finally:
         operation.ended.set()
-        close_fds(operation.fds)
+        close_fds_batched(operation.fds)
     return AsyncResult(operation, None, OperationCancelled("cancelled by cancel_pending()"))
 
 
