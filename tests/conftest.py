@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from pools import children
-from time_limits import limit_time
+from time_limits import limit_time, report_skip
 
 from trio_unixconn.testing import plugin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
 pytest_plugins = ["pytester"]
@@ -35,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Limit the time of an async test."""
     limit_time(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Report why an async test skipped itself."""
+    report = yield
+    report_skip(item, report)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -470,7 +470,7 @@ async def test_identity_that_is_dropped() -> None:
     """One that nobody closes is closed when it is collected, with a ResourceWarning."""
     one, two = connection_pair()
     async with one, two:
-        with pytest.warns(ResourceWarning, match="dropped with descriptors"):
+        with pytest.warns(ResourceWarning, match="unclosed"):
             one.get_peer_identity()
 
 

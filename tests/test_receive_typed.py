@@ -466,8 +466,8 @@ class Heartbeat:
 
 async def test_receive_file_does_not_block_the_loop() -> None:
     """While a file server does not answer, other tasks run; when it answers, the file is there."""
-    one, two = connection_pair()
     with hanging_file() as file:
+        one, two = connection_pair()
         async with one, two, trio.open_nursery() as nursery:
             heartbeat = Heartbeat()
             nursery.start_soon(heartbeat.run)
@@ -586,8 +586,8 @@ async def test_receive_file_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) 
     """With all threads in use by servers that hang, a receive waits, and can be cancelled."""
     monkeypatch.setattr(_file_thread, "MAX_THREADS", 1)
     monkeypatch.setattr(_file_thread, "_limiter", trio.lowlevel.RunVar("test"))
-    one, two = connection_pair()
     with hanging_file() as file:
+        one, two = connection_pair()
         async with one, two:
             for _ in range(2):
                 await one.send_fd(file.fd)
@@ -659,8 +659,8 @@ async def test_typed_receives_reject_without_asking_a_file_server(
     receive: Callable[[UnixConnection], Awaitable[Any]], error: str
 ) -> None:
     """A FUSE file is rejected while its server does not answer, and without asking it."""
-    one, two = connection_pair()
     with hanging_file(os.O_RDONLY) as file:
+        one, two = connection_pair()
         async with one, two:
             await one.send_fd(file.fd)
             with pytest.raises(WrongDescriptorKindError, match=error) as caught:

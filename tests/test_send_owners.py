@@ -248,8 +248,8 @@ async def test_send_fd_of_an_object_without_fd() -> None:
 @pytest.mark.parametrize("name", ["send_fd", "send_fds", "send_message"])
 async def test_send_fds_does_not_ask_the_file(name: str) -> None:
     """A file whose server does not answer is sent: nothing waits for it, duplicates included."""
-    one, two = connection_pair()
     with hanging_file() as file:
+        one, two = connection_pair()
         async with one, two, trio.open_nursery() as nursery:
             count = clog(one)
             if name == "send_fd":
@@ -273,8 +273,8 @@ async def test_send_fds_does_not_ask_the_file(name: str) -> None:
 @pytest.mark.parametrize("name", ["send_fd", "send_fds", "send_message", "callback"])
 async def test_send_fd_whose_duplicate_cannot_be_closed(name: str) -> None:
     """A close that fails with EIO does not turn a send that has succeeded into an error."""
-    one, two = connection_pair()
     with file_with_failing_close() as file:
+        one, two = connection_pair()
         async with one, two, trio.open_nursery() as nursery:
             count = clog(one)
             sent: list[Any] = []

@@ -36,10 +36,17 @@ def test_another():
 """
 
 CONFTEST = """
-from time_limits import limit_time
+import pytest
+from time_limits import limit_time, report_skip
 
 def pytest_runtest_setup(item):
     limit_time(item, 0.5)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    report_skip(item, report)
+    return report
 """
 
 
@@ -62,6 +69,26 @@ def test_a_hanging_test_is_ended(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*crashed while running*::test_sync_hangs*", "*TooSlowError*"])
     assert "in wait_in_a_child" in result.stdout.str()
     assert "in test_sync_hangs" in result.stderr.str()
+
+
+SKIPS = """
+import pytest
+import trio
+
+
+async def test_skips():
+    async with trio.open_nursery():
+        pytest.skip("the moon is full")
+"""
+
+
+def test_an_async_test_says_why_it_skips(pytester: pytest.Pytester) -> None:
+    """The reason of a skip in an async test is reported, even from within a nursery."""
+    pytester.makepyfile(SKIPS)
+    pytester.makeconftest(CONFTEST)
+    pytester.makeini(f"[pytest]\ntrio_mode = true\npythonpath = {Path(__file__).parent}")
+    result = pytester.runpytest_subprocess("-rs", "-p", "no:cacheprovider", timeout=60)
+    result.stdout.fnmatch_lines("SKIPPED*the moon is full")
 
 
 async def test_task_stacks() -> None:

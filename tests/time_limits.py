@@ -9,17 +9,26 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import pytest
 import trio
-
-if TYPE_CHECKING:
-    import pytest
 
 # In seconds. No test takes a tenth of it on a machine that is ten times slower than usual.
 ASYNC_TEST_TIMEOUT: Final = 120.0
 # With one of these a test has its own time.
 CLOCKS: Final = {"autojump_clock", "mock_clock"}
+
+
+# Why a test skipped itself: pytest-trio raises another exception, without the reason.
+SKIP_REASON: Final = pytest.StashKey[str]()
+
+
+def skip_reason(exc: BaseException) -> str:
+    """Return the reason of a skip, which may be in a group; "" if it is no skip."""
+    if isinstance(exc, pytest.skip.Exception):
+        return str(exc)
+    return "".join(map(skip_reason, getattr(exc, "exceptions", ())))
 
 
 class TaskDump(trio.abc.Instrument):
@@ -64,7 +73,18 @@ def limit_time(item: pytest.Item, timeout: float = ASYNC_TEST_TIMEOUT) -> None:
         try:
             with trio.fail_at(deadline):
                 await test(**arguments)
+        except BaseException as exc:
+            item.stash[SKIP_REASON] = skip_reason(exc)
+            raise
         finally:
             trio.lowlevel.remove_instrument(dump)
 
     item.obj = limited  # type: ignore[attr-defined]
+
+
+def report_skip(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Add to a report why an async test skipped itself."""
+    reason = item.stash.get(SKIP_REASON, "")
+    if report.skipped and reason and isinstance(report.longrepr, tuple):
+        path, line, _ = report.longrepr
+        report.longrepr = path, line, f"Skipped: {reason}"

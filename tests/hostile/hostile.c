@@ -227,8 +227,12 @@ static int connection(int control)
     header->cmsg_type = SCM_RIGHTS;
     header->cmsg_len = CMSG_LEN(sizeof(int));
     memcpy(CMSG_DATA(header), &two[1], sizeof(int));
-    if (sendmsg(control, &message, MSG_NOSIGNAL) != 1)
-        exit(1);
+    while (sendmsg(control, &message, MSG_NOSIGNAL) != 1) {
+        /* Other processes of this user have too many in flight. */
+        if (errno != ETOOMANYREFS)
+            exit(1);
+        usleep(1000);
+    }
     close(two[1]);
     return two[0];
 }

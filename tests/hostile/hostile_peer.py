@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -165,8 +166,16 @@ class Hostile:
             raise SystemExit(1)
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self.control, [b"c"], [theirs.fileno()])
-        return ours
+            while True:
+                try:
+                    socket.send_fds(self.control, [b"c"], [theirs.fileno()])
+                except OSError as exc:
+                    # Other processes of this user have too many in flight.
+                    if exc.errno != errno.ETOOMANYREFS:
+                        raise
+                    time.sleep(0.001)
+                else:
+                    return ours
 
     def run(self, count: int) -> None:
         rng = self.random
