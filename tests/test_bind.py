@@ -26,6 +26,7 @@ from trio_unixconn import (
     IOErrorEnum,
     NotSupportedError,
     UnixListener,
+    UnixSocketAddress,
     _bind,
     _kernel,
     _paths,
@@ -1194,8 +1195,8 @@ async def test_abstract_names_require_linux(
         await open_unix_listener(address)
 
 
-@pytest.mark.parametrize("address", ["", b""])
-async def test_autobind(address: str | bytes) -> None:
+@pytest.mark.parametrize("address", ["", b"", UnixSocketAddress()])
+async def test_autobind(address: str | bytes | UnixSocketAddress) -> None:
     """With an empty address the kernel chooses an abstract name, which the listener returns."""
     async with (
         await open_unix_listener(address) as listener,

@@ -41,7 +41,7 @@ def test_who_listens(form: str) -> None:
 
 def test_as_json(tmp_path: Path) -> None:
     """--json tells the same, with null and a reason for what is not known."""
-    path = tmp_path / ("x" * 100) / "socket"
+    path = tmp_path / ("x\N{SNOWMAN}\n" + "x" * 100) / "socket"
     path.parent.mkdir()
     folder = os.open(path.parent, os.O_RDONLY)
     try:

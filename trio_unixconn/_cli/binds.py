@@ -17,7 +17,7 @@ from .. import _kernel
 from .._listener import UnixListener, open_unix_listener
 from .inherited import from_systemd, is_inherited
 from .naming import address_of
-from .printing import fail
+from .printing import argument_of, fail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,7 +155,7 @@ async def close_all(listeners: Sequence[Listener]) -> None:
 def name_of(listener: Listener) -> str:
     """Return where it listens, in the form of ``--bind``."""
     if isinstance(listener, UnixListener):
-        return f"unix:{listener.get_local_address()}"
+        return f"unix:{argument_of(listener.get_local_address())}"
     name = listener.socket.getsockname()
     if listener.socket.family == stdlib_socket.AF_INET:
         return f"tcp:{name[0]}:{name[1]}"

@@ -18,7 +18,7 @@ from .. import _kernel
 from .._client import open_unix_connection
 from ..errors import UnixConnectionError
 from .naming import address_of
-from .printing import say, say_json
+from .printing import argument_of, say, say_json
 from .running import described, run, seconds, too_slow
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ async def _ask(address: UnixSocketAddress, timeout: float) -> list[Fact]:
         raise too_slow(timeout, address) from exc
     async with conn:
         with conn.get_peer_identity() as identity:
-            return [Fact("address", str(address), str(address)), *_facts(identity)]
+            return [Fact("address", argument_of(address), argument_of(address)), *_facts(identity)]
 
 
 def _facts(identity: PeerIdentity) -> list[Fact]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from .._address import UnixSocketAddress
 
 
 def say(line: str) -> None:
@@ -34,6 +37,14 @@ def fail(*lines: str, status: int = 1) -> NoReturn:
     for line in lines:
         print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - as above
     raise typer.Exit(status)
+
+
+def argument_of(address: UnixSocketAddress) -> str:
+    """Return an address as the commands take it: a path, or ``@name``.
+
+    It is not escaped: JSON keeps every character, and all else is printed with :func:`printable`.
+    """
+    return f"@{address.get_path()}" if address.get_is_abstract() else address.get_path()
 
 
 def printable(text: str) -> str:

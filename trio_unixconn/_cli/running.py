@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from ..errors import UnixConnectionError, WorkerStartError
-from .printing import complain, fail
+from .printing import argument_of, complain, fail
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -97,7 +97,9 @@ def seconds(timeout: float | None) -> float:
 
 def too_slow(timeout: float, address: UnixSocketAddress) -> OSError:
     """Return the error for what took longer than ``timeout``."""
-    return TimeoutError(errno.ETIMEDOUT, f"not done within {timeout:g} seconds", str(address))
+    return TimeoutError(
+        errno.ETIMEDOUT, f"not done within {timeout:g} seconds", argument_of(address)
+    )
 
 
 def heard_signals() -> list[signal.Signals]:
