@@ -25,6 +25,7 @@ from trio_unixconn import (
     ConnectionBrokenError,
     Credentials,
     EndOfStreamError,
+    Seals,
     UnexpectedControlMessageError,
 )
 
@@ -123,7 +124,9 @@ async def close_it(stream: Any, job: Job) -> bytes:
 
 async def map_buffer(stream: Any, job: Job) -> bytes:
     """Map what came; the data says how large it may be."""
-    with job.map_buffer(int(job.data)) as view:
+    size, *names = job.data.decode().split()
+    seals = Seals[names[0]] if names else Seals.ALL
+    with job.map_buffer(int(size), seals=seals) as view:
         return bytes(view).upper()
 
 

@@ -19,6 +19,7 @@ from pools import at_rest, children, client_of, ends, lines, pids
 
 from trio_unixconn import (
     HandlerError,
+    Seals,
     WorkerStartError,
 )
 from trio_unixconn.pool import JobReceipt, open_worker_pool
@@ -329,15 +330,23 @@ def sealed(data: bytes) -> int:
     return fd
 
 
-async def test_sealed_memory() -> None:
-    """A handler maps sealed memory without a copy; what is not sealed is an error there."""
+async def test_map_buffer() -> None:
+    """A handler maps sealed memory without a copy; other memory is an error there."""
     async with open_worker_pool("pool_handlers:map_buffer", workers=1) as pool:
         assert await pool.call(sealed(b"a buffer"), data=b"100") == b"A BUFFER"
         with pytest.raises(HandlerError, match="UnsafeBufferError"):
             await pool.call(sealed(b"a buffer"), data=b"7")
         with pytest.raises(HandlerError, match="UnsafeBufferError"):
             await pool.call(os.memfd_create("not sealed"), data=b"100")
-        with pytest.raises(HandlerError, match="this job has no file"):
+        shrink_only = os.memfd_create("shrink only", os.MFD_ALLOW_SEALING)
+        os.write(shrink_only, b"a buffer")
+        fcntl.fcntl(shrink_only, F_ADD_SEALS, Seals.SHRINK.value)
+        with pytest.raises(HandlerError, match="missing seals: seal, grow, write"):
+            await pool.call(os.dup(shrink_only), data=b"100")
+        assert await pool.call(shrink_only, data=b"100 SHRINK") == b"A BUFFER"
+        with pytest.raises(HandlerError, match=r"seals must contain Seals.SHRINK"):
+            await pool.call(sealed(b"a buffer"), data=b"100 WRITE")
+        with pytest.raises(HandlerError, match="got a job without a file"):
             await pool.call(data=b"100")
         client, theirs = ends()
         async with client.stream:

@@ -30,6 +30,7 @@ from .._fdtypes import (
     open_stream,
 )
 from .._file_thread import call_in_file_thread, ignore
+from .._memfd import Seals
 from .._owner import DescriptorOwner
 from ..errors import UnsafeBufferError
 from . import _wire
@@ -77,23 +78,30 @@ class Job(DescriptorOwner):
             return name
         return None
 
-    def map_buffer(self, max_bytes: int) -> memoryview:
-        """Map the sealed memory that came as the job's file, as ``receive_buffer`` does.
+    def map_buffer(self, max_bytes: int, *, seals: Seals = Seals.ALL) -> memoryview:
+        """Map the job's file, which must be sealed memory, as ``receive_buffer`` does.
+
+        Args:
+          max_bytes: the largest size that is accepted.
+          seals: the seals that the memory must have; ``Seals.SHRINK`` is one of them. Without
+            ``Seals.WRITE`` the bytes can change at any time.
 
         Returns:
           A read-only view; the mapping ends with it, and with what was made from it. The file
           may be closed before.
 
         Raises:
-          UnsafeBufferError: no sealed memory came, or more than ``max_bytes``.
+          UnsafeBufferError: the file is not sealed memory, or larger than ``max_bytes``.
+          TypeError, ValueError: ``seals`` are not Seals with ``Seals.SHRINK``.
           OSError: EMFILE.
         """
+        _memfd.check_seals(seals)
         fileno = getattr(self._stream, "fileno", None)
         if fileno is None:
             raise UnsafeBufferError(
-                "a sealed memfd was due, but this job has no file", DescriptorKind.SOCKET
+                "expected a sealed memfd, got a job without a file", DescriptorKind.SOCKET
             )
-        return _memfd.map_readonly(fileno(), max_bytes)
+        return _memfd.map_readonly(fileno(), max_bytes, seals)
 
 
 async def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
