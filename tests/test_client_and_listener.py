@@ -251,38 +251,6 @@ async def test_accept_without_free_descriptors(path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
-async def test_accept_after_an_aborted_connection(
-    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """accept() ignores a connection that was aborted, and returns the next."""
-    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
-        real, failures = listener.socket.accept, [OSError(number, "gone")]
-
-        async def accept() -> Any:
-            if failures:
-                raise failures.pop()
-            return await real()
-
-        monkeypatch.setattr(listener.socket, "accept", accept)
-        async with await listener.accept():
-            assert not failures
-
-
-async def test_accept_that_fails_closes_the_socket(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An accepted socket that cannot become a connection is closed."""
-    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
-
-        async def accept() -> Any:
-            return trio.socket.socket(socket.AF_INET), ""
-
-        monkeypatch.setattr(listener.socket, "accept", accept)
-        with pytest.raises(ValueError, match="AF_INET"):
-            await listener.accept()
-
-
 async def test_accept_after_the_client_has_closed(path: Path) -> None:
     """A connection whose client has closed is accepted, with what the client sent."""
     async with await open_unix_listener(path) as listener:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import sys
@@ -141,28 +140,3 @@ async def test_addresses_of_a_bound_client(path: Path) -> None:
             assert client.get_local_address() == UnixSocketAddress.path(own)
             assert server.get_remote_address() == UnixSocketAddress.path(own)
             assert client.get_remote_address() == UnixSocketAddress.path(path)
-
-
-async def test_connection_that_was_aborted_in_the_queue(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What waits in the queue is taken as accept takes it: what is gone is passed over."""
-    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
-        real = listener.socket._sock  # type: ignore[attr-defined]
-        failures = [OSError(errno.ECONNABORTED, "gone"), OSError(errno.EIO, "broken")]
-
-        class Failing(socket.socket):
-            def accept(self) -> Any:
-                if failures:
-                    raise failures.pop(0)
-                return super().accept()
-
-        failing = Failing(fileno=os.dup(real.fileno()))
-        with failing:
-            monkeypatch.setattr("trio_unixconn._listener.raw_socket", lambda _: failing)
-            with pytest.raises(OSError, match="broken"):
-                listener._accept_waiting()
-            conn = listener._accept_waiting()
-            assert conn is not None
-            await conn.aclose()
-            assert listener._accept_waiting() is None

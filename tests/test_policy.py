@@ -306,7 +306,7 @@ async def test_wrong_check_of_a_server(
         server.drain()
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert f"its peer was Credentials(pid={os.getpid()}" in messages[0]
+    assert f"the peer was Credentials(pid={os.getpid()}" in messages[0]
     with pytest.raises(BaseException) as caught:
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(serve_unix, handler, path, policy=PeerPolicy(check=check)))

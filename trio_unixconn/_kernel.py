@@ -48,6 +48,7 @@ SOL_SOCKET: Final = socket.SOL_SOCKET
 SO_ACCEPTCONN: Final = _named("SO_ACCEPTCONN")
 SO_PASSCRED: Final = _named("SO_PASSCRED")
 SO_PEERCRED: Final = _named("SO_PEERCRED")
+SO_RCVTIMEO: Final = _named("SO_RCVTIMEO")
 SCM_RIGHTS: Final = _named("SCM_RIGHTS")
 SCM_CREDENTIALS: Final = _named("SCM_CREDENTIALS")
 SCM_CREDS: Final = _named("SCM_CREDS")

@@ -1,14 +1,13 @@
 """UnixListener: accept connections on a Unix socket.
 
-Invariant: a listener that made a path removes it, and a connection that was accepted is returned,
-or closed because a policy denies it.
+Invariant: the listener that has created a path removes it. An accepted connection is returned, or
+closed because a policy denies it.
 
 Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket as stdlib_socket
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from . import _bind, _kernel
+from . import _bind, _closing, _kernel
+from ._accept import Acceptor, close_listening_socket
 from ._address import UnixSocketAddress
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
 from ._policy import PeerPolicy, admit_or_close
 from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
-from .errors import ConnectionBusyError, ConnectionClosedError
+from .errors import ConnectionClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,32 +32,28 @@ T = TypeVar("T")
 
 logger: Final = logging.getLogger("trio_unixconn")
 
-# The connection that was to be accepted is gone; the next one may be fine. The list is
-# accept(2)'s, as far as it can happen to a Unix socket.
-_TRY_AGAIN: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM})
-
 
 class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     """A listening Unix stream socket, for ``trio.serve_listeners`` or :meth:`accept`.
 
-    :func:`open_unix_listener` makes one at a path; this constructor and :meth:`from_fd` take a
-    socket that listens already, whose path stays the business of whoever bound it.
+    :func:`open_unix_listener` makes one at a path. This constructor and :meth:`from_fd` take a
+    socket that is already listening, and leave its path alone.
 
     Args:
       socket: a bound, listening ``AF_UNIX``, ``SOCK_STREAM`` trio socket. The listener owns it
-        from now on; if this raises, the caller still does.
-      policy: who may connect. It is asked in :meth:`accept`, before any byte is read; whom it
-        does not admit is closed, logged and counted.
-      receive_descriptors: whether peers may send descriptors; as of :class:`UnixConnection`.
-      address: what the socket is called, where the kernel knows it under another name.
+        afterwards; if this raises, the caller still owns it.
+      policy: which peers may connect. :meth:`accept` asks it before any byte is read. A connection
+        that it denies is closed, logged and counted.
+      receive_descriptors: whether peers may send file descriptors; see :class:`UnixConnection`.
+      address: the name of the socket, if it is not the one that getsockname(2) returns.
 
     Attributes:
-      socket: that trio socket.
-      denied: how many connections the policy has denied.
+      socket: the trio socket.
+      denied: the number of connections that the policy has denied.
 
     Raises:
       TypeError: not a trio socket.
-      ValueError: another family or type, or not listening.
+      ValueError: a socket of another family or type, or one that does not listen.
       NotSupportedError: the platform has no Unix sockets.
     """
 
@@ -77,10 +73,11 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         self._policy = policy
         self._receive_descriptors = receive_descriptors
         self._address = address or UnixSocketAddress.from_native(socket.getsockname())
+        self._acceptor = Acceptor(raw_socket(socket), self._address)
         self._binding: _bind.Binding | None = None
         self._leaving = trio.Lock()
-        # How many connections may wait at a time; 0 if others accept from the same queue.
-        self._longest_queue = 0
+        # The size of the queue; 0 if other processes may accept from it.
+        self._queue_size = 0
         if not receive_descriptors:
             disable_passrights(raw_socket(socket))
 
@@ -98,9 +95,9 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         Raises:
           TypeError: not an int.
           ValueError: not open, not a socket, or not a listening Unix stream socket.
-          NotSupportedError: as the constructor.
+          NotSupportedError: the platform has no Unix sockets.
 
-        Source: sd_listen_fds(3), for where such descriptors come from
+        Source: sd_listen_fds(3), about such file descriptors
         """
 
         def adopt(sock: stdlib_socket.socket) -> UnixListener:
@@ -115,10 +112,10 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         return adopt_fd(fd, "a listening Unix stream socket", adopt)
 
     def get_local_address(self) -> UnixSocketAddress:
-        """Return the name that this listens at.
+        """Return the name that clients connect to.
 
         Raises:
-          ConnectionClosedError: the listener is closed.
+          ConnectionClosedError: this listener is closed.
         """
         self._check_open()
         return self._address
@@ -127,83 +124,38 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     async def accept(self) -> UnixConnection:
         """Accept one connection whose peer the policy admits.
 
+        While a check of the policy waits, this accepts no other connection. :func:`serve_unix`
+        asks the policy in the tasks of the handlers.
+
+        If another process that shares the socket makes it blocking, it is made non-blocking again,
+        which is logged.
+
         Returns:
           A connection that the caller owns.
 
         Raises:
-          ConnectionClosedError: the listener is closed, before or meanwhile.
-          ConnectionBusyError: another task is accepting.
-          OSError: EMFILE and the like; ``trio.serve_listeners`` waits and goes on.
-
-        While a policy's check waits, no other connection is accepted here; :func:`serve_unix`
-        asks in the handlers' tasks.
+          ConnectionClosedError: this listener is closed, or gets closed meanwhile.
+          ConnectionBusyError: another task is already accepting.
+          OSError: the process is out of file descriptors or memory (EMFILE and similar), after
+            which ``trio.serve_listeners`` waits and retries; or accepting can never succeed again.
+            If the system refuses to accept a connection for another reason (a firewall, a security
+            module), this waits and retries, which is logged.
         """
         while True:
-            conn = await self._accept_any()
-            if await self._admits(conn):
+            conn = await accept_connection(self)
+            if await admits(self, conn):
                 return conn
-
-    async def _admits(self, conn: UnixConnection) -> bool:
-        """Whether the policy admits the peer; if not, that is counted and ``conn`` closed."""
-        if self._policy is None or await admit_or_close(conn, self._policy):
-            return True
-        self.denied += 1
-        return False
-
-    @enable_ki_protection
-    async def _accept_any(self) -> UnixConnection:
-        while True:
-            try:
-                sock, name = await self.socket.accept()
-            except OSError as exc:
-                if self.socket.fileno() == -1:
-                    raise ConnectionClosedError("this listener is closed") from exc
-                if exc.errno not in _TRY_AGAIN:
-                    raise
-            except trio.ClosedResourceError as exc:
-                raise ConnectionClosedError("this listener was closed") from exc
-            except trio.BusyResourceError as exc:
-                raise ConnectionBusyError("another task is accepting") from exc
-            else:
-                return self._connection(sock, name)
-
-    @enable_ki_protection
-    def _accept_waiting(self) -> UnixConnection | None:
-        """Accept a connection that waits in the queue already, without asking the policy.
-
-        None if none does.
-        """
-        raw = raw_socket(self.socket)
-        while True:
-            try:
-                sock, name = raw.accept()
-            except BlockingIOError:
-                return None
-            except OSError as exc:
-                if exc.errno not in _TRY_AGAIN:
-                    raise
-            else:
-                return self._connection(trio.socket.from_stdlib_socket(sock), name)
-
-    def _connection(self, sock: trio.socket.SocketType, name: str | bytes) -> UnixConnection:
-        try:
-            return UnixConnection(
-                sock,
-                receive_descriptors=self._receive_descriptors,
-                local_address=self._address,
-                remote_address=UnixSocketAddress.from_native(name),
-            )
-        except BaseException:
-            sock.close()
-            raise
 
     async def aclose(self) -> None:
         """Close the listener and remove its path; closing twice is allowed.
 
-        The kernel resets connections in its queue. While another process holds the lock of the
-        path, or no file descriptor is free, this retries for at most two seconds (of real time,
-        whatever trio's clock says). Then the path stays, which is logged, and the next server
-        replaces it.
+        The kernel resets the connections in its queue. A thread closes the socket, because the
+        file descriptors that clients have sent over these connections can make close(2) block. This
+        waits until the name can be bound again, but not for longer than a second.
+
+        While another process holds the lock of the path, or no file descriptor is free, this waits
+        for at most two seconds. Then the path stays, which is logged, and the next server replaces
+        it. Both are real time, whatever trio's clock says.
 
         Raises:
           OSError: the path cannot be removed, for example because the process is now another
@@ -216,8 +168,9 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
                 with trio.CancelScope(shield=True):
                     await self._remove_path()
             finally:
-                self.socket.close()
-        await trio.lowlevel.checkpoint()
+                await close_listening_socket(self.socket)
+        else:
+            await trio.lowlevel.checkpoint()
 
     async def _remove_path(self) -> None:
         """Remove the path, so that no process can connect anymore; the queue stays.
@@ -253,6 +206,66 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     def _check_open(self) -> None:
         if self.socket.fileno() == -1:
             raise ConnectionClosedError("this listener is closed")
+
+
+@enable_ki_protection
+async def accept_connection(listener: UnixListener) -> UnixConnection:
+    """Accept one connection, without asking the policy."""
+    return make_connection(listener, *await listener._acceptor.accept())  # noqa: SLF001 - of this file
+
+
+@enable_ki_protection
+def accept_pending(listener: UnixListener) -> tuple[UnixConnection | None, OSError | None]:
+    """Accept a connection that is in the queue already, without asking the policy.
+
+    Returns:
+      None if there is none, and an error to be passed to :func:`back_off`.
+    """
+    accepted, error = listener._acceptor.accept_pending(1)  # noqa: SLF001 - of this file
+    return make_connection(listener, *accepted[0]) if accepted else None, error
+
+
+async def back_off(listener: UnixListener, error: OSError) -> None:
+    """Wait before the next connection is accepted."""
+    await listener._acceptor.back_off(error)  # noqa: SLF001 - of this file
+
+
+@enable_ki_protection
+def make_connection(listener: UnixListener, fd: int, name: str | bytes) -> UnixConnection:
+    """Make a connection of an accepted file descriptor, which is closed if that fails."""
+    sock = stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM, 0, fileno=fd)
+    try:
+        return UnixConnection(
+            trio.socket.from_stdlib_socket(sock),
+            receive_descriptors=receives_descriptors(listener),
+            local_address=listener._address,  # noqa: SLF001 - of this file
+            remote_address=UnixSocketAddress.from_native(name),
+        )
+    except BaseException:
+        _closing.close_socket(sock)
+        raise
+
+
+async def admits(listener: UnixListener, conn: UnixConnection) -> bool:
+    """Whether the listener's policy admits the peer; if not, it is counted and ``conn`` closed."""
+    policy = listener._policy  # noqa: SLF001 - of this file
+    if policy is None or await admit_or_close(conn, policy):
+        return True
+    listener.denied += 1
+    return False
+
+
+def has_policy(listener: UnixListener) -> bool:
+    return listener._policy is not None  # noqa: SLF001 - of this file
+
+
+def receives_descriptors(listener: UnixListener) -> bool:
+    return listener._receive_descriptors  # noqa: SLF001 - of this file
+
+
+def queue_size(listener: UnixListener) -> int:
+    """Return how many connections can be in the queue; 0 if other processes may accept them."""
+    return listener._queue_size  # noqa: SLF001 - of this file
 
 
 async def remove_path(listener: UnixListener) -> None:
@@ -402,7 +415,7 @@ async def open_unix_listener(
     except BaseException:
         sock.close()
         raise
-    listener._longest_queue = backlog + 1  # noqa: SLF001 - its other constructor
+    listener._queue_size = backlog + 1  # noqa: SLF001 - its other constructor
     if unlink_on_close:
         listener._binding = binding  # noqa: SLF001 - as its constructor
     return listener

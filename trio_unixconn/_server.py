@@ -1,7 +1,7 @@
-"""serve_unix: a task for each connection, until it is asked to stop.
+"""serve_unix: a task for each connection, and a graceful shutdown.
 
-The rule of this file: a connection that was accepted is handled, or closed because a policy
-denies it or the deadline of a drain has passed; nothing else ends one.
+Invariant: an accepted connection is handled, or closed because a policy denies it, or because the
+server is cancelled or the deadline of a drain has passed.
 
 Sources: accept(2), trio.serve_listeners
 """
@@ -19,9 +19,17 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from . import _kernel
-from ._accept import ACCEPT_RETRY_DELAY
-from ._listener import UnixListener, open_unix_listener, remove_path
+from ._accept import is_out_of_resources
+from ._listener import (
+    UnixListener,
+    accept_connection,
+    accept_pending,
+    admits,
+    back_off,
+    open_unix_listener,
+    queue_size,
+    remove_path,
+)
 from ._owner import DescriptorOwner
 from ._policy import admit_or_close
 from .errors import NotSupportedError
@@ -43,17 +51,16 @@ Handler = Callable[["UnixConnection"], Awaitable[Any]]
 
 @attrs.define(eq=False)
 class UnixServer(DescriptorOwner):
-    """A server that :func:`serve_unix` runs: what it counts, and how it is asked to stop.
+    """A running server of :func:`serve_unix`: its counters, and its graceful shutdown.
 
     Attributes:
-      listener: where it accepts connections; closed once the server drains.
-      connections: how many connections it has at this moment, those that a policy is being
-        asked about among them.
-      accepted: how many it has accepted.
-      denied: how many of those a policy has denied, its own or the listener's.
-      crashed: how many handlers, or checks of a policy, have ended with an exception that was
-        logged.
-      drained: set when a drain has come to its end.
+      listener: the listener that it accepts connections from; closed by a drain.
+      connections: the number of open connections, including those that a policy is being asked
+        about.
+      accepted: the number of accepted connections.
+      denied: how many of those a policy has denied, the server's or the listener's.
+      crashed: the number of handlers, and of checks of a policy, whose exception was logged.
+      drained: an event that is set at the end of a drain.
     """
 
     listener: UnixListener
@@ -65,30 +72,32 @@ class UnixServer(DescriptorOwner):
     _handler: Handler = attrs.field(alias="handler", kw_only=True, repr=False)
     _policy: PeerPolicy | None = attrs.field(alias="policy", kw_only=True, repr=False)
     _logs_errors: bool = attrs.field(alias="logs_errors", kw_only=True, repr=False)
+    # For the log: the listener has none after it is closed.
+    _address: UnixSocketAddress = attrs.field(alias="address", kw_only=True, repr=False)
     _slots: trio.CapacityLimiter = attrs.field(alias="slots", kw_only=True, repr=False)
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _handling: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
 
     def drain(self, timeout: float = math.inf) -> None:
-        """Ask the server to stop: no new connections, and the handlers finish.
+        """Shut down gracefully: stop accepting connections and let running handlers finish.
 
-        The path is taken away first, and connections that waited in the listener's queue then
-        are still handled, so that no client is turned away in the middle. After that
-        :func:`serve_unix` returns. Asking again can only make the deadline earlier.
+        The path is removed first. Then the connections that are in the listener's queue are
+        handled, so that no client is reset that could connect. After that :func:`serve_unix`
+        returns. A second call can only move the deadline forward in time, never back.
 
-        Where the name stays (it is abstract, or the listener has ``unlink_on_close=False``),
-        clients can connect until the queue is empty for a moment, or as many were handled as
-        it can hold; whoever waits in it then is reset. The queue of a listener that was made
-        from a descriptor is left to the others who hold it.
+        If the name stays (it is abstract, or the listener has ``unlink_on_close=False``), clients
+        can connect until the queue is empty for a moment, or until as many connections have been
+        handled as it can hold. Connections in the queue at that moment are reset. The queue of a
+        listener that was made from a file descriptor is left to other processes that hold it.
 
         Args:
-          timeout: after so many seconds, handlers that are still at work are cancelled.
+          timeout: the time in seconds after which running handlers are cancelled.
 
         Raises:
-          ValueError: a timeout that is negative, or no number.
+          ValueError: a timeout that is negative or not a number.
         """
         if not timeout >= 0:
-            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
+            raise ValueError(f"timeout must be non-negative, got {timeout}")
         self._handling.deadline = min(self._handling.deadline, trio.current_time() + timeout)
         self._accepting.cancel()
 
@@ -99,9 +108,9 @@ class UnixServer(DescriptorOwner):
                     task_status.started(self)
                     while True:
                         await self._next(handlers)
-                # Only a drain ends that loop without an exception.
+                # A drain has cancelled that loop. Everything else ends it with an exception.
                 await remove_path(self.listener)
-                await self._handle_waiting(handlers)
+                await self._handle_pending(handlers)
                 await self.listener.aclose()
         self.drained.set()
 
@@ -117,45 +126,38 @@ class UnixServer(DescriptorOwner):
         self._start(handlers, conn, slot)
 
     async def _accept(self) -> UnixConnection:
-        was_said = False
         while True:
             try:
-                # The listener's policy is asked by the handler's task: a drain turns away nobody
-                # about whom it is still being asked.
-                return await self.listener._accept_any()  # noqa: SLF001 - as above
+                # The handler's task asks the listener's policy. So a drain does not end a
+                # connection that a check is being asked about.
+                return await accept_connection(self.listener)
             except OSError as exc:
-                if exc.errno not in _kernel.OUT_OF_RESOURCES:
+                if not is_out_of_resources(exc):
                     raise
-                if not was_said:
-                    logger.exception(
-                        "%s: cannot accept connections now; trying again every %s seconds",
-                        self.listener.get_local_address(),
-                        ACCEPT_RETRY_DELAY,
-                    )
-                was_said = True
-            await trio.sleep(ACCEPT_RETRY_DELAY)
+                error = exc
+            await back_off(self.listener, error)
 
-    async def _handle_waiting(self, handlers: trio.Nursery) -> None:
-        """Handle those that waited in the queue when nobody new could connect any more."""
-        # More were not in the queue. An abstract name cannot be taken away, and its clients may
-        # go on connecting for ever.
-        left = self.listener._longest_queue  # noqa: SLF001 - as above
+    async def _handle_pending(self, handlers: trio.Nursery) -> None:
+        """Handle the connections that are in the queue after the path is removed."""
+        # If the name is abstract, clients may go on connecting. So no more are accepted than the
+        # queue can have held.
+        left = queue_size(self.listener)
         while left:
             slot = object()
             await self._slots.acquire_on_behalf_of(slot)
+            conn, error = None, None
             try:
-                conn = self.listener._accept_waiting()  # noqa: SLF001 - as above
-            except OSError as exc:
-                self._slots.release_on_behalf_of(slot)
-                if exc.errno not in _kernel.OUT_OF_RESOURCES:
-                    raise
-                await trio.sleep(ACCEPT_RETRY_DELAY)
-                continue
-            if conn is None:
-                self._slots.release_on_behalf_of(slot)
+                conn, error = accept_pending(self.listener)
+            finally:
+                if conn is None:
+                    self._slots.release_on_behalf_of(slot)
+            if conn is not None:
+                left -= 1
+                self._start(handlers, conn, slot)
+            elif error is None:
                 return
-            left -= 1
-            self._start(handlers, conn, slot)
+            else:
+                await back_off(self.listener, error)
 
     def _start(self, handlers: trio.Nursery, conn: UnixConnection, slot: object) -> None:
         self.accepted += 1
@@ -171,7 +173,7 @@ class UnixServer(DescriptorOwner):
                 if await self._admits(conn):
                     await self._handler(conn)
             finally:
-                # Not "async with": when cancelled, that would replace what the handler raises.
+                # Not "async with": if cancelled, that replaces the handler's exception.
                 with trio.CancelScope(shield=True):
                     await conn.aclose()
         except BaseException as exc:
@@ -179,8 +181,8 @@ class UnixServer(DescriptorOwner):
             if crash is not None:
                 self.crashed += 1
                 logger.exception(
-                    "%s: the handler of a connection crashed; its peer was %s",
-                    self.listener._address,  # noqa: SLF001 - as above; it may be closed
+                    "%s: the handler of a connection crashed, the peer was %s",
+                    self._address,
                     peer,
                     exc_info=crash,
                 )
@@ -193,8 +195,8 @@ class UnixServer(DescriptorOwner):
             self._slots.release_on_behalf_of(slot)
 
     async def _admits(self, conn: UnixConnection) -> bool:
-        # The listener's own policy first, as its accept() asks it.
-        if await self.listener._admits(conn) and (  # noqa: SLF001 - as above
+        # The listener's policy comes first, as in its accept().
+        if await admits(self.listener, conn) and (
             self._policy is None or await admit_or_close(conn, self._policy)
         ):
             return True
@@ -203,7 +205,7 @@ class UnixServer(DescriptorOwner):
 
 
 def _crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException | None]:
-    """Part what is a handler's own fault from cancellation, Control-C and the like."""
+    """Separate a handler's own exceptions from Cancelled, KeyboardInterrupt and similar."""
     if isinstance(exc, Exception):
         return exc, None
     if isinstance(exc, BaseExceptionGroup):
@@ -229,12 +231,12 @@ async def serve_unix(
     replace: bool = False,
     task_status: trio.TaskStatus[UnixServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Accept connections, and run ``handler`` on each in a task of its own.
+    """Accept connections, and run ``handler`` for each in a task of its own.
 
     A handler gets a :class:`UnixConnection`, which is closed when the handler returns or
-    raises. While the system has no room for another descriptor, this waits and goes on.
-    Cancelling this ends the handlers, too; to let them finish, use
-    :meth:`UnixServer.drain`::
+    raises. If no connection can be accepted at the moment (the process is out of file descriptors
+    or memory, or the system refuses it), this logs that once, waits and retries. Cancelling this
+    cancels the handlers. To let them finish, use :meth:`UnixServer.drain`::
 
         server = await nursery.start(serve_unix, handler, "/run/broker.sock")
         ...
@@ -242,32 +244,32 @@ async def serve_unix(
 
     Args:
       handler: an async function of one argument.
-      address: as of :func:`open_unix_listener`; or a :class:`UnixListener`, which the server
-        owns from now on, and whose own policy, if it has one, is asked first.
-      policy: who may talk to the handler. It is asked in the handler's task, so that a check
-        that waits holds up nobody else; whom it does not admit is closed, logged and counted.
-      max_connections: how many connections may be handled at a time. Further ones wait in the
-        listener's queue.
-      handler_errors: what an exception out of a handler does: ``"raise"`` ends the server with
-        it, as in any trio program; ``"log"`` logs it, under ``trio_unixconn``, and the server
-        goes on.
-      mode, owner, group, backlog, credentials, pidfds, receive_descriptors, replace: as of
+      address: see :func:`open_unix_listener`; or a :class:`UnixListener`, which the server
+        owns afterwards. If the listener has a policy, that is asked first.
+      policy: which peers may talk to the handler. The handler's task asks it, so that a check that
+        waits delays no other connection. A connection that it denies is closed, logged and counted.
+      max_connections: the maximum number of connections that are handled at a time. Further ones
+        wait in the listener's queue.
+      handler_errors: ``"raise"``: an exception of a handler, or of a policy's check, ends the
+        server, as in any trio program. ``"log"``: it is logged, under ``trio_unixconn``, and the
+        server goes on.
+      mode, owner, group, backlog, credentials, pidfds, receive_descriptors, replace: see
         :func:`open_unix_listener`; not with a listener.
 
     Returns:
-      When a drain has come to its end. ``nursery.start`` returns a :class:`UnixServer`, once
-      clients can connect.
+      At the end of a drain. ``nursery.start`` returns a :class:`UnixServer` when clients can
+      connect.
 
     Raises:
-      TypeError, ValueError, OSError: as :func:`open_unix_listener`; a listener that was given
-        stays the caller's then.
-      ExceptionGroup: of what a handler, a policy's check, or accepting raised
-        (:class:`ConnectionClosedError`, if somebody else has closed the listener).
+      TypeError, ValueError, OSError: as :func:`open_unix_listener`; the caller still owns a
+        listener that was passed.
+      ExceptionGroup: the exceptions of handlers, of a policy's check, or of accepting
+        (:class:`ConnectionClosedError`, if other code has closed the listener).
     """
     if max_connections is not None and max_connections < 1:
-        raise ValueError(f"max_connections must be at least 1, or None, not {max_connections}")
+        raise ValueError(f"max_connections must be at least 1 or None, got {max_connections}")
     if handler_errors not in ("raise", "log"):
-        raise ValueError(f'handler_errors is "raise" or "log", not {handler_errors!r}')
+        raise ValueError(f'handler_errors must be "raise" or "log", got {handler_errors!r}')
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     if isinstance(address, UnixListener):
         options = (mode, owner, group, backlog)
@@ -277,7 +279,9 @@ async def serve_unix(
                 "a listener, which is open already; give them to open_unix_listener"
             )
         if not receive_descriptors:
-            raise ValueError("give receive_descriptors=False to the listener")
+            raise ValueError(
+                "receive_descriptors must be passed to open_unix_listener, not with its listener"
+            )
         listener = address
     else:
         listener = await open_unix_listener(
@@ -295,12 +299,13 @@ async def serve_unix(
         listener,
         handler=handler,
         policy=policy,
+        address=listener.get_local_address(),
         logs_errors=handler_errors == "log",
         slots=slots,
     )
     try:
         await server._serve(task_status)  # noqa: SLF001 - this is its only caller
     finally:
-        # As with a connection.
+        # Not "async with", for the same reason as with a connection.
         with trio.CancelScope(shield=True):
             await listener.aclose()

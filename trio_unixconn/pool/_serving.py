@@ -1,31 +1,36 @@
-"""serve_with_workers: this process accepts, workers handle.
+"""serve_with_workers: this process accepts connections, worker processes handle them.
 
-The rule of this file: what was accepted is the pool's from then on; while the pool has no room,
-nothing is accepted, and clients wait in the listeners' queues.
+Invariant: the pool owns every accepted connection. While its queue is full no connection is
+accepted, and clients wait in the listeners' queues.
 
 Sources: accept(2), listen(2), trio.serve_listeners
 """
 
 from __future__ import annotations
 
-import errno
 import math
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
-from .._accept import ACCEPT_RETRY_DELAY
-from .._listener import UnixListener, remove_path
+from .._accept import ACCEPT_RETRY_DELAY, Accepted, Acceptor, close_listening_socket
+from .._listener import (
+    UnixListener,
+    admits,
+    has_policy,
+    make_connection,
+    receives_descriptors,
+    remove_path,
+)
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
 from ..errors import ConnectionClosedError
 from . import _wire
 from ._opening import open_worker_pool
-from ._supervisor import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,16 +40,10 @@ if TYPE_CHECKING:
     from ._pool import WorkerPool
     from ._statistics import AbandonedJob, PoolStatistics
 
-Listener = "trio.SocketListener | UnixListener"
+AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
 
-_GONE_NAMES: Final = [
-    *("ECONNABORTED", "EPERM", "EPROTO", "ENOPROTOOPT", "EOPNOTSUPP", "EINTR", "ENONET"),
-    *("ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"),
-]
-# accept(2): what is said of one connection, which is gone, and not of the listener.
-_GONE: Final = frozenset(getattr(errno, name) for name in _GONE_NAMES if hasattr(errno, name))
-# How many are accepted before other tasks run.
-_BURST: Final = 256
+# The maximum number of connections that are accepted before other tasks run.
+MAX_BATCH: Final = 256
 _FORMS: Final = {
     stdlib_socket.AF_INET: _wire.TCP,
     stdlib_socket.AF_INET6: _wire.TCP6,
@@ -70,203 +69,190 @@ class WorkerPoolOptions(TypedDict, total=False):
 
 @attrs.define(eq=False)
 class WorkerServer(DescriptorOwner):
-    """A server that :func:`serve_with_workers` runs.
+    """A running server of :func:`serve_with_workers`.
 
     Attributes:
-      pool: its workers: :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale` are for whoever
-        runs it.
-      listeners: where it accepts connections; closed once it drains.
-      accepted: how many connections it has accepted.
+      pool: its workers, for :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale`.
+      listeners: the listeners that it accepts connections from; closed by a drain.
+      accepted: the number of accepted connections.
       denied: how many of those the policy of a :class:`UnixListener` has denied.
     """
 
     pool: WorkerPool
-    listeners: Sequence[trio.SocketListener | UnixListener]
+    listeners: Sequence[AnyListener]
     accepted: int = 0
     denied: int = 0
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
-    # When a drain is to have come to its end, in trio's time.
+    # The deadline of a drain, in trio's time.
     _deadline: float = attrs.field(default=math.inf, repr=False)
-    # Connections about whose peers a policy is being asked.
+    # The number of connections that a policy is being asked about.
     _asking: int = attrs.field(default=0, repr=False)
-    # Whether it was said that there is no room for descriptors, since there was some.
-    _was_said: bool = attrs.field(default=False, repr=False)
+    _acceptors: list[Acceptor] = attrs.field(factory=list, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Names for the log: a listener has none after it is closed.
+        self._acceptors = [_acceptor(each) for each in self.listeners]
 
     def drain(self, timeout: float | None = None) -> None:
-        """Ask the server to stop: no new connections, and the handlers finish.
+        """Shut down gracefully: stop accepting connections and let running handlers finish.
 
-        Connections that waited in the listeners' queues are still handled. After that
-        :func:`serve_with_workers` returns. Asking again changes nothing.
+        Connections that are in the listeners' queues are handled. After that
+        :func:`serve_with_workers` returns. A second call changes nothing.
 
         Args:
-          timeout: after so many seconds handlers that are still at work are cancelled, and
-            connections that no worker has had room for are closed; the pool's
-            ``drain_timeout`` if left out.
+          timeout: the time in seconds after which running handlers are cancelled, and connections
+            that no worker has accepted are closed. Default: the pool's ``drain_timeout``.
 
         Raises:
-          ValueError: a timeout that is negative, or no number.
+          ValueError: a timeout that is negative or not a number.
         """
         if timeout is not None and not timeout >= 0:
-            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
+            raise ValueError(f"timeout must be non-negative, got {timeout}")
         if not self._accepting.cancel_called:
             timeout = self.pool._supervisor.options.drain_timeout if timeout is None else timeout  # noqa: SLF001 - of this room
             self._deadline = trio.current_time() + timeout
             self._accepting.cancel()
 
     def statistics(self) -> PoolStatistics:
-        """Return what the pool has done, and is doing."""
+        """Return the statistics of the pool."""
         return self.pool.statistics()
 
     async def _serve(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
         async with trio.open_nursery() as asking:
             with self._accepting:
                 async with trio.open_nursery() as accepting:
-                    for each in self.listeners:
+                    for listener, acceptor in self._each():
                         accepting.start_soon(
-                            self._accept_from, each, asking, name=f"trio_unixconn.pool {each!r}"
+                            self._accept_from,
+                            listener,
+                            acceptor,
+                            asking,
+                            name=f"trio_unixconn.pool {listener!r}",
                         )
                     task_status.started(self)
-            # Only a drain ends that without an exception. While no worker has room, and as long
-            # as a policy's check takes, it waits.
+            # A drain has cancelled that. Everything else ends it with an exception. What follows
+            # waits for free workers and for checks of policies.
             asking.cancel_scope.deadline = self._deadline
-            for listener in self.listeners:
-                await self._accept_last(listener, asking)
-        # Where the deadline has passed, some are still open.
+            for listener, acceptor in self._each():
+                await self._accept_last(listener, acceptor, asking)
+        # If the deadline has passed, some are still open.
         await _close(self.listeners)
         await self.pool.drain(max(0.0, self._deadline - trio.current_time()))
 
+    def _each(self) -> list[tuple[AnyListener, Acceptor]]:
+        return list(zip(self.listeners, self._acceptors, strict=True))
+
     async def _accept_from(
-        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+        self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> None:
         raw = raw_socket(listener.socket)
-        # Trio would remember for ever that somebody waits for descriptor -1.
+        # Trio would keep an entry for file descriptor -1 if it had to wait for that.
         while raw.fileno() != -1:
             try:
                 await trio.lowlevel.wait_readable(raw)
             except trio.ClosedResourceError:
                 break
-            # What else comes meanwhile goes along; with the like in the worker, 3 % more a second.
+            # Connections that arrive meanwhile join the batch. With the same in the worker, that is
+            # 3 % more connections per second.
             await trio.lowlevel.checkpoint()
-            await self._accept_waiting(listener, asking)
+            await self._accept_pending(listener, acceptor, asking)
         if not self._accepting.cancel_called:
-            raise ConnectionClosedError("somebody else has closed this listener")
+            raise ConnectionClosedError("other code has closed this listener")
 
     async def _accept_last(
-        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+        self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> None:
-        """Accept what waits in a listener's queue, and close it."""
+        """Accept the connections in a listener's queue, and close it."""
         if isinstance(listener, UnixListener):
             await remove_path(listener)
         raw = raw_socket(listener.socket)
-        # No more were in the queue; clients may go on connecting until it is closed.
-        left = _longest_queue()
+        # Clients may go on connecting until it is closed. So no more are accepted than the queue
+        # can have held.
+        left = _max_queue_size()
         while left > 0 and raw.fileno() != -1:
-            count = await self._accept_waiting(listener, asking)
+            count = await self._accept_pending(listener, acceptor, asking)
             if not count:
                 break
             left -= count
         await _close([listener])
 
     @enable_ki_protection
-    async def _accept_waiting(
-        self, listener: trio.SocketListener | UnixListener, asking: trio.Nursery
+    async def _accept_pending(
+        self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> int:
-        """Accept what waits, as far as there is room, which is waited for.
+        """Accept connections that are in the queue, as many as the pool has slots for.
+
+        If it has none, this waits for one.
 
         Returns:
-          How many; 0 only if none waited.
+          Their number. 0 means that the queue was empty.
         """
         raw = raw_socket(listener.socket)
         while True:
-            await self.pool._wait_for_room()  # noqa: SLF001 - of this room
-            room = self.pool._free() - self._asking  # noqa: SLF001 - as above
-            if room <= 0:
+            await self.pool._wait_for_room()  # noqa: SLF001 - of this subpackage
+            free = self.pool._free() - self._asking  # noqa: SLF001 - of this subpackage
+            if free <= 0:
                 await trio.sleep(ACCEPT_RETRY_DELAY)
                 continue
             if raw.fileno() == -1:
-                # Closed by somebody else, while there was no room.
+                # Other code has closed it while this waited.
                 return 0
-            accepted, error = _accept(raw, min(_BURST, room))
-            self.accepted += len(accepted)
-            if isinstance(listener, UnixListener) and listener._policy is not None:  # noqa: SLF001
-                self._asking += len(accepted)
-                for fd, name in accepted:
-                    sock = stdlib_socket.socket(raw.family, raw.type, raw.proto, fileno=fd)
-                    asking.start_soon(self._ask, listener, sock, name)
-            elif accepted:
-                fds = [fd for fd, _ in accepted]
-                self.pool._put_accepted(fds, _form_of(listener, raw))  # noqa: SLF001 - as above
-            if error is None or accepted:
-                # What error there is comes again.
-                self._was_said = self._was_said and not accepted
+            accepted, error = acceptor.accept_pending(min(MAX_BATCH, free))
+            if error is None:
+                self._distribute(listener, accepted, asking)
                 return len(accepted)
-            if not self._was_said:
-                logger.warning(
-                    "cannot accept connections now (%s); trying again every %s seconds",
-                    error.strerror,
-                    ACCEPT_RETRY_DELAY,
-                )
-            self._was_said = True
-            await trio.sleep(ACCEPT_RETRY_DELAY)
+            await acceptor.back_off(error)
 
-    async def _ask(
-        self, listener: UnixListener, sock: stdlib_socket.socket, name: str | bytes
+    def _distribute(
+        self, listener: AnyListener, accepted: list[Accepted], asking: trio.Nursery
     ) -> None:
-        """Hand a connection to the pool if the listener's policy admits its peer."""
+        self.accepted += len(accepted)
+        if isinstance(listener, UnixListener) and has_policy(listener):
+            self._asking += len(accepted)
+            for fd, name in accepted:
+                asking.start_soon(self._ask, listener, fd, name)
+        elif accepted:
+            fds = [fd for fd, _ in accepted]
+            self.pool._put_accepted(fds, _form_of(listener))  # noqa: SLF001 - of this subpackage
+
+    @enable_ki_protection
+    async def _ask(self, listener: UnixListener, fd: int, name: str | bytes) -> None:
+        """Pass a connection to the pool if the listener's policy admits its peer."""
         try:
-            conn = listener._connection(trio.socket.from_stdlib_socket(sock), name)  # noqa: SLF001
-            async with conn:
-                if await listener._admits(conn):  # noqa: SLF001 - as serve_unix
-                    # Somebody may have had the pool drain meanwhile.
-                    self.pool._supervisor.check_open()  # noqa: SLF001 - of this room
-                    form = _form_of(listener, sock)
-                    self.pool._put_accepted([conn.detach()], form)  # noqa: SLF001
+            async with make_connection(listener, fd, name) as conn:
+                if await admits(listener, conn):
+                    # The pool may have been drained meanwhile.
+                    self.pool._supervisor.check_open()  # noqa: SLF001 - of this subpackage
+                    fds = [conn.detach()]
+                    self.pool._put_accepted(fds, _form_of(listener))  # noqa: SLF001 - as before
                 else:
                     self.denied += 1
         finally:
             self._asking -= 1
 
 
-def _accept(raw: Any, most: int) -> tuple[list[tuple[int, Any]], OSError | None]:
-    """Accept up to ``most`` that wait; and return what the system said when it had no room.
-
-    The descriptors are the caller's.
-    """
-    # As accept(), but no socket is made of what only goes on to a worker, which would take 3 of
-    # the 35 us that this process has with a connection.
-    accept = raw._accept  # noqa: SLF001
-    accepted: list[tuple[int, Any]] = []
-    while len(accepted) < most:
-        try:
-            accepted.append(accept())
-        except BlockingIOError:
-            break
-        except OSError as exc:
-            if exc.errno in _kernel.OUT_OF_RESOURCES:
-                return accepted, exc
-            if exc.errno not in _GONE:
-                # What was accepted is not lost: the next call says the same again.
-                if accepted:
-                    break
-                raise
-    return accepted, None
+def _acceptor(listener: AnyListener) -> Acceptor:
+    raw = raw_socket(listener.socket)
+    if isinstance(listener, UnixListener):
+        return Acceptor(raw, listener.get_local_address())
+    return Acceptor(raw, repr(raw.getsockname()))
 
 
-async def _close(listeners: Sequence[trio.SocketListener | UnixListener]) -> None:
-    """Close listeners; that a path cannot be taken away is logged."""
+async def _close(listeners: Sequence[AnyListener]) -> None:
+    """Close listeners; if a path cannot be removed, that is logged."""
     for listener in listeners:
         if isinstance(listener, UnixListener):
             await remove_path(listener)
-        await listener.aclose()
+        await close_listening_socket(listener.socket)
 
 
-def _form_of(listener: Any, raw: stdlib_socket.socket) -> int:
-    if isinstance(listener, UnixListener) and not listener._receive_descriptors:  # noqa: SLF001
+def _form_of(listener: AnyListener) -> int:
+    if isinstance(listener, UnixListener) and not receives_descriptors(listener):
         return _wire.REFUSING
-    return _FORMS.get(raw.family, _wire.OTHER)
+    return _FORMS.get(listener.socket.family, _wire.OTHER)
 
 
-def _longest_queue() -> int:
+def _max_queue_size() -> int:
     try:
         with open("/proc/sys/net/core/somaxconn", "rb") as file:
             return int(file.read()) + 1
@@ -277,12 +263,12 @@ def _longest_queue() -> int:
 @enable_ki_protection
 async def serve_with_workers(
     handler: str,
-    listeners: Sequence[trio.SocketListener | UnixListener],
+    listeners: Sequence[AnyListener],
     *,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[WorkerPoolOptions],
 ) -> None:
-    """Accept connections here, and have workers handle them.
+    """Accept connections in this process, and let worker processes handle them.
 
     ::
 
@@ -291,32 +277,35 @@ async def serve_with_workers(
         ...
         server.drain(timeout=10)
 
-    Cancelling this ends the handlers, too; to let them finish, use :meth:`WorkerServer.drain`.
+    If no connection can be accepted at the moment (the process is out of file descriptors or
+    memory, or the system refuses it), this logs that once, waits and retries. Cancelling this
+    cancels the handlers. To let them finish, use :meth:`WorkerServer.drain`.
 
     Args:
-      handler: ``"package.module:name"``, as of :func:`open_worker_pool`.
-      listeners: of ``trio.open_tcp_listeners``, :func:`open_unix_listener` and the like; the
-        server owns them from now on. The policy of a :class:`UnixListener` is asked here.
+      handler: ``"package.module:name"``; see :func:`open_worker_pool`.
+      listeners: those of ``trio.open_tcp_listeners``, :func:`open_unix_listener` and similar
+        functions. The server owns them afterwards. The policy of a :class:`UnixListener` is asked
+        in this process.
       options: the keyword arguments of :func:`open_worker_pool`.
 
     Returns:
-      When a drain has come to its end. ``nursery.start`` returns a :class:`WorkerServer`, once
-      the workers are ready.
+      At the end of a drain. ``nursery.start`` returns a :class:`WorkerServer` when the workers are
+      ready.
 
     Raises:
-      TypeError: something that is no listener; they all stay the caller's.
+      TypeError: not a listener; the caller still owns all of them.
       TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
-        listeners are closed then.
-      ExceptionGroup: of what a policy's check, or accepting raised
-        (:class:`ConnectionClosedError`, if somebody else has closed a listener).
+        listeners are closed.
+      ExceptionGroup: the exceptions of a policy's check, or of accepting
+        (:class:`ConnectionClosedError`, if other code has closed a listener).
     """
     listeners = list(listeners)
     if not listeners:
-        raise ValueError("at least one listener is due")
+        raise ValueError("expected at least one listener, got an empty list")
     for listener in listeners:
         if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"a trio.SocketListener or UnixListener is due, not {type(listener).__name__}"
+                f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
             )
     try:
         async with open_worker_pool(handler, **options) as pool:
