@@ -13,7 +13,7 @@ from helpers import clog, some, unclog
 from test_cancellation import BeforeTheTasks
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from trio_unixconn import ConnectionClosedError, UnixConnection, connection_pair
+from trio_unixconn import Cancellable, ConnectionClosedError, UnixConnection, connection_pair
 
 BIG = 10_000_000
 
@@ -151,6 +151,81 @@ async def test_send_after_detach(name: str) -> None:
         async with UnixConnection.from_fd(fd) as again:
             await again.send_all(b"x")
             assert await two.receive_some() == b"x"
+        await check_unrelated()
+
+
+class AfterStep(trio.abc.Instrument):
+    """Does something once, after a task has run for the n-th time."""
+
+    def __init__(self, name: str, steps: int, do: Callable[[], object]) -> None:
+        self.name = name
+        self.steps = steps
+        self.do = do
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Trio calls this."""
+        if task.name == self.name:
+            self.steps -= 1
+            if not self.steps:
+                self.do()
+
+
+@pytest.mark.parametrize("cancellable", [False, True])
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SENDS)
+async def test_send_and_closed_after_each_step(
+    name: str, way: Callable[[UnixConnection], None], steps: int, *, cancellable: bool
+) -> None:
+    """At whichever scheduling point it is closed: .sent is what the peer gets, nothing else."""
+    one, two = connection_pair()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    options: dict[str, Any] = {"cancellable": Cancellable()} if cancellable else {}
+    sends: dict[str, Send] = {
+        "send_message": lambda conn: conn.send_message(b"m" * 200_000, fds=[0], **options),
+        "send_all": lambda conn: conn.send_all(b"m" * 200_000),
+        "send_fds": lambda conn: conn.send_fds([0] * 200, per_message=1, **options),
+    }
+    result: list[object] = []
+    got = 0
+
+    async def send() -> None:
+        try:
+            result.append(await sends[name](one))
+        except ConnectionClosedError as exc:
+            result.append(exc)
+        await one.aclose()
+
+    async def receive() -> None:
+        nonlocal got
+        while True:
+            with await two.receive_message(1000) as message:
+                if not message.data:
+                    return
+                got += len(message.fds) if name == "send_fds" else len(message.data)
+            await trio.lowlevel.checkpoint()
+
+    async def close() -> None:
+        await reached.wait()
+        if not one.is_closed():
+            way(one)
+
+    async with one, two:
+        # Another task closes it in the same scheduling round, or in the next one.
+        reached = trio.Event()
+        instrument = AfterStep("sender", steps, reached.set)
+        trio.lowlevel.add_instrument(instrument)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close)
+            nursery.start_soon(send, name="sender")
+            with trio.fail_after(30):
+                await receive()
+            nursery.cancel_scope.cancel()
+        trio.lowlevel.remove_instrument(instrument)
+        (error,) = result
+        if isinstance(error, ConnectionClosedError):
+            assert got == error.sent
+        assert one._sender.busy is False
         await check_unrelated()
 
 
