@@ -19,6 +19,7 @@ from trio_unixconn import (
     ConnectionClosedError,
     Credentials,
     EndOfStreamError,
+    NotSupportedError,
     UnexpectedControlMessageError,
     UnexpectedDescriptorsError,
     UnixConnection,
@@ -499,3 +500,88 @@ async def test_option_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> Non
         assert await take(two.fds(), 1) == [0]
         assert count_open() == before
         assert await take(two.fds(), 2) == [1, 2]
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+async def test_pidfd_behind_what_fds_reads_ahead(*, asked_before: bool) -> None:
+    """A message with credentials that fds() read ahead still has its pidfd."""
+    one, two = connection_pair()
+    async with one, two:
+        try:
+            two.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 0)
+        except OSError:
+            pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+        if asked_before:
+            await one.send_all(b"x")
+            (await two.receive_message(1, pidfd=True)).close()
+        for fds in ([], [0], [0, 0]):
+            await send_some(one, 2)
+            await one.send_message(b"x", fds=fds, credentials=Credentials())
+            assert await take(two.fds(), 2) == [0, 1]
+            assert two.has_read_ahead()
+            with await two.receive_message(1, credentials=True, pidfd=True) as message:
+                assert message.credentials == Credentials()
+                assert len(message.fds) == len(fds)
+                assert message.pidfd is not None
+                assert not os.get_inheritable(message.pidfd)
+                with open(f"/proc/self/fdinfo/{message.pidfd}") as file:
+                    assert f"Pid:\t{os.getpid()}\n" in file
+            assert two.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD) == 0
+
+
+@pytest.mark.parametrize("why", ["no credentials", "another process", "exited", "unsupported"])
+async def test_pidfd_that_cannot_be_had(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pidfd is added to what was read ahead unless it is certain that it is the sender's."""
+    async with stdlib_peer() as peer:
+        for _ in range(2):
+            await peer.ask("send", kinds=[["memfd"]])
+        # The connected process is this one, which made the socketpair.
+        await peer.ask("send", kinds=[["memfd"]], credentials=why != "no credentials")
+        assert await take(peer.conn.fds(), 2) == [0, 0]
+        if why == "exited":
+
+            def gone(_: object) -> int:
+                raise ProcessLookupError
+
+            monkeypatch.setattr(_receiver, "open_peer_pidfd", gone)
+        elif why == "unsupported":
+            monkeypatch.setattr(_receiver, "open_peer_pidfd", lambda _: None)
+        try:
+            message = await peer.conn.receive_message(1, pidfd=True)
+        except NotSupportedError:
+            pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+        with message:
+            assert message.pidfd is None
+            assert len(message.fds) == 1
+            assert (message.credentials is None) == (why == "no credentials")
+
+
+async def test_pidfd_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc the pid of a pidfd is unknown, so it is not added."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 2)
+        await one.send_credentials()
+        assert await take(two.fds(), 2) == [0, 1]
+
+        def fail(_: int) -> int:
+            raise FileNotFoundError
+
+        monkeypatch.setattr(_receiver, "pid_of", fail)
+        with await two.receive_message(1, pidfd=True) as message:
+            assert message.pidfd is None
+            assert message.credentials == Credentials()
+
+
+async def test_fds_after_the_socket_was_closed() -> None:
+    """A connection whose socket the caller closed is closed, and drops what it read ahead."""
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 3)
+        await one.send_fds([0, 0])
+        stream = two.fds()
+        assert await take(stream, 3) == [0, 1, 2]
+        two.socket.close()
+        with assert_checkpoints(), pytest.raises(ConnectionClosedError):
+            await anext(stream)
+        assert not two.has_read_ahead()

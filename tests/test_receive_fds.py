@@ -14,13 +14,17 @@ from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
     Cancellable,
+    ConnectionBrokenError,
     ConnectionClosedError,
+    Credentials,
     DescriptorsTruncatedError,
     EndOfStreamError,
     OperationCancelled,
     UnexpectedControlMessageError,
     UnixConnection,
     UnixFDList,
+    _closing,
+    _receiver,
     connection_pair,
 )
 
@@ -221,3 +225,128 @@ async def test_closed_as_it_arrives() -> None:
         with suppress(ConnectionClosedError), await two.receive_fds(9) as fds:
             assert len(fds) == 1
         assert two.is_closed()
+
+
+@pytest.mark.parametrize("read_ahead", [3, 128])
+async def test_receive_fds_goes_on_after_what_was_read_ahead(read_ahead: int) -> None:
+    """receive_fds(40) returns 40 if they are there, even if fds() has read a part of them."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(41) as fds:
+            await one.send_fds(fds, per_message=1)
+        async for fd in two.fds(read_ahead=read_ahead):
+            os.close(fd)
+            break
+        with await two.receive_fds(40) as rest:
+            assert sizes(rest) == list(range(1, 41))
+
+
+async def test_receive_fds_stops_at_a_message_that_was_read_ahead() -> None:
+    """A message that fds() read ahead, and that does not fit, is kept, as are those after it."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(7) as fds:
+            await one.send_fds(list(fds)[:2], per_message=1)
+            await one.send_fds(list(fds)[2:5])
+            await one.send_fds(list(fds)[5:], per_message=1)
+        async for fd in two.fds():
+            os.close(fd)
+            break
+        with await two.receive_fds(3) as first:
+            assert sizes(first) == [1]
+        with await two.receive_fds(9) as second:
+            assert sizes(second) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("free", [0, 1, 3])
+async def test_receive_fds_leaves_what_finds_no_free_slot(free: int) -> None:
+    """Only the first message can be truncated: receive_fds takes no other that is."""
+    one, two = connection_pair()
+    async with one, two:
+        with some(6) as fds:
+            await one.send_fds(list(fds)[:1])
+            await one.send_fds(list(fds)[1:5])
+            await one.send_fds(list(fds)[5:])
+        with free_descriptors(1 + free), await two.receive_fds(9) as first:
+            assert sizes(first) == [0]
+            # Those that the peek installed are closed.
+            assert _closing.wait_closed(30)
+        with await two.receive_fds(9) as second:
+            assert sizes(second) == [1, 2, 3, 4, 5]
+
+
+async def test_receive_fds_leaves_plain_bytes_in_the_socket() -> None:
+    """Plain bytes, and descriptors after them, are not taken for one message."""
+    one, two = connection_pair()
+    async with one, two:
+        for data in (b"x", b"plain"):
+            await one.send_fds([0])
+            await one.send_all(data)
+            await one.send_fds([0])
+            with await two.receive_fds(9) as fds:
+                assert len(fds) == 1
+            assert await two.receive_some(len(data)) == data
+            with await two.receive_fds(9) as fds:
+                assert len(fds) == 1
+
+
+async def test_receive_fds_keeps_a_reset() -> None:
+    """An error that the kernel reports once, after descriptors, is for the next receive."""
+    one, two = connection_pair()
+    async with two:
+        await two.send_all(b"never read")
+        await one.send_fds([0, 0], per_message=1)
+        await one.aclose()
+        assert _closing.wait_closed(30)
+        with await two.receive_fds(9) as fds:
+            assert len(fds) == 2
+        with pytest.raises(ConnectionBrokenError):
+            await two.receive_fds(9)
+
+
+async def test_receive_fds_when_another_process_takes_the_message() -> None:
+    """A message that is gone after the peek leaves nothing of it here."""
+
+    class Stolen:
+        """A socket from which another process reads after each peek."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
+
+        def recv(self, size: int, flags: int) -> bytes:
+            self.sock.recv(size, flags)
+            return self.sock.recv(size, flags)
+
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_fds([0, 0], per_message=1)
+        real, two._receiver.raw = two._receiver.raw, Stolen(two._receiver.raw)  # type: ignore[assignment]
+        with await two.receive_fds(9) as fds:
+            assert len(fds) == 1
+        two._receiver.raw = real
+
+
+async def test_receive_fds_without_peeking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MSG_PEEK does not install descriptors, receive_fds takes one message at a time."""
+    monkeypatch.setattr(_receiver, "_CAN_PEEK", False)
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_fds([0, 0], per_message=1)
+        for _ in range(2):
+            with await two.receive_fds(9) as fds:
+                assert len(fds) == 1
+
+
+async def test_truncation_has_the_credentials_of_the_sender() -> None:
+    """DescriptorsTruncatedError has the sender's credentials if the message has them."""
+    one, two = connection_pair()
+    async with one, two:
+        for credentials in (None, Credentials()):
+            await one.send_message(b"ab", fds=[0, 0], credentials=credentials)
+            with free_descriptors(1), pytest.raises(DescriptorsTruncatedError) as caught:
+                await two.receive_message(9, credentials=credentials is not None)
+            assert caught.value.credentials == credentials
+            assert (caught.value.data, caught.value.arrived) == (b"ab", 1)

@@ -785,7 +785,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         :class:`ReadAheadError`. Other code that uses :attr:`socket` does not see them, so
         check this first.
         """
-        return bool(self._receiver.ahead)
+        ahead = self._receiver.ahead
+        return ahead is not None and ahead.has_bytes()
 
     @overload
     def setsockopt(self, level: int, option: int, value: int | Buffer) -> None: ...

@@ -55,12 +55,6 @@ class ReadAhead(deque[Entry]):
             self._number = self._raw.fileno()
             guards[self._number] = self.check_handover
 
-    def put(self, message: RawMessage) -> int:
-        """Add a message; return its file descriptor if it has one and nothing else, or -1."""
-        fd = _ancillary.lone_fd(message)
-        self.append((fd, message))
-        return fd
-
     def take(self) -> RawMessage:
         """Return the first message.
 

@@ -10,6 +10,8 @@ Sources: unix(7), recvmsg(2)
 from __future__ import annotations
 
 import errno
+import os
+import struct
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -23,6 +25,7 @@ from trio.lowlevel import (
 
 from . import _ancillary, _kernel
 from ._cancellable import checkpoint_cancellable, wait_cancellable
+from ._identity import open_peer_pidfd, pid_of
 from ._readahead import ReadAhead
 from ._socket import FAILURES, ConnectedSocket
 from ._sockopts import disable_passrights
@@ -99,6 +102,8 @@ class Receiver(ConnectedSocket):
             raw = self.raw
             if self.ahead:
                 received = self._take_ahead(into)
+                if passpidfd:
+                    received = self._with_pidfd(received)
                 await cancel_shielded_checkpoint()
                 return received
             if passcred and _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
@@ -154,6 +159,38 @@ class Receiver(ConnectedSocket):
             into[: len(data)] = data
             return (len(data), *received[1:])  # type: ignore[return-value]
         return received
+
+    def _with_pidfd(self, message: RawMessage) -> RawMessage:
+        """Add the pidfd to a message that was read ahead before any was asked for.
+
+        The kernel adds it only as it is received. The pidfd of the connected process is the
+        same if that process has the pid in the credentials: it is alive, so it has had that pid
+        since it connected. Of another process that sends on this socket, none can be had.
+        """
+        received = _ancillary.unpack(message)
+        if received.credentials is None or received.pidfds:
+            return message
+        try:
+            pidfd = open_peer_pidfd(self.raw)
+            if pidfd is None:
+                return message
+            try:
+                is_sender = pid_of(pidfd) == received.credentials.pid
+            except OSError:
+                is_sender = False
+        except OSError:
+            # The process has ended, or no file descriptor is free.
+            return message
+        if not is_sender:
+            os.close(pidfd)
+            return message
+        data, ancdata, flags, address = message
+        added = (
+            _SOL_SOCKET,
+            _kernel.required(_kernel.SCM_PIDFD, "SCM_PIDFD"),
+            struct.pack("i", pidfd),
+        )
+        return data, [*ancdata, added], flags, address
 
     def read_ahead(self, count: int) -> None:  # noqa: C901 - in one piece, for speed
         """Read up to ``count`` single bytes that have arrived, each with its control messages.
@@ -228,7 +265,8 @@ class Receiver(ConnectedSocket):
                 break
             except OSError as exc:
                 # The kernel reports it only once.
-                self.ahead = self.ahead or ReadAhead(raw)
+                if self.ahead is None:
+                    self.ahead = ReadAhead(raw)
                 self.ahead.append(exc)
                 self.ahead.guard()
                 break
