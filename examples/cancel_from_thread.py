@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 from trio_unixconn import Cancellable, OperationCancelled, connection_pair
 
 
-async def fire_in_thread(stop: Cancellable) -> None:
+async def cancel_in_thread(stop: Cancellable) -> None:
     await wait_all_tasks_blocked()  # the receive waits now
     await trio.to_thread.run_sync(stop.cancel)
 
@@ -17,7 +17,7 @@ async def main() -> None:
     here, there = connection_pair()
     stop = Cancellable()
     async with here, there, trio.open_nursery() as nursery:
-        nursery.start_soon(fire_in_thread, stop)
+        nursery.start_soon(cancel_in_thread, stop)
         try:
             await here.receive_fd(stop)
         except OperationCancelled as exc:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import outcome
 import pytest
 import trio
 from helpers import clog, unclog
@@ -367,3 +368,35 @@ async def test_wait_cancellable_cancelled_in_a_run_that_has_ended() -> None:
     with one, two:
         await trio.to_thread.run_sync(trio.run, main)
     cancellable.cancel()
+
+
+async def test_wait_cancellable_of_a_kernel_that_reports_later() -> None:
+    """If a wait cannot be aborted immediately, the task sleeps until the kernel has ended it."""
+    one, two = socket.socketpair()
+    cancellable = Cancellable()
+    aborted: list[Callable[[], None]] = []
+    woken: list[str] = []
+
+    def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
+        aborted.append(raise_cancel)
+        return trio.lowlevel.Abort.FAILED
+
+    async def wait(_: socket.socket) -> None:
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def run(wait: Wait) -> None:
+        try:
+            await wait_cancellable(wait, one, cancellable)
+        except OperationCancelled:
+            woken.append("cancelled")
+
+    with one, two:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, wait)
+            await wait_all_tasks_blocked()
+            (task,) = nursery.child_tasks
+            cancellable.cancel()
+            await wait_all_tasks_blocked()
+            assert woken == []
+            trio.lowlevel.reschedule(task, outcome.capture(aborted[0]))
+        assert woken == ["cancelled"]

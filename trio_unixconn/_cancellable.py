@@ -122,7 +122,7 @@ def _after_fork() -> None:
     _emissions[:] = [each for each in _emissions if each.thread == here]
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
     os.register_at_fork(after_in_child=_after_fork)
 
 

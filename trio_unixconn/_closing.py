@@ -176,7 +176,7 @@ def _after_fork() -> None:
     _closer.add_batched(before.batched)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
     os.register_at_fork(after_in_child=_after_fork)
 
 
