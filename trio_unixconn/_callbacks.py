@@ -112,21 +112,15 @@ class CallbackAdapter(DescriptorOwner):
         operation = self._queue.popleft()
         trio.lowlevel.current_task().name = operation.tag
         try:
-            try:
-                result = await _perform(operation)
-            except trio.Cancelled:
-                # The adapter's block is cancelled. The callback runs, so that it can clean up,
-                # and the cancellation goes on.
-                error = OperationCancelled("the callback adapter was cancelled")
-                _call_back(operation, AsyncResult(operation, None, error))
-                raise
-            _call_back(operation, result)
+            _call_back(operation, await _perform(operation))
         finally:
             del self._running[operation]
             with self._lock:
                 self._pending.discard(operation)
                 if not self._pending and self._idle is not None:
                     self._idle.set()
+            # See _perform().
+            del operation
 
     async def _drain(self) -> None:
         """Wait until nothing is pending, then accept no more operations."""
@@ -160,14 +154,23 @@ async def _perform(operation: Operation) -> AsyncResult:
             if closing:
                 raise ConnectionBusyError("another close_async() of this connection is pending")
             return AsyncResult(operation, value, None)
+        return AsyncResult(operation, None, OperationCancelled("cancelled by cancel_pending()"))
     except Exception as exc:  # noqa: BLE001 - *_finish raises it
-        # Without this frame: it references the callback, which can reference the result.
+        # Without this frame, which is of no interest.
         exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
         return AsyncResult(operation, None, exc)
+    except trio.Cancelled:
+        # The adapter's block is cancelled. The callback runs, so that it can clean up, and the
+        # cancellation goes on.
+        error = OperationCancelled("the callback adapter was cancelled")
+        _call_back(operation, AsyncResult(operation, None, error))
+        raise
     finally:
         operation.ended.set()
         close_fds_batched(operation.fds)
-    return AsyncResult(operation, None, OperationCancelled("cancelled by cancel_pending()"))
+        # The frames in the traceback of an error keep this frame alive (Python 3.13). The
+        # operation references its callback, which can reference the result, and so the error.
+        del operation
 
 
 @disable_ki_protection
