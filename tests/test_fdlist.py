@@ -252,7 +252,7 @@ def test_context_manager_closes() -> None:
 
 
 def test_one_that_somebody_else_closed() -> None:
-    """One that somebody closed behind the list's back does not keep the others open."""
+    """A descriptor that other code closed does not keep the others open."""
     fds = UnixFDList(given := some(3))
     os.close(given[0])
     with suppress(OSError):

@@ -526,8 +526,11 @@ async def test_receive_file_cancelled_while_a_file_server_does_not_answer(
         await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
 
 
-async def test_receive_file_returns_a_local_file_even_if_cancelled(tmp_path: Path) -> None:
+async def test_receive_file_returns_a_local_file_even_if_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cancellation of a receive that has its descriptor is put off until it has returned."""
+    monkeypatch.setattr(_file_thread, "CANCEL_GRACE", 30)
     (tmp_path / "file").write_bytes(b"content")
     one, two = connection_pair()
     async with one, two:
@@ -595,6 +598,7 @@ async def test_receive_file_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) 
                     await two.receive_file()
                 assert scope.cancelled_caught
             assert _file_thread.thread_limiter().borrowed_tokens == 1
+            await until(lambda: "getattr" in file.asked())
             assert file.asked().count("getattr") == 1
             # trio's own threads are not used up.
             assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0

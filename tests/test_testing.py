@@ -405,10 +405,10 @@ async def test_clog_and_unclog() -> None:
         assert await is_clogged(one)
         assert not await is_clogged(two)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(one.send_all, b"behind")
+            nursery.start_soon(one.send_all, b"after")
             await trio.testing.wait_all_tasks_blocked()
             await unclog(two, count)
-            assert await two.receive_some() == b"behind"
+            assert await two.receive_some() == b"after"
         assert not await is_clogged(one)
 
 

@@ -2,7 +2,7 @@
 
 A peer can send a file of a FUSE file system whose server never answers. fstat(2), lseek(2),
 ioctl(2) and flushing such a file wait for that server, and Python's ``open`` calls the first three
-even for a file descriptor. So these calls are made in a thread, which a cancellation leaves behind.
+even for a file descriptor. So these calls are made in a thread, which a cancellation abandons.
 
 Invariant: the result of a call that was abandoned is disposed of when, and if, it arrives.
 

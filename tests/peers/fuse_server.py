@@ -43,7 +43,6 @@ def mount() -> tuple[int, str]:
     """Mount the file system where only this process sees it."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.geteuid(), os.getegid()
-    device = os.open("/dev/fuse", os.O_RDWR)
     if user == 0:
         checked(libc.unshare(CLONE_NEWNS))
     else:
@@ -52,6 +51,8 @@ def mount() -> tuple[int, str]:
                            ("gid_map", f"0 {group} 1")):  # fmt: skip
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+    # In the namespace in which it is mounted, or the mount is EINVAL.
+    device = os.open("/dev/fuse", os.O_RDWR)
     checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
     where = tempfile.gettempdir()
     options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
