@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import traceback
 from typing import Any, Final
 
@@ -43,6 +44,7 @@ class TaskDump(trio.abc.Instrument):
         if not self._done and trio.current_time() >= self._deadline:
             self._done = True
             # The report of a failed test contains it.
+            sys.stderr.write(task_stacks())
 
 
 def task_stacks() -> str:
