@@ -25,9 +25,9 @@ from trio_unixconn import (
     Credentials,
     EndOfStreamError,
     OperationCancelled,
+    ReadAheadError,
     UnexpectedControlMessageError,
     UnixConnection,
-    UnixConnectionError,
     WrongDescriptorKindError,
     connection_pair,
     testing,
@@ -280,9 +280,14 @@ class ReceiveFds:
 @attrs.frozen
 class ReceiveSome:
     max_bytes: int
+    into_buffer: bool
 
     async def run(self, end: End, cancellable: Cancellable | None) -> None:
-        data = await end.conn.receive_some(self.max_bytes)
+        if self.into_buffer:
+            buffer = bytearray(self.max_bytes)
+            data = bytes(buffer[: await end.conn.receive_into(buffer)])
+        else:
+            data = await end.conn.receive_some(self.max_bytes)
         assert len(data) <= self.max_bytes
         end.got(data, [])
 
@@ -405,12 +410,14 @@ class End:
 
     def rewrap(self) -> None:
         """Detach the connection and make another of it, unless something was read ahead."""
+        read_ahead = self.conn.has_read_ahead()
         try:
             fd = self.conn.detach()
-        except (UnixConnectionError, ValueError):
-            # What was read ahead cannot go along.
+        except ReadAheadError:
+            assert read_ahead
             assert not self.conn.is_closed()
         else:
+            assert not read_ahead
             self.conn = UnixConnection.from_fd(fd)
 
     async def end(self) -> None:
@@ -531,13 +538,13 @@ receives = st.one_of(
     st.builds(ReceiveFd, method=st.sampled_from(one_fd)),
     st.builds(Iterate, count=counts, read_ahead=st.integers(1, 8)),
     st.builds(ReceiveFds, max_fds=st.integers(1, 8)),
-    st.builds(ReceiveSome, max_bytes=sizes),
+    st.builds(ReceiveSome, max_bytes=sizes, into_buffer=st.booleans()),
     st.builds(
         ReceiveMessage,
         max_bytes=sizes,
         max_fds=st.integers(0, 4),
         credentials=st.booleans(),
-        pidfd=st.just(value=False),
+        pidfd=st.booleans(),
     ),
     st.builds(ReceiveCredentials),
 )
@@ -550,7 +557,8 @@ steps = st.builds(
     patience=st.none() | st.integers(0, 4),
 )
 programs = st.lists(
-    st.lists(steps, min_size=1, max_size=4, unique_by=lambda step: step.lane),
+    st.lists(steps, min_size=1, max_size=4, unique_by=lambda step: step.lane)
+    | st.builds(Rewrap, end=ends),
     max_size=20,
 )
 
