@@ -63,19 +63,26 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("-e", ".[cli]", *nox.project.dependency_groups(PROJECT, *groups))
 
 
-@nox.session(python=installed_pythons())
+PYTHONS = installed_pythons()
+
+
+@nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the test suite, one process per processor; arguments go to pytest."""
+    """Run the test suite, one process per processor; arguments go to pytest.
+
+    What does not depend on the version of Python runs on the newest one only.
+    """
     install(session, "tests")
-    session.run("pytest", "-n", "auto", *session.posargs)
+    which = [] if session.python == PYTHONS[-1] else ["-m", "not once"]
+    session.run("pytest", "-n", "auto", *which, *session.posargs)
 
 
-@nox.session(python=installed_pythons()[0])
+@nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
     """Run the core's tests with the oldest trio and attrs that pyproject.toml allows."""
     install(session, "tests")
     session.install(*oldest_dependencies())
-    session.run("pytest", "-n", "auto", *NOT_CORE, "tests", *session.posargs)
+    session.run("pytest", "-n", "auto", "-m", "not once", *NOT_CORE, "tests", *session.posargs)
 
 
 @nox.session

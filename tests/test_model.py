@@ -16,6 +16,7 @@ import socket
 from typing import Any, Literal
 
 import attrs
+import pytest
 import trio
 from hypothesis import Phase, given, settings, strategies as st
 from trio.testing import wait_all_tasks_blocked
@@ -32,6 +33,9 @@ from trio_unixconn import (
     connection_pair,
     testing,
 )
+
+# One Python is enough.
+pytestmark = pytest.mark.once
 
 # The kernel takes up to this many bytes as a whole, or none of them.
 ATOMIC = 4096

@@ -41,6 +41,9 @@ from plan import (
 from processes import cpu_seconds, family, private_bytes
 from servers import CONTESTANTS, PoolContestant, Server
 
+# One Python is enough.
+pytestmark = pytest.mark.once
+
 # Who is there wherever the tests run.
 ALWAYS = {"reuseport", "shared", "single"}
 

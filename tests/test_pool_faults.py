@@ -17,6 +17,7 @@ from trio_unixconn.pool import open_worker_pool
 PROGRAM = Path(__file__).parents[1] / "pool_faults" / "pool_faults.py"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scene", SCENES)
 def test_scene(scene: str, tmp_path: Path) -> None:
     """What clients saw, what the pool has said, and what handlers wrote is one story."""

@@ -24,6 +24,9 @@ from helpers import free_descriptors
 from hostile.calls import MIXES, Driver, names, one_call
 from trio_unixconn import ConnectionBrokenError, UnixConnection
 
+# One Python is enough.
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).parent
 MESSAGES = int(os.environ.get("HOSTILE_MESSAGES", "100000"))
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
