@@ -1,8 +1,4 @@
-"""UnixConnection: bytes, descriptors, credentials and peer identity of one connection.
-
-The rule of this file: it says what each operation sends and what it takes for an answer; how a
-message travels is the business of _sending and _receiving, and what may have come with what
-that of _ancillary.
+"""UnixConnection: bytes, file descriptors, credentials and peer identity of one connection.
 
 Sources: unix(7), trio's SocketStream, https://docs.gtk.org/gio-unix/class.Connection.html
 """
@@ -102,28 +98,29 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     Args:
       socket: a connected ``AF_UNIX``, ``SOCK_STREAM`` trio socket. The connection owns it
         from now on; if this raises, the caller still does.
-      receive_descriptors: whether the peer may send descriptors. If not, whoever sends some
-        gets EPERM where the kernel has ``SO_PASSRIGHTS`` (Linux 6.16), and elsewhere those
-        that come are closed and :class:`UnexpectedDescriptorsError` is raised.
-      local_address, remote_address: what the two ends are called, where the kernel cannot know
+      receive_descriptors: whether the peer may send file descriptors. If not, sending them
+        fails with EPERM on a kernel that has ``SO_PASSRIGHTS`` (Linux 6.16). On other kernels,
+        those that arrive are closed, and :class:`UnexpectedDescriptorsError` is raised.
+      local_address, remote_address: the names of the two ends, if the kernel cannot know them
         (a path was renamed after it was bound).
 
     Attributes:
-      socket: that trio socket.
+      socket: that trio socket. It does not have what :meth:`fds` has read ahead; check
+        :meth:`has_read_ahead` before you receive from it.
 
     Raises:
       TypeError: not a trio socket.
       ValueError: another family or type, closed, listening, or not connected.
       NotSupportedError: the platform has no Unix sockets.
 
-    All async methods are checkpoints, also when the kernel says no; wrong arguments and a busy
-    direction are told at once. A cancellation either happens before anything was sent or
-    received, or is put off until after the method has returned its result; only
-    :meth:`send_all`, :meth:`send_message` and :meth:`send_fds` may have sent a part. One task
-    at a time may send, and one receive.
+    All async methods are checkpoints, even if the kernel reports an error; wrong arguments and a
+    busy direction raise immediately. A cancelled operation has had no effect: once something
+    was sent or received, the method returns its result. Only :meth:`send_all`,
+    :meth:`send_message` and :meth:`send_fds` may have sent a part. One task at a time may send,
+    and one may receive.
 
-    All of them can raise, besides what each names: :class:`ConnectionClosedError` (this side
-    closed the connection), :class:`ConnectionBrokenError` (the peer is gone),
+    All of them can raise, besides the errors that each lists: :class:`ConnectionClosedError`
+    (this side closed the connection), :class:`ConnectionBrokenError` (the peer is gone),
     :class:`ConnectionBusyError` (another task uses the same direction) and, with a
     ``cancellable``, :class:`OperationCancelled`. They are trio's ``ClosedResourceError``,
     ``BrokenResourceError`` and ``BusyResourceError`` with Gio's code.
@@ -237,17 +234,17 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
     @enable_ki_protection
     async def receive_fd(self, cancellable: Cancellable | None = None) -> int:
-        """Receive one descriptor and the one byte that it travels with.
+        """Receive one file descriptor and the one byte that it travels with.
 
         Returns:
-          The descriptor, close-on-exec. The caller owns it and must close it. Whether it
-          blocks is a property of the open file, which the peer shares, and is left alone.
+          The file descriptor, close-on-exec. The caller owns it and must close it. Whether it
+          blocks is a property of the open file, which the peer shares; it is not changed.
 
         Raises:
-          EndOfStreamError: the stream ended before.
-          UnexpectedControlMessageError: the next byte did not come with exactly one
-            descriptor. It is in ``.data``; whatever came with it is closed.
-          DescriptorsTruncatedError: the descriptor was lost, as no slot was free for it.
+          EndOfStreamError: the stream has ended.
+          UnexpectedControlMessageError: the next byte does not have exactly one file
+            descriptor. The byte is in ``.data``; all file descriptors are closed.
+          DescriptorsTruncatedError: the file descriptor was lost, because no slot was free.
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_fd.html (which returns
         -1 without an error at the end of the stream)
@@ -305,19 +302,21 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def receive_fds(
         self, max_fds: int, *, cancellable: Cancellable | None = None
     ) -> UnixFDList:
-        """Receive between 1 and ``max_fds`` descriptors: those that have come.
+        """Receive between 1 and ``max_fds`` file descriptors.
 
-        Waits for one message, and takes those behind it that are there already and fit. Each
-        has one byte and at least one descriptor, as :meth:`send_fds` sends them.
+        This waits for one message, and then takes messages that have already arrived, as long
+        as they fit. Each has one byte and at least one file descriptor, as :meth:`send_fds`
+        sends them. Every other message stays in the socket.
 
         Returns:
           A list that owns them, close-on-exec.
 
         Raises:
-          EndOfStreamError: the stream ended before.
-          UnexpectedControlMessageError: the first message has no descriptor or more than
+          EndOfStreamError: the stream has ended.
+          UnexpectedControlMessageError: the first message has no file descriptors or more than
             ``max_fds``; all are closed, and the byte is in ``.data``.
-          DescriptorsTruncatedError: some were lost, as no slot was free for them.
+          DescriptorsTruncatedError: some of the first message were lost, because no slot was
+            free.
           ValueError: ``max_fds`` is below 1.
         """
         most = check_at_least(max_fds, 1, "max_fds")
@@ -330,24 +329,27 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         return UnixFDList.owning(fds)
 
     def fds(self, *, read_ahead: int = DEFAULT_READ_AHEAD) -> DescriptorStream:
-        """Iterate over descriptors: ``async for fd in conn.fds()``.
+        """Iterate over file descriptors: ``async for fd in conn.fds()``.
 
-        Each message must be one byte with one descriptor, as ``send_fd`` and
-        ``send_fds(per_message=1)`` send them. The caller owns what it gets. Messages that are
-        there already are read in bursts, with one checkpoint for each burst. The iteration
-        ends at the end of the stream.
+        Each message must be one byte with one file descriptor, as ``send_fd`` and
+        ``send_fds(per_message=1)`` send them. The caller owns each file descriptor. Messages
+        that have already arrived are read in bursts, with one checkpoint for each burst. The
+        iteration ends at the end of the stream.
 
-        Nothing is lost when the loop is left early, by break, exception or cancellation:
-        what was read ahead serves the next receive, whichever it is.
+        Nothing is lost if the loop is left early, by break, exception or cancellation: the next
+        receives, whichever these are, return what was read ahead. Until then the connection
+        cannot be handed over: :meth:`detach`, ``pool.submit(conn)`` and ``send_fd(conn)`` raise
+        :class:`ReadAheadError`, because its next owner would miss these messages.
 
         Args:
-          read_ahead: how many messages to read at a time, and so to hold at most.
+          read_ahead: how many messages to read at a time. Use 1 to read nothing ahead, if the
+            connection is handed over before the end of its stream.
 
         Raises:
           ValueError: ``read_ahead`` is below 1.
 
-        Iterating raises what :meth:`receive_fd` raises, but for the end of the stream; it can
-        be gone on with after an UnexpectedControlMessageError.
+        Iterating raises what :meth:`receive_fd` raises, except at the end of the stream. It can
+        be continued after an UnexpectedControlMessageError.
         """
         return DescriptorStream(self._receiver, check_at_least(read_ahead, 1, "read_ahead"))
 
@@ -518,16 +520,16 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def receive_credentials(self, cancellable: Cancellable | None = None) -> Credentials:
         """Receive the credentials of the peer and the one byte that they travel with.
 
-        ``SO_PASSCRED`` is switched on for that time if it is off. If the peer sent a byte
-        without credentials, the answer is what the socket knows of the peer:
-        :meth:`get_peer_credentials`. Either way the kernel vouches for it.
+        ``SO_PASSCRED`` is switched on meanwhile if it is off. If the peer sent a byte without
+        credentials, this returns :meth:`get_peer_credentials`. In both cases the kernel has
+        checked them.
 
         Raises:
-          EndOfStreamError: the stream ended before.
-          UnexpectedControlMessageError: something else came with the byte, a descriptor
-            for instance. The byte is in ``.data``; descriptors are closed.
-          DescriptorsTruncatedError: descriptors came, and no slot was free for them.
-          NotSupportedError: the platform tells no credentials.
+          EndOfStreamError: the stream has ended.
+          UnexpectedControlMessageError: the byte has file descriptors. They are closed, and the
+            byte is in ``.data``.
+          DescriptorsTruncatedError: it has file descriptors, and no slot was free for them.
+          NotSupportedError: the platform has no credentials of peers.
 
         Source: https://docs.gtk.org/gio-unix/method.Connection.receive_credentials.html
         """
@@ -624,31 +626,33 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         pidfd: bool = False,
         cancellable: Cancellable | None = None,
     ) -> Message:
-        """Receive up to ``max_bytes`` bytes, and what came with them.
+        """Receive up to ``max_bytes`` bytes, with their file descriptors and credentials.
 
-        The stream keeps no boundaries of messages without descriptors; a read never goes on
-        behind a message with descriptors, but bytes sent before it may stand in front.
+        The stream does not keep the boundaries of messages without file descriptors. A read
+        stops after a message with file descriptors, but can start with bytes that were sent
+        before it.
 
         Args:
           max_fds: 0 to 253; more are an error, and closed.
-          credentials: whether to ask for the sender's (``SO_PASSCRED``), for this time.
-          pidfd: whether to ask for one of the sender (``SO_PASSPIDFD``), for this time. What was
-            sent before, without credentials, comes without.
+          credentials: whether to ask for the sender's during this call (``SO_PASSCRED``).
+          pidfd: whether to ask for a pidfd of the sender during this call (``SO_PASSPIDFD``). A
+            message that was sent earlier, without credentials, has none.
 
         Returns:
-          A message that owns its descriptors. Its data is empty at the end of the stream.
+          A message that owns its file descriptors. Its data is empty at the end of the stream.
 
         Raises:
-          UnexpectedControlMessageError: more than ``max_fds`` descriptors; the bytes are in
-            ``.data``.
-          DescriptorsTruncatedError: some were lost, as no slot was free for them.
+          UnexpectedControlMessageError: more than ``max_fds`` file descriptors; the bytes are
+            in ``.data``.
+          DescriptorsTruncatedError: some were lost, because no slot was free. The bytes are in
+            ``.data``, and the sender's credentials in ``.credentials`` if they were asked for.
           ValueError: ``max_bytes`` is below 1, or ``max_fds`` not from 0 to 253.
           NotSupportedError: ``pidfd`` on a kernel before Linux 6.5, or elsewhere.
         """
         size = check_at_least(max_bytes, 1, "max_bytes")
         most = check_at_least(max_fds, 0, "max_fds")
         if most > _kernel.SCM_MAX_FD:
-            raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, not {most}")
+            raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, got {most}")
         if credentials:
             can_tell_credentials()
         received = await self._receiver.receive(
@@ -689,15 +693,15 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive between 1 and ``max_bytes`` bytes; ``b""`` at the end of the stream.
 
-        As ``trio.SocketStream.receive_some``, except that descriptors are not dropped in
-        silence.
+        As ``trio.SocketStream.receive_some``, except that file descriptors are not dropped
+        silently.
 
         Args:
-          max_bytes: 65536 if left out.
+          max_bytes: default: 65536.
 
         Raises:
-          UnexpectedDescriptorsError: descriptors came with the bytes; they are closed, and
-            the bytes are in ``.data``.
+          UnexpectedDescriptorsError: the bytes have file descriptors; these are closed, and the
+            bytes are in ``.data``.
           TypeError, ValueError: ``max_bytes`` is not an int of at least 1.
         """
         size = DEFAULT_RECEIVE_SIZE if max_bytes is None else operator.index(max_bytes)
