@@ -38,6 +38,8 @@ from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
     ConnectionClosedError,
+    NotSupportedError,
+    PeerPolicy,
     UnixConnection,
     UnixListener,
     connection_pair,
@@ -165,6 +167,32 @@ async def test_connection_passes_check_two_way_stream(make: Maker) -> None:
 async def test_connection_passes_check_one_way_stream(make: Maker, order: Any) -> None:
     """Trio's suite for one way passes in either direction."""
     await trio.testing.check_one_way_stream(order(make), clogged(order(make)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"credentials": True},
+        {"pidfds": True},
+        {"credentials": True, "pidfds": True},
+        {"receive_descriptors": False},
+        {"policy": PeerPolicy.same_user()},
+    ],
+    ids="+".join,
+)
+async def test_connection_with_options_passes_check_half_closeable_stream(options: Any) -> None:
+    """Trio's largest suite passes, whichever options both ends are opened with."""
+
+    async def make() -> Pair:
+        try:
+            listener = await open_unix_listener("", **options)
+        except NotSupportedError:
+            pytest.skip("this kernel has no SO_PASSPIDFD (Linux 6.5)")
+        async with listener:
+            client = await open_unix_connection(listener.get_local_address(), **options)
+            return client, await listener.accept()
+
+    await trio.testing.check_half_closeable_stream(make, clogged(make))
 
 
 async def test_connection_in_stapled_stream_passes_check_half_closeable_stream() -> None:
