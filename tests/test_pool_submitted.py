@@ -97,6 +97,8 @@ async def test_forms_of_a_file(tmp_path: Path) -> None:
             text.write("in the buffer, ")
             await pool.submit(text, data=b"appended, ")
             assert text.closed
+        # Otherwise the two jobs write at the same time, the first one not at the end of the file.
+        await at_rest(pool)
         with open(path, "ab", buffering=0) as unbuffered:
             await pool.submit(unbuffered, data=b"and again")
             assert unbuffered.closed
