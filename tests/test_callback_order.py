@@ -261,6 +261,25 @@ async def test_send_all_async_and_receive_some_async_cancelled() -> None:
         assert set(ends.values()) == {OperationCancelled}
 
 
+async def test_receive_into_async() -> None:
+    """Bytes are received into a buffer of the caller's, as by Gio's read_async."""
+    one, two = connection_pair()
+    ends = Ends()
+    buffer = bytearray(9)
+    cancellable = Cancellable()
+    async with one, two:
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(two)
+            gio.receive_into_async(buffer, cancellable, ends, "receive_into:1")
+            await wait_all_tasks_blocked()
+            cancellable.cancel()
+            await wait_all_tasks_blocked()
+            await one.send_all(b"bytes")
+            gio.receive_into_async(buffer, None, ends, "receive_into:2")
+        assert ends == {"receive_into:1": OperationCancelled, "receive_into:2": 5}
+        assert buffer == b"bytes\0\0\0\0"
+
+
 async def test_receive_message_async_with_pidfd() -> None:
     """receive_message_async takes all options of receive_message."""
     one, two = connection_pair()

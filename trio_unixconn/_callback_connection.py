@@ -422,6 +422,21 @@ class CallbackConnection(DescriptorOwner):
         data: bytes = finish_result(result, self, "receive_some_async")
         return data
 
+    def receive_into_async(
+        self,
+        buffer: bytearray | memoryview,
+        cancellable: Cancellable | None = None,
+        callback: AsyncReadyCallback | None = None,
+        *user_data: Any,
+    ) -> None:
+        """Begin :meth:`UnixConnection.receive_into`; ``buffer`` is in use until the callback."""
+        work = partial(self.connection.receive_into, buffer)
+        self._begin("receive_into_async", work, cancellable, callback, user_data)
+
+    def receive_into_finish(self, result: AsyncResult) -> int:
+        """Return the number of bytes, 0 at the end of the stream, or raise the error."""
+        return int(finish_result(result, self, "receive_into_async"))
+
     def send_eof_async(
         self,
         cancellable: Cancellable | None = None,
