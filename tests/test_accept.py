@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,11 +23,14 @@ from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 from trio_unixconn import (
     ConnectionBusyError,
     ConnectionClosedError,
+    PeerPolicy,
+    UnixConnection,
     UnixListener,
     _accept,
     _closing,
     open_unix_connection,
     open_unix_listener,
+    serve_unix,
 )
 from trio_unixconn._accept import (
     ACCEPT_RETRY_DELAY,
@@ -422,3 +426,31 @@ async def test_close_listening_socket_without_threads(monkeypatch: pytest.Monkey
     await close_listening_socket(sock)
     assert closed == [True]
     assert sock.fileno() == -1
+
+
+################################################################
+# Connections that a server closes
+################################################################
+
+
+@pytest.mark.parametrize("denied", [False, True])
+async def test_serve_unix_closes_connections_with_lingering_sockets(
+    path: Path, *, denied: bool
+) -> None:
+    """A denied peer, and one at the deadline of a drain, cannot stop the event loop."""
+
+    async def handler(conn: UnixConnection) -> None:
+        await trio.sleep_forever()
+
+    policy = PeerPolicy(uids=[54321]) if denied else None
+    async with heartbeat() as beats, trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve_unix, handler, path, policy=policy))
+        client = connect_with_lingering_socket(path)
+        await until(lambda: server.denied if denied else server.connections)
+        before = len(beats)
+        server.drain(0)
+        await server.drained.wait()
+        await until(lambda: len(beats) > before + 5)
+        assert not _closing.wait_closed(0)
+    client.close()
+    release_lingering()

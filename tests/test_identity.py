@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 import trio
-from helpers import free_descriptors
+from helpers import free_descriptors, until
 from peer_processes import (
     OTHER_UID,
     PeerProcess,
@@ -133,7 +134,7 @@ async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
         with opened_pidfd(conn) as pidfd:
             assert select.select([pidfd], [], [], 0)[0]
         client.reap()
-        with pytest.raises(PeerGoneError, match="has ended") as caught:
+        with pytest.raises(PeerGoneError, match="has exited") as caught:
             conn.open_peer_pidfd()
         assert caught.value.errno == errno.ESRCH
         assert isinstance(caught.value, ProcessLookupError)
@@ -736,3 +737,87 @@ async def stopped(pid: int) -> None:
             status = Path(f"/proc/{each}/status")
             while "\nState:\tT" not in status.read_text():  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
+
+
+################################################################
+# Reading without blocking the event loop
+################################################################
+
+MAIN_THREAD_EXITS = """
+import ctypes, os, socket, sys, threading
+
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+
+def serve():
+    while open("/proc/self/task/%d/stat" % os.getpid()).read().rsplit(")", 1)[1].split()[0] != "Z":
+        pass
+    sock.send(b"x")
+    sock.recv(1)
+    os._exit(0)
+
+threading.Thread(target=serve).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@peer_pidfds
+async def test_read_exe_of_a_process_without_main_thread(listener: UnixListener) -> None:
+    """A process whose main thread has exited is alive, and has a program and a command line."""
+    with trio.fail_after(30):
+        command = [sys.executable, "-c", MAIN_THREAD_EXITS, path_of(listener)]
+        with subprocess.Popen(command) as process:
+            async with await listener.accept() as conn:
+                assert await conn.receive_some() == b"x"
+                with conn.get_peer_identity() as peer:
+                    assert peer.is_alive()
+                    assert os.path.samefile(await peer.read_exe(), sys.executable)
+                    assert await peer.read_command_line() == command
+                    assert await peer.read_cgroup() == cgroup_of(process.pid)
+                    await conn.send_all(b"x")
+                    assert peer.pidfd is not None
+                    await trio.lowlevel.wait_readable(peer.pidfd)
+                    for read in (peer.read_exe, peer.read_command_line, peer.read_cgroup):
+                        with pytest.raises(PeerGoneError):
+                            await read()
+
+
+@peer_pidfds
+async def test_read_command_line_of_a_process_without_arguments(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process can have an empty command line; it is alive all the same."""
+    monkeypatch.setattr(_identity, "_read_bytes", lambda _: b"")
+    async with client_process(path_of(listener)), await listener.accept() as conn:
+        with conn.get_peer_identity() as peer:
+            assert await peer.read_command_line() == []
+            assert peer.command_line == []
+
+
+@peer_pidfds
+async def test_read_command_line_that_blocks(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that hangs in the kernel can be abandoned, and delays no read of another kind."""
+    go_on = threading.Event()
+    stuck: list[bool] = []
+
+    def hang(_: str) -> bytes:
+        stuck.append(True)
+        go_on.wait(60)
+        return b""
+
+    monkeypatch.setattr(_identity, "_read_bytes", hang)
+    async with client_process(path_of(listener)), await listener.accept() as conn:
+        with conn.get_peer_identity() as peer:
+            async with trio.open_nursery() as nursery:
+                for _ in range(_identity._MAX_THREADS + 1):
+                    nursery.start_soon(peer.read_command_line)
+                with trio.fail_after(30):
+                    await until(lambda: len(stuck) == _identity._MAX_THREADS)
+                    # The event loop runs, and other reads have threads of their own.
+                    assert os.path.samefile(await peer.read_exe(), sys.executable)
+                    assert await peer.read_cgroup() == cgroup_of(peer.credentials.pid)
+                assert len(stuck) == _identity._MAX_THREADS
+                nursery.cancel_scope.cancel()
+    go_on.set()

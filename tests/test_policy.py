@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import functools
 import grp
 import importlib
 import logging
+import operator
 import os
 import pwd
 import socket
 import sys
+import unittest.mock
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import trio.lowlevel
-from helpers import free_descriptors
+from helpers import counted, free_descriptors
 from peer_processes import (
     OTHER_UID,
     PeerProcess,
@@ -34,10 +37,12 @@ from peer_processes import (
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_unixconn import (
+    ConnectionClosedError,
     Credentials,
     IOErrorEnum,
     NotSupportedError,
     PeerDeniedError,
+    PeerGoneError,
     PeerIdentity,
     PeerPolicy,
     UnixConnection,
@@ -45,6 +50,7 @@ from trio_unixconn import (
     UnixServer,
     _identity,
     _kernel,
+    _policy,
     open_unix_connection,
     open_unix_listener,
     serve_unix,
@@ -53,6 +59,9 @@ from trio_unixconn import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 
 GROUP = 54321
 
@@ -203,21 +212,30 @@ def test_repr() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({}, ValueError, "names nobody"),
-        ({"uids": []}, ValueError, "names nobody"),
-        ({"uids": ["0"]}, TypeError, "uids are ints, not str"),
-        ({"uids": "0"}, TypeError, "uids are ints, not str"),
-        ({"uids": [True]}, TypeError, "uids are ints, not bool"),
-        ({"uids": 0}, TypeError, "not iterable"),
-        ({"uids": [-1]}, ValueError, "uids are from 0 to 4294967294"),
-        ({"gids": [2**32 - 1]}, ValueError, "gids are from 0 to 4294967294"),
-        ({"gids": [1.5]}, TypeError, "gids are ints, not float"),
-        ({"users": "root"}, TypeError, r"write \['root'\]"),
-        ({"groups": "root"}, TypeError, r"write \['root'\]"),
+        ({}, ValueError, "requires at least one of uids, gids, users, groups, check"),
+        ({"uids": []}, ValueError, "requires at least one of uids, gids, users, groups, check"),
+        ({"uids": ["0"]}, TypeError, "uids must be an iterable of ints, got str in it"),
+        ({"uids": "0"}, TypeError, "uids must be an iterable of ints, got str in it"),
+        ({"uids": [True]}, TypeError, "uids must be an iterable of ints, got bool in it"),
+        ({"uids": 0}, TypeError, "uids must be an iterable of ints, got int"),
+        ({"uids": [-1]}, ValueError, "uids must be from 0 to 4294967294, got -1"),
+        ({"gids": [2**32 - 1]}, ValueError, "gids must be from 0 to 4294967294, got 4294967295"),
+        ({"gids": [1.5]}, TypeError, "gids must be an iterable of ints, got float in it"),
+        (
+            {"users": "root"},
+            TypeError,
+            r"users must be .*, got str; use \['root'\]",
+        ),
+        (
+            {"groups": "root"},
+            TypeError,
+            r"groups must be .*, got str; use \['root'\]",
+        ),
+        ({"groups": 5}, TypeError, "groups must be an iterable of names, got int"),
         ({"users": ["no such user"]}, ValueError, "no such user: 'no such user'"),
         ({"groups": ["no such group"]}, ValueError, "no such group: 'no such group'"),
-        ({"users": [0]}, TypeError, "str"),
-        ({"check": 3}, TypeError, "async function, not int"),
+        ({"users": [0]}, TypeError, "users must be an iterable of names, got int in it"),
+        ({"check": 3}, TypeError, r"async function of one argument \(a PeerIdentity\), got int"),
     ],
 )
 def test_bad_input(arguments: Any, error: type[Exception], text: str) -> None:
@@ -246,8 +264,11 @@ def test_no_databases(monkeypatch: pytest.MonkeyPatch) -> None:
 ################################################################
 
 
-def not_async(_: PeerIdentity) -> bool:
-    return True
+class NotAsync:
+    """A callable of which it is known only when it is called that it is not async."""
+
+    def __call__(self, _: PeerIdentity) -> bool:
+        return True
 
 
 async def raising(_: PeerIdentity) -> bool:
@@ -256,9 +277,9 @@ async def raising(_: PeerIdentity) -> bool:
 
 
 WRONG: list[Any] = [
-    (not_async, TypeError, "is not async: it returned True"),
-    (answering(1), TypeError, "must return a bool, not 1"),
-    (answering(None), TypeError, "must return a bool, not None"),
+    (NotAsync(), TypeError, "must be an async function, but .* returned True"),
+    (answering(1), TypeError, "must return a bool, got 1"),
+    (answering(None), TypeError, "must return a bool, got None"),
     (raising, KeyError, "the check's own"),
 ]
 
@@ -389,7 +410,7 @@ async def test_check_looks_at_the_peer(path: Path) -> None:
     async def check(peer: PeerIdentity) -> bool:
         kept.append(peer)
         await trio.lowlevel.checkpoint()
-        return peer.pidfd is None or (peer.is_alive() and "python" in peer.exe)
+        return peer.pidfd is None or (peer.is_alive() and "python" in await peer.read_exe())
 
     async with (
         await open_unix_listener(path, policy=PeerPolicy(check=check)) as listener,
@@ -592,7 +613,7 @@ async def test_check_waits_for_a_descriptor(
             async with await open_unix_connection(path), await listener.accept():
                 assert len(admitted) == 1
         (record,) = caplog.records
-        assert "cannot look at the process of a peer now (none is free)" in record.getMessage()
+        assert "cannot open a pidfd of a peer (none is free), retrying" in record.getMessage()
         with pytest.MonkeyPatch.context() as patch:
             failures.append(errno.EIO)
             patch.setattr(_identity, "open_peer_pidfd", rarely)
@@ -841,3 +862,212 @@ async def test_server_that_is_admitted(path: Path) -> None:
         await client.send_all(b"x")
         assert await server.receive_some() == b"x"
         assert [peer.credentials for peer in asked] == [Credentials()]
+
+
+################################################################
+# Checks that cannot be asked, and peers that cannot be looked at
+################################################################
+
+
+async def takes_two(peer: PeerIdentity, other: object) -> bool:
+    return True
+
+
+async def takes_none() -> bool:
+    return True
+
+
+async def yields(peer: PeerIdentity) -> AsyncIterator[bool]:
+    yield True
+
+
+def is_sync(peer: PeerIdentity) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        takes_two,
+        takes_none,
+        yields,
+        is_sync,
+        lambda peer: "python" in peer.exe,
+        lambda peer: is_fine(peer),  # noqa: PLW0108 - not async, although it returns a coroutine
+        partial(is_sync),
+        partial(is_fine, somebody()),
+        "text".startswith,
+    ],
+)
+def test_policy_rejects_check(check: Any) -> None:
+    """A check that is not async, or not a function of one argument, is rejected at once."""
+    with pytest.raises(TypeError, match="check must be an async function of one argument"):
+        PeerPolicy(check=check)
+
+
+async def test_policy_accepts_check() -> None:
+    """Methods, partial functions, decorated functions and objects are checks; so is C code."""
+
+    class Database:
+        async def check(self, peer: PeerIdentity) -> bool:
+            return True
+
+        @classmethod
+        async def check_class(cls, peer: PeerIdentity) -> bool:
+            return peer.credentials.uid == 1000
+
+    @functools.wraps(is_fine)
+    def wrapper(peer: PeerIdentity) -> Any:
+        return is_fine(peer)
+
+    class Returns:
+        def __call__(self, peer: PeerIdentity) -> Any:
+            return is_fine(peer)
+
+    database = Database()
+    bound = operator.methodcaller("check_me")
+    for check in (
+        database.check,
+        Database.check_class,
+        partial(takes_two, other=1),
+        wrapper,
+        Returns(),
+        unittest.mock.AsyncMock(return_value=True),
+    ):
+        assert await PeerPolicy(check=check).admits(somebody())
+    with pytest.raises(AttributeError):
+        await PeerPolicy(check=bound).admits(somebody())
+
+
+UNKNOWN = [
+    PeerGoneError(errno.ESRCH, "has exited"),
+    PermissionError(errno.EACCES, "is hidden"),
+    NotSupportedError("no pidfd"),
+]
+
+
+@pytest.mark.parametrize("error", UNKNOWN, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("in_nursery", [False, True])
+async def test_check_of_unknown_peer_denies(
+    path: Path, caplog: pytest.LogCaptureFixture, error: Exception, *, in_nursery: bool
+) -> None:
+    """A check that cannot look at its peer denies it, with the reason in the log."""
+
+    async def fail() -> None:
+        raise error
+
+    async def check(_: PeerIdentity) -> bool:
+        if in_nursery:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                nursery.start_soon(fail)
+        raise error
+
+    policy = PeerPolicy(check=check)
+    assert not await policy.admits(somebody())
+    assert await (policy | PeerPolicy(uids=[1000])).admits(somebody())
+    assert not await (policy & PeerPolicy(uids=[1000])).admits(somebody())
+    async with accepting(path, policy) as server:
+        for _ in range(2):
+            async with await open_unix_connection(path) as client:
+                assert await client.receive_some() == b""
+        await settled(lambda: server.connections == 0)
+        assert (server.accepted, server.denied, server.crashed) == (2, 2, 0)
+        with pytest.raises(PeerDeniedError, match=str(error.args[-1])):
+            await open_unix_connection(path, policy=policy)
+    assert all(f"({error})" in record.getMessage() for record in caplog.records)
+
+
+async def test_check_of_unknown_peer_and_another_error() -> None:
+    """If a check fails for another reason at the same time, that is raised."""
+
+    async def check(_: PeerIdentity) -> bool:
+        raise ExceptionGroup("both", [UNKNOWN[0], ZeroDivisionError()])
+
+    with pytest.raises(ExceptionGroup):
+        await PeerPolicy(check=check).admits(somebody())
+
+    async def crash(_: PeerIdentity) -> bool:
+        raise ExceptionGroup("one", [ZeroDivisionError()])
+
+    with pytest.raises(ExceptionGroup):
+        await PeerPolicy(check=crash).admits(somebody())
+
+
+@peer_pidfds
+async def test_check_of_a_peer_that_exits(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that exits early is denied, and does not end the server."""
+
+    async def is_python(peer: PeerIdentity) -> bool:
+        await exited.wait()
+        return "python" in await peer.read_exe()
+
+    exited = trio.Event()
+    async with accepting(path, PeerPolicy(check=is_python)) as server:
+        async with client_process(path) as client:
+            await client.end()
+            client.reap()
+            exited.set()
+            await settled(lambda: server.denied == 1)
+        async with await open_unix_connection(path) as other:
+            assert await other.receive_some() == b"hello"
+    (record,) = caplog.records
+    assert f"denied pid {client.pid}" in record.getMessage()
+    assert "(the peer has exited" in str(record.getMessage()).replace("[Errno 3] ", "")
+
+
+async def test_policy_asks_for_what_it_needs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups and label are system calls that a policy of users does not make."""
+    groups = counted(monkeypatch, _identity, "get_peer_groups")
+    labels = counted(monkeypatch, _identity, "get_peer_security_context")
+    async with await open_unix_listener(path) as listener:
+        for policy, asked in (
+            (PeerPolicy.same_user(), (0, 0)),
+            (PeerPolicy(gids=[os.getegid()]) & PeerPolicy.same_user(), (1, 0)),
+            (PeerPolicy(check=is_fine), (1, 1)),
+            (PeerPolicy(uids=[OTHER_UID]) | PeerPolicy(check=is_fine), (1, 1)),
+        ):
+            groups.clear()
+            labels.clear()
+            listener._policy = policy
+            async with await open_unix_connection(path), await listener.accept():
+                assert (len(groups), len(labels)) == asked
+
+
+async def test_check_of_a_connection_that_is_closed_meanwhile(path: Path) -> None:
+    """A connection that is closed while its policy is asked can be denied all the same."""
+    async with await open_unix_listener(path) as listener, await open_unix_connection(path):
+        conn = await listener.accept()
+
+        async def closes(_: PeerIdentity) -> bool:
+            await conn.aclose()
+            return False
+
+        assert not await _policy.admit_or_close(conn, PeerPolicy(check=closes))
+
+        with pytest.raises(ConnectionClosedError):
+            await _policy.admit_or_close(conn, PeerPolicy.same_user())
+
+
+async def test_check_that_waits_for_a_descriptor_of_a_closed_connection(
+    path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A connection that is closed while its check waits for a descriptor is not asked about."""
+
+    def fail(_: socket.socket) -> int:
+        raise OSError(errno.EMFILE, "none is free")
+
+    monkeypatch.setattr(_identity, "open_peer_pidfd", fail)
+    async with (
+        await open_unix_listener(path) as listener,
+        await open_unix_connection(path),
+        trio.open_nursery() as nursery,
+    ):
+        conn = await listener.accept()
+
+        async def admit() -> None:
+            with pytest.raises(ConnectionClosedError):
+                await _policy.admit_or_close(conn, PeerPolicy(check=is_fine))
+
+        nursery.start_soon(admit)
+        await wait_all_tasks_blocked()
+        await conn.aclose()

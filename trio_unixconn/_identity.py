@@ -1,10 +1,19 @@
-"""Who the process at the other end is, and that it is still the same one.
+"""PeerIdentity: the process at the other end of a connection.
 
-The rule of this file: what is said about a process is vouched for by the kernel, or read while
-a pidfd proves that its pid has not become another's; where neither can be had, it says so.
+Invariant: a fact about a process is reported by the kernel for the socket, or read from /proc while
+a pidfd proves that the pid still belongs to that process.
 
-Sources: unix(7), pidfd_open(2), pidfd_send_signal(2), proc_pid_fdinfo(5); of Linux, the
-commits that added SO_PEERGROUPS (4.13) and SO_PEERPIDFD (6.5)
+Reading /proc can block. ``cmdline`` is memory of the process, whose pages can be in a file of a
+FUSE server or belong to a userfaultfd, and the reader waits for them, uninterruptibly, for as long
+as the peer likes. So the methods that a trio program uses are async and read in a thread that can
+be abandoned. An abandoned thread keeps its place in the limiter until the kernel lets it go, so
+that a peer cannot use up the threads of the process. ``cmdline`` has a limiter of its own, so that
+such peers cannot delay :meth:`PeerIdentity.read_exe` and :meth:`PeerIdentity.read_cgroup` either,
+which do not touch memory of the process. The properties of the same names read in the calling
+thread. They are for programs that are not in the trio thread.
+
+Sources: unix(7), pidfd_open(2), pidfd_send_signal(2), proc_pid_fdinfo(5), proc_pid_task(5); the
+commits of Linux that added SO_PEERGROUPS (4.13) and SO_PEERPIDFD (6.5)
 """
 
 from __future__ import annotations
@@ -14,9 +23,11 @@ import os
 import select
 import signal
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
+import trio
 
 from . import _kernel
 from ._credentials import Credentials, peer_credentials
@@ -34,22 +45,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _gid: Final = struct.Struct("I")
-# What Python's getsockopt takes; more than 256 groups need more.
-_MOST_OF_PYTHON: Final = 1024
+# The limit of Python's getsockopt. More than 256 groups need more.
+_MAX_PYTHON_OPTION: Final = 1024
 _NGROUPS_MAX: Final = 65536
-# A label of SELinux, with categories, is longer than those of the others, and is kept in a page.
-_MOST_OF_LABELS: Final = 65536
-_GONE: Final = "the peer has ended, and its pid may be another process's by now"
-# What fdinfo says of a process that was reaped, and of one outside of this pid namespace.
+# SELinux has the longest labels, with categories. The kernel keeps a label in one page.
+_MAX_LABEL: Final = 65536
+_GONE: Final = "the peer has exited, and its pid may belong to another process"
+# The pid in fdinfo of a process that was reaped, and of one outside of this pid namespace.
 _REAPED: Final = -1
 _UNSEEN: Final = 0
 
 
 def open_peer_pidfd(sock: socket.socket) -> int | None:
-    """Return a pidfd of the peer that the caller owns, None if this kernel has none.
+    """Return a pidfd of the peer, which the caller owns; None if this kernel has none.
 
     Raises:
-      PeerGoneError: the peer was reaped.
+      PeerGoneError: the peer has exited and was reaped.
       OSError: EMFILE.
     """
     if _kernel.SO_PEERPIDFD is None:
@@ -57,42 +68,42 @@ def open_peer_pidfd(sock: socket.socket) -> int | None:
     try:
         pidfd = sock.getsockopt(_kernel.SOL_SOCKET, _kernel.SO_PEERPIDFD)
     except OSError as exc:
-        # Linux before 6.16 says EINVAL of a peer that was reaped, newer ones give a pidfd.
+        # For a peer that was reaped, Linux before 6.16 says EINVAL, and newer ones give a pidfd.
         if exc.errno in (errno.EINVAL, errno.ESRCH):
             raise PeerGoneError(errno.ESRCH, _GONE) from exc
         if exc.errno in (errno.ENOPROTOOPT, errno.ENODATA):
             return None
         raise
     try:
-        _check_there(pidfd)
+        _check_exists(pidfd)
     except BaseException:
         os.close(pidfd)
         raise
     return pidfd
 
 
-def _check_there(pidfd: int) -> None:
+def _check_exists(pidfd: int) -> None:
     """Raise PeerGoneError if the process was reaped."""
-    if not _has_ended(pidfd):
+    if not _has_exited(pidfd):
         return
     try:
-        # Not there in a Python that was built with headers of before Linux 5.1.
+        # A Python that was built with headers of Linux before 5.1 does not have it.
         signal.pidfd_send_signal(pidfd, 0)
     except ProcessLookupError as exc:
         raise PeerGoneError(errno.ESRCH, _GONE) from exc
     except (OSError, AttributeError):
-        # Another user's (EPERM), outside of this pid namespace (EINVAL), or a filter of system
-        # calls said no: none of them says whether it is there.
+        # EPERM: another user's process. EINVAL: outside of this pid namespace. Or a seccomp filter.
+        # None of them says whether the process exists.
         try:
             pid = pid_of(pidfd)
         except (FileNotFoundError, PermissionError):
-            # Without /proc nobody can tell; the pidfd is the right one all the same.
+            # Without /proc that is unknown. The pidfd is the right one all the same.
             return
         if pid == _REAPED:
             raise PeerGoneError(errno.ESRCH, _GONE) from None
 
 
-def _has_ended(pidfd: int) -> bool:
+def _has_exited(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
@@ -102,7 +113,7 @@ def get_peer_groups(sock: socket.socket) -> tuple[int, ...]:
     """Return the peer's supplementary groups.
 
     Raises:
-      NotSupportedError: the kernel cannot tell.
+      NotSupportedError: the kernel does not report them.
     """
     option = _kernel.required(_kernel.SO_PEERGROUPS, "SO_PEERGROUPS")
     try:
@@ -115,11 +126,11 @@ def get_peer_groups(sock: socket.socket) -> tuple[int, ...]:
 
 
 def get_peer_security_context(sock: socket.socket) -> str | None:
-    """Return the peer's label, None if no security module gives one."""
+    """Return the peer's label; None if no security module gives one."""
     if _kernel.SO_PEERSEC is None:
         return None
     try:
-        label = _option(sock, _kernel.SO_PEERSEC, _MOST_OF_LABELS)
+        label = _option(sock, _kernel.SO_PEERSEC, _MAX_LABEL)
     except OSError as exc:
         if exc.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
             return None
@@ -127,30 +138,31 @@ def get_peer_security_context(sock: socket.socket) -> str | None:
     return os.fsdecode(label.rstrip(b"\0")) or None
 
 
-def _option(sock: socket.socket, option: int, most: int) -> bytes:
+def _option(sock: socket.socket, option: int, limit: int) -> bytes:
     try:
-        return sock.getsockopt(_kernel.SOL_SOCKET, option, _MOST_OF_PYTHON)
+        return sock.getsockopt(_kernel.SOL_SOCKET, option, _MAX_PYTHON_OPTION)
     except OSError as exc:
         if exc.errno != errno.ERANGE:
             raise
-    return _kernel.getsockopt_of_any_length(sock.fileno(), _kernel.SOL_SOCKET, option, most)
+    return _kernel.getsockopt_of_any_length(sock.fileno(), _kernel.SOL_SOCKET, option, limit)
 
 
 @attrs.frozen(eq=False)
 class PeerIdentity(DescriptorOwner):
-    """Who is at the other end of a connection, gathered once.
+    """The process at the other end of a connection, as the kernel reports it.
 
-    It owns a pidfd: use it in a ``with`` block or :meth:`close` it. Outside of that,
-    :attr:`credentials`, :attr:`groups` and :attr:`security_context` stay readable.
+    It owns a pidfd: use it in a ``with`` block, or :meth:`close` it. After that,
+    :attr:`credentials`, :attr:`groups` and :attr:`security_context` can still be read.
 
-    All of it is about the process that connected or listened; whoever it handed the socket to
-    since is not named by the kernel. Of a socketpair, both ends name who made the pair.
+    All facts are about the process that called connect(2) or listen(2). If it has passed the
+    socket on, the kernel does not report the process that uses it now. For a socketpair, both ends
+    report the process that has created it.
 
     Attributes:
-      credentials: pid, uid and gid, noted by the kernel when the connection was made.
-      groups: the supplementary groups from that moment; None where the kernel cannot tell.
-      security_context: its SELinux, AppArmor or Smack label; None without any.
-      gone: whether the process had ended and been reaped when this was gathered.
+      credentials: pid, uid and gid at the moment when the connection was made.
+      groups: the supplementary groups at that moment; None if the kernel does not report them.
+      security_context: its SELinux, AppArmor or Smack label; None if there is none.
+      gone: whether the process had exited and was reaped when this was gathered.
     """
 
     credentials: Credentials
@@ -161,66 +173,76 @@ class PeerIdentity(DescriptorOwner):
 
     @property
     def pidfd(self) -> int | None:
-        """A pidfd of the process, which stays this object's.
+        """A pidfd of the process, which this object owns.
 
-        It is readable once the process has ended: ``trio.lowlevel.wait_readable`` waits for
-        that. None where the kernel has none (before Linux 6.5), when the process was gone
-        already, and after :meth:`close`.
+        It is readable when the process has exited: ``trio.lowlevel.wait_readable`` waits for
+        that. None if the kernel has none (before Linux 6.5), if the process was :attr:`gone`, and
+        after :meth:`close`.
         """
         return next(iter(self._pidfds), None)
 
     def is_alive(self) -> bool:
-        """Whether the process has not ended. Never mistakes another with the same pid for it.
+        """Whether the process is running. A later process with the same pid does not count.
 
         Raises:
-          NotSupportedError: without a pidfd nobody can tell.
+          NotSupportedError: there is no pidfd.
         """
         if self.gone:
             return False
-        return not _has_ended(self._held())
+        return not _has_exited(self._held())
+
+    async def read_exe(self) -> str:
+        """Read the path of the program that the process runs, from ``/proc/PID/exe``.
+
+        The process can run another program, and the file can be replaced, at any time. Use it for
+        logs, not for decisions. If the file was removed, the path ends in ``" (deleted)"``.
+
+        Raises:
+          PeerGoneError: the process has exited.
+          PermissionError: this process may not read that (ptrace(2)), or /proc hides the peer.
+          NotSupportedError: there is no pidfd, and so the answer could be about another process;
+            or the process is in a pid namespace that this process cannot see; or /proc is not
+            mounted.
+          OSError: EMFILE.
+        """
+        return await _in_thread(lambda: self.exe, _exe_limiter)
+
+    async def read_command_line(self) -> list[str]:
+        """Read its arguments, from ``/proc/PID/cmdline``; the process can change them.
+
+        They are in the memory of the process, which can make this wait for any time. Use a timeout
+        (``trio.move_on_after``).
+
+        Raises:
+          PeerGoneError, PermissionError, NotSupportedError, OSError: as :meth:`read_exe`.
+        """
+        return await _in_thread(lambda: self.command_line, _command_line_limiter)
+
+    async def read_cgroup(self) -> str:
+        """Read the path of its control group (version 2), from ``/proc/PID/cgroup``.
+
+        Raises:
+          PeerGoneError, PermissionError, NotSupportedError, OSError: as :meth:`read_exe`; or the
+            system has control groups of version 1 only.
+        """
+        return await _in_thread(lambda: self.cgroup, _exe_limiter)
 
     @property
     def exe(self) -> str:
-        """The path of the program that the process runs now, from ``/proc/PID/exe``.
-
-        The process can run another program, and its file can be replaced, at any time: to
-        look at it is for logs, to decide by it is not safe. Of a file that was removed it ends
-        in ``" (deleted)"``.
-
-        Raises:
-          PeerGoneError: the process has ended.
-          PermissionError: this process may not look (ptrace(2)).
-          NotSupportedError: without a pidfd the answer might be about another process; or the
-            process belongs to a pid namespace that this one cannot see; or there is no /proc.
-          OSError: EMFILE.
-        """
-        return self._read(lambda folder: os.readlink(f"{folder}/exe"))
+        """As :meth:`read_exe`, in the calling thread, which can block; not for trio programs."""
+        return self._read(_read_exe)
 
     @property
     def command_line(self) -> list[str]:
-        """Its arguments, from ``/proc/PID/cmdline``; the process may have changed them.
-
-        Raises:
-          PeerGoneError, PermissionError, NotSupportedError: as :attr:`exe`.
-        """
-
-        def read(folder: str) -> list[str]:
-            with open(f"{folder}/cmdline", "rb") as file:
-                return [os.fsdecode(each) for each in file.read().split(b"\0")[:-1]]
-
-        return self._read(read)
+        """As :meth:`read_command_line`, in the calling thread, which can block."""
+        return self._read(_read_command_line)
 
     @property
     def cgroup(self) -> str:
-        """The path of its control group (version 2), from ``/proc/PID/cgroup``.
+        """As :meth:`read_cgroup`, in the calling thread, which can block."""
 
-        Raises:
-          PeerGoneError, PermissionError, NotSupportedError, OSError: as :attr:`exe`; or only
-            control groups of version 1 are in use.
-        """
-
-        def read(folder: str) -> str:
-            with open(f"{folder}/cgroup", "rb") as file:
+        def read(directory: str) -> str:
+            with open(f"{directory}/cgroup", "rb") as file:
                 for line in file:
                     if line.startswith(b"0::"):
                         return os.fsdecode(line[3:].rstrip(b"\n"))
@@ -232,36 +254,36 @@ class PeerIdentity(DescriptorOwner):
         pidfd = self.pidfd
         if pidfd is None:
             raise NotSupportedError(
-                "there is no pidfd of the peer (SO_PEERPIDFD, Linux 6.5, or this identity is "
-                "closed), and its pid alone may be another process's by now"
+                "no pidfd of the peer (SO_PEERPIDFD requires Linux 6.5, or this identity is "
+                "closed), and its pid alone may belong to another process"
             )
         return pidfd
 
     def _read(self, read: Callable[[str], T]) -> T:
-        """Read about the process in /proc, and make sure that it was about this one."""
+        """Read from the directory of the process in /proc, and check that it was its own."""
         if self.gone:
             raise PeerGoneError(errno.ESRCH, _GONE)
         pidfd = self._held()
         try:
             pid = pid_of(pidfd)
         except FileNotFoundError as exc:
-            raise NotSupportedError("/proc is not mounted, and tells nothing about a peer") from exc
+            raise NotSupportedError("/proc is not mounted, so a peer cannot be looked up") from exc
         if pid == _UNSEEN:
             raise NotSupportedError(
-                "the peer is in a pid namespace that cannot be seen from here, so that /proc "
-                "tells nothing about it"
+                "the peer is in a pid namespace that this process cannot see, so it has no "
+                "directory in /proc"
             )
-        folder = f"/proc/{pid}"
+        directory = f"/proc/{pid}"
         try:
-            answer = read(folder)
+            answer = read(directory)
         except (FileNotFoundError, ProcessLookupError) as exc:
-            # What has a folder, but no program any more, is about to end.
-            if pid != _REAPED and self.is_alive() and not os.path.isdir(folder):
+            # A process that has a directory, but runs no program, is about to exit.
+            if pid != _REAPED and self.is_alive() and not os.path.isdir(directory):
                 raise PermissionError(
-                    errno.EACCES, "the peer is alive, but hidden from this process in /proc"
+                    errno.EACCES, "the peer is running, but hidden from this process in /proc"
                 ) from exc
             raise PeerGoneError(errno.ESRCH, _GONE) from exc
-        # Until it has ended nobody else can get its pid, so that this was about the process.
+        # Before it has exited no other process can get its pid. So this was its directory.
         if not self.is_alive():
             raise PeerGoneError(errno.ESRCH, _GONE)
         return answer
@@ -282,7 +304,7 @@ class PeerIdentity(DescriptorOwner):
         self.close()
 
     def __str__(self) -> str:
-        """Describe the peer for a log: ids, groups, and label."""
+        """Return ids, groups and label, for a log."""
         ids = self.credentials
         groups = "unknown" if self.groups is None else ",".join(map(str, self.groups)) or "none"
         label = "" if self.security_context is None else f" label {self.security_context!r}"
@@ -295,28 +317,86 @@ def pid_of(pidfd: int) -> int:
     Raises:
       OSError: EMFILE; ENOENT if /proc is not mounted; EACCES if it is another user's.
     """
-    # As bytes: a process that went to another root or user cannot load an encoding any more.
+    # As bytes: after chroot or setuid, Python may not be able to load an encoding.
     with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
         return next(int(line[4:]) for line in file if line.startswith(b"Pid:"))
 
 
-def identify(sock: socket.socket, *, with_pidfd: bool = True) -> PeerIdentity:
-    """Gather who the peer of a connected socket is.
+def _read_exe(directory: str) -> str:
+    try:
+        return os.readlink(f"{directory}/exe")
+    except FileNotFoundError:
+        for each in _threads(directory):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                return os.readlink(f"{each}/exe")
+        raise
+
+
+def _read_command_line(directory: str) -> list[str]:
+    arguments = b""
+    for each in (directory, *_threads(directory)):
+        if not arguments:
+            # A thread can have exited meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                arguments = _read_bytes(f"{each}/cmdline")
+    return [os.fsdecode(each) for each in arguments.split(b"\0")[:-1]]
+
+
+def _read_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _threads(directory: str) -> list[str]:
+    """Return the directories of the threads of a process.
+
+    If the main thread has exited, while others go on, the process has no program and no command
+    line in its own directory.
+    """
+    return [f"{directory}/task/{thread}" for thread in os.listdir(f"{directory}/task")]
+
+
+# The maximum number of threads of each limiter.
+_MAX_THREADS: Final = 16
+_exe_limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("exe and cgroup of peers")
+_command_line_limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("command lines of peers")
+
+
+async def _in_thread(
+    read: Callable[[], T], variable: trio.lowlevel.RunVar[trio.CapacityLimiter]
+) -> T:
+    try:
+        limiter = variable.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_MAX_THREADS)
+        variable.set(limiter)
+    return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=limiter)
+
+
+def identify(
+    sock: socket.socket,
+    *,
+    with_pidfd: bool = True,
+    with_groups: bool = True,
+    with_label: bool = True,
+) -> PeerIdentity:
+    """Gather what the kernel reports of the peer of a connected socket.
 
     Args:
-      with_pidfd: whether to hold on to the process, which takes a descriptor.
+      with_pidfd: whether to open a pidfd, which takes a file descriptor.
+      with_groups, with_label: whether to ask for groups and label, a system call each.
 
     Raises:
-      NotSupportedError: the platform tells no credentials.
+      NotSupportedError: the platform does not report credentials.
       OSError: EMFILE.
     """
     credentials = peer_credentials(sock.getsockopt)
-    try:
-        groups: tuple[int, ...] | None = get_peer_groups(sock)
-    except NotSupportedError:
-        groups = None
-    label = get_peer_security_context(sock)
-    gone, pidfd = False, None
+    groups, label, gone, pidfd = None, None, False, None
+    if with_groups:
+        with suppress(NotSupportedError):
+            groups = get_peer_groups(sock)
+    if with_label:
+        label = get_peer_security_context(sock)
     if with_pidfd:
         try:
             pidfd = open_peer_pidfd(sock)
