@@ -313,6 +313,22 @@ async def test_dead_socket_with_connections(path: Path) -> None:
             assert await client.receive_some() == b"x"
 
 
+async def test_dead_socket_removed_before_the_probe(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead socket that another program removes before it is probed is no error."""
+    real = _bind._holder_of
+
+    def holder_of(there: bytes) -> str | None:
+        path.unlink()
+        return real(there)
+
+    monkeypatch.setattr(_bind, "_holder_of", holder_of)
+    dead_socket(path)
+    async with await open_unix_listener(path) as listener:
+        await check_serves(listener, path)
+
+
 async def test_dead_socket_removed_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dead socket that another program removes at the same time is no error."""
     real = _bind._unlink_dead

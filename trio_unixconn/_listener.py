@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -27,8 +27,6 @@ from .errors import ConnectionClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-T = TypeVar("T")
 
 logger: Final = logging.getLogger("trio_unixconn")
 
