@@ -320,3 +320,19 @@ async def test_close_socket_does_not_block_on_a_lingering_socket() -> None:
         assert raw.fileno() == -1
         assert not _closing.wait_closed(0)
     release_lingering()
+
+
+def test_has_unread_without_fcntl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system cannot tell, has_unread() is True, so a thread closes the socket."""
+    monkeypatch.setitem(sys.modules, "termios", None)
+    _closing._count_unread.cache_clear()
+    one, two = socket.socketpair()
+    with one, two:
+        assert _closing.has_unread(one)
+        monkeypatch.undo()
+        _closing._count_unread.cache_clear()
+        assert not _closing.has_unread(one)
+        two.send(b"x")
+        assert _closing.has_unread(one)
+        one.close()
+        assert _closing.has_unread(one)

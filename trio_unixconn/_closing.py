@@ -32,6 +32,7 @@ import time
 import warnings
 import weakref
 from contextlib import suppress
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -282,13 +283,26 @@ def has_unread(sock: socket.socket) -> bool:
 
     True for a listening socket, and where the system cannot tell. Source: unix(7) (SIOCINQ)
     """
+    count = _count_unread()
     try:
-        import fcntl  # noqa: PLC0415 - not on Windows
-        import termios  # noqa: PLC0415 - likewise
-
-        return any(fcntl.ioctl(sock.fileno(), termios.FIONREAD, b"\0\0\0\0"))
-    except (ImportError, OSError):
+        return count is None or any(count(sock.fileno()))
+    except (OSError, ValueError):
+        # The number of a closed socket, -1, is a ValueError.
         return True
+
+
+@cache
+def _count_unread() -> Callable[[int], bytes] | None:
+    """Return a function that returns the number of unread bytes as a C int; None on Windows.
+
+    Cached, because an import statement takes as long as the system call.
+    """
+    try:
+        import fcntl  # noqa: PLC0415
+        import termios  # noqa: PLC0415
+    except ImportError:
+        return None
+    return lambda fd: fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0")
 
 
 def wait_closed(timeout: float) -> bool:

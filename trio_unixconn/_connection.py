@@ -73,7 +73,8 @@ class DescriptorStream(DescriptorOwner):
         ahead = receiver.ahead
         if ahead and not receiver.busy:
             first = ahead[0]
-            # receive() looks at errors, and at messages that are not a lone file descriptor.
+            # receive() looks at errors, at messages that are not a lone file descriptor, and
+            # whether the caller has closed the socket without the connection.
             if isinstance(first, tuple) and first[0] >= 0:
                 ahead.popleft()
                 return first[0]
