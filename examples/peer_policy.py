@@ -22,9 +22,16 @@ from trio_unixconn import (
 
 STRANGER = 12345
 
+logger = logging.getLogger("broker")
 
-async def is_not_a_zombie(peer: PeerIdentity) -> bool:
-    return peer.pidfd is None or peer.is_alive()  # None before Linux 6.5
+
+async def log_program(peer: PeerIdentity) -> bool:
+    if peer.pidfd is None:  # before Linux 6.5
+        return True
+    # For a log, not for a decision: a process can run another program at any time. If the peer has
+    # exited, read_exe() raises, and the peer is denied.
+    logger.info("a client runs %s", await peer.read_exe())
+    return peer.is_alive()
 
 
 async def greet(conn: UnixConnection) -> None:
@@ -40,7 +47,7 @@ def become_a_stranger() -> None:
 
 
 async def server(path: str) -> None:
-    ours = PeerPolicy.same_user() & PeerPolicy(check=is_not_a_zombie)
+    ours = PeerPolicy.same_user() & PeerPolicy(check=log_program)
     async with trio.open_nursery() as nursery:
         started: UnixServer = await nursery.start(
             partial(serve_unix, greet, path, policy=ours, mode=0o666)

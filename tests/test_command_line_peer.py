@@ -79,7 +79,7 @@ def test_who_has_ended() -> None:
     assert told["alive"] is False
     for name in ("program", "command_line", "control_group"):
         assert told[name] is None
-        assert "has ended" in told["unknown"][name]
+        assert "has exited" in told["unknown"][name]
 
 
 @pytest.mark.parametrize(
@@ -110,18 +110,18 @@ def test_who_does_not_accept() -> None:
     assert done.stderr == f"trio-unixconn: @{ABSTRACT}: not done within 0.05 seconds\n"
 
 
-def test_what_is_not_known() -> None:
+async def test_what_is_not_known() -> None:
     """What a kernel does not tell, or nobody may see, is said so."""
     identity = PeerIdentity(Credentials(0, 3_999_999_999, 3_999_999_999), (3_999_999_999,))
-    facts = {each.name: each for each in peer._facts(identity)}
+    facts = {each.name: each for each in await peer._facts(identity)}
     assert facts["pid"].value is None
     assert "pid namespace" in facts["pid"].text
     assert facts["user"].text == facts["groups"].text == "3999999999 (has no name)"
     assert facts["alive"].value is None
-    assert "there is no pidfd" in facts["alive"].text
-    facts = {each.name: each for each in peer._facts(PeerIdentity(Credentials(1, 0, 0), ()))}
+    assert "no pidfd of the peer" in facts["alive"].text
+    facts = {each.name: each for each in await peer._facts(PeerIdentity(Credentials(1, 0, 0), ()))}
     assert facts["groups"].text == "none besides"
-    facts = {each.name: each for each in peer._facts(PeerIdentity(Credentials(1, 0, 0)))}
+    facts = {each.name: each for each in await peer._facts(PeerIdentity(Credentials(1, 0, 0)))}
     assert "SO_PEERGROUPS" in facts["groups"].text
 
 

@@ -22,7 +22,7 @@ from .printing import argument_of, say, say_json
 from .running import described, run, seconds, too_slow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from .._address import UnixSocketAddress
     from .._identity import PeerIdentity
@@ -79,20 +79,21 @@ async def _ask(address: UnixSocketAddress, timeout: float) -> list[Fact]:
         raise too_slow(timeout, address) from exc
     async with conn:
         with conn.get_peer_identity() as identity:
-            return [Fact("address", argument_of(address), argument_of(address)), *_facts(identity)]
+            fact = Fact("address", argument_of(address), argument_of(address))
+            return [fact, *await _facts(identity)]
 
 
-def _facts(identity: PeerIdentity) -> list[Fact]:
+async def _facts(identity: PeerIdentity) -> list[Fact]:
     ids, groups, label = identity.credentials, identity.groups, identity.security_context
     return [
         _pid(ids.pid),
         _named("user", ids.uid, _kernel.name_of_user),
         _named("group", ids.gid, _kernel.name_of_group),
         _groups(groups),
-        _told("alive", identity.is_alive, lambda alive: "yes" if alive else "no"),
-        _told("program", lambda: identity.exe, str),
-        _told("command_line", lambda: identity.command_line, shlex.join),
-        _told("control_group", lambda: identity.cgroup, str),
+        await _told("alive", partial(_is_alive, identity), lambda alive: "yes" if alive else "no"),
+        await _told("program", identity.read_exe, str),
+        await _told("command_line", identity.read_command_line, shlex.join),
+        await _told("control_group", identity.read_cgroup, str),
         Fact("security_context", label, "no security module gives one" if label is None else label),
     ]
 
@@ -119,9 +120,13 @@ def _text(value: dict[str, Any]) -> str:
     return f"{value['id']} ({value['name'] or 'has no name'})"
 
 
-def _told(name: str, ask: Callable[[], T], text_of: Callable[[T], str]) -> Fact:
+async def _is_alive(identity: PeerIdentity) -> bool:
+    return identity.is_alive()
+
+
+async def _told(name: str, ask: Callable[[], Awaitable[T]], text_of: Callable[[T], str]) -> Fact:
     try:
-        value = ask()
+        value = await ask()
     except (OSError, UnixConnectionError) as exc:
         return Fact(name, None, described(exc))
     return Fact(name, value, text_of(value))
