@@ -50,7 +50,7 @@ class CallbackConnection(DescriptorOwner):
 
     ``*_async`` can be called in any thread. In the trio thread the callback never runs before
     ``*_async`` has returned. In another thread it can, because the two threads run at the same
-    time. The callback runs in a copy of the context (:mod:`contextvars`) of the ``*_async`` call.
+    time. The callback runs in a copy of the context (``contextvars``) of the ``*_async`` call.
 
     Operations start in the order of the ``*_async`` calls; those of other threads, in the order
     in which they arrive in the trio thread. So if two operations use one direction, the later one
