@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from typing import Any
 
 import pytest
 import trio
@@ -196,3 +197,28 @@ async def test_another_user() -> None:
         with trio.fail_after(30):
             assert await conn.receive_credentials() == Credentials(process.pid, 2345, 1234)
             await process.wait()
+
+
+async def test_receive_credentials_if_the_option_cannot_be_restored() -> None:
+    """An error of setsockopt does not take the place of what was received."""
+
+    class Stubborn:
+        """A socket of which no option can be switched off."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
+
+        def setsockopt(self, level: int, option: int, value: int) -> None:
+            if not value:
+                raise PermissionError
+            self.sock.setsockopt(level, option, value)
+
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_credentials()
+        real, two._receiver.raw = two._receiver.raw, Stubborn(two._receiver.raw)  # type: ignore[assignment]
+        assert await two.receive_credentials() == Credentials()
+        two._receiver.raw = real

@@ -290,10 +290,15 @@ async def test_receive_fds_leaves_plain_bytes_in_the_socket() -> None:
                 assert len(fds) == 1
 
 
-async def test_receive_fds_keeps_a_reset() -> None:
+@pytest.mark.parametrize("fds_before", [False, True])
+async def test_receive_fds_keeps_a_reset(*, fds_before: bool) -> None:
     """An error that the kernel reports once, after descriptors, is for the next receive."""
     one, two = connection_pair()
     async with two:
+        if fds_before:
+            await one.send_fd(0)
+            os.close(await anext(two.fds()))
+            assert not two.has_read_ahead()
         await two.send_all(b"never read")
         await one.send_fds([0, 0], per_message=1)
         await one.aclose()
