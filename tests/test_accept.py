@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import os
 import platform
 import socket
@@ -38,6 +39,7 @@ from trio_unixconn._accept import (
     Acceptor,
     close_listening_socket,
 )
+from trio_unixconn.pool import serve_with_workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -450,6 +452,49 @@ async def test_serve_unix_closes_connections_with_lingering_sockets(
         before = len(beats)
         server.drain(0)
         await server.drained.wait()
+        await until(lambda: len(beats) > before + 5)
+        assert not _closing.wait_closed(0)
+    client.close()
+    release_lingering()
+
+
+async def test_worker_server_closes_connections_with_lingering_sockets(path: Path) -> None:
+    """A connection that no worker has accepted at the deadline of a drain cannot stop the loop."""
+    listener = await open_unix_listener(path)
+    async with heartbeat() as beats, trio.open_nursery() as nursery:
+        server = await nursery.start(
+            partial(
+                serve_with_workers,
+                "server_handlers:hold",
+                [listener],
+                workers=1,
+                max_in_flight=1,
+                max_queue=1,
+            )
+        )
+        held = await open_unix_connection(path)
+        assert await held.receive_some() == b"held"
+        client = connect_with_lingering_socket(path)
+        await until(lambda: server.accepted == 2)
+        server.drain(0)
+        await until(lambda: server.statistics().queued == 0)
+        before = len(beats)
+        await until(lambda: len(beats) > before + 5)
+        assert not _closing.wait_closed(0)
+    await held.aclose()
+    client.close()
+    release_lingering()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")
+async def test_dropped_listener_with_an_unaccepted_connection(path: Path) -> None:
+    """A listener that is collected while it is open does not stop the event loop."""
+    listener = await open_unix_listener(path)
+    client = connect_with_lingering_socket(path)
+    async with heartbeat() as beats:
+        before = len(beats)
+        del listener
+        gc.collect()
         await until(lambda: len(beats) > before + 5)
         assert not _closing.wait_closed(0)
     client.close()

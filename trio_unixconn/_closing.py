@@ -278,14 +278,15 @@ def _on_dropped(reference: weakref.ref[object]) -> None:
         warnings.warn(text, ResourceWarning, stacklevel=2)
 
 
-def has_unread(sock: socket.socket) -> bool:
+def has_unread(sock: socket.socket | int) -> bool:
     """Whether the receive queue of a socket is, or may be, not empty.
 
     True for a listening socket, and where the system cannot tell. Source: unix(7) (SIOCINQ)
     """
     count = _count_unread()
     try:
-        return count is None or any(count(sock.fileno()))
+        number = sock if isinstance(sock, int) else sock.fileno()
+        return count is None or any(count(number))
     except (OSError, ValueError):
         # The number of a closed socket, -1, is a ValueError.
         return True

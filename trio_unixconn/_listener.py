@@ -78,6 +78,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         self._queue_size = 0
         if not receive_descriptors:
             disable_passrights(raw_socket(socket))
+        _closing.close_dropped(self, raw_socket(socket))
 
     @classmethod
     def from_fd(

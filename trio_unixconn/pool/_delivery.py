@@ -21,7 +21,7 @@ import trio
 
 from .. import _kernel
 from .._buffers import bytes_of
-from .._closing import close_fds
+from .._closing import close_fds, has_unread
 from .._connection import UnixConnection
 from .._fds import check_open, fileno
 from .._fdtypes import DescriptorKind, is_memory, kind_of
@@ -52,6 +52,7 @@ _NO_FILES: Final = {
     DescriptorKind.SYMBOLIC_LINK,
     DescriptorKind.ANONYMOUS,
 }
+_UNIX_FORMS: Final = frozenset({_wire.UNIX, _wire.REFUSING})
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)
 
 
@@ -114,8 +115,10 @@ class Delivery(DescriptorOwner):
         fd = self.fd
         if fd >= 0:
             self.fd = -1
-            if self.form == _wire.OTHER:
-                # Mostly a file, for whose server close(2) may wait.
+            # A peer can choose what a file server does, and what is in the queue of a Unix socket:
+            # close(2) of either can block. For a TCP socket it cannot, unless this process has set
+            # SO_LINGER.
+            if self.form == _wire.OTHER or (self.form in _UNIX_FORMS and has_unread(fd)):
                 close_fds([fd])
                 return
             try:  # noqa: SIM105 - of every job
