@@ -31,7 +31,7 @@ def test_frozen() -> None:
 
 
 def test_gio_accessors() -> None:
-    """The accessors say what Gio's say."""
+    """The accessors return what Gio's return."""
     credentials = Credentials(10, 20, 30)
     assert credentials.get_unix_pid() == 10
     assert credentials.get_unix_user() == 20
@@ -41,7 +41,7 @@ def test_gio_accessors() -> None:
 
 
 def test_unknown_ids() -> None:
-    """-1 is unknown: left out of the text, an error when asked for, the same user as nobody."""
+    """-1 is unknown: not in the text, an error of the accessor, and never the same user."""
     unknown = Credentials(-1, -1, 5)
     assert unknown.to_string() == "GCredentials:linux-ucred:gid=5"
     with pytest.raises(NotSupportedError, match="process"):
@@ -64,7 +64,7 @@ def test_unknown_ids() -> None:
     ],
 )
 def test_ids_out_of_range(ids: tuple[int, int, int], error: type[Exception]) -> None:
-    """What is no id is refused when the value is made."""
+    """The constructor rejects a value that is not an id."""
     with pytest.raises(error):
         Credentials(*ids)
 
@@ -80,7 +80,7 @@ def test_ids_of_a_class_of_their_own() -> None:
 
 def test_same_user_of_something_else() -> None:
     """is_same_user of anything but Credentials is a TypeError."""
-    with pytest.raises(TypeError, match="Credentials are due, not int"):
+    with pytest.raises(TypeError, match="other must be a Credentials, got int"):
         Credentials().is_same_user(1)  # type: ignore[arg-type]
 
 
@@ -120,49 +120,49 @@ def test_apple_says_no_pid() -> None:
 
 @pytest.mark.parametrize("layout", sorted({*NATIVE, "apple-xucred"} - {"solaris-ucred"}))
 def test_layouts_round_trip(layout: str) -> None:
-    """What a layout writes it reads back."""
+    """A layout parses what it has packed."""
     credentials = Credentials(-1 if layout == "apple-xucred" else 10, 20, -1)
     assert Credentials.from_native(credentials.to_native(layout), layout) == credentials
 
 
 def test_ucred_cannot_be_written() -> None:
-    """Only the kernel of Solaris makes a ucred_t."""
+    """Only the kernel of Solaris can make a ucred_t."""
     with pytest.raises(NotSupportedError):
         Credentials().to_native("solaris-ucred")
 
 
 @pytest.mark.parametrize("layout", [*NATIVE, "apple-xucred"])
 def test_too_short(layout: str) -> None:
-    """Too few bytes are refused, with how many are due."""
+    """Too few bytes are rejected, with the expected number."""
     size = LAYOUTS[layout].fields.size
-    with pytest.raises(ValueError, match=f"at least {size} bytes, but 3 came"):
+    with pytest.raises(ValueError, match=f"at least {size} bytes, got 3"):
         Credentials.from_native(b"abc", layout)
 
 
 @pytest.mark.parametrize("offset", [0, 31, 60, 2**32 - 1])
 def test_ucred_that_points_outside(offset: int) -> None:
-    """A ucred_t whose ids would stand outside of it is refused."""
+    """A ucred_t whose ids would be outside of it is rejected."""
     data = struct.pack("=IIIiIiiI", 60, offset, 0, 10, 0, 0, 0, 0) + bytes(28)
-    with pytest.raises(ValueError, match=f"stand at byte {offset}"):
+    with pytest.raises(ValueError, match=f"are at byte {offset}"):
         Credentials.from_native(data, "solaris-ucred")
 
 
 def test_xucred_of_another_version() -> None:
-    """An unknown version of a structure is refused."""
+    """An unknown version of a structure is rejected."""
     with pytest.raises(ValueError, match="version 7"):
         Credentials.from_native(struct.pack("=II", 7, 20) + GROUPS, "apple-xucred")
 
 
 def test_xucred_without_groups() -> None:
-    """A structure whose group is the first of none is refused."""
+    """A structure with an empty list of groups is rejected."""
     data = struct.pack("=IIh2x16I", 0, 20, 0, *[9] * 16)
     with pytest.raises(ValueError, match="empty group list"):
         Credentials.from_native(data, "apple-xucred")
 
 
 def test_unknown_layout() -> None:
-    """A name that no layout has is refused with those that there are."""
-    with pytest.raises(ValueError, match="known are linux-ucred"):
+    """The error of an unknown layout has the known ones."""
+    with pytest.raises(ValueError, match="expected one of linux-ucred"):
         Credentials().to_native("hurd")
 
 
@@ -230,7 +230,7 @@ def test_peer_on_macos() -> None:
 
 @pytest.mark.parametrize("name", ["sunos", "win32"])
 def test_peer_where_no_option_tells(name: str) -> None:
-    """A platform without the socket option says so."""
+    """A platform without the socket option is NotSupportedError."""
     with pytest.raises(NotSupportedError, match="socket option"):
         peer_credentials(lambda *_: b"", platform_named(name))
 

@@ -1,4 +1,4 @@
-"""Who is at the other end: credentials, pidfds, groups, labels, and what /proc says of it."""
+"""PeerIdentity: credentials, pidfds, groups, labels, and /proc of a peer."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def opened_pidfd(conn: UnixConnection) -> Iterator[int]:
 
 
 def looks(peer: PeerIdentity) -> list[Callable[[], object]]:
-    """Return what looks into /proc."""
+    """Return the reads of /proc."""
     return [lambda: peer.exe, lambda: peer.cgroup]
 
 
@@ -106,7 +106,7 @@ class Simulated:
 
 @peer_pidfds
 async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
-    """The pidfd names the process that connected, is close-on-exec, and tells of its end."""
+    """The pidfd is of the process that connected, close-on-exec, and readable after its exit."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn) as pidfd:
             assert not os.get_inheritable(pidfd)
@@ -120,15 +120,15 @@ async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
 
 @peer_pidfds
 async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
-    """To a client it names the process that listens."""
+    """For a client it is of the process that listens."""
     async with await open_unix_connection(path_of(listener)) as conn:
         with opened_pidfd(conn) as pidfd, open(f"/proc/self/fdinfo/{pidfd}") as file:
             assert f"Pid:\t{os.getpid()}\n" in file.read()
 
 
 @peer_pidfds
-async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
-    """A peer that has ended is there until it is reaped; then it is PeerGoneError."""
+async def test_open_peer_pidfd_of_a_zombie_and_of_a_reaped_peer(listener: UnixListener) -> None:
+    """A peer that has exited has a pidfd until it is reaped; then it is PeerGoneError."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         await client.end()
         with opened_pidfd(conn) as pidfd:
@@ -145,7 +145,7 @@ async def test_pidfd_of_a_zombie_and_of_nobody(listener: UnixListener) -> None:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ESRCH])
 def test_gone_as_older_kernels_say_it(number: int) -> None:
-    """EINVAL, as Linux 6.5 says of a peer that was reaped, is PeerGoneError, too."""
+    """EINVAL, which Linux 6.5 says for a reaped peer, is PeerGoneError, too."""
     with pytest.raises(PeerGoneError) as caught:
         _identity.open_peer_pidfd(Simulated.that_fails(number))
     assert isinstance(caught.value.__cause__, OSError)
@@ -153,18 +153,18 @@ def test_gone_as_older_kernels_say_it(number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOPROTOOPT, errno.ENODATA])
 def test_no_pidfds_in_this_kernel(number: int) -> None:
-    """Where the kernel has no SO_PEERPIDFD there is none."""
+    """If the kernel has no SO_PEERPIDFD, there is no pidfd."""
     assert _identity.open_peer_pidfd(Simulated.that_fails(number)) is None
 
 
 def test_no_pidfds_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the option has no number there is none."""
+    """If the option has no number, there is no pidfd."""
     monkeypatch.setattr(_kernel, "SO_PEERPIDFD", None)
     assert _identity.open_peer_pidfd(Simulated.that_fails(errno.EIO)) is None
 
 
-def test_other_errors_come_out() -> None:
-    """What is neither is not hidden."""
+def test_open_peer_pidfd_raises_other_errors() -> None:
+    """Any other error is raised."""
     with pytest.raises(OSError, match="Input/output") as caught:
         _identity.open_peer_pidfd(Simulated.that_fails(errno.EIO))
     assert caught.value.errno == errno.EIO
@@ -414,7 +414,7 @@ def test_described_for_a_log() -> None:
 
 @peer_pidfds
 async def test_identity_of_a_peer_that_ends(listener: UnixListener) -> None:
-    """As a zombie and when reaped it is not alive, and is gone for all that /proc says."""
+    """As a zombie, and after it is reaped, it is not alive, and /proc is not read."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as peer:
             assert peer.is_alive()
@@ -468,7 +468,7 @@ async def test_identity_that_is_closed() -> None:
 
 @peer_pidfds
 async def test_identity_that_is_dropped() -> None:
-    """One that nobody closes is closed when it is collected, with a ResourceWarning."""
+    """An identity that is not closed is closed when it is collected, with a ResourceWarning."""
     one, two = connection_pair()
     async with one, two:
         with pytest.warns(ResourceWarning, match="unclosed"):
@@ -504,13 +504,13 @@ def newcomer_with(pid: int) -> subprocess.Popen[bytes]:
             return process
         process.kill()
         process.wait()
-    pytest.fail(f"somebody else was faster, 200 times, or the pid {pid} is taken")
+    pytest.fail(f"other processes were faster, 200 times, or the pid {pid} is in use")
 
 
 @as_root
 @peer_pidfds
 async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
-    """When another process has the peer's pid, nothing is ever told about that one."""
+    """When another process has the peer's pid, nothing of that process is reported."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as early:
             pid = client.pid or 0

@@ -1,4 +1,4 @@
-"""PeerPolicy: who may talk to us, on both ends, and what becomes of the others."""
+"""PeerPolicy: which peers are admitted, at both ends, and how the others are denied."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ if sys.version_info < (3, 11):
 GROUP = 54321
 
 
-def somebody(uid: int = 1000, gid: int = 1000, groups: tuple[int, ...] | None = ()) -> PeerIdentity:
+def identity(uid: int = 1000, gid: int = 1000, groups: tuple[int, ...] | None = ()) -> PeerIdentity:
     return PeerIdentity(Credentials(1, uid, gid), groups)
 
 
@@ -82,52 +82,54 @@ def answering(answer: Any, asked: list[PeerIdentity] | None = None) -> Callable[
 
 @pytest.fixture
 async def path() -> AsyncIterator[Path]:
-    """A path in a folder that every user can look into."""
+    """A path in a directory that every user can enter."""
     with shared_directory() as folder:
         yield folder / "s"
 
 
 ################################################################
-# Whom a policy admits
+# Which peers a policy admits
 ################################################################
 
 
 @pytest.mark.parametrize(
     ("policy", "peer", "admitted"),
     [
-        (PeerPolicy(uids=[1000]), somebody(1000), True),
-        (PeerPolicy(uids={1, 2}), somebody(3), False),
-        (PeerPolicy(uids=[1000]), somebody(1, 1000, (1000,)), False),
-        (PeerPolicy(gids=[5]), somebody(1, 5), True),
-        (PeerPolicy(gids=[5]), somebody(1, 6, (4, 5)), True),
-        (PeerPolicy(gids=[5]), somebody(5, 6, (7,)), False),
-        (PeerPolicy(gids=[5]), somebody(1, 6, None), False),
-        (PeerPolicy(gids=[5]), somebody(1, 5, None), True),
-        (PeerPolicy(uids=[1], gids=[5]), somebody(1, 1), True),
-        (PeerPolicy(uids=[1], gids=[5]), somebody(2, 5), True),
-        (PeerPolicy(uids=[1], gids=[5]), somebody(2, 2), False),
-        (PeerPolicy(uids=[0]), somebody(-1, -1), False),
-        (PeerPolicy.root(), somebody(0), True),
-        (PeerPolicy.root(), somebody(1, 0, (0,)), False),
-        (PeerPolicy.same_user(), somebody(os.geteuid()), True),
-        (PeerPolicy.same_user(), somebody(os.geteuid() + 1), False),
-        (PeerPolicy(users=["root"]), somebody(0), True),
-        (PeerPolicy(users=["root"]), somebody(1), False),
-        (PeerPolicy(users=["root"], uids=[1]), somebody(1), True),
-        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), somebody(1, 1, (0,)), True),
-        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), somebody(0, 1, (1,)), False),
+        (PeerPolicy(uids=[1000]), identity(1000), True),
+        (PeerPolicy(uids={1, 2}), identity(3), False),
+        (PeerPolicy(uids=[1000]), identity(1, 1000, (1000,)), False),
+        (PeerPolicy(gids=[5]), identity(1, 5), True),
+        (PeerPolicy(gids=[5]), identity(1, 6, (4, 5)), True),
+        (PeerPolicy(gids=[5]), identity(5, 6, (7,)), False),
+        (PeerPolicy(gids=[5]), identity(1, 6, None), False),
+        (PeerPolicy(gids=[5]), identity(1, 5, None), True),
+        (PeerPolicy(uids=[1], gids=[5]), identity(1, 1), True),
+        (PeerPolicy(uids=[1], gids=[5]), identity(2, 5), True),
+        (PeerPolicy(uids=[1], gids=[5]), identity(2, 2), False),
+        (PeerPolicy(uids=[0]), identity(-1, -1), False),
+        (PeerPolicy.root(), identity(0), True),
+        (PeerPolicy.root(), identity(1, 0, (0,)), False),
+        (PeerPolicy.same_user(), identity(os.geteuid()), True),
+        (PeerPolicy.same_user(), identity(os.geteuid() + 1), False),
+        (PeerPolicy(users=["root"]), identity(0), True),
+        (PeerPolicy(users=["root"]), identity(1), False),
+        (PeerPolicy(users=["root"], uids=[1]), identity(1), True),
+        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), identity(1, 1, (0,)), True),
+        (PeerPolicy(groups=[grp.getgrgid(0).gr_name]), identity(0, 1, (1,)), False),
     ],
 )
-async def test_lists(policy: PeerPolicy, peer: PeerIdentity, *, admitted: bool) -> None:
-    """A user that is listed is admitted, and one with a listed group, primary or supplementary."""
+async def test_admits_listed_peers(
+    policy: PeerPolicy, peer: PeerIdentity, *, admitted: bool
+) -> None:
+    """A listed user is admitted, and so is a peer in a listed group, primary or supplementary."""
     assert await policy.admits(peer) is admitted
     assert not policy.needs_pidfd
 
 
-async def test_check() -> None:
-    """A check alone decides; beside lists it is asked only about those who are listed."""
+async def test_admits_with_a_check() -> None:
+    """A check alone decides. With lists, it is asked about listed peers only."""
     asked: list[PeerIdentity] = []
-    yes, no = somebody(1), somebody(2)
+    yes, no = identity(1), identity(2)
     policy = PeerPolicy(uids=[1], check=answering(True, asked))
     assert policy.needs_pidfd
     assert await policy.admits(yes)
@@ -143,21 +145,21 @@ class Checker:
         return peer.credentials.uid == 1
 
 
-async def test_callables_as_checks() -> None:
-    """A check can be anything that gives an awaitable: an object, or a partial function."""
+async def test_admits_with_callable_objects() -> None:
+    """A check can be an object that is called, or a partial function."""
 
     async def is_user(uid: int, peer: PeerIdentity) -> bool:
         return peer.credentials.uid == uid
 
     for check in (Checker(), partial(is_user, 1)):
-        assert await PeerPolicy(check=check).admits(somebody(1))
-        assert not await PeerPolicy(check=check).admits(somebody(2))
+        assert await PeerPolicy(check=check).admits(identity(1))
+        assert not await PeerPolicy(check=check).admits(identity(2))
 
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 async def test_composed(*, left: bool, right: bool) -> None:
-    """| and & do what they do to bools, and ask the right one only if the left leaves it open."""
+    """| and & work as for bools, and ask the right policy only if the left does not decide."""
     for policy, answer, open_after in (
         (PeerPolicy.__or__, left or right, False),
         (PeerPolicy.__and__, left and right, True),
@@ -165,7 +167,7 @@ async def test_composed(*, left: bool, right: bool) -> None:
         asked: list[PeerIdentity] = []
         one = PeerPolicy(check=answering(left))
         two = PeerPolicy(check=answering(right, asked))
-        assert await policy(one, two).admits(somebody()) is answer
+        assert await policy(one, two).admits(identity()) is answer
         assert bool(asked) is (left is open_after)
 
 
@@ -173,8 +175,8 @@ async def test_composed_of_composed() -> None:
     """Compositions compose, and need a pidfd if any of them does."""
     one, two, three = PeerPolicy(uids=[1]), PeerPolicy(gids=[2]), PeerPolicy(uids=[3])
     policy = (one & two) | three
-    assert [uid for uid in (1, 2, 3) if await policy.admits(somebody(uid, 2))] == [1, 3]
-    assert [uid for uid in (1, 2, 3) if await policy.admits(somebody(uid, 1))] == [3]
+    assert [uid for uid in (1, 2, 3) if await policy.admits(identity(uid, 2))] == [1, 3]
+    assert [uid for uid in (1, 2, 3) if await policy.admits(identity(uid, 1))] == [3]
     assert not policy.needs_pidfd
     checked = PeerPolicy(check=answering(True))
     assert (policy | checked).needs_pidfd
@@ -196,7 +198,7 @@ async def is_fine(_: PeerIdentity) -> bool:
 
 
 def test_repr() -> None:
-    """A policy shows what it admits, as whoever reads a log wants to see it."""
+    """The repr of a policy has what it admits, for a log."""
     lists = PeerPolicy(uids=[2, 1], gids=[10])
     assert repr(lists) == "PeerPolicy(uids={1, 2}, gids={10})"
     checked = PeerPolicy(uids=[1], check=is_fine)
@@ -238,14 +240,14 @@ def test_repr() -> None:
         ({"check": 3}, TypeError, r"async function of one argument \(a PeerIdentity\), got int"),
     ],
 )
-def test_bad_input(arguments: Any, error: type[Exception], text: str) -> None:
-    """What names nobody, or is no id, name or check, is refused at once."""
+def test_policy_rejects_arguments(arguments: Any, error: type[Exception], text: str) -> None:
+    """The constructor rejects wrong arguments, and its errors name them."""
     with pytest.raises(error, match=text):
         PeerPolicy(**arguments)
 
 
 def test_no_databases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the platform has no databases of users and groups, names are NotSupportedError."""
+    """On a platform without databases of users and groups, names are NotSupportedError."""
     real = importlib.import_module
 
     def missing(name: str) -> Any:
@@ -288,7 +290,7 @@ WRONG: list[Any] = [
 async def test_wrong_check(
     path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a check raises comes out where the policy decides; the connection is closed."""
+    """An exception of a check is raised where the policy is asked; the connection is closed."""
     policy = PeerPolicy(check=check)
     async with (
         await open_unix_listener(path, policy=policy) as listener,
@@ -310,7 +312,7 @@ async def test_wrong_check(
 async def test_wrong_check_of_a_server(
     path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server counts and logs a check that raises, as it does a handler, and goes on."""
+    """A server counts and logs an exception of a check as one of a handler, and goes on."""
 
     async def handler(_: UnixConnection) -> None:
         raise AssertionError
@@ -341,14 +343,14 @@ async def test_wrong_check_of_a_server(
 
 
 async def settled(condition: Callable[[], bool]) -> None:
-    """Wait until something is so; nothing else tells."""
+    """Wait for a condition that has no event."""
     with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - nothing tells
+        while not condition():  # noqa: ASYNC110 - it has no event
             await trio.sleep(0.001)
 
 
 async def accept_all(listener: UnixListener) -> None:
-    """Accept whoever waits, where all of them are denied."""
+    """Accept the connections in the queue, all of which are denied."""
 
     async def accept() -> None:
         await listener.accept()
@@ -361,7 +363,7 @@ async def accept_all(listener: UnixListener) -> None:
 
 
 async def test_check_that_is_cancelled(path: Path) -> None:
-    """A check that is cancelled takes its connection with it, on both ends; nothing is denied."""
+    """If a check is cancelled, its connection is closed, at both ends; that is no denial."""
 
     async def forever(_: PeerIdentity) -> bool:
         await trio.sleep_forever()
@@ -385,7 +387,7 @@ async def test_check_that_is_cancelled(path: Path) -> None:
 
 
 async def test_denied_while_cancelled(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A denial that is decided when the task is being cancelled is closed, logged and counted."""
+    """A denial that is decided while the task is cancelled is closed, logged and counted."""
     scope = trio.CancelScope()
 
     async def late(_: PeerIdentity) -> bool:
@@ -404,7 +406,7 @@ async def test_denied_while_cancelled(path: Path, caplog: pytest.LogCaptureFixtu
 
 
 async def test_check_looks_at_the_peer(path: Path) -> None:
-    """A check gets an identity with a pidfd, which is closed once it has answered."""
+    """A check gets an identity with a pidfd, which is closed after its answer."""
     kept: list[PeerIdentity] = []
 
     async def check(peer: PeerIdentity) -> bool:
@@ -425,12 +427,12 @@ async def test_check_looks_at_the_peer(path: Path) -> None:
 # Denial
 ################################################################
 
-NOBODY = PeerPolicy(uids=[OTHER_UID + 1])
+DENY_ALL = PeerPolicy(uids=[OTHER_UID + 1])
 
 
 async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whom a policy does not admit is closed, logged once with who it was, and counted."""
-    async with await open_unix_listener(path, policy=NOBODY) as listener:
+    """A denied connection is closed, logged once with its peer, and counted."""
+    async with await open_unix_listener(path, policy=DENY_ALL) as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listener.accept)
             async with client_process(path) as client:
@@ -446,10 +448,10 @@ async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture
 
 
 async def test_denied_before_a_byte_is_read(path: Path) -> None:
-    """What a denied client had sent is not read: it is reset, and its descriptors are closed."""
+    """What a denied client has sent is not read; file descriptors in it are closed."""
     reader, writer = os.pipe()
     async with (
-        await open_unix_listener(path, policy=NOBODY) as listener,
+        await open_unix_listener(path, policy=DENY_ALL) as listener,
         await open_unix_connection(path) as client,
     ):
         await client.send_fd(writer)
@@ -462,15 +464,15 @@ async def test_denied_before_a_byte_is_read(path: Path) -> None:
             patch.setattr("trio_unixconn._receiver.Receiver.receive", never)
             await accept_all(listener)
         assert listener.denied == 1
-        # Nobody holds the writing end any more.
+        # No process holds the writing end anymore.
         assert await trio.to_thread.run_sync(os.read, reader, 1) == b""
         with pytest.raises(trio.BrokenResourceError):
             await client.receive_some()
     os.close(reader)
 
 
-async def test_accept_goes_on_behind_a_denial(path: Path) -> None:
-    """Accept returns the next peer that is admitted."""
+async def test_accept_goes_on_after_a_denial(path: Path) -> None:
+    """accept() returns the next connection that is admitted."""
     turn = [False, False, True]
 
     async def check(_: PeerIdentity) -> bool:
@@ -489,7 +491,7 @@ async def test_accept_goes_on_behind_a_denial(path: Path) -> None:
 
 
 async def test_denied_by_a_server(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A server denies in the connection's own task: a check that waits holds up nobody else."""
+    """A server asks in the connection's own task: a check that waits delays no other one."""
     go_on = trio.Event()
     handled: list[UnixConnection] = []
     order = iter([False, True])
@@ -519,10 +521,10 @@ async def test_denied_by_a_server(path: Path, caplog: pytest.LogCaptureFixture) 
     assert len(caplog.records) == 1
 
 
-async def test_the_listener_s_own_policy_is_asked_of_those_who_wait(
+async def test_drain_asks_the_policy_of_the_listener(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A drain handles those in the queue only if the listener's own policy admits them."""
+    """A drain handles a connection in the queue only if the listener's policy admits it."""
     handled: list[UnixConnection] = []
 
     async def handler(conn: UnixConnection) -> None:
@@ -538,7 +540,7 @@ async def test_the_listener_s_own_policy_is_asked_of_those_who_wait(
         server: UnixServer = await nursery.start(
             partial(serve_unix, handler, listener, max_connections=1)
         )
-        # Accept is stopped before it can see those who connect now.
+        # Accepting stops before these clients connect.
         server.drain()
         clients = []
         for _ in range(3):
@@ -552,7 +554,7 @@ async def test_the_listener_s_own_policy_is_asked_of_those_who_wait(
 
 
 async def test_drain_that_is_cancelled_while_a_check_waits(path: Path) -> None:
-    """A drain whose time is up while the listener's check waits closes that connection."""
+    """At the deadline of a drain, a connection whose check still waits is closed."""
 
     async def forever(_: PeerIdentity) -> bool:
         await trio.sleep_forever()
@@ -579,14 +581,14 @@ async def test_drain_that_is_cancelled_while_a_check_waits(path: Path) -> None:
 
 
 async def test_lists_need_no_descriptor(path: Path) -> None:
-    """A policy without a check decides with a full table, to admit and to deny."""
+    """A policy without a check needs no free file descriptor."""
     async with await open_unix_listener(path) as listener:
         clients = [await open_unix_connection(path) for _ in range(2)]
         with free_descriptors(1):
             listener._policy = PeerPolicy.same_user()
             conn = await listener.accept()
         async with conn:
-            listener._policy = NOBODY
+            listener._policy = DENY_ALL
             with free_descriptors(1):
                 await accept_all(listener)
             assert listener.denied == 1
@@ -597,7 +599,7 @@ async def test_lists_need_no_descriptor(path: Path) -> None:
 async def test_check_waits_for_a_descriptor(
     path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a descriptor to hold on to the peer with, a check waits for one, and says so once."""
+    """If no file descriptor is free for the pidfd, a check waits for one, logged once."""
     admitted: list[PeerIdentity] = []
     policy = PeerPolicy(check=answering(True, admitted))
     real, failures = _identity.open_peer_pidfd, [errno.EMFILE, errno.ENFILE, errno.EMFILE]
@@ -624,7 +626,7 @@ async def test_check_waits_for_a_descriptor(
 
 @peer_pidfds
 async def test_check_with_a_full_table(path: Path) -> None:
-    """With a table that is really full, a check is asked as soon as a descriptor is free."""
+    """With a table that is really full, a check is asked when a file descriptor is free."""
     asked: list[PeerIdentity] = []
     policy = PeerPolicy(check=answering(True, asked))
     async with (
@@ -650,7 +652,7 @@ async def test_check_with_a_full_table(path: Path) -> None:
 
 @asynccontextmanager
 async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]:
-    """Serve everybody whom the policy admits with a greeting."""
+    """Serve admitted peers with a greeting."""
 
     async def handler(conn: UnixConnection) -> None:
         await conn.send_all(b"hello")
@@ -680,7 +682,7 @@ async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]
     ids=repr,
 )
 async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -> None:
-    """Another user is admitted by its own id and groups, and by nothing else."""
+    """Another user is admitted by its own id and groups only."""
     async with (
         accepting(path, policy) as server,
         client_process(path, uid=OTHER_UID, gid=GROUP, groups=[4711, 4712]) as client,
@@ -692,7 +694,7 @@ async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -
 
 @as_root
 async def test_root_and_a_path_for_all(path: Path) -> None:
-    """Root is admitted where root may; a path with mode 0o600 keeps others out before a policy."""
+    """Root is admitted as root; a path with mode 0o600 rejects others before a policy."""
     async with accepting(path, PeerPolicy.root()), client_process(path) as client:
         assert await client.ask("receive") == "hello"
     async with (
@@ -704,7 +706,7 @@ async def test_root_and_a_path_for_all(path: Path) -> None:
 
 @as_root
 async def test_another_user_that_had_sent(path: Path) -> None:
-    """A denied client that has sent something sees a reset, or the end."""
+    """A denied client that has sent something gets a reset, or the end of the stream."""
     async with (
         await open_unix_listener(path, policy=PeerPolicy.root(), mode=0o666) as listener,
         client_process(path, uid=OTHER_UID, gid=GROUP, groups=[]) as client,
@@ -834,13 +836,13 @@ def test_is_mapped_on_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def test_server_that_is_denied(path: Path) -> None:
-    """A client's policy is asked before anything is sent; the server sees the end at once."""
+    """A client's policy is asked before anything is sent; the server gets the end of the stream."""
     async with await open_unix_listener(path) as listener:
         with (
             pytest.raises(PeerDeniedError, match="is not admitted by PeerPolicy") as caught,
             assert_checkpoints(),
         ):
-            await open_unix_connection(path, policy=NOBODY)
+            await open_unix_connection(path, policy=DENY_ALL)
         assert isinstance(caught.value, PermissionError)
         assert caught.value.errno == errno.EACCES
         assert caught.value.code is IOErrorEnum.PERMISSION_DENIED
@@ -895,7 +897,7 @@ def is_sync(peer: PeerIdentity) -> bool:
         lambda peer: "python" in peer.exe,
         lambda peer: is_fine(peer),  # noqa: PLW0108 - not async, although it returns a coroutine
         partial(is_sync),
-        partial(is_fine, somebody()),
+        partial(is_fine, identity()),
         "text".startswith,
     ],
 )
@@ -934,9 +936,9 @@ async def test_policy_accepts_check() -> None:
         Returns(),
         unittest.mock.AsyncMock(return_value=True),
     ):
-        assert await PeerPolicy(check=check).admits(somebody())
+        assert await PeerPolicy(check=check).admits(identity())
     with pytest.raises(AttributeError):
-        await PeerPolicy(check=bound).admits(somebody())
+        await PeerPolicy(check=bound).admits(identity())
 
 
 UNKNOWN = [
@@ -963,9 +965,9 @@ async def test_check_of_unknown_peer_denies(
         raise error
 
     policy = PeerPolicy(check=check)
-    assert not await policy.admits(somebody())
-    assert await (policy | PeerPolicy(uids=[1000])).admits(somebody())
-    assert not await (policy & PeerPolicy(uids=[1000])).admits(somebody())
+    assert not await policy.admits(identity())
+    assert await (policy | PeerPolicy(uids=[1000])).admits(identity())
+    assert not await (policy & PeerPolicy(uids=[1000])).admits(identity())
     async with accepting(path, policy) as server:
         for _ in range(2):
             async with await open_unix_connection(path) as client:
@@ -984,13 +986,13 @@ async def test_check_of_unknown_peer_and_another_error() -> None:
         raise ExceptionGroup("both", [UNKNOWN[0], ZeroDivisionError()])
 
     with pytest.raises(ExceptionGroup):
-        await PeerPolicy(check=check).admits(somebody())
+        await PeerPolicy(check=check).admits(identity())
 
     async def crash(_: PeerIdentity) -> bool:
         raise ExceptionGroup("one", [ZeroDivisionError()])
 
     with pytest.raises(ExceptionGroup):
-        await PeerPolicy(check=crash).admits(somebody())
+        await PeerPolicy(check=crash).admits(identity())
 
 
 @peer_pidfds

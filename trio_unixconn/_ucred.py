@@ -1,7 +1,7 @@
 """The credential structures of every platform.
 
-Every native structure is one row of :data:`LAYOUTS`, every platform one row of
-:data:`PLATFORMS`. No other file knows an offset.
+Invariant: every native structure is one row of :data:`LAYOUTS`, every platform one row of
+:data:`PLATFORMS`, and no other module has an offset.
 
 Sources: unix(7) and unix(4) of Linux, FreeBSD, OpenBSD, NetBSD and macOS; getpeerucred(3C)
 and ucred.h of illumos
@@ -25,22 +25,23 @@ UNKNOWN_ID: Final = 0xFFFFFFFF
 
 
 def _signed(number: int) -> int:
-    # (uid_t)-1 is every kernel's word for "no such id".
+    # (uid_t)-1 means "no such id" to every kernel.
     return -1 if number == UNKNOWN_ID else number
 
 
 @attrs.frozen(kw_only=True)
 class Layout:
-    """One native structure: its C layout and where the three ids stand in it.
+    """One native structure: its C layout, and the positions of the three ids in it.
 
     Attributes:
       name: Gio's name of the native type.
-      fields: the structure in ``struct`` notation, native byte order and alignment; some are
-        followed by a group list of any length, which is not read.
-      pid, uid, gid: index of each among the unpacked fields; ``pid`` is None where the
-        structure has none. Effective ids where the structure tells them apart, as in Gio.
-      version: index of a version field, which must be 0.
-      groups: index of a group count, which must be at least 1 because ``gid`` is the first.
+      fields: the structure in ``struct`` notation, with native byte order and alignment. Some
+        have a list of groups of any length after it, which is not read.
+      pid, uid, gid: the index of each among the unpacked fields; ``pid`` is None if the structure
+        has none. If the structure has real and effective ids, these are the effective ones, as in
+        Gio.
+      version: the index of a version field, which must be 0.
+      groups: the index of a group count, which must be at least 1 because ``gid`` is the first.
     """
 
     name: str
@@ -52,27 +53,27 @@ class Layout:
     groups: int | None = None
 
     def unpack(self, data: bytes) -> tuple[int, int, int]:
-        """Return (pid, uid, gid); -1 for what the structure does not say.
+        """Return (pid, uid, gid); -1 for an id that the structure does not have.
 
         Raises:
           ValueError: too few bytes, an unknown version, or no group.
         """
         if len(data) < self.fields.size:
             raise ValueError(
-                f"{self.name} takes at least {self.fields.size} bytes, but {len(data)} came"
+                f"{self.name} must have at least {self.fields.size} bytes, got {len(data)}"
             )
         fields: tuple[int, ...] = self.fields.unpack_from(data)
         if self.version is not None and fields[self.version] != 0:
             raise ValueError(
-                f"{self.name} of version {fields[self.version]} came; only version 0 is known"
+                f"expected version 0 of {self.name}, got version {fields[self.version]}"
             )
         if self.groups is not None and fields[self.groups] < 1:
-            raise ValueError(f"{self.name} with an empty group list came; it names no group id")
+            raise ValueError(f"{self.name} has an empty group list, and so no group id")
         pid = -1 if self.pid is None else fields[self.pid]
         return pid, _signed(fields[self.uid]), _signed(fields[self.gid])
 
     def pack(self, pid: int, uid: int, gid: int) -> bytes:
-        """Return the structure with these three ids, everything else zero."""
+        """Return the structure with these three ids; all other fields are zero."""
         fields = [0] * len(self.fields.unpack(bytes(self.fields.size)))
         if self.pid is not None:
             fields[self.pid] = pid
@@ -85,7 +86,7 @@ class Layout:
 
 @attrs.frozen(kw_only=True)
 class UcredLayout:
-    """The ``ucred_t`` of illumos and Solaris: a header, and the ids at an offset it names."""
+    """The ``ucred_t`` of illumos and Solaris: a header with the offset of the ids."""
 
     name: str
     fields: struct.Struct
@@ -99,24 +100,23 @@ class UcredLayout:
         """
         if len(data) < self.fields.size:
             raise ValueError(
-                f"{self.name} takes at least {self.fields.size} bytes, but {len(data)} came"
+                f"{self.name} must have at least {self.fields.size} bytes, got {len(data)}"
             )
         _size, offset, _, pid, *_rest = self.fields.unpack_from(data)
         if offset < self.fields.size or offset + self.ids.size > len(data):
             raise ValueError(
-                f"{self.name} says its ids stand at byte {offset}, outside of the "
-                f"{len(data)} bytes that came"
+                f"the ids of {self.name} are at byte {offset}, outside of its {len(data)} bytes"
             )
         uid, _, _, gid, *_ = self.ids.unpack_from(data, offset)
         return pid, _signed(uid), _signed(gid)
 
     def pack(self, *ids: int) -> bytes:
-        """Raise: only the kernel makes a ``ucred_t``.
+        """Raise, because only the kernel can make a ``ucred_t``.
 
         Raises:
           NotSupportedError: always.
         """
-        raise NotSupportedError(f"only the kernel makes a {self.name}; it cannot be made of {ids}")
+        raise NotSupportedError(f"only the kernel can make a {self.name} (of {ids})")
 
 
 _GROUPS = "h16I"
@@ -177,7 +177,7 @@ LAYOUTS: Final[Mapping[str, Layout | UcredLayout]] = {
 
 @attrs.frozen(kw_only=True)
 class SocketOption:
-    """A socket option that tells the peer's credentials: level, number, what it contains."""
+    """A socket option with the peer's credentials: its level, number and layout."""
 
     level: int
     option: int | None
@@ -191,8 +191,8 @@ class MessageKind:
 
     Attributes:
       kind: the message's type.
-      layout: what it contains.
-      sendable: whether a process attaches it itself, as Gio's send_credentials does.
+      layout: the name of its layout.
+      sendable: whether a process can attach it, as Gio's send_credentials does.
     """
 
     kind: int | None
@@ -202,15 +202,15 @@ class MessageKind:
 
 @attrs.frozen(kw_only=True)
 class Platform:
-    """How one kernel tells who a peer is; None where it has no such way."""
+    """How one kernel reports credentials; None if it has no such way."""
 
     native: str
     option: SocketOption | None
     message: MessageKind | None
 
 
-# Linux's row is run by the tests on Linux. The others follow the systems' own headers and
-# manual pages and are tested with bytes made by hand; nobody has run them here.
+# The tests on Linux use Linux's row. The others follow the headers and manual pages of the systems
+# and are tested with bytes made by hand. They have not been run there.
 PLATFORMS: Final[Mapping[str, Platform]] = {
     "linux": Platform(
         native="linux-ucred",
@@ -237,7 +237,7 @@ PLATFORMS: Final[Mapping[str, Platform]] = {
     "netbsd": Platform(
         native="netbsd-unpcbid",
         option=SocketOption(level=0, option=3, layout="netbsd-unpcbid"),
-        # LOCAL_CREDS makes the kernel attach it; a sender has nothing to attach.
+        # With LOCAL_CREDS the kernel attaches it. A sender cannot.
         message=MessageKind(kind=_kernel.SCM_CREDS, layout="netbsd-sockcred", sendable=False),
     ),
     "sunos": Platform(
