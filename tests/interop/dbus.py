@@ -46,7 +46,7 @@ Fields = Mapping[int, "str | int"]
 
 @attrs.frozen
 class BusMessage:
-    """A message from the bus, which owns the descriptors that came with it."""
+    """A message from the bus; it owns the file descriptors of the message."""
 
     kind: int
     serial: int
@@ -57,7 +57,7 @@ class BusMessage:
 
 @attrs.define
 class Bus:
-    """A connection to a bus that has let us in."""
+    """A connection that the bus has authenticated."""
 
     conn: UnixConnection
     name: str = ""
@@ -74,7 +74,7 @@ class Bus:
         return self._serial
 
     async def receive(self, kind: int) -> BusMessage:
-        """Receive the next message of one kind; what the bus tells everybody is left out."""
+        """Receive the next message of one kind; skip signals."""
         while True:
             message = await self._receive_any()
             if message.kind == kind:
@@ -107,7 +107,7 @@ class Bus:
         start = b""
         while len(start) < 16:
             with await self.conn.receive_message(16 - len(start)) as part:
-                assert part.data, "the bus hung up"
+                assert part.data, "end of stream from the bus"
                 start += part.data
                 fds += part.fds.steal_fds()
         order = "<" if start[:1] == b"l" else ">"
@@ -130,13 +130,13 @@ def string(text: str) -> bytes:
 
 
 def string_at_start(body: bytes) -> str:
-    """Return the string with which a body begins."""
+    """Return the string at the start of a body."""
     (size,) = struct.unpack_from("=I", body)
     return body[4 : 4 + size].decode()
 
 
 def marshalled(kind: int, serial: int, fields: Fields, body: bytes) -> bytes:
-    """Marshal a message, the small end first."""
+    """Marshal a message in little-endian order."""
     array = b""
     for code, value in fields.items():
         # The signature of one type takes 3 bytes, so what follows it is aligned to 4.
@@ -179,14 +179,14 @@ async def command(conn: UnixConnection, line: str) -> str:
     answer = b""
     while not answer.endswith(b"\r\n"):
         more = await conn.receive_some()
-        assert more, f"the bus hung up after {line!r}"
+        assert more, f"end of stream from the bus after {line!r}"
         answer += more
     return answer.decode().removesuffix("\r\n")
 
 
 @asynccontextmanager
 async def open_bus(path: str) -> AsyncGenerator[Bus, None]:
-    """Connect to a bus as this process's user, and be given a name."""
+    """Connect to a bus as the user of this process, and get a name from it."""
     async with await open_unix_connection(path) as conn:
         # The bus wants one NUL byte first, with the credentials of who sends it.
         await conn.send_credentials()

@@ -1,4 +1,4 @@
-"""What the interoperability tests share: GLib in a process of its own, at the other end."""
+"""GLib in a process of its own, as the peer of the interoperability tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trio_unixconn import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-# The one that has Debian's PyGObject, whichever Python runs the tests.
+# Debian's PyGObject is installed for this Python, whichever Python runs the tests.
 SYSTEM_PYTHON: Final = "/usr/bin/python3"
 PEER: Final = Path(__file__).parent / "peers" / "glib_peer.py"
 
@@ -38,14 +38,14 @@ WAYS: Final = ("socketpair", "GLib connects", "GLib listens", "GLib serves")
 
 
 def missing_peer(reason: str) -> NoReturn:
-    """Skip a test whose peer is not there; where the whole suite must run (CI), fail."""
+    """Skip a test whose peer is not installed; on CI, fail."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def require_glib(python: str = SYSTEM_PYTHON) -> None:
-    """Skip without PyGObject; where the whole suite must run (CI), fail."""
+    """Skip without PyGObject; on CI, fail."""
     probe = "import gi; gi.require_version('Gio', '2.0'); from gi.repository import Gio"
     try:
         subprocess.run([python, "-c", probe], check=True, capture_output=True, timeout=60)
@@ -59,23 +59,23 @@ def require_glib(python: str = SYSTEM_PYTHON) -> None:
 
 @attrs.define
 class GLibPeer:
-    """A process in which GLib does what it is told; its commands are ``do_*`` of glib_peer.py."""
+    """A process that runs GLib; its commands are the methods ``do_*`` of glib_peer.py."""
 
     process: trio.Process
     _buffer: bytes = b""
 
     async def ask(self, do: str, **arguments: Any) -> Any:
-        """Have GLib do something that succeeds, and return what came of it."""
+        """Run a command that succeeds, and return its result."""
         await self.begin(do, **arguments)
         return await self.result()
 
     async def refusal(self, do: str, **arguments: Any) -> int:
-        """Have GLib do something that fails, and return the number of its error."""
+        """Run a command that fails, and return the code of its error."""
         await self.begin(do, **arguments)
         return await self.error_code()
 
     async def begin(self, do: str, **arguments: Any) -> None:
-        """Have GLib begin something; :meth:`result` or :meth:`error_code` says how it ended."""
+        """Start a command; :meth:`result` or :meth:`error_code` waits for it."""
         assert self.process.stdin is not None
         with trio.fail_after(30):
             line = json.dumps({"do": do, **arguments}).encode() + b"\n"
@@ -84,17 +84,17 @@ class GLibPeer:
             assert await self._answer() == {"begun": do}
 
     async def cancel(self) -> None:
-        """Fire the Gio.Cancellable of what was begun last."""
+        """Cancel the Gio.Cancellable of the command that was started last."""
         await self.begin("cancel")
 
     async def result(self) -> Any:
-        """Return what came of what was begun."""
+        """Wait for the command, which succeeds; return its result."""
         answer = await self._answer()
         assert "error" not in answer, answer
         return answer["result"]
 
     async def error_code(self) -> int:
-        """Return the number of the error that ended what was begun."""
+        """Wait for the command, which fails; return the code of its error."""
         answer = await self._answer()
         assert "error" in answer, answer
         return int(answer["code"])
@@ -104,7 +104,7 @@ class GLibPeer:
         with trio.fail_after(30):
             while b"\n" not in self._buffer:
                 more = await self.process.stdout.receive_some()
-                assert more, "the peer died; its last words are on stderr"
+                assert more, "the peer exited; its errors are on stderr"
                 self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -113,16 +113,16 @@ class GLibPeer:
 
 @asynccontextmanager
 async def started_peer(theirs: socket.socket | None = None) -> AsyncGenerator[GLibPeer, None]:
-    """Start GLib, and give it ``theirs`` as its connection; at the end it must leave in peace."""
+    """Start GLib with ``theirs`` as its connection; it must exit with status 0 at the end."""
     with theirs or nullcontext():
         fds = [] if theirs is None else [theirs.fileno()]
         process = await trio.lowlevel.open_process(
-            # What the environment says about Python is meant for another Python.
+            # The environment variables of Python are for another Python.
             [SYSTEM_PYTHON, "-E", "-s", str(PEER), *map(str, fds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=fds,
-            # A call that GLib forbids must not pass for one that did nothing.
+            # Otherwise a call that GLib forbids would look like one without effect.
             env={**os.environ, "G_DEBUG": "fatal-criticals"},
         )
     assert process.stdin is not None
@@ -143,7 +143,7 @@ async def started_peer(theirs: socket.socket | None = None) -> AsyncGenerator[GL
 async def connected(
     tmp_path: Path, way: str = "socketpair"
 ) -> AsyncGenerator[tuple[UnixConnection, GLibPeer], None]:
-    """Connect to GLib in one of the :data:`WAYS`; whoever hangs in it fails."""
+    """Connect to GLib in one of the :data:`WAYS`; fail if the block takes a minute."""
     with trio.fail_after(60):
         if way == "socketpair":
             ours, theirs = socket.socketpair()
@@ -175,7 +175,7 @@ async def operate(
     *arguments: Any,
     cancellable: Cancellable | None = None,
 ) -> Any:
-    """Do one of our operations in one of the forms :data:`OURS`."""
+    """Run an operation of this library in one of the forms :data:`OURS`."""
     if form == "await":
         return await getattr(conn, operation)(*arguments, cancellable)
     results: list[AsyncResult] = []
@@ -192,13 +192,13 @@ async def receive_exactly(conn: UnixConnection, size: int) -> bytes:
     data = b""
     while len(data) < size:
         more = await conn.receive_some(size - len(data))
-        assert more, f"the stream ended behind {len(data)} of {size} bytes"
+        assert more, f"end of stream after {len(data)} of {size} bytes"
         data += more
     return data
 
 
 async def receive_described(conn: UnixConnection, form: str = "await") -> dict[str, Any]:
-    """Receive a descriptor, and say what it is."""
+    """Receive a file descriptor, and describe its file."""
     fd = await operate(form, conn, "receive_fd")
     try:
         return described(fd)
@@ -234,7 +234,7 @@ def passcred(conn: UnixConnection) -> int:
 
 
 def as_json(credentials: Credentials) -> dict[str, Any]:
-    """Return what the peer says of the same credentials."""
+    """Return credentials in the form in which the peer reports them."""
     return {
         "string": credentials.to_string(),
         "pid": credentials.get_unix_pid(),

@@ -1,4 +1,4 @@
-"""Clients that know nothing of this library, on its listener: curl, socat, Gio.SocketClient."""
+"""Real clients on a listener of this library: curl, socat, Gio.SocketClient."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "http_server.py"
-# More than any socket holds, and no two parts alike.
+# More than a socket buffer holds, without repetition.
 MEGABYTES: Final = b"".join(hashlib.sha256(b"%d" % n).digest() for n in range(5_000_000 // 32))
 
 addresses = pytest.mark.parametrize("kind", ["path", "abstract"])
 
 
 def address_of(kind: str, path: Path) -> UnixSocketAddress:
-    """Return a path, or an abstract name that nobody else has."""
+    """Return a path, or an abstract name that no other test uses."""
     if kind == "abstract":
         return UnixSocketAddress.abstract(str(path))
     return UnixSocketAddress.path(path)
@@ -38,7 +38,7 @@ def address_of(kind: str, path: Path) -> UnixSocketAddress:
 
 @asynccontextmanager
 async def http_server(path: Path) -> AsyncGenerator[trio.Process, None]:
-    """Run the example, which must end without having had anything to complain about."""
+    """Run the example, which must exit with status 0 and without a warning."""
     command = [sys.executable, "-W", "error", str(EXAMPLE), str(path)]
     with trio.fail_after(60):
         async with running(command, stderr=subprocess.STDOUT) as process:
@@ -57,7 +57,7 @@ async def http_server(path: Path) -> AsyncGenerator[trio.Process, None]:
 
 
 async def test_curl_keeps_its_connection(tmp_path: Path, curl: str) -> None:
-    """Three requests of curl's go over one connection, and the server knows who asks."""
+    """Three requests of curl use one connection, and the server knows its credentials."""
     path = tmp_path / "http"
     command = [curl, "-s", "-S", "--unix-socket", str(path), "-w", "%{num_connects} %{http_code}\n"]
     async with (
@@ -73,7 +73,7 @@ async def test_curl_keeps_its_connection(tmp_path: Path, curl: str) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_curl_uploads(tmp_path: Path, curl: str, *, chunked: bool) -> None:
-    """What curl uploads, by its length or in chunks, comes back as it was."""
+    """An upload of curl, with its length or in chunks, is echoed unchanged."""
     path = tmp_path / "http"
     how = ["-H", "Transfer-Encoding: chunked"] if chunked else []
     async with http_server(path):
@@ -93,7 +93,7 @@ async def test_curl_uploads(tmp_path: Path, curl: str, *, chunked: bool) -> None
 async def test_curl_is_refused(
     tmp_path: Path, curl: str, status: int, target: str, how: list[str]
 ) -> None:
-    """Curl sees the status of each refusal, and the server goes on."""
+    """Curl sees the status of each error, and the server continues."""
     path = tmp_path / "http"
     async with http_server(path):
         command = [curl, "-s", "--unix-socket", str(path), "-w", "%{http_code}", "-o", os.devnull]
@@ -104,7 +104,7 @@ async def test_curl_is_refused(
 
 
 async def test_what_is_no_http(tmp_path: Path, socat: str) -> None:
-    """A client that does not speak HTTP is told so in HTTP."""
+    """A client that does not speak HTTP gets an HTTP error."""
     path = tmp_path / "http"
     async with http_server(path):
         got = await output_of(socat, "-t30", "-", f"UNIX-CONNECT:{path}", stdin=b"what?\r\n\r\n")
@@ -113,7 +113,7 @@ async def test_what_is_no_http(tmp_path: Path, socat: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_example_ends(tmp_path: Path, number: signal.Signals) -> None:
-    """Control-C and SIGTERM end the example without a word, and take its path away."""
+    """SIGINT and SIGTERM end the example without output, and remove its path."""
     async with http_server(tmp_path / "http") as process:
         process.send_signal(number)
         assert await process.wait() == 0
@@ -125,13 +125,13 @@ async def test_example_ends(tmp_path: Path, number: signal.Signals) -> None:
 
 
 async def echo(conn: UnixConnection) -> None:
-    """Send back what comes."""
+    """Echo."""
     async for chunk in conn:
         await conn.send_all(chunk)
 
 
 async def digest(conn: UnixConnection) -> None:
-    """Answer only when the client has ended its half."""
+    """Answer after the client has sent its end of file."""
     seen = hashlib.sha256()
     async for chunk in conn:
         seen.update(chunk)
@@ -139,13 +139,13 @@ async def digest(conn: UnixConnection) -> None:
 
 
 def to(kind: str, path: Path) -> str:
-    """Return socat's word for an address."""
+    """Return the name of an address in the syntax of socat."""
     return f"{'ABSTRACT' if kind == 'abstract' else 'UNIX'}-CONNECT:{path}"
 
 
 @addresses
 async def test_socat_and_back(tmp_path: Path, socat: str, kind: str) -> None:
-    """Megabytes through socat come back as they were, over a path and an abstract name."""
+    """Megabytes from socat are echoed unchanged, on a path and on an abstract name."""
     path = tmp_path / "s"
     async with serving(echo, address_of(kind, path)):
         # Without -t, socat waits half a second for an answer.
@@ -155,7 +155,7 @@ async def test_socat_and_back(tmp_path: Path, socat: str, kind: str) -> None:
 
 @addresses
 async def test_socat_ends_its_half(tmp_path: Path, socat: str, kind: str) -> None:
-    """When socat has shut down its half, the answer still reaches it."""
+    """Socat receives the answer after it has sent its end of file."""
     path = tmp_path / "s"
     async with serving(digest, address_of(kind, path)):
         got = await output_of(socat, "-t30", "-", to(kind, path), stdin=MEGABYTES)
@@ -163,7 +163,7 @@ async def test_socat_ends_its_half(tmp_path: Path, socat: str, kind: str) -> Non
 
 
 async def test_socats_at_once(tmp_path: Path, socat: str) -> None:
-    """Ten clients at a time each get their own bytes back."""
+    """Ten concurrent clients each receive their own bytes."""
     path = tmp_path / "s"
     got: dict[int, bytes] = {}
 
@@ -185,7 +185,7 @@ async def test_socats_at_once(tmp_path: Path, socat: str) -> None:
 @addresses
 @pytest.mark.usefixtures("real_glib")
 async def test_gio_socket_client(tmp_path: Path, kind: str) -> None:
-    """On a server of ours, GLib's client passes bytes, descriptors and credentials both ways."""
+    """GLib's client passes bytes, descriptors and credentials in both directions."""
     path = tmp_path / "s"
     connected = trio.Event()
     served = trio.Event()
@@ -208,7 +208,7 @@ async def test_gio_socket_client(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["curl", "socat", "dbus-daemon", "haproxy"])
 def test_without_a_program(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the programs these tests are skipped, but fail in CI, and say what to install."""
+    """Without the program a test is skipped, or fails on CI, and names the package to install."""
     monkeypatch.setattr("interop.programs.SERVERS", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)

@@ -1,4 +1,4 @@
-"""Servers that know nothing of this library, with its client: dbus-daemon and HAProxy."""
+"""Real servers with a client of this library: dbus-daemon and HAProxy."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ BUS_CONFIG: Final = """\
 
 
 @asynccontextmanager
-async def bus_daemon(dbus_daemon: str, folder: Path) -> AsyncGenerator[str, None]:
-    """Run a bus of the test's own; what it yields is its path."""
-    path, config = folder / "bus", folder / "bus.conf"
+async def bus_daemon(dbus_daemon: str, directory: Path) -> AsyncGenerator[str, None]:
+    """Run a private bus; yield its path."""
+    path, config = directory / "bus", directory / "bus.conf"
     config.write_text(BUS_CONFIG.format(path=path))
     options = [f"--config-file={config}", "--nofork", "--nopidfile", "--print-address"]
     with trio.fail_after(60):
@@ -66,7 +66,7 @@ async def bus_daemon(dbus_daemon: str, folder: Path) -> AsyncGenerator[str, None
 
 
 async def test_dbus_hello(tmp_path: Path, dbus_daemon: str) -> None:
-    """The bus takes our credentials, gives us a name, and knows our process by it."""
+    """The bus accepts our credentials, gives us a name, and maps the name to our process."""
     async with bus_daemon(dbus_daemon, tmp_path) as path, open_bus(path) as bus:
         assert re.fullmatch(r":1\.\d+", bus.name)
         body = await bus.call_bus("GetConnectionUnixProcessID", bus.name)
@@ -76,7 +76,7 @@ async def test_dbus_hello(tmp_path: Path, dbus_daemon: str) -> None:
 
 
 async def test_dbus_refuses_another_user(tmp_path: Path, dbus_daemon: str) -> None:
-    """The bus refuses whoever claims to be another user than the credentials say."""
+    """The bus rejects a user id that differs from the credentials."""
     async with (
         bus_daemon(dbus_daemon, tmp_path) as path,
         await open_unix_connection(path) as conn,
@@ -88,7 +88,7 @@ async def test_dbus_refuses_another_user(tmp_path: Path, dbus_daemon: str) -> No
 
 @pytest.mark.parametrize("count", [1, 16])
 async def test_dbus_passes_descriptors(tmp_path: Path, dbus_daemon: str, count: int) -> None:
-    """Descriptors go through the bus in a call, and back in its answer, each the same file."""
+    """File descriptors pass through the bus in a call and in its answer, each the same file."""
     async with (
         bus_daemon(dbus_daemon, tmp_path) as path,
         open_bus(path) as caller,
@@ -140,22 +140,22 @@ frontend all
     bind 127.0.0.1:{port}
 """
 
-# It sends at most so many descriptors in one message, and then waits for four bytes.
+# HAProxy sends up to this many file descriptors in a message, and then waits for four bytes.
 PER_MESSAGE: Final = 252
 
 
 @asynccontextmanager
 async def haproxy_on(
-    haproxy: str, folder: Path, port: int, *, abstract: int = 0
+    haproxy: str, directory: Path, port: int, *, abstract: int = 0
 ) -> AsyncGenerator[trio.Process, None]:
-    """Run HAProxy on a port and so many abstract names, its statistics at ``folder/stats``."""
-    config = folder / "haproxy.cfg"
-    text = HAPROXY_CONFIG.format(stats=folder / "stats", port=port)
-    text += "".join(f"    bind abns@{folder}/{number}\n" for number in range(abstract))
+    """Run HAProxy on a port and abstract names, its statistics socket at ``directory/stats``."""
+    config = directory / "haproxy.cfg"
+    text = HAPROXY_CONFIG.format(stats=directory / "stats", port=port)
+    text += "".join(f"    bind abns@{directory}/{number}\n" for number in range(abstract))
     config.write_text(text)
     with trio.fail_after(60):
         async with running([haproxy, "-db", "-q", "-f", str(config)]) as process:
-            await (await connection_to(process, folder / "stats")).aclose()
+            await (await connection_to(process, directory / "stats")).aclose()
             yield process
 
 
@@ -171,7 +171,7 @@ def reserved_port() -> socket.socket:
 
 
 async def test_haproxy_show_info(tmp_path: Path, haproxy: str) -> None:
-    """HAProxy answers what it is asked, and ends the stream."""
+    """HAProxy answers a command, and ends the stream."""
     with reserved_port() as sock:
         async with (
             haproxy_on(haproxy, tmp_path, sock.getsockname()[1]) as process,
@@ -187,7 +187,7 @@ async def test_haproxy_show_info(tmp_path: Path, haproxy: str) -> None:
 
 
 async def listeners_of(conn: UnixConnection) -> UnixFDList:
-    """Have HAProxy hand over its listeners, as its own successor does.
+    """Take over HAProxy's listeners, as its own successor does.
 
     Source: HAProxy's management guide ("-x"), and what 2.6 sends: the number of descriptors as
     a C int; then messages of up to 252 descriptors, with a record of each: the name of its
@@ -215,7 +215,7 @@ async def listeners_of(conn: UnixConnection) -> UnixFDList:
 
 @pytest.mark.parametrize("abstract", [1, 260])
 async def test_haproxy_hands_over(tmp_path: Path, haproxy: str, abstract: int) -> None:
-    """We go on listening where HAProxy did, when it has handed its listeners over and ended."""
+    """The listeners that HAProxy handed over accept connections after it has exited."""
     with reserved_port() as sock:
         port: int = sock.getsockname()[1]
         async with haproxy_on(haproxy, tmp_path, port, abstract=abstract) as process:
@@ -235,7 +235,7 @@ async def test_haproxy_hands_over(tmp_path: Path, haproxy: str, abstract: int) -
 
 
 def names_of(handed: UnixFDList) -> list[object]:
-    """Return the names at which these listen, in order."""
+    """Return the addresses of listening sockets, in order."""
     names: list[object] = []
     for index in range(len(handed)):
         with socket.socket(fileno=handed.get(index)) as duplicate:
@@ -244,7 +244,7 @@ def names_of(handed: UnixFDList) -> list[object]:
 
 
 async def serve_port(listener: trio.SocketListener, port: int) -> None:
-    """A client of the port reaches us."""
+    """Assert that a client can connect to the port."""
     async with (
         listener,
         await trio.open_tcp_stream("127.0.0.1", port) as client,
@@ -255,7 +255,7 @@ async def serve_port(listener: trio.SocketListener, port: int) -> None:
 
 
 async def serve_name(listener: UnixListener) -> None:
-    """A client of the abstract name reaches us."""
+    """Assert that a client can connect to the abstract name."""
     async with (
         listener,
         await open_unix_connection(listener.get_local_address()) as client,
