@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -44,6 +44,9 @@ EVERY_ACCESS = 2**13 - 1  # of its first version, in Linux 5.13
 async def without_rights() -> AsyncGenerator[str, None]:
     """Give up what a worker must not have, for good, before it gets a job."""
     libc = ctypes.CDLL(None, use_errno=True)
+    # The C library loads this when a thread of the interpreter ends, and aborts without it.
+    with suppress(OSError):  # another C library has no need of it
+        ctypes.CDLL("libgcc_s.so.1")
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     given_up: list[str] = []
     if os.geteuid() == 0:

@@ -66,6 +66,7 @@ def drive(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scenario", ["free", "dead", "live", "long", "long dead"])
 def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     """If a server is killed at any line while it takes or removes a path, the next one starts."""
