@@ -1,4 +1,4 @@
-"""serve_unix: a task for each connection, and an end that turns nobody away."""
+"""serve_unix: a task for each connection, and a drain that resets no client."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_serving(path: Path) -> None:
 
 
 async def test_cancelling(path: Path) -> None:
-    """Cancelling the server ends the handlers, and takes the path away."""
+    """Cancelling the server cancels the handlers, and removes the path."""
     async with trio.open_nursery() as nursery:
         await start(nursery, echo, path)
         client = await open_unix_connection(path)
@@ -102,7 +102,7 @@ async def test_cancelling(path: Path) -> None:
 
 
 async def test_draining_lets_handlers_finish(path: Path) -> None:
-    """A drain takes the path away at once, and waits for the handlers."""
+    """A drain removes the path at once, and waits for the handlers."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         async with await open_unix_connection(path) as client:
@@ -117,8 +117,8 @@ async def test_draining_lets_handlers_finish(path: Path) -> None:
     assert server.connections == 0
 
 
-async def test_draining_serves_who_waits_in_the_queue(path: Path) -> None:
-    """Whoever had connected when the drain began is served, though nobody had accepted them."""
+async def test_drain_handles_connections_in_the_queue(path: Path) -> None:
+    """Clients that have connected before the drain are served, even if not accepted yet."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path, max_connections=1)
         first = await open_unix_connection(path)
@@ -242,7 +242,7 @@ async def test_cancelled_while_draining(path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(path.parent) == []
 
 
-async def test_drain_before_anybody_came(path: Path) -> None:
+async def test_drain_without_connections(path: Path) -> None:
     """A drain of a server without connections ends it at once."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
@@ -404,7 +404,7 @@ async def test_handler_that_ends_the_program(path: Path, caplog: pytest.LogCaptu
 async def test_crash_where_peers_are_unknown(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the system does not say who the peer is, the log says so, and the server goes on."""
+    """If the system does not report the peer, the log has "unknown", and the server goes on."""
 
     def fail(_: object) -> None:
         raise NotSupportedError("no option")
@@ -446,7 +446,7 @@ async def test_control_c_reaches_handlers(path: Path, monkeypatch: pytest.Monkey
 
 
 async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What a policy's check raises is treated as a handler's; the peer is not admitted."""
+    """An exception of a check is handled as one of a handler; the peer is not admitted."""
 
     async def check(_: object) -> bool:
         raise RuntimeError("the check crashed")
@@ -464,7 +464,7 @@ async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 async def test_denied(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whom the policy denies sees the end of the stream; it is logged and counted."""
+    """A denied client gets the end of the stream; it is logged and counted."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path, policy=PeerPolicy(uids=[54321]))
         async with await open_unix_connection(path) as client:
@@ -476,7 +476,7 @@ async def test_denied(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"denied pid {os.getpid()} uid {os.geteuid()}" in record.getMessage()
 
 
-async def test_check_that_waits_holds_up_nobody(path: Path) -> None:
+async def test_check_that_waits_delays_no_other_connection(path: Path) -> None:
     """While a check waits for one peer, others are served."""
     answer = trio.Event()
     asked: list[object] = []
@@ -570,7 +570,7 @@ async def test_listener_of_ones_own(path: Path) -> None:
 
 
 async def test_policy_of_a_listener_while_draining(path: Path) -> None:
-    """The listener's own policy is asked also about those who wait in the queue at the end."""
+    """A drain asks the listener's policy about the connections in the queue, too."""
 
     async def check(_: object) -> bool:
         checked.append(1)
@@ -590,7 +590,7 @@ async def test_policy_of_a_listener_while_draining(path: Path) -> None:
 
 
 async def test_drain_while_a_listener_asks_its_policy(path: Path) -> None:
-    """Whom the listener's policy is being asked about when the drain begins is served."""
+    """A connection whose check waits when the drain begins is served."""
     asked, answer = trio.Event(), trio.Event()
 
     async def check(_: object) -> bool:
@@ -611,7 +611,7 @@ async def test_drain_while_a_listener_asks_its_policy(path: Path) -> None:
 
 
 async def test_inherited_listener(path: Path) -> None:
-    """A drain of an inherited listener leaves queue and path to the others who hold it."""
+    """A drain of an inherited listener leaves queue and path to other processes."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
@@ -634,7 +634,7 @@ async def test_inherited_listener(path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"max_connections": 0}, {"handler_errors": "ignore"}])
 async def test_wrong_options(path: Path, options: Any) -> None:
-    """Wrong options are refused before anything happens."""
+    """Wrong options are rejected before anything happens."""
     with pytest.raises(ValueError, match=next(iter(options))):
         await serve_unix(echo, path, **options)
     assert not path.exists()

@@ -313,7 +313,7 @@ def descriptor_folder(lab: Lab) -> str:
 
 _NO_CREDENTIALS: Final = "NotSupportedError where credentials are asked for"
 _NO_PIDFD: Final = (
-    "open_peer_pidfd() gives None; is_alive(), exe and cgroup of a PeerIdentity raise "
+    "open_peer_pidfd() gives None; is_alive(), read_exe() of a PeerIdentity raise "
     "NotSupportedError, because a pid alone may be another process's by then"
 )
 
