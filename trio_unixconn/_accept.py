@@ -37,6 +37,7 @@ from .errors import ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
+    from collections.abc import Callable
 
 logger: Final = logging.getLogger("trio_unixconn")
 
@@ -96,7 +97,8 @@ class Acceptor:
         self._restore_nonblocking()
         # Not accept(): to make a socket object of each takes 3 of the 35 us that a server with
         # workers spends on a connection, and it only passes the file descriptor on.
-        accept: Any = self._sock._accept  # type: ignore[attr-defined]  # noqa: SLF001
+        sock: Any = self._sock
+        accept: Callable[[], Accepted] = sock._accept  # noqa: SLF001 - of the standard library
         accepted: list[Accepted] = []
         try:
             while len(accepted) < limit:

@@ -87,7 +87,7 @@ class WorkerServer(DescriptorOwner):
     _deadline: float = attrs.field(default=math.inf, repr=False)
     # The number of connections that a policy is being asked about.
     _asking: int = attrs.field(default=0, repr=False)
-    _acceptors: list[Acceptor] = attrs.field(factory=list, init=False, repr=False)
+    _acceptors: list[Acceptor] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # Names for the log: a listener has none after it is closed.
