@@ -70,8 +70,12 @@ PYTHONS = installed_pythons()
 def tests(session: nox.Session) -> None:
     """Run the test suite, one process per processor; arguments go to pytest.
 
-    What does not depend on the version of Python runs on the newest one only.
+    What does not depend on the version of Python runs on the newest one only. With COVERAGE=1
+    in the environment, that one is run as by the session ``coverage``.
     """
+    if session.python == PYTHONS[-1] and os.environ.get("COVERAGE") == "1":
+        coverage(session)
+        return
     install(session, "tests")
     which = [] if session.python == PYTHONS[-1] else ["-m", "not once"]
     session.run("pytest", "-n", "auto", *which, *session.posargs)
@@ -99,7 +103,7 @@ def model(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(python=PYTHONS[-1])
 def coverage(session: nox.Session) -> None:
     """Run the test suite with branch coverage, which must be 100 %."""
     install(session, "tests")

@@ -79,7 +79,7 @@ class WorkerServer(DescriptorOwner):
     """
 
     pool: WorkerPool
-    listeners: Sequence[AnyListener]
+    listeners: Sequence[trio.SocketListener | UnixListener]
     accepted: int = 0
     denied: int = 0
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
@@ -263,7 +263,7 @@ def _max_queue_size() -> int:
 @enable_ki_protection
 async def serve_with_workers(
     handler: str,
-    listeners: Sequence[AnyListener],
+    listeners: Sequence[trio.SocketListener | UnixListener],
     *,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[WorkerPoolOptions],
