@@ -212,9 +212,15 @@ async def _strange_answer(stream: Any, job: Job) -> None:
 
 
 async def _turn_deaf(stream: Any, job: Job) -> None:
-    """Take no more, though the worker lives on for a moment."""
+    """Stop receiving when told to; the worker does not notice before it is told that, too."""
+    directory = Path(os.environ["POOL_FOLDER"])
+    while not (directory / "stop receiving").exists():  # noqa: ASYNC110 - there is no event
+        await trio.sleep(0.001)
     with socket.socket(fileno=os.dup(own_end())) as sock:
         sock.shutdown(socket.SHUT_RD)
+    note("deaf", os.getpid())
+    while not (directory / "go on").exists():
+        time.sleep(0.001)
     await trio.sleep_forever()
 
 

@@ -359,6 +359,21 @@ async def test_receive_buffer_without_a_free_descriptor() -> None:
                     await two.receive_buffer(1)
 
 
+async def test_receive_buffer_whose_mapping_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMFILE of mmap(2) is raised as it is, on every Python; the memfd is closed."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_buffer(b"x")
+        with monkeypatch.context() as patch:
+            patch.setattr("mmap.mmap", fail)
+            with pytest.raises(OSError, match="Too many open files"):
+                await two.receive_buffer(1)
+
+
 ################################################################
 # Memory that its sender can still change
 ################################################################

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 from helpers import counted, free_descriptors, until
 from pools import (
     at_rest,
@@ -438,8 +439,19 @@ async def test_a_worker_that_is_deaf(shared: Path) -> None:
         (pid,) = pids(pool)
         await pool.submit(null(), data=b"turn deaf")
         await until(lambda: pool._supervisor.places[0].link.wants_more)
-        answer = await pool.call(data=b"pid")
-        assert int(answer) != pid
+        (shared / "stop receiving").touch()
+        await until((shared / "deaf").exists)
+        answers: list[bytes] = []
+
+        async def call() -> None:
+            answers.append(await pool.call(data=b"pid"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            # Sending it has failed by then.
+            await trio.testing.wait_all_tasks_blocked()
+            (shared / "go on").touch()
+        assert int(answers[0]) != pid
         found = await at_rest(pool)
         assert (found.retried, found.failed, found.deaths) == (1, 1, 1)
 

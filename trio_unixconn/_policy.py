@@ -224,8 +224,8 @@ def _check_check(check: object) -> None:
         raise TypeError(f"{expected}, got {type(check).__name__}")
     try:
         signature = inspect.signature(check)
-    except ValueError:
-        # Written in C; it is known when it is called.
+    except (TypeError, ValueError):
+        # Written in C, or an object that has none (a Mock); it is known when it is called.
         pass
     else:
         try:

@@ -7,14 +7,14 @@ messages arrive with the descriptors, and in the order, with which they were sen
 from __future__ import annotations
 
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from interop.programs import serving
-from trio_unixconn import UnixConnection, open_unix_connection
+from trio_unixconn import ConnectionBrokenError, UnixConnection, open_unix_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -56,13 +56,17 @@ class Tmux:
             nursery.start_soon(self._copy, server, client)
 
     async def _copy(self, source: UnixConnection, target: UnixConnection) -> None:
-        while True:
-            with await source.receive_message(65536) as message:
-                if not message.data:
-                    break
-                self.passed += len(message.fds)
-                await target.send_message(message.data, fds=message.fds)
-        await target.send_eof()
+        # If one direction ends because a process has exited, the other one must go on: it may
+        # have that process's last message.
+        with suppress(ConnectionBrokenError):
+            while True:
+                with await source.receive_message(65536) as message:
+                    if not message.data:
+                        break
+                    self.passed += len(message.fds)
+                    await target.send_message(message.data, fds=message.fds)
+        with suppress(ConnectionBrokenError):
+            await target.send_eof()
 
 
 @asynccontextmanager

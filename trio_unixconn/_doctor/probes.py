@@ -22,7 +22,7 @@ from .._credentials import Credentials, peer_credentials
 from .._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
 from .._paths import LONGEST, bindable, connectable
 from ..errors import PeerGoneError
-from .lab import PATIENCE, Lab, UnexpectedError, expect, expect_error
+from .lab import PATIENCE, Lab, expect, expect_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,9 +130,9 @@ def sent_credentials(lab: Lab) -> str:
     two.setsockopt(_kernel.SOL_SOCKET, _passcred(), 1)
     lab.send(one, _ancillary.pack_credentials(Credentials()))
     got = lab.receive(two).credentials
-    if got is None or got != Credentials():
-        raise UnexpectedError(f"expected {Credentials()}, got {got}")
-    return f"pid {got.pid}, uid {got.uid}, gid {got.gid} came with a byte"
+    expect(got == Credentials(), f"expected {Credentials()}, got {got}")
+    own = Credentials()
+    return f"pid {own.pid}, uid {own.uid}, gid {own.gid} came with a byte"
 
 
 def attached_credentials(lab: Lab) -> str:

@@ -13,6 +13,7 @@ import io
 import os
 import socket as stdlib_socket
 import ssl
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,11 +122,9 @@ class Delivery(DescriptorOwner):
             if self.form == _wire.OTHER or (self.form in _UNIX_FORMS and has_unread(fd)):
                 close_fds([fd])
                 return
-            try:  # noqa: SIM105 - of every job
+            # An error is about data that was written before; the descriptor is closed.
+            with suppress(OSError):
                 os.close(fd)
-            except OSError:
-                # An error is about data that was written before; the descriptor is closed.
-                pass
 
     def settle(self, outcome: Any) -> None:
         """Tell who waits what became of it: the first time counts."""

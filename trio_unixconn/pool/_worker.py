@@ -275,11 +275,9 @@ class _Worker:
             if form == _wire.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
-                try:  # noqa: SIM105 - of every job
+                # An error is about data that was sent before; it is closed.
+                with contextlib.suppress(OSError):
                     close_now(stream)
-                except OSError:
-                    # About data that was sent before; it is closed.
-                    pass
 
     async def _answer(self, sent: _wire.SentJob, fd: int) -> None:
         number = sent.id
