@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from helpers import until_sync
 
 from trio_unixconn import _closing, connection_pair
 
@@ -104,38 +105,94 @@ def test_close_fds_without_threads_closes_here(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_close_fds_with_a_stuck_thread_starts_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A close(2) that does not return does not keep later ones waiting, and leaves one thread."""
+    """What is queued right after a close(2) that does not return is closed by another thread."""
     closer = _closing._Closer()
     monkeypatch.setattr(_closing, "_closer", closer)
-    monkeypatch.setattr(_closing, "STUCK_AFTER", 0)
-    stuck = lingering_socket(30)
-    _closing.close_fds([stuck.detach()])
     read, write = os.pipe()
     closed = threading.Event()
-    while not all(thread.busy_since < time.monotonic() for thread in tuple(closer.threads)):
-        time.sleep(0)
+    _closing.close_fds([lingering_socket(60).detach()])
     _closing.close_fds([read, write], closed.set)
     assert closed.wait(30)
     assert closer.unfinished == 1
-    assert 1 <= len(closer.threads) <= 2
     release_lingering()
-    while len(closer.threads) > 1:
-        time.sleep(0)
+    assert not is_open(read)
+    assert not is_open(write)
 
 
-def test_close_fds_starts_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With MAX_THREADS of them stuck, what comes later waits in the queue."""
+def test_close_fds_with_many_stuck_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads follows that of stuck ones; those end when all is closed."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    monkeypatch.setattr(_closing, "STUCK_AFTER", 0.05)
+    for _ in range(6):
+        _closing.close_fds([lingering_socket(60).detach()])
+    closed = threading.Event()
+    _closing.close_fds(os.pipe(), closed.set)
+    assert closed.wait(30)
+    assert closer.unfinished == 6
+    assert len(closer.threads) >= 6
+    release_lingering()
+    until_sync(lambda: len(closer.threads) == 1)
+    until_sync(lambda: not closer.is_watched)
+
+
+def test_close_fds_starts_a_bounded_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With MAX_THREADS of them stuck, what comes later waits in the queue; that is logged once."""
     closer = _closing._Closer()
     monkeypatch.setattr(_closing, "_closer", closer)
     monkeypatch.setattr(_closing, "MAX_THREADS", 1)
-    monkeypatch.setattr(_closing, "STUCK_AFTER", 0)
-    _closing.close_fds([lingering_socket(30).detach()])
+    monkeypatch.setattr(_closing, "STUCK_AFTER", 0.001)
+    _closing.close_fds([lingering_socket(60).detach()])
     fds = pipes(1)
     _closing.close_fds(fds)
+    until_sync(lambda: "1 threads are blocked in close(2)" in caplog.text)
+    _closing.close_fds([])
     assert len(closer.threads) == 1
     assert not _closing.wait_closed(0)
+    assert caplog.text.count("threads are blocked") == 1
     release_lingering()
     assert not any(map(is_open, fds))
+    until_sync(lambda: not closer.is_watched)
+
+
+def test_close_fds_without_a_thread_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the queue cannot be watched, the thread closes what is queued when it gets free."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+    _closing.close_fds([lingering_socket(60).detach()])
+
+    def start(thread: threading.Thread) -> None:
+        raise MemoryError
+
+    fds = pipes(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        _closing.close_fds(fds)
+    assert not closer.is_watched
+    release_lingering()
+    assert not any(map(is_open, fds))
+
+
+def test_close_fds_survives_mistakes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A number that no file descriptor has, and a close() that fails, keep nothing else open."""
+    closer = _closing._Closer()
+    monkeypatch.setattr(_closing, "_closer", closer)
+
+    def fail() -> None:
+        raise LookupError("a mistake")
+
+    fds = pipes(1)
+    _closing.close_fds([fds[0], 2**40, 2**50, 2**50 + 1])
+    _closing.close_object(fail)
+    _closing.close_fds(fds[1:])
+    assert _closing.wait_closed(30)
+    assert not any(map(is_open, fds))
+    assert "a mistake" in caplog.text
+    assert all(thread.is_alive() for thread in closer.threads)
 
 
 def test_close_fds_without_another_thread_leaves_the_queue(
@@ -301,11 +358,13 @@ def test_close_socket_with_unread_data_closes_in_the_thread() -> None:
             two.recv(1)
 
 
-def test_close_socket_of_a_listener_closes_in_the_thread() -> None:
-    """The kernel does not say what is in the queues of waiting connections."""
-    with socket.socket(socket.AF_UNIX) as listener:
+def test_has_unread_of_a_listener() -> None:
+    """A listening socket has something unread while a connection waits to be accepted."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         listener.bind("")
         listener.listen()
+        assert not _closing.has_unread(listener)
+        client.connect(listener.getsockname())
         assert _closing.has_unread(listener)
 
 

@@ -10,11 +10,16 @@ Invariant: nothing in this module raises into its caller, and every file descrip
 exactly once.
 
 There is one thread, started when first needed, not one per file descriptor. A close that never
-returns must not keep all later ones waiting, though: file descriptors would pile up until the
-process has none left. So if every thread has been in close(2) for longer than STUCK_AFTER,
-another one is started, up to MAX_THREADS. A thread that was stuck ends when it gets free and is
-not the last. If no thread can be started at all, the file descriptors are closed in the calling
-thread.
+returns must not keep all later ones waiting, though: other peers would not see the end of their
+streams, and file descriptors would pile up until the process has none left. So while something
+waits in the queue, a second thread watches it. If every closing thread has been in close(2) for
+longer than STUCK_AFTER, their number is doubled, up to MAX_THREADS. A thread that was stuck ends
+when it gets free, finds the queue empty, and is not the last. If no thread can be started at all,
+the file descriptors are closed in the calling thread.
+
+What remains: with MAX_THREADS closes that do not return, everything later waits, which is logged.
+A process with such peers does better to accept no file descriptors from them
+(receive_descriptors=False).
 
 The queue is a ``SimpleQueue`` because :func:`close_fds` may be called by a finalizer, at any
 point, even while the same thread is inside of this module; for the same reason the lock is
@@ -25,7 +30,9 @@ Sources: close(2), socket(7) (SO_LINGER), ioctl_fionread in unix(7)
 
 from __future__ import annotations
 
+import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -40,12 +47,14 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable
 
+logger: Final = logging.getLogger("trio_unixconn")
+
 # File descriptors, the close method of an object, and what to call when all of that is closed.
 _Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None, Callable[[], object] | None]"
 
 # How long a thread may be in close(2) before another one takes over the queue, in seconds.
 STUCK_AFTER: Final = 0.5
-MAX_THREADS: Final = 16
+MAX_THREADS: Final = 1000
 # How long close_fds_batched() collects file descriptors, in seconds.
 BATCH_DELAY: Final = 0.005
 # How long wait_closed() sleeps between two looks at the counter, in seconds.
@@ -61,6 +70,8 @@ class _Closer:
         self.threads: set[_ClosingThread] = set()
         # Batches that are queued or being closed.
         self.unfinished = 0
+        self.is_watched = False
+        self.is_limit_logged = False
         # What close_fds_batched() has collected, and whether close_batched() is queued.
         self.batched: list[int] = []
         self.is_batch_queued = False
@@ -71,6 +82,38 @@ class _Closer:
         self.queue.put(batch)
         if not self._has_free_thread() and not self._start_thread():
             self._close_here()
+        elif self.unfinished > 1:
+            # The thread may be about to block in what was queued before.
+            self._start_watching()
+
+    def _start_watching(self) -> None:
+        with self.lock:
+            if self.is_watched or sys.is_finalizing():
+                return
+            self.is_watched = True
+        try:
+            threading.Thread(target=self._watch, name="trio_unixconn watch", daemon=True).start()
+        except Exception:  # noqa: BLE001 - as for the other threads
+            self.is_watched = False
+
+    def _watch(self) -> None:
+        """Start threads while all are stuck and something waits in the queue."""
+        while True:
+            time.sleep(STUCK_AFTER)
+            with self.lock:
+                if self.queue.empty():
+                    self.is_watched = False
+                    return
+            for _ in range(max(1, len(self.threads))):
+                if self._has_free_thread() or not self._start_thread():
+                    break
+            if len(self.threads) >= MAX_THREADS and not self.is_limit_logged:
+                self.is_limit_logged = True
+                logger.warning(
+                    "%d threads are blocked in close(2), on file descriptors that peers have sent; "
+                    "what is closed from now on stays open until one of them returns",
+                    len(self.threads),
+                )
 
     def add_batched(self, fds: Iterable[int]) -> None:
         with self.lock:
@@ -106,7 +149,7 @@ class _Closer:
             self.threads.add(thread)
         try:
             thread.start()
-        except RuntimeError:
+        except Exception:  # noqa: BLE001 - RuntimeError or MemoryError
             # The system has no more threads, or the interpreter is shutting down.
             with self.lock:
                 self.threads.discard(thread)
@@ -125,6 +168,9 @@ class _Closer:
             if close is not None:
                 with suppress(OSError, ValueError):
                     close()
+        except Exception:
+            # A mistake in this process. The thread goes on with what others have queued.
+            logger.exception("closing failed")
         finally:
             with self.lock:
                 self.unfinished -= 1
@@ -132,9 +178,9 @@ class _Closer:
                 then()
 
     def leave(self, thread: _ClosingThread) -> bool:
-        """Whether a thread that was stuck may end, because another one has taken over."""
+        """Whether a thread that was stuck may end, because others have taken over."""
         with self.lock:
-            if len(self.threads) == 1:
+            if len(self.threads) == 1 or not self.queue.empty():
                 return False
             self.threads.discard(thread)
             return True
@@ -175,6 +221,8 @@ def _after_fork() -> None:
         if close != before.close_batched:
             _closer.add((fds, close, None))
     _closer.add_batched(before.batched)
+    # If the fork happened within add(), that goes on with these: its threads do not exist here.
+    before.threads.clear()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
@@ -194,10 +242,12 @@ def _close_each(fds: list[int]) -> None:
         if position == len(fds) or fds[position] != fds[position - 1] + 1:
             if position - first == 1:
                 # An error is about data that was written before; the descriptor is closed.
-                with suppress(OSError):
+                # OverflowError: not the number of a file descriptor.
+                with suppress(OSError, OverflowError):
                     os.close(fds[first])
             else:
-                os.closerange(fds[first], fds[position - 1] + 1)
+                with suppress(OverflowError):
+                    os.closerange(fds[first], fds[position - 1] + 1)
             first = position
 
 
@@ -240,7 +290,7 @@ def close_socket(sock: socket.socket, then: Callable[[], object] | None = None) 
     """Close a socket whose receive queue a peer can fill.
 
     If nothing is unread it is closed here, because then there is nothing in it to wait for.
-    Otherwise the closing thread closes it. For a listening socket that is always so.
+    Otherwise the closing thread closes it.
 
     A peer can still send something in the microsecond between the check and close(2). To rule
     that out takes shutdown(2), which would end the connection for other processes that hold it.
@@ -273,7 +323,8 @@ def _on_dropped(reference: weakref.ref[object]) -> None:
     sock = _sockets.pop(reference)
     if sock.fileno() != -1 and has_unread(sock):
         # The finalizer says the same of those that are left to it.
-        text = f"unclosed {sock!r}"
+        # Not repr(): it has the peer's address, which the peer chose.
+        text = f"unclosed {type(sock).__name__}: file descriptor {sock.fileno()}"
         close_fds([sock.detach()])
         warnings.warn(text, ResourceWarning, stacklevel=2)
 
@@ -281,15 +332,24 @@ def _on_dropped(reference: weakref.ref[object]) -> None:
 def has_unread(sock: socket.socket | int) -> bool:
     """Whether the receive queue of a socket is, or may be, not empty.
 
-    True for a listening socket, and where the system cannot tell. Source: unix(7) (SIOCINQ)
+    For a listening socket: whether a connection waits to be accepted. True if the system does
+    not say. Source: unix(7) (SIOCINQ)
     """
     count = _count_unread()
     try:
         number = sock if isinstance(sock, int) else sock.fileno()
         return count is None or any(count(number))
-    except (OSError, ValueError):
-        # The number of a closed socket, -1, is a ValueError.
+    except ValueError:
+        # The number of a closed socket, -1.
         return True
+    except OSError:
+        return _is_readable(number)
+
+
+def _is_readable(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 @cache
