@@ -403,6 +403,15 @@ async def test_aclose_frees_the_name(autojump_clock: MockClock) -> None:
             pass
 
 
+async def test_aclose_with_a_waiting_connection_frees_the_name() -> None:
+    """It also waits until the closing thread has closed what is in the queue."""
+    name = f"\0trio-unixconn-free-{os.getpid()}"
+    for _ in range(20):
+        async with await open_unix_listener(name):
+            client = await open_unix_connection(name)
+        await client.aclose()
+
+
 async def test_aclose_that_is_cancelled(path: Path) -> None:
     """A cancelled aclose() gives the socket to the closing thread all the same."""
     listener = await open_unix_listener(path)
@@ -423,7 +432,11 @@ async def test_close_listening_socket_without_threads(monkeypatch: pytest.Monkey
         closed.append(True)
         raise RuntimeError("can't start new thread")
 
+    def close_later(raw: socket.socket, then: object) -> None:
+        raw.close()
+
     sock = trio.socket.socket(socket.AF_UNIX)
+    monkeypatch.setattr(_closing, "close_socket", close_later)
     monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
     await close_listening_socket(sock)
     assert closed == [True]
@@ -455,6 +468,28 @@ async def test_serve_unix_closes_connections_with_lingering_sockets(
         await until(lambda: len(beats) > before + 5)
         assert not _closing.wait_closed(0)
     client.close()
+    release_lingering()
+
+
+async def test_open_unix_listener_that_fails_with_a_waiting_connection(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A take-over that fails after a client has connected cannot stop the event loop."""
+    clients: list[socket.socket] = []
+    rename = os.rename
+
+    def fail(source: bytes, target: bytes, **options: int) -> None:
+        rename(source, target, **options)
+        clients.append(connect_with_lingering_socket(path))
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    async with await open_unix_listener(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", fail)
+            with pytest.raises(PermissionError):
+                await open_unix_listener(path, replace=True)
+        assert not _closing.wait_closed(0)
+    clients.pop().close()
     release_lingering()
 
 

@@ -194,7 +194,7 @@ def is_out_of_resources(error: OSError) -> bool:
 
 
 async def close_listening_socket(sock: trio.socket.SocketType) -> None:
-    """Close a listening socket in the closing thread.
+    """Close a listening socket, in the closing thread if connections are in its queue.
 
     Closing it closes the connections in its queue, and the file descriptors that clients have sent
     over them. This waits until it is closed, so that its address can be bound again, but not for
@@ -208,8 +208,12 @@ async def close_listening_socket(sock: trio.socket.SocketType) -> None:
         _closing.close_socket(raw, closed.set)
         # A thread waits, because a deadline of trio is not real time under a MockClock. If no
         # thread can be started, this does not wait.
-        with suppress(RuntimeError):
-            await trio.to_thread.run_sync(
-                closed.wait, CLOSE_GRACE, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
+        if not closed.is_set():
+            with suppress(RuntimeError):
+                await trio.to_thread.run_sync(
+                    closed.wait,
+                    CLOSE_GRACE,
+                    abandon_on_cancel=True,
+                    limiter=trio.CapacityLimiter(1),
+                )
     await trio.lowlevel.checkpoint()

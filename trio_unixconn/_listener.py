@@ -412,7 +412,8 @@ async def open_unix_listener(
             address=None if name.get_is_anonymous() else name,
         )
     except BaseException:
-        sock.close()
+        # While a live server was replaced, clients may have connected to it.
+        _closing.close_socket(sock)
         raise
     listener._queue_size = backlog + 1  # noqa: SLF001 - its other constructor
     if unlink_on_close:
