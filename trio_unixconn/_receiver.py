@@ -28,7 +28,7 @@ from ._cancellable import checkpoint_cancellable, wait_cancellable
 from ._identity import open_peer_pidfd, pid_of
 from ._readahead import ReadAhead
 from ._socket import FAILURES, ConnectedSocket
-from ._sockopts import disable_passrights
+from ._sockopts import disable_passrights, enable_oobinline
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Receiver(ConnectedSocket):
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
+        enable_oobinline(raw)
         self.busy: bool = False
         self.ahead: ReadAhead | None = None
         # Options that are on only while a receive is running.

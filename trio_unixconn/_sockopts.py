@@ -58,6 +58,17 @@ def disable_passrights(sock: socket.socket) -> None:
             sock.setsockopt(_kernel.SOL_SOCKET, _kernel.SO_PASSRIGHTS, 0)
 
 
+def enable_oobinline(sock: socket.socket) -> None:
+    """Make a byte that a peer sends with MSG_OOB arrive in its place in the stream, if possible.
+
+    Without it, recvmsg(2) skips the byte and closes its file descriptors inside the call, without
+    MSG_CTRUNC. That close can block, and the task cannot notice the loss.
+    """
+    if _kernel.SO_OOBINLINE is not None:
+        with suppress(OSError):
+            sock.setsockopt(_kernel.SOL_SOCKET, _kernel.SO_OOBINLINE, 1)
+
+
 def raw_socket(sock: trio.socket.SocketType) -> socket.socket:
     """Return the standard library socket of a trio socket.
 
