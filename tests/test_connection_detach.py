@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,12 +20,14 @@ from trio_unixconn import (
     ReadAheadError,
     UnixConnection,
     _closing,
+    _fds,
     connection_pair,
 )
+from trio_unixconn._guards import check_handover, guards
 from trio_unixconn.pool._delivery import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 
 async def test_detach() -> None:
@@ -151,6 +155,95 @@ async def test_detach_refuses_an_error_that_was_read_ahead() -> None:
         with pytest.raises(ConnectionBrokenError):
             await one.receive_fd()
         os.close(one.detach())
+
+
+async def test_filenos_in_another_thread_while_messages_are_taken() -> None:
+    """A thread that asks whether a connection can be sent gets ReadAheadError, or its number."""
+    one, two = connection_pair()
+    number = one.socket.fileno()
+    errors: list[Exception] = []
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            for ask_for in (lambda: _fds.filenos([number]), lambda: _fds.fileno(number)):
+                try:
+                    ask_for()
+                except ReadAheadError:
+                    continue
+                except Exception as exc:  # noqa: BLE001 - the test looks at all
+                    errors.append(exc)
+
+    thread = threading.Thread(target=ask)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        async with one, two:
+            for _ in range(50):
+                await two.send_fds([0] * 100, per_message=1)
+                left = 100
+                async for fd in one.fds():
+                    os.close(fd)
+                    left -= 1
+                    if not left:
+                        break
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
+@pytest.mark.parametrize("read", ["fds", "receive_fd", "receive_fds"])
+async def test_fds_that_has_returned_all_leaves_no_guard(read: str) -> None:
+    """Once nothing is held, or the connection is closed, sending is as fast as before."""
+    one, two = connection_pair()
+    async with one, two:
+        stream = one.fds()
+        for end in ("taken", "closed"):
+            await two.send_fds([0, 0, 0], per_message=1)
+            os.close(await anext(stream))
+            assert one.has_read_ahead()
+            assert list(guards) == [one.socket.fileno()]
+            # Other connections are sent as before.
+            await two.send_fds([two.socket.fileno(), 0])
+            if end == "closed":
+                await one.aclose()
+            elif read == "receive_fd":
+                for _ in range(2):
+                    os.close(await one.receive_fd())
+                (await one.receive_fds(2)).close()
+            elif read == "receive_fds":
+                with await one.receive_fds(4) as fds:
+                    assert len(fds) == 4
+            else:
+                for _ in range(2):
+                    os.close(await anext(stream))
+                (await one.receive_fds(2)).close()
+                with trio.move_on_after(0):
+                    await anext(stream)
+            assert not guards
+
+
+async def test_check_handover_of_a_guard_that_is_removed_meanwhile() -> None:
+    """A guard that the trio thread removes between the two look-ups is no error."""
+    one, two = connection_pair()
+    async with one, two:
+        await read_ahead(one, two)
+        check_handover(Vanishing([one.socket.fileno()]))
+
+
+class Vanishing(list[int]):
+    """Numbers whose guards are removed after they have been looked at once."""
+
+    is_seen = False
+
+    def __iter__(self) -> Iterator[int]:
+        if self.is_seen:
+            guards.clear()
+        self.is_seen = True
+        return super().__iter__()
 
 
 @pytest.mark.parametrize("read", ["fds", "receive_fds"])

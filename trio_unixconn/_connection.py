@@ -73,12 +73,16 @@ class DescriptorStream(DescriptorOwner):
         ahead = receiver.ahead
         if ahead and not receiver.busy:
             first = ahead[0]
-            # receive() looks at errors, at messages that are not a lone file descriptor, and
-            # whether the caller has closed the socket without the connection.
+            # Errors, and messages that are not a lone file descriptor, are left to receive(). This
+            # does not check whether the caller has closed the socket without the connection: what
+            # was read ahead is returned even then, up to the first message of another kind.
             if isinstance(first, tuple) and first[0] >= 0:
                 ahead.popleft()
                 return first[0]
         is_ahead = bool(ahead)
+        if ahead is not None and not is_ahead:
+            # This may wait for long, and a guard makes sending slower on all connections.
+            ahead.unguard()
         received = await receiver.receive(1, None)
         if not received[0]:
             close_trailing_fds(received)

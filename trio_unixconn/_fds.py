@@ -81,8 +81,10 @@ def fileno(fd: FileDescriptor) -> int:
         )
     if number > _MAX_FD:
         raise ValueError(f"file descriptor is out of range ({number}){_origin(fd, number)}")
-    if number in guards:
-        guards[number]()
+    # The trio thread may remove it while another thread is here.
+    check = guards.get(number)
+    if check is not None:
+        check()
     return int(number)
 
 

@@ -55,6 +55,13 @@ class ReadAhead(deque[Entry]):
             self._number = self._raw.fileno()
             guards[self._number] = self.check_handover
 
+    def unguard(self) -> None:
+        """Stop refusing: no message is held any more, or the socket is going to be closed."""
+        if self._number != -1:
+            if guards.get(self._number) == self.check_handover:
+                del guards[self._number]
+            self._number = -1
+
     def take(self) -> RawMessage:
         """Return the first message.
 
@@ -62,6 +69,8 @@ class ReadAhead(deque[Entry]):
           OSError: the kernel reported it in place of a message.
         """
         first = self.popleft()
+        if not self:
+            self.unguard()
         if isinstance(first, OSError):
             raise first
         return first[1]
@@ -73,6 +82,8 @@ class ReadAhead(deque[Entry]):
             received = _ancillary.unpack(first[1])
             if 1 <= len(received.fds) <= room and not received.truncated:
                 self.popleft()
+                if not self:
+                    self.unguard()
                 received.close_pidfds()
                 return received.fds
         return []
@@ -87,10 +98,12 @@ class ReadAhead(deque[Entry]):
         Raises:
           ReadAheadError: messages are held.
         """
-        if not self or self._raw.fileno() == -1:
+        # A copy: another thread may be asking while the trio thread takes messages.
+        entries = list(self)
+        if not entries or self._raw.fileno() == -1:
             return
-        messages = [entry for entry in self if not isinstance(entry, OSError)]
-        error = len(messages) < len(self)
+        messages = [entry for entry in entries if not isinstance(entry, OSError)]
+        error = len(messages) < len(entries)
         descriptors = sum(len(_ancillary.unpack(message).fds) for _, message in messages)
         raise ReadAheadError(
             f"cannot hand over a connection that holds {len(messages)} messages with {descriptors} "
@@ -105,9 +118,7 @@ class ReadAhead(deque[Entry]):
 
         The socket is closed afterwards, or handed over.
         """
-        if guards.get(self._number) == self.check_handover:
-            del guards[self._number]
-        self._number = -1
+        self.unguard()
         count = 0
         while self:
             first = self.popleft()
