@@ -161,6 +161,19 @@ async def test_dropped_connection_with_unread_descriptors(lingering: socket.sock
             await trio.lowlevel.checkpoint()
 
 
+async def test_dropped_connection_does_not_show_the_name_of_its_peer(tmp_path: Path) -> None:
+    """The warning has no line break that a peer chose for its address."""
+    async with await open_unix_listener(tmp_path / "socket") as listener:
+        async with await open_unix_connection(
+            tmp_path / "socket", local_address=tmp_path / "a\nb"
+        ) as client:
+            await client.send_all(b"x")
+            accepted = await listener.accept()
+            with pytest.warns(ResourceWarning, match="unclosed socket") as warned:
+                del accepted
+        assert all("\n" not in str(each.message) for each in warned)
+
+
 async def test_dropped_connection_leaves_its_socket() -> None:
     """A caller that keeps the socket, and drops the connection, has an open socket."""
     one, two = connection_pair()

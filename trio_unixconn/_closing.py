@@ -324,7 +324,7 @@ def _on_dropped(reference: weakref.ref[object]) -> None:
     if sock.fileno() != -1 and has_unread(sock):
         # The finalizer says the same of those that are left to it.
         # Not repr(): it has the peer's address, which the peer chose.
-        text = f"unclosed {type(sock).__name__}: file descriptor {sock.fileno()}"
+        text = f"unclosed {type(sock).__name__}, fd={sock.fileno()}"
         close_fds([sock.detach()])
         warnings.warn(text, ResourceWarning, stacklevel=2)
 
@@ -336,12 +336,11 @@ def has_unread(sock: socket.socket | int) -> bool:
     not say. Source: unix(7) (SIOCINQ)
     """
     count = _count_unread()
-    try:
-        number = sock if isinstance(sock, int) else sock.fileno()
-        return count is None or any(count(number))
-    except ValueError:
-        # The number of a closed socket, -1.
+    number = sock if isinstance(sock, int) else sock.fileno()
+    if count is None or number == -1:
         return True
+    try:
+        return any(count(number))
     except OSError:
         return _is_readable(number)
 
