@@ -27,6 +27,7 @@ from trio_unixconn import (
     PeerPolicy,
     UnixConnection,
     UnixListener,
+    UnixServer,
     _accept,
     _closing,
     open_unix_connection,
@@ -295,6 +296,62 @@ async def test_accept_that_loses_the_race_for_o_nonblock(
     async with await open_unix_connection(path), await listener.accept() as conn:
         timeout = conn.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
         assert timeout == bytes(16)
+
+
+async def test_accept_pending_of_a_socket_that_is_made_blocking_meanwhile(
+    listener: UnixListener,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """accept_pending() looks at the flag before each accept(2), not once for all."""
+    raw = listener.socket._sock  # type: ignore[attr-defined]
+    real = type(raw)._accept
+
+    def accept(sock: socket.socket) -> object:
+        accepted = real(sock)
+        os.set_blocking(sock.fileno(), True)
+        return accepted
+
+    monkeypatch.setattr(type(raw), "_accept", accept, raising=False)
+    async with await open_unix_connection(path), await open_unix_connection(path):
+        # With the flag cleared, the third accept(2) would block for good.
+        accepted, error = listener._acceptor.accept_pending(10)
+        assert error is None
+        assert len(accepted) == 2
+        for fd, _ in accepted:
+            os.close(fd)
+    assert not os.get_blocking(raw.fileno())
+    assert len(caplog.records) == 1
+
+
+async def test_accept_pending_of_a_closed_socket(listener: UnixListener) -> None:
+    """accept_pending() of a closed socket raises ConnectionClosedError, as accept() does."""
+    await listener.aclose()
+    with pytest.raises(ConnectionClosedError, match="this listener is closed"):
+        listener._acceptor.accept_pending(10)
+
+
+async def test_drain_of_a_server_whose_listener_is_closed(path: Path) -> None:
+    """If other code closes the listener while a drain waits for a slot, the error says so."""
+    is_over = trio.Event()
+    served = await open_unix_listener(path)
+
+    async def handle(_: UnixConnection) -> None:
+        await is_over.wait()
+
+    async def serve(task_status: trio.TaskStatus[UnixServer]) -> None:
+        with pytest.RaisesGroup(ConnectionClosedError):
+            await serve_unix(handle, served, max_connections=1, task_status=task_status)
+
+    async with served, trio.open_nursery() as nursery:
+        server = await nursery.start(serve)
+        async with await open_unix_connection(path):
+            await until(lambda: server.connections == 1)
+            server.drain()
+            await wait_all_tasks_blocked()
+            await served.aclose()
+            is_over.set()
 
 
 @pytest.mark.parametrize("missing", [False, True])

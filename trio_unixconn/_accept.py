@@ -92,9 +92,11 @@ class Acceptor:
           Them, and an error, to be passed to :meth:`back_off`, if there is none of them.
 
         Raises:
+          ConnectionClosedError: this side has closed the socket.
           OSError: accepting can never succeed again; there is no connection to return then.
         """
-        self._restore_nonblocking()
+        if self._sock.fileno() == -1:
+            raise ConnectionClosedError("this listener is closed")
         # Not accept(): to make a socket object of each takes 3 of the 35 us that a server with
         # workers spends on a connection, and it only passes the file descriptor on.
         sock: Any = self._sock
@@ -102,6 +104,7 @@ class Acceptor:
         accepted: list[Accepted] = []
         try:
             while len(accepted) < limit:
+                self._restore_nonblocking()
                 accepted.append(accept())
         except BlockingIOError:
             pass
@@ -142,12 +145,9 @@ class Acceptor:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            if self._sock.fileno() == -1:
-                await cancel_shielded_checkpoint()
-                raise ConnectionClosedError("this listener is closed")
             try:
                 accepted, error = self.accept_pending(1)
-            except OSError:
+            except (ConnectionClosedError, OSError):
                 await cancel_shielded_checkpoint()
                 raise
             if accepted:
