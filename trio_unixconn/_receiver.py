@@ -290,24 +290,29 @@ class Receiver(ConnectedSocket):
                 # The kernel reports it only once.
                 self._put_ahead(exc)
                 break
-            received = unpack(message)
-            free = max(0, free - len(received.fds))
-            if seen is not None and received.truncated and received.data:
-                # The duplicates occupy the slots that the message needs.
-                del duplicates[len(duplicates) - len(seen.fds) :]
-                duplicates += received.fds
-                received.close_pidfds()
-                taken += seen.fds
-            elif _fits(received, room - len(taken)):
-                received.close_pidfds()
-                taken += received.fds
+            lone = _ancillary.only_fds(message)
+            if lone and len(lone) <= room - len(taken):
+                taken += lone
+                free = max(0, free - len(lone))
             else:
-                if received.data:
-                    self._put_ahead((-1, message))
+                received = unpack(message)
+                if seen is not None and received.truncated and received.data:
+                    # The duplicates occupy the slots that the message needs.
+                    del duplicates[len(duplicates) - len(seen.fds) :]
+                    duplicates += received.fds
+                    received.close_pidfds()
+                    taken += seen.fds
+                elif _fits(received, room - len(taken)):
+                    received.close_pidfds()
+                    taken += received.fds
+                    free = 0
                 else:
-                    # The end of the stream can be read again.
-                    received.close()
-                break
+                    if received.data:
+                        self._put_ahead((-1, message))
+                    else:
+                        # The end of the stream can be read again.
+                        received.close()
+                    break
             if len(duplicates) >= _kernel.SCM_MAX_FD:
                 # Here and not after the last message, so that slots get free.
                 close_fds(duplicates)
