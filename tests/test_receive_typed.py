@@ -33,6 +33,7 @@ from trio_unixconn import (
     _closing,
     _fdtypes,
     _file_thread,
+    _kernel,
     connection_pair,
 )
 
@@ -645,6 +646,75 @@ def tcp_socket() -> int:
         client = socket.create_connection(server.getsockname())
         server.accept()[0].close()
     return client.detach()
+
+
+async def test_receive_stream_of_a_tcp_socket_without_so_domain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the system cannot tell the family without a lock, the stream is made at once."""
+    monkeypatch.setattr(_kernel, "SO_DOMAIN", None)
+    stream = await pass_on(tcp_socket(), lambda conn: conn.receive_stream())
+    assert type(stream) is trio.SocketStream
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("method", ["receive_socket", "receive_stream"])
+async def test_receive_socket_and_stream_cancelled_in_the_thread(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation abandons the conversion of a TCP socket; its result is closed once."""
+    monkeypatch.setattr(_file_thread, "CANCEL_GRACE", 0)
+    begun, go_on = threading.Event(), threading.Event()
+    real = _fdtypes._new_socket
+
+    def hold(fd: int, family: int) -> socket.socket:
+        begun.set()
+        go_on.wait(30)
+        return real(fd, family)
+
+    monkeypatch.setattr(_fdtypes, "_new_socket", hold)
+
+    async def receive(conn: UnixConnection) -> None:
+        with trio.fail_after(30), trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(getattr(conn, method))
+                await until(begun.is_set)
+                scope.cancel()
+        assert scope.cancelled_caught
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        with server.accept()[0] as accepted:
+            await pass_on(client.detach(), receive)
+            go_on.set()
+            await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
+            assert _closing.wait_closed(30)
+            assert accepted.recv(1) == b""
+
+
+async def test_receive_socket_closes_the_descriptor_if_no_object_can_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error in the thread closes the received descriptor and the new one."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "no descriptors")
+
+    monkeypatch.setattr(_fdtypes, "_replace", fail)
+    with pytest.raises(OSError, match="no descriptors"):
+        await pass_on(tcp_socket(), lambda conn: conn.receive_socket())
+    assert _closing.wait_closed(30)
+
+
+async def test_receive_socket_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, that is the error, and the socket is closed."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_file_thread, "start_thread_soon", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await pass_on(tcp_socket(), lambda conn: conn.receive_socket())
 
 
 # Holds a lock of an open file in the kernel, and says so: a system call that waits for a page of
