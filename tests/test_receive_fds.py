@@ -296,8 +296,9 @@ async def test_receive_fds_keeps_a_reset(*, fds_before: bool) -> None:
     one, two = connection_pair()
     async with two:
         if fds_before:
-            await one.send_fd(0)
-            os.close(await anext(two.fds()))
+            await one.send_fds([0, 0], per_message=1)
+            for _ in range(2):
+                os.close(await anext(two.fds()))
             assert not two.has_read_ahead()
         await two.send_all(b"never read")
         await one.send_fds([0, 0], per_message=1)
