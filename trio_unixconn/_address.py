@@ -89,21 +89,24 @@ class UnixSocketAddress:
 
     @classmethod
     def from_any(
-        cls, address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress
+        cls,
+        address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
+        *,
+        argument: str = "address",
     ) -> UnixSocketAddress:
         r"""Return the address that a caller gave as text, bytes, a path object or an address.
 
         ``"\0x"`` is the abstract name ``x``, and ``""`` is anonymous.
 
         Raises:
-          TypeError: any other type.
+          TypeError: any other type; the error calls it ``argument``.
           ValueError: a path that contains NUL.
         """
         if isinstance(address, UnixSocketAddress):
             return address
         if not isinstance(address, str | bytes | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                "address must be a str, bytes, path object or UnixSocketAddress, "
+                f"{argument} must be a str, bytes, path object or UnixSocketAddress, "
                 f"got {type(address).__name__}"
             )
         return cls(os.fsencode(address))

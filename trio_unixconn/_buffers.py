@@ -12,12 +12,15 @@ from typing import TypeAlias
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
-def bytes_of(data: Buffer) -> memoryview:
+def bytes_of(data: Buffer, name: str = "data") -> memoryview:
     """Return any contiguous buffer as bytes.
 
     Raises:
-      TypeError: not a buffer, or not a contiguous one.
+      TypeError: not a buffer, or not a contiguous one; the error calls it ``name``.
     """
-    view = memoryview(data)
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise TypeError(f"{name} must be a bytes-like object, got {type(data).__name__}") from None
     # A view without elements, but with several dimensions, cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(b"")

@@ -82,7 +82,11 @@ async def open_unix_connection(
     name = UnixSocketAddress.from_any(address)
     if name.get_is_anonymous():
         raise ValueError("cannot connect to an anonymous address")
-    local = None if local_address is None else UnixSocketAddress.from_any(local_address)
+    local = (
+        None
+        if local_address is None
+        else UnixSocketAddress.from_any(local_address, argument="local_address")
+    )
     if not isinstance(policy, PeerPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"policy must be a PeerPolicy or None, got {type(policy).__name__}")
     await trio.lowlevel.checkpoint()

@@ -289,10 +289,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         The ``sent`` of every error is the number of file descriptors that were sent before.
         """
-        if not 1 <= operator.index(per_message) <= _kernel.SCM_MAX_FD:
-            raise ValueError(
-                f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, got {per_message}"
-            )
+        if check_at_least(per_message, 1, "per_message") > _kernel.SCM_MAX_FD:
+            raise ValueError(f"per_message must be at most {_kernel.SCM_MAX_FD}, got {per_message}")
         # The owners stay referenced until this returns.
         numbers, _owners = _fds.filenos(fds)
         if len(numbers) > per_message:
@@ -747,7 +745,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           TypeError: ``buffer`` is not a writable contiguous buffer.
           ValueError: ``buffer`` is empty.
         """
-        with bytes_of(buffer) as view:
+        with bytes_of(buffer, "buffer") as view:
             if not view:
                 raise ValueError("buffer must have at least 1 byte, got 0")
             if view.readonly:
@@ -1020,7 +1018,10 @@ def check_at_least(value: int, least: int, name: str) -> int:
     Raises:
       TypeError, ValueError: it is not; the error calls it ``name``.
     """
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

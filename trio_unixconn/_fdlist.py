@@ -57,6 +57,10 @@ class UnixFDList(DescriptorOwner):
         self._fds: list[int] = []
         # Whether any was taken out; most lists have no gaps to skip.
         self._gaps = False
+        if not hasattr(fds, "__iter__"):
+            raise TypeError(
+                f"fds must be an iterable of file descriptors, got {type(fds).__name__}"
+            )
         self._fds = [_number(fd) for fd in fds]
 
     @classmethod
@@ -296,4 +300,6 @@ def _number(fd: int) -> int:
         raise TypeError(f"expected a file descriptor (an int), got {type(fd).__name__} ({fd!r})")
     if fd < 0:
         raise ValueError(f"file descriptor cannot be a negative integer ({fd})")
+    if fd > 2**31 - 1:
+        raise ValueError(f"file descriptor is out of range ({fd})")
     return fd

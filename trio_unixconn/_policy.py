@@ -25,7 +25,7 @@ from . import _kernel
 from ._accept import ACCEPT_RETRY_DELAY
 from ._identity import PeerIdentity, identify
 from ._sockopts import raw_socket
-from .errors import ConnectionClosedError, NotSupportedError, PeerGoneError
+from .errors import ConnectionClosedError, NotSupportedError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -43,7 +43,7 @@ PeerCheck = Callable[[PeerIdentity], Awaitable[bool]]
 _MAX_ID: Final = 2**32 - 2
 
 # What an identity raises if the process has exited, or may not be looked at.
-_UNKNOWN: Final = (PeerGoneError, PermissionError, NotSupportedError)
+_UNKNOWN: Final = (ProcessLookupError, PermissionError, NotSupportedError)
 # Why checks have denied the peer that is being asked about in this context, for the log.
 _reasons: Final[ContextVar[list[str] | None]] = ContextVar("_reasons", default=None)
 
@@ -69,7 +69,7 @@ class PeerPolicy:
       users: names of users, from the passwd database.
       groups: names of groups, from the group database.
       check: an async function of one argument, a :class:`PeerIdentity`, which returns a bool. The
-        library closes the identity afterwards. If the check raises :class:`PeerGoneError`,
+        library closes the identity afterwards. If the check raises ``ProcessLookupError``,
         PermissionError or :class:`NotSupportedError`, as an identity does if the process has exited
         or may not be looked at, the peer is denied. Any other exception is an error of the program:
         it is raised where the policy is asked, and the connection is closed.
@@ -235,6 +235,8 @@ def _check_check(check: object) -> None:
     function: Any = check
     while isinstance(function, partial):
         function = cast("partial[object]", function).func
+    if isinstance(function, type):
+        raise TypeError(f"{expected}, got the class {function.__name__}")
     # What functools.wraps has wrapped tells more than the wrapper.
     function = inspect.unwrap(function)
     # For any other object it is known when it is called: __call__ may return a coroutine.

@@ -20,6 +20,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._accept import is_out_of_resources
+from ._connection import UnixConnection, check_at_least
 from ._listener import (
     UnixListener,
     accept_connection,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     import os
 
     from ._address import UnixSocketAddress
-    from ._connection import UnixConnection
     from ._policy import PeerPolicy
 
 logger: Final = logging.getLogger("trio_unixconn")
@@ -266,8 +266,10 @@ async def serve_unix(
       ExceptionGroup: the exceptions of handlers, of a policy's check, or of accepting
         (:class:`ConnectionClosedError`, if other code has closed the listener).
     """
-    if max_connections is not None and max_connections < 1:
-        raise ValueError(f"max_connections must be at least 1 or None, got {max_connections}")
+    if not callable(handler):
+        raise TypeError(f"handler must be an async function, got {type(handler).__name__}")
+    if max_connections is not None:
+        check_at_least(max_connections, 1, "max_connections")
     if handler_errors not in ("raise", "log"):
         raise ValueError(f'handler_errors must be "raise" or "log", got {handler_errors!r}')
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
