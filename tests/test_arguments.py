@@ -57,7 +57,7 @@ async def test_fds_with_a_wrong_read_ahead() -> None:
 
 async def test_open_unix_connection_with_a_wrong_local_address(tmp_path: Path) -> None:
     """open_unix_connection() says which of the two addresses is wrong."""
-    with pytest.raises(TypeError, match="local_address must be a str, .* got int"):
+    with pytest.raises(TypeError, match=r"local_address must be a str, .* got int"):
         await open_unix_connection(tmp_path / "x", local_address=3)  # type: ignore[arg-type]
 
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from fuse import hanging_file
-from helpers import look, some, stdlib_peer, until, until_sync
+from helpers import counted, look, some, stdlib_peer, until, until_sync
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -33,12 +29,11 @@ from trio_unixconn import (
     _closing,
     _fdtypes,
     _file_thread,
-    _kernel,
     connection_pair,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 KIND = DescriptorKind
@@ -607,6 +602,9 @@ async def test_receive_file_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) 
             assert file.asked().count("getattr") == 1
             # trio's own threads are not used up.
             assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+            with some(1) as fds:
+                await one.send_fds(fds)
+            (await two.receive_file()).close()
             # Closed without a thread of its own.
             await until(lambda: "flush" in file.asked())
     await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
@@ -640,176 +638,15 @@ async def test_call_in_file_thread_without_a_thread(monkeypatch: pytest.MonkeyPa
     assert _file_thread.thread_limiter().borrowed_tokens == 0
 
 
-def tcp_socket() -> int:
-    """Return a connected TCP socket; its peer is closed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        server.accept()[0].close()
-    return client.detach()
-
-
-async def test_receive_stream_of_a_tcp_socket_without_so_domain(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where the system cannot tell the family without a lock, the stream is made at once."""
-    monkeypatch.setattr(_kernel, "SO_DOMAIN", None)
-    stream = await pass_on(tcp_socket(), lambda conn: conn.receive_stream())
-    assert type(stream) is trio.SocketStream
-    await stream.aclose()
-
-
-@pytest.mark.parametrize("method", ["receive_socket", "receive_stream"])
-async def test_receive_socket_and_stream_cancelled_in_the_thread(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cancellation abandons the conversion of a TCP socket; its result is closed once."""
-    monkeypatch.setattr(_file_thread, "CANCEL_GRACE", 0)
-    begun, go_on = threading.Event(), threading.Event()
-    real = _fdtypes._new_socket
-
-    def hold(fd: int, family: int) -> socket.socket:
-        begun.set()
-        go_on.wait(30)
-        return real(fd, family)
-
-    monkeypatch.setattr(_fdtypes, "_new_socket", hold)
-
-    async def receive(conn: UnixConnection) -> None:
-        with trio.fail_after(30), trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(getattr(conn, method))
-                await until(begun.is_set)
-                scope.cancel()
-        assert scope.cancelled_caught
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        with server.accept()[0] as accepted:
-            await pass_on(client.detach(), receive)
-            go_on.set()
-            await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
-            assert _closing.wait_closed(30)
-            assert accepted.recv(1) == b""
-
-
-async def test_receive_socket_closes_the_descriptor_if_no_object_can_be_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An error in the thread closes the received descriptor and the new one."""
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.EMFILE, "no descriptors")
-
-    monkeypatch.setattr(_fdtypes, "_replace", fail)
-    with pytest.raises(OSError, match="no descriptors"):
-        await pass_on(tcp_socket(), lambda conn: conn.receive_socket())
-    assert _closing.wait_closed(30)
-
-
-async def test_receive_socket_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no thread can be started, that is the error, and the socket is closed."""
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(_file_thread, "start_thread_soon", fail)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        await pass_on(tcp_socket(), lambda conn: conn.receive_socket())
-
-
-# Holds a lock of an open file in the kernel, and says so: a system call that waits for a page of
-# memory which nothing delivers. It dies with the test, or after two minutes.
-LOCK_HOLDER = """
-import ctypes, fcntl, os, struct, sys, threading
-from ctypes import c_void_p, c_size_t
-libc = ctypes.CDLL(None, use_errno=True)
-user = libc.syscall(323, 0o2000000)
-if user < 0:
-    print("no", flush=True)
-    sys.exit()
-fcntl.ioctl(user, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
-libc.mmap.restype = c_void_p
-page = libc.mmap(None, c_size_t(4096), 3, 0x22, -1, ctypes.c_long(0))
-fcntl.ioctl(user, 0xC020AA00, bytearray(struct.pack("QQQQ", page, 4096, 1, 0)))
-name, fd = sys.argv[1], int(sys.argv[2])
-arguments = (fd, c_void_p(page), c_size_t(100)) + ((0,) if name == "send" else ())
-threading.Timer(120, os._exit, [1]).start()
-threading.Thread(target=getattr(libc, name), args=arguments, daemon=True).start()
-# The kernel reports the fault when the lock is held.
-os.read(user, 32)
-print("held", flush=True)
-sys.stdin.read()
-os._exit(0)
-"""
-
-
-@contextmanager
-def lock_held(call: str, fd: int) -> Iterator[None]:
-    """Have another process hold the lock that a system call takes, for the block."""
-    if platform.machine() != "x86_64":
-        pytest.skip("the number of userfaultfd(2) is known for x86-64 only")
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOCK_HOLDER, call, str(fd)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=[fd],
-    )
-    with process:
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != b"held\n":
-                pytest.skip("no right to use userfaultfd(2)")
-            yield
-        finally:
-            process.kill()
-
-
-@pytest.mark.parametrize("end", ["lock released", "cancelled"])
-@pytest.mark.parametrize("method", ["receive_file", "receive_socket", "receive_stream"])
-async def test_receive_file_socket_and_stream_of_a_locked_file(method: str, end: str) -> None:
-    """While a peer holds the lock of a memfd or TCP socket, tasks run and a cancellation works."""
-    if method == "receive_file":
-        memory = os.memfd_create("test")
-        fd = opened(f"/proc/self/fd/{memory}", os.O_RDWR)
-        os.write(fd, bytes(1000))
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.close(memory)
-    else:
-        fd = tcp_socket()
-    one, two = connection_pair()
-    async with one, two, trio.open_nursery() as nursery:
-        heartbeat = Heartbeat()
-        nursery.start_soon(heartbeat.run)
-        got: list[Any] = []
-        scope = trio.CancelScope()
-
-        async def receive() -> None:
-            with scope:
-                got.append(await getattr(two, method)())
-
-        with lock_held("read" if method == "receive_file" else "send", fd):
-            await one.send_fd(fd)
-            os.close(fd)
-            nursery.start_soon(receive)
-            if method != "receive_socket":
-                await until(lambda: _file_thread.thread_limiter().borrowed_tokens == 1)
-                await heartbeat.beats()
-                assert got == []
-                if end == "cancelled":
-                    scope.cancel()
-                    await until(lambda: scope.cancelled_caught)
-            else:
-                # Nothing that it needs takes the lock.
-                await until(lambda: bool(got))
-        await until(lambda: not _file_thread.thread_limiter().borrowed_tokens)
-        await until(lambda: bool(got) or scope.cancelled_caught)
-        for each in got:
-            if method == "receive_stream":
-                assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
-                each.socket.close()
-            else:
-                each.close()
-        nursery.cancel_scope.cancel()
+async def test_receive_file_of_memory_uses_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memfd is opened at once, as no file server can have it."""
+    calls = counted(monkeypatch, _file_thread, "start_thread_soon")
+    with await pass_on(of_kind(KIND.REGULAR_FILE), lambda conn: conn.receive_file()):
+        pass
+    assert calls == []
+    with await pass_on(opened(__file__, os.O_RDONLY), lambda conn: conn.receive_file()):
+        pass
+    assert calls == ["start_thread_soon"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from ._fdtypes import (
     check_kinds,
     check_mode,
     open_file_or_close,
-    open_socket_or_close,
-    open_stream_or_close,
+    open_socket,
+    open_stream,
     register_stream,
 )
 from ._identity import get_peer_groups, get_peer_security_context, identify, open_peer_pidfd
@@ -371,8 +371,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """Receive a descriptor as an open Python file.
 
         The file is opened in a thread, because ``open`` asks its file server, which may be slow
-        or never answer, and waits for other processes that use the open file, even a memfd. A
-        cancellation during that time is held back for half a second, which is
+        or never answer. A cancellation during that time is held back for half a second, which is
         enough for a local file; after that it closes the descriptor, and its message is lost.
         Reading and closing the file can wait for its file server, too: use ``trio.wrap_file`` if
         the sender is not trusted.
@@ -402,9 +401,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ) -> trio.socket.SocketType:
         """Receive a descriptor as a trio socket of its family and type.
 
-        The open socket becomes non-blocking, for every process that shares it. A socket that is
-        not a Unix socket is opened in a thread, because another process that uses it can make
-        that wait. A cancellation during that time is treated as in :meth:`receive_file`.
+        The open socket becomes non-blocking, for every process that shares it.
 
         Returns:
           A socket that the caller owns.
@@ -414,7 +411,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           All that :meth:`receive_fd` raises.
         """
         fd = await self.receive_fd(cancellable)
-        return await open_socket_or_close(fd, cancellable)
+        return _convert_or_close(fd, open_socket)
 
     @enable_ki_protection
     async def receive_stream(
@@ -422,9 +419,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ) -> trio.abc.HalfCloseableStream:
         """Receive a descriptor of a connected stream socket as a stream.
 
-        The open socket becomes non-blocking, for every process that shares it. A socket that is
-        not a Unix socket is opened in a thread, because another process that uses it can make
-        that wait. A cancellation during that time is treated as in :meth:`receive_file`.
+        The open socket becomes non-blocking, for every process that shares it.
 
         Returns:
           A :class:`UnixConnection` for a Unix socket, otherwise a ``trio.SocketStream``; the
@@ -435,7 +430,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           All that :meth:`receive_fd` raises.
         """
         fd = await self.receive_fd(cancellable)
-        return await open_stream_or_close(fd, cancellable)
+        return _convert_or_close(fd, open_stream)
 
     ################################################################
     # Sealed memory

@@ -191,8 +191,6 @@ class UnixFDList(DescriptorOwner):
         """Take out one descriptor as a trio socket.
 
         The open socket becomes non-blocking, for every process that shares it.
-        If it is not a Unix socket, this blocks while another process holds its lock, so call it
-        only if its sender is trusted, or use :meth:`UnixConnection.receive_socket`.
 
         Raises:
           IndexError, ValueError: as :meth:`take`.
@@ -206,8 +204,6 @@ class UnixFDList(DescriptorOwner):
         """Take out one descriptor as a stream.
 
         The open socket becomes non-blocking, for every process that shares it.
-        If it is not a Unix socket, this blocks while another process holds its lock, so call it
-        only if its sender is trusted, or use :meth:`UnixConnection.receive_stream`.
 
         Returns:
           A :class:`UnixConnection` for a Unix socket, a ``trio.SocketStream`` for others.

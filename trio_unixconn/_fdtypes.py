@@ -1,23 +1,15 @@
 """What kind of file a descriptor is open on, and a Python object that owns it.
 
-Invariant: only :func:`open_checked_file`, :func:`open_socket` and :func:`open_stream` may wait for
-a file server or another process. A function that raises has left the file descriptor open, and its
-owner still owns it, unless its docstring says that it takes ownership.
+Invariant: only :func:`open_checked_file` asks a file server, and so may wait for one. A function
+that raises has left the descriptor open and its owner's, unless its docstring says that it takes
+ownership.
 
 The kind of a file does not change, so the kernel knows it from the time when the file was opened.
 But fstat(2) asks the file server anyway, for the size and the times. statx(2) with
 AT_STATX_DONT_SYNC does not: FUSE, NFS, CIFS and Ceph then answer from what they know. File systems
 that do not heed that flag (9p) are mounted by the administrator, never by a peer.
 
-Even a system call that asks no file server can block for as long as a peer likes. A peer that
-shares an open file can hold one of its locks in the kernel while it waits for a page of its own
-memory, which userfaultfd(2) or a FUSE file never delivers. lseek(2) waits for the lock of the file
-position, even of a memfd. getsockname(2), getpeername(2) and setsockopt(2) wait for the lock of a
-TCP socket. So :func:`open_file_or_close` and :func:`open_socket_or_close` make these calls in a
-thread. AF_UNIX sockets are the exception: none of the calls made here waits for such a lock.
-
-Sources: statx(2), fcntl(2) (F_GETFL, F_GET_SEALS), open(2) (O_PATH), inode(7), fuse(4),
-socket(7) (SO_DOMAIN), userfaultfd(2), lock_sock_nested() in net/core/sock.c
+Sources: statx(2), fcntl(2) (F_GETFL, F_GET_SEALS), open(2) (O_PATH), inode(7), fuse(4)
 """
 
 from __future__ import annotations
@@ -29,11 +21,11 @@ import os
 import socket as stdlib_socket
 import stat
 import struct
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
 
-from . import _closing, _kernel
+from . import _closing
 from ._file_thread import call_in_file_thread
 from .errors import WrongDescriptorKindError
 
@@ -41,8 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from ._cancellable import Cancellable
-
-_T = TypeVar("_T")
 
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)
 
@@ -57,8 +47,6 @@ _STATX_TYPE_INO: Final = 0x0001 | 0x0100
 _STATX_SIZE: Final = 256
 _STATX_MODE: Final = struct.Struct("=28xH2xQ")
 _STATX_DEVICE: Final = struct.Struct("=136xII")
-_INT: Final = struct.Struct("=i")
-_TCP_NOTSENT_LOWAT: Final = 25  # include/uapi/linux/tcp.h
 
 
 class DescriptorKind(enum.Enum):
@@ -223,8 +211,7 @@ def check_file(fd: int, mode: str, kinds: Collection[DescriptorKind]) -> Descrip
 def open_checked_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
     """Return a Python file that owns ``fd``, which :func:`check_file` has checked.
 
-    This may wait for a file server, or for another process that uses the open file: ``open``
-    calls fstat, ioctl and lseek.
+    This may wait for a file server: ``open`` calls fstat, ioctl and lseek.
 
     Raises:
       WrongDescriptorKindError: Python cannot open it with this mode.
@@ -240,7 +227,7 @@ def open_checked_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
 
 
 def open_file(fd: int, mode: str, kinds: Collection[DescriptorKind]) -> IO[Any]:
-    """Return a Python file that owns ``fd``; this may wait, as :func:`open_checked_file`.
+    """Return a Python file that owns ``fd``; this may wait for a file server.
 
     Raises:
       WrongDescriptorKindError: as :func:`check_file` and :func:`open_checked_file`.
@@ -258,14 +245,14 @@ async def open_file_or_close(
 ) -> IO[Any]:
     """Return a Python file, without blocking the event loop; takes ownership of ``fd``.
 
-    Every file is opened in a thread, even a memfd: its sender can hold the lock of the position.
+    A file of memory is opened at once, any other in a thread.
 
     Args:
       open_checked: opens what has been checked.
 
     Raises:
       WrongDescriptorKindError: as :func:`open_file`.
-      OperationCancelled: the Cancellable fired while ``open`` was waiting.
+      OperationCancelled: the Cancellable fired while a file server did not answer.
     """
 
     def open_or_close() -> IO[Any]:
@@ -280,6 +267,8 @@ async def open_file_or_close(
     except BaseException:
         _closing.close_fds([fd])
         raise
+    if is_memory(fd):
+        return open_or_close()
     return await call_in_file_thread(
         open_or_close,
         discard=lambda file: _closing.close_object(file.close),
@@ -291,8 +280,7 @@ async def open_file_or_close(
 def open_socket(fd: int) -> trio.socket.SocketType:
     """Return a trio socket of the right family and type that owns ``fd``.
 
-    The open socket becomes non-blocking, for every process that shares it. If it is not an AF_UNIX
-    socket, this may wait for another process that uses it.
+    The open socket becomes non-blocking, for every process that shares it.
 
     Raises:
       WrongDescriptorKindError: not a socket.
@@ -329,177 +317,29 @@ def register_stream(
 def open_stream(fd: int) -> trio.abc.HalfCloseableStream:
     """Return a stream that owns ``fd``: a ``trio.SocketStream``, or what its family registered.
 
-    If it is not an AF_UNIX socket, this may wait for another process that uses it.
-
     Raises:
       WrongDescriptorKindError: not a connected stream socket.
     """
     sock = _stdlib_socket(fd, "a stream socket")
+    kind = DescriptorKind.SOCKET
     try:
-        _check_stream(sock)
-        _check_connected(sock.getpeername)
+        if sock.type != stdlib_socket.SOCK_STREAM:
+            name = getattr(sock.type, "name", sock.type)
+            raise WrongDescriptorKindError(f"expected a stream socket, got a {name} socket", kind)
+        try:
+            sock.getpeername()
+        except OSError as exc:
+            raise WrongDescriptorKindError(
+                f"expected a connected stream socket, got one that is not connected "
+                f"({exc.strerror})",
+                kind,
+            ) from exc
         make = _stream_makers.get(sock.family, trio.SocketStream)
         stream: trio.abc.HalfCloseableStream = make(trio.socket.from_stdlib_socket(sock))
     except BaseException:
         sock.detach()
         raise
     return stream
-
-
-async def open_socket_or_close(
-    fd: int, cancellable: Cancellable | None = None
-) -> trio.socket.SocketType:
-    """Return a trio socket, without blocking the event loop; takes ownership of ``fd``.
-
-    Raises:
-      WrongDescriptorKindError: as :func:`open_socket`.
-      OperationCancelled: the Cancellable fired while another process held the lock of the socket.
-    """
-    return await _open_or_close(fd, open_socket, _open_locked_socket, cancellable)
-
-
-async def open_stream_or_close(
-    fd: int, cancellable: Cancellable | None = None
-) -> trio.abc.HalfCloseableStream:
-    """Return a stream, without blocking the event loop; takes ownership of ``fd``.
-
-    Raises:
-      WrongDescriptorKindError: as :func:`open_stream`.
-      OperationCancelled: the Cancellable fired while another process held the lock of the socket.
-    """
-    return await _open_or_close(fd, open_stream, _open_locked_stream, cancellable)
-
-
-async def _open_or_close(
-    fd: int,
-    open_now: Callable[[int], _T],
-    open_locked: Callable[[int, int], _T],
-    cancellable: Cancellable | None,
-) -> _T:
-    def open_or_close() -> _T:
-        try:
-            if family is None:
-                return open_now(fd)
-            return open_locked(fd, family)
-        except BaseException:
-            _closing.close_fds([fd])
-            raise
-
-    family = _lockable_family(fd)
-    if family is None:
-        return open_or_close()
-    return await call_in_file_thread(
-        open_or_close,
-        # Not close(), which trio allows only in its own thread.
-        discard=lambda opened: _closing.close_fds([_socket_of(opened).detach()]),
-        not_started=lambda: _closing.close_fds([fd]),
-        cancellable=cancellable,
-    )
-
-
-def _socket_of(opened: Any) -> Any:
-    return opened.socket if isinstance(opened, trio.SocketStream) else opened
-
-
-def _lockable_family(fd: int) -> int | None:
-    """Return the address family of a socket of which another process can hold the lock.
-
-    None for an AF_UNIX socket; for what is not a socket, which is rejected at once; and where the
-    system cannot tell. The family is asked with SO_DOMAIN, which takes no lock. Python's
-    ``socket.socket`` cannot ask it without calling getsockname(2) first.
-    """
-    if _kernel.SO_DOMAIN is None:
-        return None
-    try:
-        family = _get_option(fd, _kernel.SO_DOMAIN)
-    except OSError:
-        # ENOTSOCK, or EBADF for one that was opened with O_PATH.
-        return None
-    return None if family == _kernel.AF_UNIX else family
-
-
-def _get_option(fd: int, option: int) -> int:
-    value = _kernel.getsockopt_of_any_length(fd, _kernel.SOL_SOCKET, option, _INT.size)
-    number: int = _INT.unpack(value)[0]
-    return number
-
-
-def _open_locked_socket(fd: int, family: int) -> trio.socket.SocketType:
-    """Return a trio socket that owns the open socket of ``fd``, whose number is closed.
-
-    While the lock of the open socket is held, this releases the GIL. Python's ``socket.socket`` and
-    ``setsockopt`` do not, and would stop all threads. So the objects are made for a socket of this
-    process, which the received one then replaces.
-    """
-    sock = _new_socket(fd, family)
-    try:
-        return _replace(sock, fd, trio.socket.from_stdlib_socket(sock))
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _open_locked_stream(fd: int, family: int) -> trio.SocketStream:
-    """Return a stream that owns the open socket of ``fd``; as :func:`_open_locked_socket`."""
-    sock = _new_socket(fd, family)
-    try:
-        _check_stream(sock)
-        _check_connected(lambda: _getpeername(fd))
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        # As trio.SocketStream does; some families have neither option.
-        for option, value in ((stdlib_socket.TCP_NODELAY, 1), (_TCP_NOTSENT_LOWAT, 2**14)):
-            number = ctypes.byref(ctypes.c_int(value))
-            _libc().setsockopt(fd, stdlib_socket.IPPROTO_TCP, option, number, _INT.size)
-        return _replace(sock, fd, stream)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _new_socket(fd: int, family: int) -> stdlib_socket.socket:
-    """Return an object that says of itself what ``fd`` is, but is a new AF_UNIX socket."""
-    kind = _get_option(fd, stdlib_socket.SO_TYPE)
-    protocol = _get_option(fd, stdlib_socket.SO_PROTOCOL)
-    number = stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM).detach()
-    return stdlib_socket.socket(family, kind, protocol, fileno=number)
-
-
-def _replace(sock: stdlib_socket.socket, fd: int, opened: _T) -> _T:
-    """Have ``sock`` own the open socket of ``fd``, and close ``fd``."""
-    os.set_blocking(fd, False)
-    os.dup2(fd, sock.fileno(), inheritable=False)
-    os.close(fd)
-    return opened
-
-
-def _getpeername(fd: int) -> None:
-    """Call getpeername(2), whose result is not needed, without the GIL."""
-    size = ctypes.c_uint32(0)
-    if _libc().getpeername(fd, ctypes.create_string_buffer(1), ctypes.byref(size)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _check_stream(sock: stdlib_socket.socket) -> None:
-    if sock.type != stdlib_socket.SOCK_STREAM:
-        name = getattr(sock.type, "name", sock.type)
-        raise WrongDescriptorKindError(
-            f"expected a stream socket, got a {name} socket", DescriptorKind.SOCKET
-        )
-
-
-def _check_connected(getpeername: Callable[[], object]) -> None:
-    try:
-        getpeername()
-    except OSError as exc:
-        raise WrongDescriptorKindError(
-            f"expected a connected stream socket, got one that is not connected ({exc.strerror})",
-            DescriptorKind.SOCKET,
-        ) from exc
 
 
 def describe(*kinds: DescriptorKind) -> str:

@@ -1,10 +1,8 @@
-"""Calls that may wait for a file server or another process, in threads that can be abandoned.
+"""Calls that may wait for a file server, in threads that can be abandoned.
 
 A peer can send a file of a FUSE file system whose server never answers. fstat(2), lseek(2),
 ioctl(2) and flushing such a file wait for that server, and Python's ``open`` calls the first three
-even for a file descriptor. A peer can also hold a lock of an open file, which lseek(2) of a memfd
-and getsockname(2) of a TCP socket wait for. So these calls are made in a thread, which a
-cancellation abandons.
+even for a file descriptor. So these calls are made in a thread, which a cancellation abandons.
 
 Invariant: the result of a call that was abandoned is disposed of when, and if, it arrives.
 

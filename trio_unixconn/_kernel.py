@@ -46,7 +46,6 @@ def required(value: T | None, what: str) -> T:
 AF_UNIX: Final = _named("AF_UNIX")
 SOL_SOCKET: Final = socket.SOL_SOCKET
 SO_ACCEPTCONN: Final = _named("SO_ACCEPTCONN")
-SO_DOMAIN: Final = _named("SO_DOMAIN")
 SO_OOBINLINE: Final = _named("SO_OOBINLINE")
 SO_PASSCRED: Final = _named("SO_PASSCRED")
 SO_PEERCRED: Final = _named("SO_PEERCRED")
@@ -192,14 +191,12 @@ def _is_mapped(number: int, map_path: str, overflow_path: str) -> bool:
 
 
 def getsockopt_of_any_length(fd: int, level: int, option: int, length: int) -> bytes:
-    """Get a socket option of a file descriptor, without a socket object.
-
-    The option can be longer than the 1024 bytes that Python's getsockopt allows.
+    """Get a socket option that can be longer than the 1024 bytes that Python's getsockopt allows.
 
     Raises:
       OSError: from getsockopt(2); ERANGE if the option is longer than ``length`` bytes.
     """
-    import ctypes  # noqa: PLC0415 - not needed by every program
+    import ctypes  # noqa: PLC0415 - rare: for peers in more than 256 groups
 
     libc = ctypes.CDLL(None, use_errno=True)
     buffer, size = ctypes.create_string_buffer(length), ctypes.c_uint32(length)
