@@ -12,12 +12,16 @@ import os
 import warnings
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
+import trio
+
 from . import _closing
 from ._fdtypes import (
     DescriptorKind,
+    check_file,
     check_kinds,
     check_mode,
     open_file,
+    open_file_or_close,
     open_socket,
     open_stream,
 )
@@ -27,8 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from types import TracebackType
 
-    import trio
     from typing_extensions import Self
+
+    from ._cancellable import Cancellable
 
 _TAKEN: Final = -1
 
@@ -168,8 +173,7 @@ class UnixFDList(DescriptorOwner):
         """Take out one descriptor as an open file.
 
         This may wait for a file server, because ``open`` asks it. If the sender of the descriptor
-        is not trusted, call this in a thread, or take the file with
-        :meth:`UnixConnection.receive_file`, which does so itself.
+        is not trusted, use :meth:`open_file`.
 
         Args:
           mode: as for ``open``.
@@ -186,6 +190,31 @@ class UnixFDList(DescriptorOwner):
         file = open_file(self[index], mode, check_kinds(kinds))
         self._leave_gap(index)
         return file
+
+    async def open_file(
+        self,
+        index: SupportsIndex,
+        mode: str = "rb",
+        *,
+        kinds: Collection[DescriptorKind] = (DescriptorKind.REGULAR_FILE,),
+        cancellable: Cancellable | None = None,
+    ) -> IO[Any]:
+        """Take out one descriptor as an open file, without blocking the event loop.
+
+        As :meth:`take_file`, but a thread asks the file server, as in
+        :meth:`UnixConnection.receive_file`. If this is cancelled, or Python cannot open the file,
+        the descriptor is closed, and taken.
+
+        Raises:
+          IndexError, ValueError, TypeError: as :meth:`take_file`.
+          WrongDescriptorKindError: another kind of file, or not open for ``mode``. The list
+            still owns it.
+          OperationCancelled: the Cancellable was cancelled while a file server did not answer.
+        """
+        check_mode(mode)
+        accepted = check_kinds(kinds)
+        check_file(self[index], mode, accepted)
+        return await open_file_or_close(self.take(index), mode, accepted, cancellable)
 
     def take_socket(self, index: SupportsIndex) -> trio.socket.SocketType:
         """Take out one descriptor as a trio socket.
@@ -220,8 +249,8 @@ class UnixFDList(DescriptorOwner):
         """Close the descriptors that are still there; closing twice is allowed.
 
         This is close(2) in the calling thread, and may wait as that does: for a TCP connection
-        with SO_LINGER, or a file server. If the sender of the descriptors is not trusted, call
-        this in a thread.
+        with SO_LINGER, or a file server. If the sender of the descriptors is not trusted, use
+        :meth:`aclose`.
 
         Raises:
           OSError: the first error of close(2). All have been closed by then.
@@ -237,6 +266,16 @@ class UnixFDList(DescriptorOwner):
                 first = first or exc
         if first is not None:
             raise first
+
+    async def aclose(self) -> None:
+        """Close the descriptors that are still there, without blocking the event loop.
+
+        A thread closes them, in order to be safe from what the sender has chosen; errors of
+        close(2) are ignored. ``async with`` calls this. As every aclose() of trio, this closes
+        them even if it is cancelled.
+        """
+        _closing.close_fds(self.steal_fds())
+        await trio.lowlevel.checkpoint()
 
     def _leave_gap(self, index: SupportsIndex) -> None:
         self._gaps = True
@@ -258,6 +297,17 @@ class UnixFDList(DescriptorOwner):
                 f"the file descriptor at position {operator.index(index)} was already taken out"
             )
         return fd
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
     def __enter__(self) -> Self:
         return self

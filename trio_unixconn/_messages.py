@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import attrs
+import trio
 
 from . import _ancillary, _fds
+from ._closing import close_fds
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
 from ._owner import DescriptorOwner
@@ -54,7 +56,7 @@ class Message(DescriptorOwner):
     def close(self) -> None:
         """Close the descriptors that were not taken out; closing twice is allowed.
 
-        This may wait, as :meth:`UnixFDList.close` may.
+        This may wait, as :meth:`UnixFDList.close` may; :meth:`aclose` does not.
 
         Raises:
           OSError: the first error of close(2). All have been closed by then.
@@ -63,6 +65,22 @@ class Message(DescriptorOwner):
             self.fds.close()
         finally:
             self.pidfds.close()
+
+    async def aclose(self) -> None:
+        """Close the descriptors that were not taken out, as :meth:`UnixFDList.aclose`."""
+        close_fds([*self.fds.steal_fds(), *self.pidfds.steal_fds()])
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
     def __enter__(self) -> Self:
         return self
