@@ -319,7 +319,7 @@ def test_expect_bytes_closes_all_if_a_close_fails(monkeypatch: pytest.MonkeyPatc
     assert all_closed(fds)
 
 
-def test_free_descriptors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_descriptors_if_the_number_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the number of open descriptors is unknown, none counts as free."""
     assert _kernel.free_descriptors() > 0
 

@@ -95,7 +95,7 @@ async def test_a_byte_without_credentials() -> None:
 
 
 @pytest.mark.parametrize("credentials", [False, True])
-async def test_a_descriptor_where_credentials_were_due(*, credentials: bool) -> None:
+async def test_receive_credentials_rejects_a_descriptor(*, credentials: bool) -> None:
     """A descriptor is an error, closed; the option is restored and the next message comes."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"]], credentials=credentials)
@@ -107,7 +107,7 @@ async def test_a_descriptor_where_credentials_were_due(*, credentials: bool) -> 
         assert await peer.conn.receive_credentials() == await peers_own(peer)
 
 
-async def test_descriptors_lost_where_credentials_were_due() -> None:
+async def test_receive_credentials_with_truncated_descriptors() -> None:
     """Descriptors for which there was no slot are DescriptorsTruncatedError here too."""
     from helpers import free_descriptors  # noqa: PLC0415
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -493,36 +490,6 @@ async def test_keyboard_interrupt_loses_nothing() -> None:
     )
     assert done.stdout == b"received True\n"
     assert b"KeyboardInterrupt" in done.stderr
-
-
-async def test_closing_what_was_refused_does_not_block_the_loop() -> None:
-    """A TCP socket that lingers, where bytes were due, does not hold the loop when it is closed."""
-    one, two = connection_pair()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        accepted, _ = server.accept()
-    with accepted:
-        client.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            while True:
-                client.send(b"x" * 65536)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
-        async with one, two:
-            await one.send_fd(client)
-            # Closed in a thread, because here, too, it may be the last.
-            closer = threading.Thread(target=client.close)
-            closer.start()
-            closer.join()
-            begin = time.monotonic()
-            with pytest.raises(UnexpectedDescriptorsError):
-                await two.receive_some()
-            # The bound is not a timing: closing in place would take the 30 seconds.
-            assert time.monotonic() - begin < 15
-        while accepted.recv(1 << 20):
-            pass
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread() and "close" in thread.name:
-            thread.join()
 
 
 async def test_send_fd_on_a_socket_made_blocking(autojump_clock: MockClock) -> None:

@@ -78,7 +78,7 @@ def test_errors_can_be_pickled(error: Exception) -> None:
     assert vars(copy) == vars(error)
 
 
-def test_what_a_worker_says_is_told() -> None:
+def test_remote_error_contains_the_traceback() -> None:
     """A worker's traceback is in .traceback and behind the message; without one, neither is."""
     error = trio_unixconn.HandlerError("the handler failed", "Traceback\nZeroDivisionError\n")
     assert error.traceback == "Traceback\nZeroDivisionError\n"

@@ -251,7 +251,7 @@ def test_context_manager_closes() -> None:
     assert not any(map(is_open, given))
 
 
-def test_one_that_somebody_else_closed() -> None:
+def test_close_of_a_descriptor_that_is_closed_already() -> None:
     """A descriptor that other code closed does not keep the others open."""
     fds = UnixFDList(given := some(3))
     os.close(given[0])

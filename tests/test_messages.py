@@ -77,7 +77,7 @@ async def test_from_another_process() -> None:
             assert message.pidfd is None
 
 
-async def test_passcred_is_lent() -> None:
+async def test_receive_message_restores_passcred() -> None:
     """credentials=True switches SO_PASSCRED on for that time; who had it on keeps it on."""
     one, two = connection_pair()
     async with one, two:

@@ -138,7 +138,7 @@ class Acceptor:
         """Accept one connection.
 
         Raises:
-          ConnectionClosedError: the socket is closed, or gets closed meanwhile.
+          ConnectionClosedError: the socket is closed, or gets closed while this waits.
           ConnectionBusyError: another task is already accepting.
           OSError: the process is out of file descriptors or memory (:func:`is_out_of_resources`),
             or accepting can never succeed again.

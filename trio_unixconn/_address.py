@@ -182,7 +182,7 @@ class UnixSocketAddress:
         return not self.native
 
     def to_string(self) -> str:
-        r"""Return the path or the abstract name for people, as ``g_socket_connectable_to_string``.
+        r"""Return the path or the abstract name as text (``g_socket_connectable_to_string``).
 
         All but printable ASCII is escaped as ``\xNN``, so that no name can forge a line of a log or
         control a terminal. ``"anonymous"`` if there is no name.

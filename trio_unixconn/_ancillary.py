@@ -198,7 +198,7 @@ class Received(DescriptorOwner):
             os.close(self.pidfds.pop())
 
     def __str__(self) -> str:
-        """Return the bytes and what came with them, for an error message."""
+        """Return the bytes and the control messages, for an error message."""
         data = self.data
         text = repr(data) if len(data) <= _QUOTED else f"{data[:_QUOTED]!r}... ({len(data)} bytes)"
         parts: list[str] = []

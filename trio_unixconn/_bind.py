@@ -30,7 +30,7 @@ until then.
 
 The lock: between looking at the path and changing it, another server could do the same. So every
 process that takes or removes the path holds a flock(2) on a file beside it (``.NAME.lock``)
-meanwhile, for milliseconds. The kernel unlocks it if the process is killed. Considered and
+for that time, milliseconds. The kernel unlocks it if the process is killed. Considered and
 rejected: a lock on the directory, because every user that can read /run could then block every
 server in it, and because programs lock directories against systemd-tmpfiles; an abstract socket,
 because other network namespaces do not see it; a file that always stays. The lock file is made
@@ -504,7 +504,7 @@ def _locked(place: _Place) -> Generator[None, None, None]:
                 with suppress(OSError):
                     if _is_at(place, name, status):
                         place.unlink(name)
-            # Closing is not enough: a process that was forked meanwhile has a copy.
+            # Closing is not enough: a process that was forked in that time has a copy.
             fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)

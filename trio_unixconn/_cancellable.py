@@ -130,7 +130,7 @@ class Cancellable(DescriptorOwner):
     """A thread-safe cancellation token, as ``Gio.Cancellable``.
 
     Pass it to the operations that take a ``cancellable``, or run any trio code under
-    :meth:`scope`. One Cancellable may serve many operations, tasks and trio runs at once.
+    :meth:`scope`. One Cancellable may serve many operations, tasks and trio runs at the same time.
     Every method may be called in any thread, except that scopes belong to trio tasks. A
     signal handler or a finalizer may interrupt trio itself, so there, as with all of trio, use
     ``token.run_sync_soon(cancellable.cancel)``.
@@ -457,7 +457,7 @@ class CancellableScope(DescriptorOwner):
 #
 # What was chosen: to sleep, a coroutine of trio yields a message that contains an abort function,
 # which undoes the registration. Trio calls it for a cancellation. We resume the coroutine of
-# wait_readable() or wait_writable() ourselves, so that we see the message; we note down the abort
+# wait_readable() or wait_writable() ourselves, so that we see the message; we keep the abort
 # function and pass the message on. _CancelWaker does what trio does for a cancellation: it calls
 # the abort function and reschedules the task. Then the coroutine is closed instead of resumed.
 #
@@ -541,7 +541,7 @@ async def wait_cancellable(
       OperationCancelled: the Cancellable is cancelled.
       ConnectionClosedError: the socket is closed already. (To wait for the descriptor -1 is a
         ValueError of trio's, which leaves a registration behind.)
-      trio.ClosedResourceError: this side has closed the socket meanwhile.
+      trio.ClosedResourceError: this side has closed the socket while this waited.
       trio.BusyResourceError: another task waits for the same direction.
     """
     if raw.fileno() == -1:

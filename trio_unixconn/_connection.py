@@ -176,7 +176,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           TypeError, ValueError, NotSupportedError: as the constructor.
         """
         if not isinstance(sock, stdlib_socket.socket):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a socket.socket is due, not {type(sock).__name__} ({sock!r})")
+            raise TypeError(f"expected a socket.socket, got {type(sock).__name__}")
         check_connected(sock)
         return cls(
             trio.socket.from_stdlib_socket(sock),
@@ -190,8 +190,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """Make one from the descriptor of a connected Unix stream socket.
 
         The connection owns the descriptor from now on, makes it close-on-exec, and makes the
-        socket non-blocking for all who share it; if this raises, the descriptor is as it was
-        and still the caller's.
+        socket non-blocking for every process that shares it; if this raises, the descriptor is
+        as it was and still the caller's.
 
         Raises:
           TypeError: not an int.
@@ -289,8 +289,10 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         The ``sent`` of every error is the number of file descriptors that were sent before.
         """
-        if check_at_least(per_message, 1, "per_message") > _kernel.SCM_MAX_FD:
-            raise ValueError(f"per_message must be at most {_kernel.SCM_MAX_FD}, got {per_message}")
+        if not 1 <= check_int(per_message, "per_message") <= _kernel.SCM_MAX_FD:
+            raise ValueError(
+                f"per_message must be from 1 to {_kernel.SCM_MAX_FD}, got {per_message}"
+            )
         # The owners stay referenced until this returns.
         numbers, _owners = _fds.filenos(fds)
         if len(numbers) > per_message:
@@ -523,7 +525,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def receive_credentials(self, cancellable: Cancellable | None = None) -> Credentials:
         """Receive the credentials of the peer and the one byte that they travel with.
 
-        ``SO_PASSCRED`` is switched on meanwhile if it is off. If the peer sent a byte without
+        ``SO_PASSCRED`` is enabled while this waits. If the peer sent a byte without
         credentials, this returns :meth:`get_peer_credentials`. In both cases the kernel has
         checked them.
 
@@ -752,7 +754,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             return int(count)
 
     async def aclose(self) -> None:
-        """Close the connection, at once and even if cancelled; closing twice is allowed.
+        """Close the connection immediately, even if cancelled; closing twice is allowed.
 
         A task that waits on this connection gets :class:`ConnectionClosedError`. Messages that
         no task has received are dropped. The peer chose the file descriptors in them, and
@@ -830,14 +832,14 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     ################################################################
 
     def get_peer_credentials(self) -> Credentials:
-        """Return who connected, or listened, at the other end (``Gio.Socket.get_credentials``).
+        """Return the process that connected or listened (``Gio.Socket.get_credentials``).
 
-        Vouched for by the kernel, noted down when the connection was made, and unchanged
+        The kernel stored them when the connection was made, and they are unchanged
         since: of a socketpair, both ends name the process that made the pair.
 
         Raises:
           ConnectionClosedError: this side closed the connection.
-          NotSupportedError: the platform cannot tell.
+          NotSupportedError: the platform does not say.
 
         Source: unix(7) (``SO_PEERCRED``), https://docs.gtk.org/gio/method.Socket.get_credentials.html
         """
@@ -865,7 +867,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """Return the supplementary groups that the peer had when the connection was made.
 
         Raises:
-          NotSupportedError: the kernel cannot tell (before Linux 4.13, and elsewhere).
+          NotSupportedError: the kernel does not say (before Linux 4.13, and elsewhere).
           ConnectionClosedError: this side closed the connection.
 
         Source: ``SO_PEERGROUPS`` of Linux 4.13
@@ -883,7 +885,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         return get_peer_security_context(self._asked())
 
     def get_peer_identity(self, *, with_pidfd: bool = True) -> PeerIdentity:
-        """Gather all of these at once, and hold on to the process.
+        """Return all of these together, and hold on to the process.
 
         Args:
           with_pidfd: whether to hold on to it, which takes a descriptor. Without one, nothing
@@ -944,7 +946,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         return f"<UnixConnection fd={self._receiver.raw.fileno()} to {self.get_remote_address()}>"
 
 
-# isinstance(conn, trio.SocketStream) must hold, and trio lets nobody subclass it.
+# isinstance(conn, trio.SocketStream) must hold, and trio does not allow subclasses.
 trio.SocketStream.register(UnixConnection)
 
 if _kernel.AF_UNIX is not None:
@@ -1013,10 +1015,19 @@ def check_at_least(value: int, least: int, name: str) -> int:
     Raises:
       TypeError, ValueError: it is not; the error calls it ``name``.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    number = check_int(value, name)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def check_int(value: int, name: str) -> int:
+    """Return ``value`` as an int.
+
+    Raises:
+      TypeError: it is not one; the error calls it ``name``.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None

@@ -245,14 +245,14 @@ async def open_file_or_close(
 ) -> IO[Any]:
     """Return a Python file, without blocking the event loop; takes ownership of ``fd``.
 
-    A file of memory is opened at once, any other in a thread.
+    A file of memory is opened immediately, any other in a thread.
 
     Args:
       open_checked: opens what has been checked.
 
     Raises:
       WrongDescriptorKindError: as :func:`open_file`.
-      OperationCancelled: the Cancellable fired while a file server did not answer.
+      OperationCancelled: the Cancellable was cancelled while a file server did not answer.
     """
 
     def open_or_close() -> IO[Any]:

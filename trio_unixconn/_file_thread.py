@@ -116,14 +116,14 @@ async def call_in_file_thread(
     not_started: Callable[[], object] | None = None,
     cancellable: Cancellable | None = None,
 ) -> _T:
-    """Return what ``call()`` returns in a thread, unless this is cancelled meanwhile.
+    """Return what ``call()`` returns in a thread, unless this is cancelled first.
 
     Args:
       discard: called in that thread with the result of a call that was abandoned.
       not_started: called if this raises without ``call`` having been, or going to be, called.
 
     Raises:
-      OperationCancelled: the Cancellable fired.
+      OperationCancelled: the Cancellable was cancelled.
       RuntimeError: no thread can be started.
       All that ``call`` raises.
     """

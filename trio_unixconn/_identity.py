@@ -336,7 +336,7 @@ def _read_command_line(directory: str) -> list[str]:
     arguments = b""
     for each in (directory, *_threads(directory)):
         if not arguments:
-            # A thread can have exited meanwhile.
+            # A thread can have exited by now.
             with suppress(FileNotFoundError, ProcessLookupError):
                 arguments = _read_bytes(f"{each}/cmdline")
     return [os.fsdecode(each) for each in arguments.split(b"\0")[:-1]]

@@ -133,7 +133,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
           A connection that the caller owns.
 
         Raises:
-          ConnectionClosedError: this listener is closed, or gets closed meanwhile.
+          ConnectionClosedError: this listener is closed, or gets closed while this waits.
           ConnectionBusyError: another task is already accepting.
           OSError: the process is out of file descriptors or memory (EMFILE and similar), after
             which ``trio.serve_listeners`` waits and retries; or accepting can never succeed again.
@@ -176,7 +176,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
 
         After a cancellation, call it again.
         """
-        # The socket must stay open meanwhile, even if a second task closes the listener.
+        # The socket must stay open until then, even if a second task closes the listener.
         async with self._leaving:
             binding = self._binding
             if binding is None:

@@ -3,7 +3,7 @@
 Invariant: size and seals are checked before anything is mapped, and a mapping is read-only. What
 is mapped cannot shrink, nor lose its huge pages: either would kill the reader with SIGBUS.
 
-No file server is asked: F_GET_SEALS fails at once for anything but memory.
+No file server is asked: F_GET_SEALS fails immediately for anything but memory.
 
 Sources: memfd_create(2), fcntl(2) (file sealing), mmap(2)
 """

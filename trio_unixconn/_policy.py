@@ -311,7 +311,7 @@ async def check_peer(conn: UnixConnection, policy: PeerPolicy) -> Denial | None:
                 return None
         finally:
             _reasons.reset(token)
-    # All facts, for the log, unless the connection was closed meanwhile.
+    # All facts, for the log, unless the connection was closed while the check ran.
     with suppress(OSError):
         peer = identify(raw_socket(conn.socket), with_pidfd=False)
     return Denial(peer, reasons)

@@ -200,7 +200,7 @@ class Receiver(ConnectedSocket):
         """Read up to ``count`` single bytes that have arrived, each with its control messages.
 
         They serve the next receives, whichever these are, so nothing may be lost that would
-        not have been lost otherwise. SO_PASSCRED is on meanwhile, for credentials that the
+        not have been lost otherwise. SO_PASSCRED is on for that time, for credentials that the
         peer sent explicitly, and SO_PASSPIDFD if this connection was ever asked for pidfds.
         It stops after the first message that is not a lone file descriptor, and leaves as many
         file descriptors free as such a message may have.

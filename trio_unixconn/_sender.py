@@ -6,7 +6,7 @@ mean another file. Control messages are sent once, with the first byte. After ev
 point the socket is looked at again: another task may have closed or detached it.
 
 How a send proceeds: most are one sendmsg and one scheduling point, which ``send``, ``send_fds``
-and ``send_all`` do themselves. What the kernel did not take at once becomes a _SendProgress, and
+and ``send_all`` do themselves. What the kernel did not take becomes a _SendProgress, and
 ``_send_later`` alternates between waiting and ``advance`` until everything is sent:
 
     advance -> 0        everything is sent

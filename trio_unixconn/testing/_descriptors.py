@@ -1,7 +1,7 @@
 """The file descriptors of this process: which are open, which leaked, how many are free.
 
 Invariant: listing changes nothing and asks no file server. A descriptor is the same as before if
-its number and its open file are the same; the name of that file may have changed meanwhile.
+its number and its open file are the same; the name of that file may have changed.
 
 macOS and the BSDs have no links to read, so there fstat(2) identifies a descriptor. That way is
 tested with a directory made by hand; it has not been run on those systems.
@@ -147,7 +147,7 @@ def assert_no_fd_leak() -> AbstractContextManager[None]:
     """Assert that the same descriptors are open after a block as before it.
 
     The block may await. Garbage is collected before a leak is reported. Other threads must not
-    open or close anything meanwhile.
+    open or close anything in that time.
 
     Returns:
       A context manager, for one block. If the block raises, its exception is propagated, with the
@@ -208,7 +208,7 @@ def _add(exc: BaseException, report: str) -> None:
 def limit_descriptors(count: int) -> Generator[None, None, None]:
     """Leave only ``count`` descriptors free in this process during a block.
 
-    All threads share them, and a child process that is started meanwhile inherits the lowered
+    All threads share them, and a child process that is started in that time inherits the lowered
     limit: the soft one of ``RLIMIT_NOFILE``. After the block it is restored.
 
     Raises:
