@@ -24,6 +24,7 @@ from trio_unixconn import (
     UnexpectedDescriptorsError,
     UnixConnection,
     UnixFDList,
+    _ancillary,
     _closing,
     _receiver,
     connection_pair,
@@ -478,6 +479,29 @@ async def test_burst_of_receive_fds_near_the_limit() -> None:
                     got += len(fds)
             with await two.receive_fds(253) as fds:
                 assert len(fds) == 253
+
+
+@pytest.mark.parametrize("free", [300, 560])
+async def test_receive_fds_near_the_limit_with_a_slow_closing_thread(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the closing thread has still to close is not missing for the next receive."""
+    held: list[int] = []
+    monkeypatch.setattr(_ancillary, "close_fds", held.extend)
+    one, two = connection_pair()
+    async with one, two:
+        await send_some(one, 40)
+        await one.send_fds([0] * 253)
+        with room_for(free):
+            got = 0
+            while got < 40:
+                with await two.receive_fds(253) as fds:
+                    got += len(fds)
+            with await two.receive_fds(253) as fds:
+                assert len(fds) == 253
+    assert bool(held) == (free > 506)
+    for fd in held:
+        os.close(fd)
 
 
 async def test_a_list_of_what_came() -> None:

@@ -11,8 +11,7 @@ missing at the next owner of the socket, and credentials beside a file descripto
 from those that the kernel adds. So messages are read as they are. They serve the next receives,
 whichever these are, and until then the socket cannot be handed over: ReadAheadError.
 
-``receive_fds`` needs this only if another process reads from the same socket. It peeks, and takes
-what it returns; a message that another process has put in the place of that one is held here.
+``receive_fds`` needs none of this. It peeks, and takes only what it returns.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import os
 import struct
 import sys
 import warnings
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from trio.lowlevel import (
@@ -26,7 +25,6 @@ from trio.lowlevel import (
 
 from . import _ancillary, _kernel
 from ._cancellable import checkpoint_cancellable, wait_cancellable
-from ._closing import close_fds
 from ._identity import open_peer_pidfd, pid_of
 from ._readahead import ReadAhead
 from ._socket import FAILURES, ConnectedSocket
@@ -38,9 +36,8 @@ if TYPE_CHECKING:
 
     import trio
 
-    from ._ancillary import RawMessage, Received
+    from ._ancillary import RawMessage
     from ._cancellable import Cancellable
-    from ._readahead import Entry
 
 _ROOM: Final = _kernel.CONTROL_ROOM
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
@@ -241,20 +238,17 @@ class Receiver(ConnectedSocket):
         if ahead:
             ahead.guard()
 
-    def take_arrived(self, room: int) -> list[int]:  # noqa: C901, PLR0912, PLR0915 - for speed
+    def take_arrived(self, room: int) -> list[int]:
         """Take messages that have arrived, while they have file descriptors and ``room`` for them.
 
         What was read ahead is first. Then it peeks at each message, which installs duplicates
-        of its file descriptors. If they do not fit, the message stays where it is. If they fit,
-        the message is read. All duplicates are closed in the end. If every message fits, it peeks
-        without space for control messages, which installs nothing and takes half the time.
-
-        The duplicates cannot be returned in place of what the read installs: another process that
-        shares the socket may have taken the message in between, or set SO_PEEK_OFF. Then the read
-        returns another message, and the kernel would close its file descriptors, unseen. If that
-        message does not fit, it serves the next receive.
+        of its file descriptors. If they fit, they are what is returned, and the message is
+        read without them. If not, they are closed, and the message stays where it is.
 
         A message of more than one byte stays: send_fd() and send_fds() send one byte.
+
+        Another process that receives from the same socket could take the message in between.
+        Two receivers of one stream have lost their place anyway.
         """
         taken: list[int] = []
         if self.ahead:
@@ -264,77 +258,40 @@ class Receiver(ConnectedSocket):
                 return taken
         if not _CAN_PEEK or self.is_closed():
             return taken
-        recvmsg, unpack = self.raw.recvmsg, _ancillary.unpack
-        duplicates: list[int] = []
-        # How many file descriptors can be received without peeking at them; -1: not counted yet.
-        free = -1 if room >= _kernel.SCM_MAX_FD else 0
-        while len(taken) < room:
-            seen = None
+        raw = self.raw
+        # The duplicates of a message that does not fit are closed a little later, by a thread, and
+        # the next receive may need as many free descriptors before that.
+        limit = min(room, _kernel.free_descriptors() - 2 * _kernel.SCM_MAX_FD)
+        while len(taken) < limit:
             try:
-                if free and room - len(taken) >= _kernel.SCM_MAX_FD:
-                    data, _, flags, _ = recvmsg(_PEEK_SIZE, 0, _PEEK)
-                    if len(data) != 1 or not flags & _kernel.MSG_CTRUNC:
-                        break
-                    if free < 0:
-                        free = self._free_without_peeking()
-                if free < _kernel.SCM_MAX_FD or room - len(taken) < _kernel.SCM_MAX_FD:
-                    seen = unpack(recvmsg(_PEEK_SIZE, _ROOM, _PEEK))
-                    duplicates += seen.fds
-                    seen.close_pidfds()
-                    if not _fits(seen, room - len(taken)):
-                        break
-                message: RawMessage = recvmsg(1, _ROOM, _FLAGS)
+                received = _ancillary.unpack(raw.recvmsg(_PEEK_SIZE, _ROOM, _PEEK))
             except BlockingIOError:
                 break
             except OSError as exc:
                 # The kernel reports it only once.
-                self._put_ahead(exc)
+                if self.ahead is None:
+                    self.ahead = ReadAhead(raw)
+                self.ahead.append(exc)
+                self.ahead.guard()
                 break
-            lone = _ancillary.only_fds(message)
-            if lone and len(lone) <= room - len(taken):
-                taken += lone
-                free = max(0, free - len(lone))
-            else:
-                received = unpack(message)
-                if seen is not None and received.truncated and received.data:
-                    # The duplicates occupy the slots that the message needs.
-                    del duplicates[len(duplicates) - len(seen.fds) :]
-                    duplicates += received.fds
-                    received.close_pidfds()
-                    taken += seen.fds
-                elif _fits(received, room - len(taken)):
-                    received.close_pidfds()
-                    taken += received.fds
-                    free = 0
-                else:
-                    if received.data:
-                        self._put_ahead((-1, message))
-                    else:
-                        # The end of the stream can be read again.
-                        received.close()
-                    break
-            if len(duplicates) >= _kernel.SCM_MAX_FD:
-                # Here and not after the last message, so that slots get free.
-                close_fds(duplicates)
-                duplicates = []
-        close_fds(duplicates)
+            fits = (
+                len(received.data) == 1
+                and 1 <= len(received.fds) <= room - len(taken)
+                and not received.truncated
+            )
+            if not fits or not self._skip_message():
+                received.close()
+                break
+            received.close_pidfds()
+            taken += received.fds
         return taken
 
-    def _free_without_peeking(self) -> int:
-        """Return how many file descriptors are free, or 0 if MSG_CTRUNC can mean credentials."""
-        get = self.raw.getsockopt
-        for option in (_PASSCRED, _kernel.SO_PASSPIDFD):
-            with suppress(OSError):
-                if option is not None and get(_SOL_SOCKET, option):
-                    return 0
-        return max(0, _kernel.free_descriptors())
-
-    def _put_ahead(self, entry: Entry) -> None:
-        """Keep what was read, and does not fit, for the next receive."""
-        if self.ahead is None:
-            self.ahead = ReadAhead(self.raw)
-        self.ahead.append(entry)
-        self.ahead.guard()
+    def _skip_message(self) -> bool:
+        """Read the byte of a message that was peeked at; the kernel drops its descriptors."""
+        try:
+            return bool(self.raw.recv(1, _FLAGS))
+        except OSError:
+            return False
 
     def check_handover(self) -> None:
         """Raise unless the socket can be handed over.
@@ -393,11 +350,6 @@ class Receiver(ConnectedSocket):
                     # It must not take the place of a message that was received.
                     pass
         self._temporary_options.clear()
-
-
-def _fits(received: Received, room: int) -> bool:
-    """Whether receive_fds() can return a message, with ``room`` for its file descriptors."""
-    return len(received.data) == 1 and 1 <= len(received.fds) <= room and not received.truncated
 
 
 def _receive_into(raw: stdlib_socket.socket, into: memoryview) -> RawMessage:
