@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -72,6 +73,38 @@ async def test_unix_fd_list_open_file(tmp_path: Path) -> None:
             assert file.read() == b"content"
         with pytest.raises(ValueError, match="taken"):
             await fds.open_file(0)
+
+
+async def test_unix_fd_list_open_file_if_cancelled() -> None:
+    """A memfd is opened without a thread; open_file() is a checkpoint nevertheless."""
+    with UnixFDList([os.memfd_create("x")]) as fds:
+        given = list(fds)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await fds.open_file(0)
+        assert scope.cancelled_caught
+        assert list(fds) == given
+
+
+async def test_unix_fd_list_open_file_of_a_hanging_file_cancelled_by_a_scope() -> None:
+    """The thread closes the descriptor when the file server answers; the list has it no more."""
+    with hanging_file() as file:
+        fds = UnixFDList([os.dup(file.fd)])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fds.open_file, 0)
+            await until(lambda: "getattr" in file.asked())
+            nursery.cancel_scope.cancel()
+        assert list(fds) == []
+        fds.close()
+        file.answer()
+        assert _closing.wait_closed(30)
+
+
+@pytest.mark.parametrize("wrong", [5, None, "ab", b"ab", bytearray(b"ab"), memoryview(b"ab")])
+def test_unix_fd_list_rejects_what_has_no_file_descriptors(wrong: Any) -> None:
+    """The TypeError names the argument; a byte of bytes is not taken for a file descriptor."""
+    with pytest.raises(TypeError, match=r"^fds must be an iterable of file descriptors, got "):
+        UnixFDList(wrong)
 
 
 async def test_unix_fd_list_open_file_rejects_another_kind() -> None:

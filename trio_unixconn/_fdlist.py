@@ -62,7 +62,8 @@ class UnixFDList(DescriptorOwner):
         self._fds: list[int] = []
         # Whether any was taken out; most lists have no gaps to skip.
         self._gaps = False
-        if not hasattr(fds, "__iter__"):
+        # The items of bytes are ints, but not file descriptors.
+        if isinstance(fds, (str, bytes, bytearray, memoryview)) or not hasattr(fds, "__iter__"):
             raise TypeError(
                 f"fds must be an iterable of file descriptors, got {type(fds).__name__}"
             )
@@ -202,8 +203,9 @@ class UnixFDList(DescriptorOwner):
         """Take out one descriptor as an open file, without blocking the event loop.
 
         As :meth:`take_file`, but a thread asks the file server, as in
-        :meth:`UnixConnection.receive_file`. If this is cancelled, or Python cannot open the file,
-        the descriptor is closed, and taken.
+        :meth:`UnixConnection.receive_file`. If this is cancelled before it asks, the list still
+        owns the descriptor. If it is cancelled later, or Python cannot open the file, the
+        descriptor is closed, and taken.
 
         Raises:
           IndexError, ValueError, TypeError: as :meth:`take_file`.
@@ -213,6 +215,7 @@ class UnixFDList(DescriptorOwner):
         """
         check_mode(mode)
         accepted = check_kinds(kinds)
+        await trio.lowlevel.checkpoint()
         check_file(self[index], mode, accepted)
         return await open_file_or_close(self.take(index), mode, accepted, cancellable)
 

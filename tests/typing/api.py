@@ -88,6 +88,13 @@ async def typed(conn: UnixConnection, cancellable: Cancellable) -> None:
         assert_type(fds.peek(0), int)
         assert_type(fds.lookup(0), int)
         assert_type(fds.take_file(0), IO[Any])
+    async with await conn.receive_fds(3) as fds:
+        assert_type(fds, UnixFDList)
+        assert_type(await fds.open_file(0, "rb"), IO[Any])
+        await fds.aclose()
+    async with await conn.receive_message(3) as message:
+        assert_type(message, Message)
+        await message.aclose()
 
 
 async def serve(conn: UnixConnection) -> None:
