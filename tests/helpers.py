@@ -11,7 +11,7 @@ import sys
 import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 import pytest
@@ -104,6 +104,13 @@ def look(fd: int) -> dict[str, Any]:
 def kind_of(fd: int) -> str:
     """Return the kind of an open file, as ls(1) prints it."""
     return stat.filemode(os.fstat(fd).st_mode)[0]
+
+
+def skip_unless_ci(reason: str) -> NoReturn:
+    """Skip a test that this machine cannot run; on CI as root, where it must run, fail."""
+    if os.environ.get("CI") and os.geteuid() == 0:
+        pytest.fail(f"on CI this must not be missing: {reason}")
+    pytest.skip(reason)
 
 
 NOBODY = 65534
