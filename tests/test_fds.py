@@ -176,7 +176,7 @@ async def test_cancelled_while_it_waits() -> None:
         assert await take(two.fds(), 2) == [2, 3]
 
 
-async def test_bytes_behind() -> None:
+async def test_fds_with_plain_bytes_after_descriptors() -> None:
     """Plain bytes behind descriptors are an error in the loop with the first; none is lost."""
     one, two = connection_pair()
     async with one, two:
@@ -241,7 +241,7 @@ async def test_reset(serve: str) -> None:
             await anext(stream)
 
 
-async def test_reset_that_nobody_saw() -> None:
+async def test_fds_with_a_reset_after_the_read_ahead() -> None:
     """A connection that is closed behind what was read ahead, an error at its end, is closed."""
     async with stdlib_peer() as peer:
         await peer.conn.send_all(b"never read")
@@ -446,7 +446,7 @@ async def test_few_free_descriptors(free: int) -> None:
 
 @pytest.mark.parametrize("passpidfd", [0, 1])
 @pytest.mark.parametrize("free", [254, 260, 300, 400])
-async def test_large_message_behind_many(free: int, passpidfd: int) -> None:
+async def test_fds_with_a_large_message_after_many(free: int, passpidfd: int) -> None:
     """A message of 253 behind many of one comes whole, if there is room once these are closed."""
     one, two = connection_pair()
     async with one, two:
@@ -504,7 +504,7 @@ async def test_receive_fds_near_the_limit_with_a_slow_closing_thread(
         os.close(fd)
 
 
-async def test_a_list_of_what_came() -> None:
+async def test_fds_in_a_unix_fd_list() -> None:
     """What the loop gives is the caller's, for a UnixFDList for instance."""
     one, two = connection_pair()
     async with one, two:
@@ -527,7 +527,7 @@ async def test_option_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("asked_before", [False, True])
-async def test_pidfd_behind_what_fds_reads_ahead(*, asked_before: bool) -> None:
+async def test_receive_message_pidfd_after_fds_has_read_ahead(*, asked_before: bool) -> None:
     """A message with credentials that fds() read ahead still has its pidfd."""
     one, two = connection_pair()
     async with one, two:

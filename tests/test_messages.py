@@ -288,7 +288,7 @@ async def test_nothing_alone(data: Any) -> None:
         await one.send_message(data)
 
 
-async def test_nothing_alone_with_a_fired_cancellable() -> None:
+async def test_send_message_of_nothing_with_a_cancelled_cancellable() -> None:
     """A Cancellable that fired before is OperationCancelled also where there is nothing to do."""
     one, two = connection_pair()
     cancellable = Cancellable()

@@ -205,7 +205,7 @@ async def test_lost_on_arrival() -> None:
 
 
 @pytest.mark.usefixtures("no_passrights")
-async def test_what_else_comes() -> None:
+async def test_receive_methods_without_passrights() -> None:
     """Credentials, bytes and the end of the stream are what they are to everybody."""
     async with refusing_peer() as (peer, conn):
         await peer.ask("send", kinds=[], credentials=True)

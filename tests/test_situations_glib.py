@@ -281,7 +281,7 @@ async def test_accept_and_connect_under_cancellable_scope(
             await (await listener.accept()).aclose()
 
 
-async def test_accept_and_connect_under_a_scope_that_has_fired(unix_socket_path: Path) -> None:
+async def test_accept_and_connect_with_a_cancelled_cancellable(unix_socket_path: Path) -> None:
     """A Cancellable that has fired ends accept() and connect at once; the queue is as it was."""
     cancellable = Cancellable()
     cancellable.cancel()
