@@ -275,7 +275,7 @@ class SendError(UnixConnectionError, OSError):
 
     def __init__(self, number: int = 0, *args: object) -> None:
         super().__init__(number, *args)
-        self.code = _CODES.get(self.errno or 0, IOErrorEnum.FAILED)
+        self.code: IOErrorEnum = _CODES.get(self.errno or 0, IOErrorEnum.FAILED)
 
 
 class _SendPermissionError(SendError, PermissionError):
