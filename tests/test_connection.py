@@ -447,7 +447,7 @@ async def test_the_two_kinds_of_socket_confused() -> None:
     """A standard library socket for the constructor, and the other way round: a TypeError."""
     left, right = socket.socketpair()
     with left, right:
-        with pytest.raises(TypeError, match="expected a trio socket, got socket"):
+        with pytest.raises(TypeError, match=r"expected a trio socket, got socket$"):
             UnixConnection(left)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"expected a socket\.socket"):
             UnixConnection.from_stdlib_socket(trio.socket.from_stdlib_socket(right))  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         address: UnixSocketAddress | None = None,
     ) -> None:
         if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"expected a trio socket, got {type(socket).__name__} ({socket!r})")
+            raise TypeError(f"expected a trio socket, got {type(socket).__name__}")
         check_listening(socket)
         self.socket: trio.socket.SocketType = socket
         self.denied: int = 0

@@ -76,7 +76,7 @@ def raw_socket(sock: trio.socket.SocketType) -> socket.socket:
       TypeError: not a trio socket, or one without a file descriptor.
     """
     if not isinstance(sock, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"expected a trio socket, got {type(sock).__name__} ({sock!r})")
+        raise TypeError(f"expected a trio socket, got {type(sock).__name__}")
     # trio has no public way to it. The attribute is as old as trio's sockets, and a second socket
     # object for the same file descriptor would not notice when trio's is closed.
     raw: object = getattr(sock, "_sock", None)
