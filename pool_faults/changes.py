@@ -199,7 +199,7 @@ async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
         equal("answered, say the clients", len(answered), ledger["accepted"]),
         none("begun, but not answered", began - answered),
         none("begun twice", [each for each, count in records.began.items() if count > 1]),
-        none("failed, refused, withdrawn, or reported", sum(map(counts.__getitem__, _BAD))),
+        none("failed, refused, cancelled, or reported", sum(map(counts.__getitem__, _BAD))),
         shown("came after the drain", len(load.outcomes) - len(answered)),
         none("processes left at the end", ledger["processes left"]),
     ]
@@ -207,7 +207,7 @@ async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
 
 # These three are always open.
 _STANDARD = 3
-_BAD = ("failed", "refused", "withdrawn", "abandoned")
+_BAD = ("failed", "refused", "cancelled", "abandoned")
 
 
 async def drains(sizes: Sizes, seed: int) -> list[Figure]:

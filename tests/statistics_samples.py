@@ -32,7 +32,7 @@ STATISTICS = PoolStatistics(
     abandoned=2,
     retried=5,
     refused=4,
-    withdrawn=6,
+    cancelled=6,
     restarts=7,
     deaths=8,
 )

@@ -24,7 +24,7 @@ from trio_unixconn import (
     connection_pair,
 )
 from trio_unixconn._guards import check_handover, guards
-from trio_unixconn.pool._delivery import take_over
+from trio_unixconn.pool._endpoints import detach_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -91,9 +91,9 @@ HANDOVERS: dict[str, Callable[[UnixConnection, UnixConnection], Awaitable[object
     "send_fds": lambda conn, to: to.send_fds([0, conn.socket.fileno()]),
     "send_fds(conn)": lambda conn, to: to.send_fds([0, conn]),
     "send_message": lambda conn, to: to.send_message(b"y", fds=[conn]),
-    "take_over": lambda conn, _: take_over(conn),
-    "take_over(socket)": lambda conn, _: take_over(conn.socket),
-    "take_over(number)": lambda conn, _: take_over(conn.socket.fileno()),
+    "detach_endpoint": lambda conn, _: detach_endpoint(conn),
+    "detach_endpoint(socket)": lambda conn, _: detach_endpoint(conn.socket),
+    "detach_endpoint(number)": lambda conn, _: detach_endpoint(conn.socket.fileno()),
 }
 
 

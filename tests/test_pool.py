@@ -63,7 +63,7 @@ async def test_as_much_as_you_like() -> None:
     """Limits may be as large as a number can be."""
     most = sys.maxsize
     async with open_worker_pool(
-        CALLS, workers=1, max_in_flight=most, max_queue=most, max_tries=most, crash_limit=most
+        CALLS, workers=1, max_in_flight=most, max_queue=most, max_attempts=most, crash_limit=most
     ) as pool:
         assert await pool.call() == b"nothing to do"
 
@@ -134,7 +134,7 @@ async def test_a_worker_that_fails_and_does_not_end(
         "import threading\nthreading.Thread(target=threading.Event().wait).start()\n1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    monkeypatch.setattr("trio_unixconn.pool._handle._END_TIME", 0.2)
     with pytest.raises(WorkerStartError, match="ZeroDivisionError"):
         async with open_worker_pool("pool_stays:handler", workers=1):
             pytest.fail("the block was entered")

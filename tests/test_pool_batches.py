@@ -39,7 +39,7 @@ async def test_much_data_in_many_jobs(to: int | None) -> None:
     answers: list[bytes] = []
 
     async def call() -> None:
-        answers.append(await pool.call(data=bytes(LARGEST), to=to))
+        answers.append(await pool.call(data=bytes(LARGEST), worker=to))
 
     with trio.fail_after(60):
         async with open_worker_pool("test_pool_batches:length", workers=1) as pool:
@@ -51,7 +51,7 @@ async def test_much_data_in_many_jobs(to: int | None) -> None:
 
 
 async def test_a_drain_waits_for_nothing_that_was_withdrawn() -> None:
-    """When the last job that waits is withdrawn, a drain asks the workers to end at once."""
+    """When the last job that waits is cancelled, a drain asks the workers to end at once."""
     with trio.fail_after(60):
         async with (
             open_worker_pool(

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trio_unixconn.pool._board import Board, new_board
+from trio_unixconn.pool._completion_log import CompletionLog, create_log
 
 
 @pytest.fixture
@@ -15,16 +15,16 @@ def without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check() -> None:
-    fd = new_board(3)
-    writes, reads = Board(fd), Board(fd)
+    fd = create_log(3)
+    writes, reads = CompletionLog(fd), CompletionLog(fd)
     os.close(fd)
-    assert reads.noted() == {0}
+    assert reads.entries() == {0}
     for number in (7, 8, 9, 2**63):
-        writes.note(number)
-    assert reads.noted() == {8, 9, 2**63}
+        writes.add(number)
+    assert reads.entries() == {8, 9, 2**63}
     writes.close()
     writes.close()
-    assert reads.noted() == {8, 9, 2**63}
+    assert reads.entries() == {8, 9, 2**63}
     reads.close()
 
 
@@ -48,4 +48,4 @@ def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "ftruncate", full)
     with pytest.raises(OSError, match="No space"):
-        new_board(3)
+        create_log(3)

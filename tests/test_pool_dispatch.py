@@ -12,15 +12,15 @@ from hypothesis import given, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import JobRefusedError, _closing
-from trio_unixconn.pool import _wire
-from trio_unixconn.pool._delivery import Delivery
-from trio_unixconn.pool._dispatch import Dispatcher
+from trio_unixconn.pool import _protocol
+from trio_unixconn.pool._pending import PendingJob
+from trio_unixconn.pool._queue import JobQueue
 from trio_unixconn.pool._statistics import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trio_unixconn.pool._link import Link
+    from trio_unixconn.pool._handle import WorkerHandle
 
 WHY = RuntimeError("the worker died")
 
@@ -34,12 +34,12 @@ class Worker:
     recent: int = 0
     limit: int = 64
     state: str = "ready"
-    batch: list[Delivery] = attrs.field(factory=list[Delivery])
+    batch: list[PendingJob] = attrs.field(factory=list[PendingJob])
 
     def has_room(self, most: int) -> bool:
         return self.state == "ready" and not self.batch and len(self.in_flight) < most
 
-    def hand_over(self, deliveries: list[Delivery]) -> None:
+    def hand_over(self, deliveries: list[PendingJob]) -> None:
         assert deliveries
         assert not self.batch
         for each in deliveries:
@@ -55,24 +55,26 @@ class Worker:
 
 
 def dispatcher(
-    *workers: Worker, max_in_flight: int = 1000, max_queue: int = 1000, max_tries: int = 3
-) -> Dispatcher:
-    made = Dispatcher(max_in_flight, max_queue, max_tries, Counters())
-    made.links = cast("dict[int, Link]", {each.index: each for each in workers})
+    *workers: Worker, max_in_flight: int = 1000, max_queue: int = 1000, max_attempts: int = 3
+) -> JobQueue:
+    made = JobQueue(max_in_flight, max_queue, max_attempts, Counters())
+    made.links = cast("dict[int, WorkerHandle]", {each.index: each for each in workers})
     return made
 
 
-def some(numbers: Iterable[int], *, to: int | None = None, data: bytes = b"") -> list[Delivery]:
-    return [Delivery(each, -1, _wire.NO_DESCRIPTOR, data, to=to) for each in numbers]
+def some(
+    numbers: Iterable[int], *, worker: int | None = None, data: bytes = b""
+) -> list[PendingJob]:
+    return [PendingJob(each, -1, _protocol.NO_DESCRIPTOR, data, worker=worker) for each in numbers]
 
 
-def put(made: Dispatcher, deliveries: Iterable[Delivery]) -> None:
+def put(made: JobQueue, deliveries: Iterable[PendingJob]) -> None:
     for each in deliveries:
         made.put(each)
     made.pump()
 
 
-def ids(deliveries: Iterable[Delivery]) -> list[int]:
+def ids(deliveries: Iterable[PendingJob]) -> list[int]:
     return [each.id for each in deliveries]
 
 
@@ -180,7 +182,7 @@ async def test_bound_jobs() -> None:
     """A job for one worker waits for it, whoever else is free, and comes before others."""
     workers = [Worker(0, {1: None}), Worker(1)]
     made = dispatcher(*workers, max_in_flight=1)
-    put(made, some([2, 3], to=0))
+    put(made, some([2, 3], worker=0))
     assert (made.count(), workers[1].batch) == (2, [])
     workers[0].finish()
     put(made, some([4, 5]))
@@ -198,8 +200,8 @@ async def test_bound_jobs_within_limits() -> None:
     """Of the jobs for one worker no more go out at once than it may be handed."""
     worker = Worker(0, dict.fromkeys([100, 101]), limit=4)
     made = dispatcher(worker, max_in_flight=5)
-    made.bound[0] = made._queue_of(some([0], to=0)[0])
-    made.bound[0].extend(some(range(9), to=0))
+    made.bound[0] = made._queue_of(some([0], worker=0)[0])
+    made.bound[0].extend(some(range(9), worker=0))
     made.pump()
     assert ids(worker.batch) == [0, 1, 2]
     worker.acknowledge()
@@ -236,7 +238,7 @@ async def test_room() -> None:
         made.withdraw(made.queue[0])
         await wait_all_tasks_blocked()
         assert sorted(woken) == [0, 1, 2]
-    assert made.counters.withdrawn == 1
+    assert made.counters.cancelled == 1
 
 
 ################################################################
@@ -256,7 +258,7 @@ async def test_taken_back() -> None:
     assert ids(made.queue) == [1, 2, 3, 4]
     assert [(each.tries, each.sent) for each in first] == [(1, False)] * 3
     assert made.counters.retried == 3
-    (bound,) = some([5], to=0)
+    (bound,) = some([5], worker=0)
     made.take_back([bound], WHY, counts=False)
     assert (bound.tries, ids(made.bound[0])) == (0, [5])
 
@@ -264,8 +266,8 @@ async def test_taken_back() -> None:
 async def test_tried_too_often() -> None:
     """A job that was tried too often is given up: its descriptor closed, the last cause told."""
     read, write = os.pipe()
-    made = dispatcher(max_tries=2)
-    delivery = Delivery(7, write, _wire.OTHER)
+    made = dispatcher(max_attempts=2)
+    delivery = PendingJob(7, write, _protocol.OTHER)
     made.take_back([delivery], LookupError("the first"), counts=True)
     made.queue.remove(delivery)
     made.take_back([delivery], WHY, counts=True)
@@ -279,13 +281,13 @@ async def test_tried_too_often() -> None:
 
 
 async def test_taken_back_when_cancelled() -> None:
-    """A job whose submitter was cancelled meanwhile is withdrawn when it comes back."""
+    """A job whose submitter was cancelled meanwhile is cancelled when it comes back."""
     made = dispatcher()
     read, write = os.pipe()
-    delivery = Delivery(1, write, _wire.OTHER)
+    delivery = PendingJob(1, write, _protocol.OTHER)
     delivery.raise_cancel = lambda: None
     made.take_back([delivery], WHY, counts=True)
-    assert (made.count(), made.counters.withdrawn, delivery.outcome) == (0, 1, None)
+    assert (made.count(), made.counters.cancelled, delivery.outcome) == (0, 1, None)
     assert os.read(read, 1) == b""
     os.close(read)
 
@@ -293,7 +295,7 @@ async def test_taken_back_when_cancelled() -> None:
 async def test_clear() -> None:
     """When all are given up, nothing waits, and all are told why."""
     made = dispatcher()
-    deliveries: list[Any] = [*some([1, 2]), *some([3], to=4)]
+    deliveries: list[Any] = [*some([1, 2]), *some([3], worker=4)]
     put(made, deliveries)
     made.clear("the pool ended first")
     assert made.count() == 0
@@ -318,7 +320,7 @@ async def test_nobody_is_left_for_what_others_may_have() -> None:
     """Jobs that any worker may have wait, where the only one that is free got one of its own."""
     worker = Worker(0, {1: None})
     its = dispatcher(worker, max_in_flight=1)
-    put(its, some([2], to=0))
+    put(its, some([2], worker=0))
     put(its, some([3, 4]))
     worker.finish()
     its.pump()
@@ -326,16 +328,16 @@ async def test_nobody_is_left_for_what_others_may_have() -> None:
     assert [each.id for each in its.queue] == [3, 4]
 
 
-@pytest.mark.parametrize("form", [_wire.OTHER, _wire.UNIX])
+@pytest.mark.parametrize("form", [_protocol.OTHER, _protocol.UNIX])
 def test_delivery_del_closes_its_descriptor(form: int) -> None:
     """A job that is collected closes its descriptor; an error of that close is ignored."""
     fd = os.open(os.devnull, os.O_RDONLY)
-    delivery = Delivery(1, fd, form)
+    delivery = PendingJob(1, fd, form)
     del delivery
     assert _closing.wait_closed(30)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    closed = Delivery(2, fd, form)
+    closed = PendingJob(2, fd, form)
     closed.close()
     assert closed.fd == -1
     assert _closing.wait_closed(30)

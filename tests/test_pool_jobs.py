@@ -62,7 +62,7 @@ async def test_one_worker_only(shared: Path) -> None:
     async with open_worker_pool(HOLD, workers=2) as pool:
         for _ in range(3):
             client, theirs = ends()
-            receipt = await pool.submit(theirs, to=1)
+            receipt = await pool.submit(theirs, worker=1)
             assert (receipt.worker, receipt.pid) == (1, pids(pool)[1])
             await client.end()
 
@@ -242,7 +242,7 @@ async def test_withdrawn(shared: Path) -> None:
 
             async def submit(number: int, to: int | None) -> None:
                 with scopes[number]:
-                    await pool.submit(pairs[number][1], to=to)
+                    await pool.submit(pairs[number][1], worker=to)
 
             for number, to in enumerate([None, 0, None]):
                 nursery.start_soon(submit, number, to)
@@ -258,7 +258,7 @@ async def test_withdrawn(shared: Path) -> None:
                 await client.end()
             await first.end()
         found = await at_rest(pool)
-        assert (found.withdrawn, found.handled) == (2, 1)
+        assert (found.cancelled, found.handled) == (2, 1)
     assert lines(shared / "began") == ["1"]
 
 
@@ -286,7 +286,7 @@ async def test_cancelled_too_late(shared: Path) -> None:
             await until(lambda: bool(receipts))
         assert not scope.cancelled_caught
         found = await at_rest(pool)
-        assert (found.handled, found.withdrawn) == (1, 0)
+        assert (found.handled, found.cancelled) == (1, 0)
 
 
 async def test_cancelled_and_comes_back(shared: Path) -> None:
@@ -300,7 +300,7 @@ async def test_cancelled_and_comes_back(shared: Path) -> None:
 
             async def submit() -> None:
                 with scope:
-                    await pool.submit(theirs, to=0)
+                    await pool.submit(theirs, worker=0)
 
             nursery.start_soon(submit)
             await wait_all_tasks_blocked()
@@ -309,7 +309,7 @@ async def test_cancelled_and_comes_back(shared: Path) -> None:
             assert await client.read() == b""
         assert scope.cancelled_caught
         found = await at_rest(pool)
-        assert (found.withdrawn, found.retried, found.acknowledged) == (1, 0, 0)
+        assert (found.cancelled, found.retried, found.acknowledged) == (1, 0, 0)
     assert lines(shared / "began") == []
 
 
@@ -325,7 +325,7 @@ async def test_calls_that_are_cancelled(shared: Path) -> None:
                 nursery.cancel_scope.cancel()
         found = await at_rest(pool)
         assert found.submitted > 100
-        assert found.failed + found.withdrawn == found.submitted
+        assert found.failed + found.cancelled == found.submitted
         assert lines(shared / "began") == lines(shared / "ended")
 
 

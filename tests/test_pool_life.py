@@ -39,7 +39,6 @@ from trio_unixconn import (
 )
 from trio_unixconn.pool import (
     AbandonedJob,
-    _place,
     _process,
     _supervisor,
     _worker,
@@ -166,7 +165,7 @@ async def test_a_drain_that_a_handler_does_not_heed(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that does not end in time is killed, and what it was at is reported."""
-    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    monkeypatch.setattr("trio_unixconn.pool._handle._END_TIME", 0.2)
     reported: list[AbandonedJob] = []
     async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
         (pid,) = pids(pool)
@@ -181,7 +180,7 @@ async def test_a_drain_while_a_worker_is_stopped(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that a stopped worker was sent is given up at the end, and its submitter told."""
-    monkeypatch.setattr("trio_unixconn.pool._link._END_TIME", 0.2)
+    monkeypatch.setattr("trio_unixconn.pool._handle._END_TIME", 0.2)
     refused: list[JobRefusedError] = []
     async with open_worker_pool(DO, workers=1) as pool, trio.open_nursery() as nursery:
 
@@ -376,12 +375,12 @@ async def test_restart(module: Path) -> None:
     """A restart replaces all workers, by such that import what the handler is now."""
     async with open_worker_pool("pool_versions:handler", workers=2) as pool:
         old = pids(pool)
-        assert await pool.call(to=1) == b"version 1"
+        assert await pool.call(worker=1) == b"version 1"
         module.write_text(MODULE.format(version=2))
         with watched(old) as pidfds:
             await pool.restart()
             for to in 0, 1:
-                assert await pool.call(to=to) == b"version 2"
+                assert await pool.call(worker=to) == b"version 2"
             await ended(pidfds)
         found = await at_rest(pool)
         assert (found.restarts, found.deaths) == (2, 0)
@@ -441,7 +440,7 @@ async def test_a_restart_that_fails(module: Path) -> None:
             await pool.restart()
         assert pids(pool) == before
         for to in 0, 1:
-            assert await pool.call(to=to) == b"version 1"
+            assert await pool.call(worker=to) == b"version 1"
         module.write_text(MODULE.format(version=2))
         await pool.restart()
         assert await pool.call() == b"version 2"
@@ -507,7 +506,7 @@ async def test_scale(shared: Path) -> None:
         (first,) = pids(pool)
         await pool.scale(3)
         assert [each.index for each in pool.statistics().workers] == [0, 1, 2]
-        async with client_of(pool, to=2) as client:
+        async with client_of(pool, worker=2) as client:
             pid, _ = await client.line()
             await pool.scale(1)
             found = pool.statistics()
@@ -517,8 +516,8 @@ async def test_scale(shared: Path) -> None:
             ]
             await client.stream.send_all(b"x")
             assert await client.stream.receive_some(1) == b"X"
-            with pytest.raises(ValueError, match="to must be the index of a worker, below 1"):
-                await pool.submit(0, to=1)
+            with pytest.raises(ValueError, match="worker must be the index of a worker, below 1"):
+                await pool.submit(0, worker=1)
         await until(lambda: set(children()) == {first})
         assert (await at_rest(pool)).deaths == 0
         with pytest.raises(ValueError, match="a pool has at least one worker, not 0"):
@@ -564,7 +563,7 @@ async def test_one_dies_while_another_is_awaited(shared: Path) -> None:
             await until(lambda: len(pool._supervisor.alive) == 2)
             (shared / "go on").touch()
         for to in range(3):
-            assert await pool.call(to=to) == b"nothing to do"
+            assert await pool.call(worker=to) == b"nothing to do"
         assert pool.statistics().deaths == 1
 
 
@@ -575,7 +574,7 @@ async def test_a_worker_is_ready_when_all_leave(shared: Path) -> None:
         await pool.scale(2)
         (shared / "go on").unlink()
         first, second = pids(pool)
-        async with client_of(pool, to=0) as client, trio.open_nursery() as nursery:
+        async with client_of(pool, worker=0) as client, trio.open_nursery() as nursery:
             await client.line()
             os.kill(second, signal.SIGKILL)
             await until(lambda: len(lines(shared / "waits")) == 2)
@@ -595,7 +594,7 @@ async def test_who_leaves_has_no_descriptor_free(shared: Path) -> None:
 
             async def submit() -> None:
                 with pytest.raises(JobRefusedError, match="there is no worker 1 any more"):
-                    await pool.submit(null(), to=1)
+                    await pool.submit(null(), worker=1)
 
             nursery.start_soon(submit)
             await wait_all_tasks_blocked()
@@ -614,7 +613,7 @@ async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:
 
         async def submit(theirs: Any) -> None:
             with pytest.raises(JobRefusedError, match="there is no worker 1 any more") as caught:
-                await pool.submit(theirs, to=1)
+                await pool.submit(theirs, worker=1)
             refused.append(str(caught.value))
 
         pairs = [ends() for _ in range(4)]
@@ -650,7 +649,7 @@ async def test_scale_down_while_a_worker_is_started(shared: Path) -> None:
 
 async def test_scale_down_between_two_tries(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a place that is gone no worker is tried again."""
-    monkeypatch.setattr(_place, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(_supervisor, "INITIAL_BACKOFF", 0.3)
     async with open_worker_pool(DO, workers=2) as pool:
         os.kill(pids(pool)[1], signal.SIGKILL)
         await until(lambda: pool.statistics().deaths == 1)

@@ -27,7 +27,7 @@ from trio_unixconn import (
     open_unix_listener,
 )
 from trio_unixconn._accept import ACCEPT_RETRY_DELAY
-from trio_unixconn.pool import PoolStatistics, WorkerServer, _serving, serve_with_workers
+from trio_unixconn.pool import PoolStatistics, WorkerServer, _server, serve_with_workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -248,8 +248,8 @@ def test_max_queue_size_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_open(*_: object) -> Any:
         raise FileNotFoundError
 
-    monkeypatch.setattr(_serving, "open", no_open, raising=False)
-    assert _serving._max_queue_size() == socket.SOMAXCONN + 1
+    monkeypatch.setattr(_server, "open", no_open, raising=False)
+    assert _server._max_queue_size() == socket.SOMAXCONN + 1
 
 
 async def test_a_drain_without_free_descriptors(caplog: pytest.LogCaptureFixture) -> None:
@@ -288,8 +288,8 @@ async def test_a_drain_handles_what_waited(tmp_path: Path) -> None:
 
 async def test_a_drain_of_a_queue_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more are handled than can have waited, so that clients cannot put the end off."""
-    monkeypatch.setattr(_serving, "_max_queue_size", lambda: 2)
-    monkeypatch.setattr(_serving, "MAX_BATCH", 1)
+    monkeypatch.setattr(_server, "_max_queue_size", lambda: 2)
+    monkeypatch.setattr(_server, "MAX_BATCH", 1)
     listener = await tcp()
     async with serving("echo", listener) as server:
         clients = [connected(listener) for _ in range(5)]

@@ -30,7 +30,7 @@ from trio_unixconn.pool import (
     PoolStatistics,
     WorkerServer,
     _exposition,
-    _stats,
+    _stats_server,
     serve_statistics,
 )
 
@@ -321,7 +321,7 @@ async def test_the_same_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_who_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that begins a question and never ends it is closed."""
-    monkeypatch.setattr(_stats, "_LONGEST_EXCHANGE", 0.1)
+    monkeypatch.setattr(_stats_server, "_LONGEST_EXCHANGE", 0.1)
     async with asked_at(tmp_path / "s") as unix_server:
         assert await ask(tmp_path / "s", b"GET / HTTP/1.1\r\n") == b""
         await until(lambda: unix_server.connections == 0)
@@ -329,7 +329,7 @@ async def test_who_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 async def test_who_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that does not wait for its answer is no error of ours."""
-    monkeypatch.setattr(_stats, "as_json", lambda *_: "x" * 2**24)
+    monkeypatch.setattr(_stats_server, "as_json", lambda *_: "x" * 2**24)
     async with asked_at(tmp_path / "s") as unix_server:
         async with await open_unix_connection(tmp_path / "s") as conn:
             await conn.send_all(b"json\n")

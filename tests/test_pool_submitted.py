@@ -173,11 +173,11 @@ async def test_what_is_refused(tmp_path: Path) -> None:
                     await pool.submit(what)
             with pytest.raises(TypeError, match="bytes"):
                 await pool.submit(null, data="text")  # type: ignore[arg-type]
-            with pytest.raises(ValueError, match="at most 16777216 bytes, not 16777217"):
+            with pytest.raises(ValueError, match="at most 16777216 bytes, got 16777217"):
                 await pool.submit(null, data=bytes(pool_handlers.LARGEST + 1))
             for to in (-1, 1):
                 with pytest.raises(ValueError, match="the index of a worker, below 1"):
-                    await pool.submit(null, to=to)
+                    await pool.submit(null, worker=to)
             assert pool.statistics().submitted == 0
         for fd in (listening, datagram, encrypted, epoll, null, full, folder, path):
             assert os.fstat(fd if isinstance(fd, int) else fd.fileno())

@@ -10,7 +10,7 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-from trio_unixconn.pool import _wire
+from trio_unixconn.pool import _protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 numbers = st.integers(0, 2**64 - 1)
 batches = st.integers(0, 2**32 - 1)
 sent_jobs = st.builds(
-    _wire.SentJob, numbers, st.integers(0, 5), st.booleans(), st.binary(max_size=40)
+    _protocol.SentJob, numbers, st.integers(0, 5), st.booleans(), st.binary(max_size=40)
 )
 
 
@@ -46,7 +46,7 @@ def arrivals(frames: list[Said], cuts: Iterator[int]) -> Iterator[tuple[bytes, l
     data, fds = b"", list[int]()
     lost = False
     for frame in frames:
-        rest = _wire.frame(frame.kind, frame.body, carries=frame.count > 0)
+        rest = _protocol.frame(frame.kind, frame.body, carries=frame.count > 0)
         due = next(cuts)
         if frame.count:
             fds, lost = list(range(frame.count)), frame.lost
@@ -72,10 +72,10 @@ def test_any_pieces(frames: list[Said], sizes: list[int]) -> None:
         while True:
             yield from sizes
 
-    decoder = _wire.Decoder()
+    decoder = _protocol.Decoder()
     found = [each for data, fds in arrivals(frames, cuts()) for each in decoder.feed(data, fds)]
     assert found == [
-        _wire.Frame(
+        _protocol.Frame(
             each.kind, each.body, None if each.count and each.lost else list(range(each.count))
         )
         for each in frames
@@ -83,35 +83,35 @@ def test_any_pieces(frames: list[Said], sizes: list[int]) -> None:
 
 
 @given(batches, st.lists(sent_jobs))
-def test_jobs(batch: int, sent: list[_wire.SentJob]) -> None:
+def test_jobs(batch: int, sent: list[_protocol.SentJob]) -> None:
     """A batch of jobs is read as it was written."""
-    (frame,) = _wire.Decoder().feed(_wire.jobs(batch, sent, carries=False), [])
-    assert frame.kind == _wire.JOBS
-    assert _wire.read_jobs(frame.body) == (batch, sent)
+    (frame,) = _protocol.Decoder().feed(_protocol.jobs(batch, sent, carries=False), [])
+    assert frame.kind == _protocol.JOBS
+    assert _protocol.read_jobs(frame.body) == (batch, sent)
 
 
 @given(batches, st.lists(numbers), numbers, st.binary(), st.floats(allow_nan=False))
 def test_other_frames(batch: int, ids: list[int], number: int, rest: bytes, time: float) -> None:
     """Numbers, lists of numbers, texts and times are read as they were written."""
     data = [
-        _wire.number(_wire.TAKEN, batch),
-        _wire.ids(_wire.DONE, ids),
-        _wire.about(_wire.ANSWER, number, rest),
-        _wire.seconds(_wire.DRAIN, time),
-        _wire.frame(_wire.BEAT),
+        _protocol.number(_protocol.TAKEN, batch),
+        _protocol.ids(_protocol.DONE, ids),
+        _protocol.about(_protocol.ANSWER, number, rest),
+        _protocol.seconds(_protocol.DRAIN, time),
+        _protocol.frame(_protocol.BEAT),
     ]
-    taken, done, answer, drain, beat = _wire.Decoder().feed(b"".join(data), [])
-    assert (taken.kind, _wire.read_number(taken.body)) == (_wire.TAKEN, batch)
-    assert (done.kind, _wire.read_ids(done.body)) == (_wire.DONE, ids)
-    assert (answer.kind, _wire.read_about(answer.body)) == (_wire.ANSWER, (number, rest))
-    assert (drain.kind, _wire.read_seconds(drain.body)) == (_wire.DRAIN, time)
-    assert beat == _wire.Frame(_wire.BEAT, b"", [])
+    taken, done, answer, drain, beat = _protocol.Decoder().feed(b"".join(data), [])
+    assert (taken.kind, _protocol.read_number(taken.body)) == (_protocol.TAKEN, batch)
+    assert (done.kind, _protocol.read_ids(done.body)) == (_protocol.DONE, ids)
+    assert (answer.kind, _protocol.read_about(answer.body)) == (_protocol.ANSWER, (number, rest))
+    assert (drain.kind, _protocol.read_seconds(drain.body)) == (_protocol.DRAIN, time)
+    assert beat == _protocol.Frame(_protocol.BEAT, b"", [])
 
 
 def test_forever() -> None:
     """A drain without a deadline travels, too."""
-    (frame,) = _wire.Decoder().feed(_wire.seconds(_wire.DRAIN, math.inf), [])
-    assert _wire.read_seconds(frame.body) == math.inf
+    (frame,) = _protocol.Decoder().feed(_protocol.seconds(_protocol.DRAIN, math.inf), [])
+    assert _protocol.read_seconds(frame.body) == math.inf
 
 
 JOB = struct.Struct("=QBBI")
@@ -128,45 +128,45 @@ JOB = struct.Struct("=QBBI")
 )
 def test_malformed_jobs(body: bytes) -> None:
     """What is no batch of jobs is refused."""
-    with pytest.raises(_wire.WireError, match="a batch of jobs was due"):
-        _wire.read_jobs(body)
+    with pytest.raises(_protocol.ProtocolError, match="a batch of jobs was due"):
+        _protocol.read_jobs(body)
 
 
 def test_malformed_bodies() -> None:
     """What is no number, no list of numbers, no text about a job, no time is refused."""
-    with pytest.raises(_wire.WireError, match="the number of a batch was due"):
-        _wire.read_number(b"123")
-    with pytest.raises(_wire.WireError, match="numbers of jobs were due"):
-        _wire.read_ids(b"1234567")
-    with pytest.raises(_wire.WireError, match="the number of a job was due"):
-        _wire.read_about(b"1234567")
-    with pytest.raises(_wire.WireError, match="a time was due"):
-        _wire.read_seconds(b"123456789")
+    with pytest.raises(_protocol.ProtocolError, match="the number of a batch was due"):
+        _protocol.read_number(b"123")
+    with pytest.raises(_protocol.ProtocolError, match="numbers of jobs were due"):
+        _protocol.read_ids(b"1234567")
+    with pytest.raises(_protocol.ProtocolError, match="the number of a job was due"):
+        _protocol.read_about(b"1234567")
+    with pytest.raises(_protocol.ProtocolError, match="a time was due"):
+        _protocol.read_seconds(b"123456789")
 
 
 def test_a_frame_that_is_too_long() -> None:
     """A length that nobody would send is refused before anything waits for so many bytes."""
-    with pytest.raises(_wire.WireError, match="a frame of 4294967295 bytes came"):
-        _wire.Decoder().feed(struct.pack("=BBI", _wire.JOBS, 0, 2**32 - 1), [])
+    with pytest.raises(_protocol.ProtocolError, match="a frame of 4294967295 bytes came"):
+        _protocol.Decoder().feed(struct.pack("=BBI", _protocol.JOBS, 0, 2**32 - 1), [])
 
 
 def test_a_frame_without_the_descriptors_it_names() -> None:
     """Descriptors that are due and did not come, nor were lost, are refused."""
-    with pytest.raises(_wire.WireError, match="without the descriptors that it names"):
-        _wire.Decoder().feed(_wire.jobs(1, [], carries=True), [])
+    with pytest.raises(_protocol.ProtocolError, match="without the descriptors that it names"):
+        _protocol.Decoder().feed(_protocol.jobs(1, [], carries=True), [])
 
 
 @given(st.binary(max_size=200))
 def test_rubbish(data: bytes) -> None:
-    """Whatever comes, it is frames or a WireError."""
-    decoder = _wire.Decoder()
-    readers = [_wire.read_jobs, _wire.read_number, _wire.read_ids, _wire.read_about]
+    """Whatever comes, it is frames or a ProtocolError."""
+    decoder = _protocol.Decoder()
+    readers = [_protocol.read_jobs, _protocol.read_number, _protocol.read_ids, _protocol.read_about]
     try:
         for frame in decoder.feed(data, []):
-            for read in (*readers, _wire.read_seconds):
+            for read in (*readers, _protocol.read_seconds):
                 try:
                     read(frame.body)
-                except _wire.WireError:
+                except _protocol.ProtocolError:
                     continue
-    except _wire.WireError:
+    except _protocol.ProtocolError:
         return

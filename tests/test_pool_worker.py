@@ -17,10 +17,10 @@ from helpers import kind_of
 from pools import ends, lines
 
 from trio_unixconn import WorkerDiedError, WorkerStartError
-from trio_unixconn.pool import _process, _wire, _worker
-from trio_unixconn.pool._board import Board, new_board
-from trio_unixconn.pool._delivery import Delivery
-from trio_unixconn.pool._link import Link
+from trio_unixconn.pool import _process, _protocol, _worker
+from trio_unixconn.pool._completion_log import CompletionLog, create_log
+from trio_unixconn.pool._handle import WorkerHandle
+from trio_unixconn.pool._pending import PendingJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -37,8 +37,8 @@ class Puppet:
     """A worker, and what it has said that nobody has looked at."""
 
     process: _process.WorkerProcess
-    _decoder: _wire.Decoder = attrs.field(factory=_wire.Decoder)
-    _said: list[_wire.Frame] = attrs.field(factory=list[_wire.Frame])
+    _decoder: _protocol.Decoder = attrs.field(factory=_protocol.Decoder)
+    _said: list[_protocol.Frame] = attrs.field(factory=list[_protocol.Frame])
 
     async def tell(self, data: bytes, fds: list[int] | None = None) -> None:
         await self.process.conn.send_message(data, fds=fds or [])
@@ -62,7 +62,7 @@ async def puppet(handler: str, beat: float = 1.0) -> AsyncGenerator[Puppet, None
     process = _process.start({"handler": handler, "setup": None, "board": 10, "beat": beat})
     worker = Puppet(process)
     try:
-        await worker.hear(_wire.READY)
+        await worker.hear(_protocol.READY)
         yield worker
     finally:
         process.kill()
@@ -71,23 +71,23 @@ async def puppet(handler: str, beat: float = 1.0) -> AsyncGenerator[Puppet, None
         process.close()
 
 
-def job(number: int, form: int = _wire.NO_DESCRIPTOR, data: bytes = b"") -> _wire.SentJob:
-    return _wire.SentJob(number, form, wants_answer=True, data=data)
+def job(number: int, form: int = _protocol.NO_DESCRIPTOR, data: bytes = b"") -> _protocol.SentJob:
+    return _protocol.SentJob(number, form, wants_answer=True, data=data)
 
 
 async def test_a_conversation() -> None:
     """A worker acknowledges a batch, asks for more, answers, and ends when it is asked to."""
     async with puppet(DO, beat=0.05) as worker:
-        await worker.hear(_wire.BEAT)
-        await worker.tell(_wire.jobs(1, [job(7), job(8, data=b"raise")], carries=False))
-        assert _wire.read_number(await worker.hear(_wire.TAKEN)) == 1
-        assert await worker.hear(_wire.MORE) == b""
-        assert _wire.read_about(await worker.hear(_wire.ANSWER)) == (7, b"nothing to do")
-        number, text = _wire.read_about(await worker.hear(_wire.ERROR))
+        await worker.hear(_protocol.BEAT)
+        await worker.tell(_protocol.jobs(1, [job(7), job(8, data=b"raise")], carries=False))
+        assert _protocol.read_number(await worker.hear(_protocol.TAKEN)) == 1
+        assert await worker.hear(_protocol.MORE) == b""
+        assert _protocol.read_about(await worker.hear(_protocol.ANSWER)) == (7, b"nothing to do")
+        number, text = _protocol.read_about(await worker.hear(_protocol.ERROR))
         assert (number, b"RuntimeError" in text) == (8, True)
         os.kill(worker.process.pid, signal.SIGTERM)
-        assert await worker.hear(_wire.LEAVING) == b""
-        await worker.tell(_wire.seconds(_wire.DRAIN, 5))
+        assert await worker.hear(_protocol.LEAVING) == b""
+        await worker.tell(_protocol.seconds(_protocol.DRAIN, 5))
         assert await worker.process.wait() == 0
         # Once more is known already.
         assert await worker.process.wait() == 0
@@ -96,20 +96,20 @@ async def test_a_conversation() -> None:
 async def test_cancelling_what_is_not_there(shared: Path) -> None:
     """A cancellation of a job that has ended, or never was, is nothing; of another, it is."""
     async with puppet(DO) as worker:
-        await worker.tell(_wire.jobs(1, [job(1, data=b"forever")], carries=False))
-        await worker.tell(_wire.ids(_wire.CANCEL, [99, 1]))
-        number, text = _wire.read_about(await worker.hear(_wire.ERROR))
+        await worker.tell(_protocol.jobs(1, [job(1, data=b"forever")], carries=False))
+        await worker.tell(_protocol.ids(_protocol.CANCEL, [99, 1]))
+        number, text = _protocol.read_about(await worker.hear(_protocol.ERROR))
         assert (number, text) == (1, b"the handler was cancelled, because the call was")
-        await worker.tell(_wire.seconds(_wire.DRAIN, 0))
+        await worker.tell(_protocol.seconds(_protocol.DRAIN, 0))
         assert await worker.process.wait() == 0
 
 
 async def test_nonsense(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker that is told what no pool says ends, and says why."""
     async with puppet(DO) as worker:
-        await worker.tell(_wire.frame(99))
+        await worker.tell(_protocol.frame(99))
         assert await worker.process.wait() == 1
-    assert "WireError: a frame of kind 99 came" in capfd.readouterr().err
+    assert "ProtocolError: a frame of kind 99 came" in capfd.readouterr().err
 
 
 async def test_the_pool_is_gone_with_what_was_said(shared: Path) -> None:
@@ -119,7 +119,7 @@ async def test_the_pool_is_gone_with_what_was_said(shared: Path) -> None:
         async with client.stream:
             with theirs:
                 await worker.tell(
-                    _wire.jobs(1, [job(1, _wire.UNIX)], carries=True), [theirs.fileno()]
+                    _protocol.jobs(1, [job(1, _protocol.UNIX)], carries=True), [theirs.fileno()]
                 )
             await client.line()
             await trio.lowlevel.wait_readable(worker.process.conn.socket)
@@ -137,7 +137,7 @@ async def test_the_pool_is_gone_before_it_is_told(shared: Path) -> None:
         async with client.stream:
             with theirs:
                 await worker.tell(
-                    _wire.jobs(1, [job(1, _wire.UNIX)], carries=True), [theirs.fileno()]
+                    _protocol.jobs(1, [job(1, _protocol.UNIX)], carries=True), [theirs.fileno()]
                 )
             await worker.process.conn.aclose()
             os.kill(worker.process.pid, signal.SIGCONT)
@@ -178,10 +178,10 @@ async def test_ready_too_late() -> None:
     process = _process.start({"handler": DO, "setup": None, "board": 1, "beat": 1.0})
 
     class Owner:
-        def ended(self, link: Link) -> None: ...
+        def ended(self, link: WorkerHandle) -> None: ...
 
     owner: Any = Owner()
-    link = Link(0, process, owner)
+    link = WorkerHandle(0, process, owner)
     link.ask_to_leave(0)
     with trio.fail_after(30):
         await link.run()
@@ -194,7 +194,7 @@ async def test_ready_too_late() -> None:
 
 def test_settled_twice() -> None:
     """What became of a job is said once."""
-    delivery = Delivery(1, -1, _wire.NO_DESCRIPTOR)
+    delivery = PendingJob(1, -1, _protocol.NO_DESCRIPTOR)
     delivery.settle(b"an answer")
     delivery.settle(WorkerDiedError("later"))
     assert delivery.outcome == b"an answer"
@@ -210,13 +210,13 @@ def test_board(lacking: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is noted on one map of a board is seen on another, the last ones."""
     if lacking is not None:
         monkeypatch.delattr(os, lacking)
-    fd = new_board(3)
+    fd = create_log(3)
     assert kind_of(fd) == "-"
-    one, two = Board(fd), Board(fd)
+    one, two = CompletionLog(fd), CompletionLog(fd)
     os.close(fd)
     for number in 1, 2, 3, 4:
-        one.note(number)
-    assert two.noted() == {2, 3, 4}
+        one.add(number)
+    assert two.entries() == {2, 3, 4}
     for board in one, two, two:
         board.close()
 
@@ -224,4 +224,4 @@ def test_board(lacking: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_room_for_a_board() -> None:
     """A board that is larger than can be is an error, and nothing is left open."""
     with pytest.raises(OverflowError):
-        new_board(2**60)
+        create_log(2**60)

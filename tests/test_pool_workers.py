@@ -36,7 +36,7 @@ from trio_unixconn import (
     WorkerDiedError,
     WorkerStartError,
 )
-from trio_unixconn.pool import AbandonedJob, _place, _process, open_worker_pool
+from trio_unixconn.pool import AbandonedJob, _process, _supervisor, open_worker_pool
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -56,7 +56,7 @@ SOON = 1.0
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start workers without a pause between."""
-    monkeypatch.setattr(_place, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(_supervisor, "MAX_BACKOFF", 0.0)
 
 
 ################################################################
@@ -103,7 +103,7 @@ async def test_bound_to_one_that_dies(shared: Path) -> None:
         client, theirs = ends()
 
         async def submit() -> None:
-            client.receipt = await pool.submit(theirs, to=1)
+            client.receipt = await pool.submit(theirs, worker=1)
 
         nursery.start_soon(submit)
         await wait_all_tasks_blocked()
@@ -123,7 +123,7 @@ async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFi
         clients = []
         for number in range(6):
             client, theirs = ends()
-            client.receipt = await pool.submit(theirs, to=number % 2)
+            client.receipt = await pool.submit(theirs, worker=number % 2)
             await client.line()
             clients.append(client)
         victim = pids(pool)[0]
@@ -275,7 +275,7 @@ async def call_nothing(pool: WorkerPool) -> None:
 async def test_no_descriptor_free_anywhere(shared: Path) -> None:
     """A job that no worker can receive is given up after so many tries, with the reason."""
     async with open_worker_pool(
-        HOLD, workers=1, setup="pool_handlers:one_is_poor", max_tries=4
+        HOLD, workers=1, setup="pool_handlers:one_is_poor", max_attempts=4
     ) as pool:
         client, theirs = ends()
         with pytest.raises(JobRefusedError, match="4 workers in turn did not take it") as caught:
@@ -292,7 +292,7 @@ async def test_no_descriptor_free_anywhere(shared: Path) -> None:
 async def test_one_descriptor_free(shared: Path) -> None:
     """Many jobs that come at once go through a worker with room for one, one after the other."""
     async with (
-        open_worker_pool(DO, workers=1, setup="pool_handlers:poor", max_tries=50) as pool,
+        open_worker_pool(DO, workers=1, setup="pool_handlers:poor", max_attempts=50) as pool,
         trio.open_nursery() as nursery,
     ):
         for _ in range(8):
@@ -517,7 +517,7 @@ async def test_no_crash_loop(no_pauses: None, shared: Path) -> None:
 
 async def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pause before a worker is started grows with those that died, up to a limit."""
-    pauses = [_place.pause_behind(failures) for failures in range(2000)]
+    pauses = [_supervisor.backoff_after(failures) for failures in range(2000)]
     assert pauses[:5] == [0.0, 0.05, 0.1, 0.2, 0.4]
     assert pauses == sorted(pauses)
     assert pauses[-1] == 10

@@ -21,7 +21,7 @@ async def main(handler: str, workers: int, data: bytes) -> None:
         for index in range(workers):
             mine, theirs = socket.socketpair()
             kept.append(mine)
-            await pool.submit(theirs, data=data, to=index)
+            await pool.submit(theirs, data=data, worker=index)
             # The handler has begun.
             await trio.lowlevel.wait_readable(mine)
         print(json.dumps([each.pid for each in pool.statistics().workers]), flush=True)

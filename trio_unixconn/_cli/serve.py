@@ -58,7 +58,7 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(help="How many accepted connections may wait for a worker.")
     ] = 1000,
-    max_tries: Annotated[
+    max_attempts: Annotated[
         int, typer.Option(help="How many workers may fail to take a connection.")
     ] = 3,
     max_jobs: Annotated[
@@ -101,7 +101,7 @@ def serve(
     one ends at once. Exit status 0 after a drain.
     """
     # --help needs none of it.
-    from ..pool._options import PoolOptions  # noqa: PLC0415
+    from ..pool._config import PoolConfig  # noqa: PLC0415
     from .binds import read_bind  # noqa: PLC0415
     from .serving import Order, is_terminal, serve_until_told  # noqa: PLC0415
 
@@ -110,7 +110,7 @@ def serve(
         "setup": setup,
         "max_in_flight": max_in_flight,
         "max_queue": max_queue,
-        "max_tries": max_tries,
+        "max_attempts": max_attempts,
         "max_jobs": max_jobs,
         "start_timeout": start_timeout,
         "hang_timeout": hang_timeout,
@@ -118,7 +118,7 @@ def serve(
         "crash_limit": crash_limit,
     }
     try:
-        PoolOptions(handler, **options)
+        PoolConfig(handler, **options)
     except ValueError as exc:
         fail(str(exc), status=2)
     _put_current_directory_on_path()

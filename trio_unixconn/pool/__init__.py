@@ -4,11 +4,10 @@
 accept loop on top of it, and ``serve_statistics`` says how they are doing.
 """
 
-from ._delivery import JobReceipt as JobReceipt
 from ._job import Job as Job
-from ._opening import open_worker_pool as open_worker_pool
-from ._pool import WorkerPool as WorkerPool
-from ._serving import (
+from ._pending import JobReceipt as JobReceipt
+from ._pool import WorkerPool as WorkerPool, open_worker_pool as open_worker_pool
+from ._server import (
     WorkerPoolOptions as WorkerPoolOptions,
     WorkerServer as WorkerServer,
     serve_with_workers as serve_with_workers,
@@ -18,7 +17,7 @@ from ._statistics import (
     PoolStatistics as PoolStatistics,
     WorkerStatistics as WorkerStatistics,
 )
-from ._stats import serve_statistics as serve_statistics
+from ._stats_server import serve_statistics as serve_statistics
 
 __all__ = [
     "AbandonedJob",

@@ -34,7 +34,7 @@ _POOL: Final = (
     ("abandoned", "jobs_abandoned_total", "counter", "Jobs whose worker died meanwhile."),
     ("retried", "jobs_retried_total", "counter", "How often a job went to another worker."),
     ("refused", "jobs_refused_total", "counter", "Jobs that no worker took; given up."),
-    ("withdrawn", "jobs_withdrawn_total", "counter", "Jobs cancelled before a worker had them."),
+    ("cancelled", "jobs_cancelled_total", "counter", "Jobs cancelled before a worker had them."),
     ("restarts", "restarts_total", "counter", "Workers that were replaced."),
     ("deaths", "deaths_total", "counter", "Workers that died without having been asked to."),
 )

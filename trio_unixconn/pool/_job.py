@@ -8,32 +8,25 @@ Sources: fcntl(2) (F_GETFL), unix(7)
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket as stdlib_socket
 from contextlib import suppress
-from io import FileIO, IOBase
-from typing import IO, TYPE_CHECKING, Any
+from io import IOBase
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
 from .. import _memfd
-from .._closing import close_fds, close_object
+from .._closing import close_object
 from .._connection import UnixConnection
 from .._fdtypes import (
     DescriptorKind,
     is_memory,
-    kind_of,
-    open_checked_file,
-    open_file_or_close,
-    open_stream,
 )
 from .._file_thread import call_in_file_thread, ignore
 from .._memfd import Seals
 from .._owner import DescriptorOwner
 from ..errors import UnsafeBufferError
-from . import _wire
 
 if TYPE_CHECKING:
     from .._credentials import Credentials
@@ -102,46 +95,6 @@ class Job(DescriptorOwner):
                 "expected a sealed memfd, got a job without a file", DescriptorKind.SOCKET
             )
         return _memfd.map_readonly(fileno(), max_bytes, seals)
-
-
-async def stream_for(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
-    """Return a stream or file that owns ``fd``. Only for a file this is a checkpoint.
-
-    Raises:
-      OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
-    """
-    try:
-        if form in (_wire.TCP, _wire.TCP6):
-            # Told what it is, Python need not ask the kernel; trio sets TCP_NODELAY.
-            family = stdlib_socket.AF_INET if form == _wire.TCP else stdlib_socket.AF_INET6
-            sock = stdlib_socket.socket(
-                family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
-            )
-            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        if form == _wire.REFUSING:
-            return UnixConnection.from_fd(fd, receive_descriptors=False)
-        if form == _wire.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
-            return open_stream(fd)
-        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    except BaseException:
-        close_fds([fd])
-        raise
-    return await open_file_or_close(fd, _MODES[access], _FILES, open_checked=_open_file)
-
-
-def _open_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
-    if mode == "r+b" and not _has_position(fd):
-        # One buffer for both is for what can be rewound: no terminal, no pipe.
-        return open(fd, mode, buffering=0)
-    return open_checked_file(fd, mode, kind)
-
-
-def _has_position(fd: int) -> bool:
-    try:
-        os.lseek(fd, 0, os.SEEK_CUR)
-    except OSError:
-        return False
-    return True
 
 
 async def close_file(file: IOBase) -> None:

@@ -7,6 +7,7 @@ whoever waits for it is told what became of it.
 from __future__ import annotations
 
 import itertools
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,15 +16,19 @@ from trio.lowlevel import enable_ki_protection
 
 from .._owner import DescriptorOwner
 from ..errors import JobRefusedError, PoolClosedError
-from . import _wire
-from ._delivery import Delivery, JobReceipt, Submitted, checked_data, take_over
+from . import _protocol
+from ._config import PoolConfig
+from ._endpoints import Submitted, checked_data, detach_endpoint
+from ._pending import JobReceipt, PendingJob
+from ._process import FdReserve
 from ._statistics import PoolStatistics, WorkerStatistics, memory_of
+from ._supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from .._buffers import Buffer
-    from ._supervisor import Supervisor
+    from ._statistics import AbandonedJob
 
 
 class WorkerPool(DescriptorOwner):
@@ -31,7 +36,7 @@ class WorkerPool(DescriptorOwner):
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
-        self._dispatcher = supervisor.dispatcher
+        self._queue = supervisor.queue
         self._numbers = itertools.count(1)
 
     ################################################################
@@ -40,7 +45,7 @@ class WorkerPool(DescriptorOwner):
 
     @enable_ki_protection
     async def submit(
-        self, what: Submitted, *, data: Buffer = b"", to: int | None = None
+        self, what: Submitted, *, data: Buffer = b"", worker: int | None = None
     ) -> JobReceipt:
         """Hand a stream, socket, file or descriptor to the least busy worker.
 
@@ -49,7 +54,7 @@ class WorkerPool(DescriptorOwner):
         that is closed, leaves it as it was: TypeError, ValueError, OSError (EBADF),
         WrongDescriptorKindError and PoolClosedError.
 
-        A job that no worker has yet is withdrawn when this is cancelled: it is never handled.
+        A job that no worker has yet is cancelled when this is cancelled: it is never handled.
         Once a worker has been sent it, it is too late: this waits for the acknowledgement, and
         returns.
 
@@ -58,7 +63,7 @@ class WorkerPool(DescriptorOwner):
             A Python file is flushed and closed; what it has read ahead is lost, so give files
             that were not read from.
           data: up to 16 MiB that the handler gets as ``job.data``.
-          to: the index of the worker that must have it, which is a place in the pool: when its
+          worker: the index of the worker that must have it, which is a place in the pool: when its
             worker is replaced, the next one has it.
 
         Returns:
@@ -68,17 +73,17 @@ class WorkerPool(DescriptorOwner):
           TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a worker can
             have.
           PoolClosedError: the pool takes no more jobs.
-          JobRefusedError: ``max_tries`` workers died, or had no descriptor free, before they
+          JobRefusedError: ``max_attempts`` workers died, or had no descriptor free, before they
             could acknowledge it; or the pool ended before a worker had it, or there is no
-            worker ``to`` any more.
+            such worker any more.
         """
-        delivery = await self._deliver(what, data, to, wants_answer=False)
+        delivery = await self._deliver(what, data, worker, wants_answer=False)
         receipt: JobReceipt = delivery.outcome
         return receipt
 
     @enable_ki_protection
     async def call(
-        self, what: Submitted | None = None, *, data: Buffer = b"", to: int | None = None
+        self, what: Submitted | None = None, *, data: Buffer = b"", worker: int | None = None
     ) -> bytes:
         """Hand a job to a worker, and wait for what its handler returns: bytes.
 
@@ -90,27 +95,27 @@ class WorkerPool(DescriptorOwner):
           WorkerDiedError: its worker died while it was being handled; it is not tried again.
           All that :meth:`submit` raises.
         """
-        delivery = await self._deliver(what, data, to, wants_answer=True)
+        delivery = await self._deliver(what, data, worker, wants_answer=True)
         answer: bytes = delivery.outcome
         return answer
 
     async def _deliver(
-        self, what: Submitted | None, data: Buffer, to: int | None, *, wants_answer: bool
-    ) -> Delivery:
+        self, what: Submitted | None, data: Buffer, worker: int | None, *, wants_answer: bool
+    ) -> PendingJob:
         self._supervisor.check_open()
-        if to is not None and not 0 <= to < len(self._supervisor.places):
+        if worker is not None and not 0 <= worker < len(self._supervisor.places):
             raise ValueError(
-                f"to must be the index of a worker, below {len(self._supervisor.places)}"
+                f"worker must be the index of a worker, below {len(self._supervisor.places)}"
             )
         goes_along = checked_data(data)
         if what is None:
             if not wants_answer:
                 raise TypeError("a stream, socket, file or descriptor is due, not None")
-            fd, form = -1, _wire.NO_DESCRIPTOR
+            fd, form = -1, _protocol.NO_DESCRIPTOR
         else:
-            fd, form = await take_over(what)
-        delivery = Delivery(
-            next(self._numbers), fd, form, goes_along, to=to, wants_answer=wants_answer
+            fd, form = await detach_endpoint(what)
+        delivery = PendingJob(
+            next(self._numbers), fd, form, goes_along, worker=worker, wants_answer=wants_answer
         )
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -123,15 +128,15 @@ class WorkerPool(DescriptorOwner):
             delivery.close()
             raise
         self._put(delivery)
-        if to is not None:
+        if worker is not None:
             self._supervisor.give_up_bound()
         await self._outcome(delivery)
         return delivery
 
-    async def _outcome(self, delivery: Delivery) -> None:
+    async def _outcome(self, delivery: PendingJob) -> None:
         def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
             if not delivery.sent:
-                self._dispatcher.withdraw(delivery)
+                self._queue.withdraw(delivery)
                 delivery.task = None
                 # It may have been what a drain waited for.
                 self._supervisor.look_idle()
@@ -152,23 +157,23 @@ class WorkerPool(DescriptorOwner):
         if error is not None:
             raise error
 
-    def _put(self, delivery: Delivery) -> None:
+    def _put(self, delivery: PendingJob) -> None:
         """Let a job wait for a worker, which may be at once."""
-        self._dispatcher.counters.submitted += 1
-        self._dispatcher.put(delivery)
-        self._dispatcher.pump()
+        self._queue.counters.submitted += 1
+        self._queue.put(delivery)
+        self._queue.pump()
 
     def _put_accepted(self, fds: list[int], form: int) -> None:
         """Let accepted sockets wait for workers; nobody waits for what becomes of them."""
-        self._dispatcher.counters.submitted += len(fds)
-        queue, numbers = self._dispatcher.queue, self._numbers
+        self._queue.counters.submitted += len(fds)
+        queue, numbers = self._queue.queue, self._numbers
         for fd in fds:
-            queue.append(Delivery(next(numbers), fd, form))
-        self._dispatcher.pump()
+            queue.append(PendingJob(next(numbers), fd, form))
+        self._queue.pump()
 
     def _free(self) -> int:
         """Return how many more jobs may wait."""
-        return self._dispatcher.free()
+        return self._queue.free()
 
     async def _wait_for_room(self) -> None:
         """Wait until another job may wait.
@@ -177,8 +182,8 @@ class WorkerPool(DescriptorOwner):
           PoolClosedError: the pool takes no more jobs.
         """
         self._supervisor.check_open()
-        while self._dispatcher.free() <= 0:
-            await self._dispatcher.waiting.park()
+        while self._queue.free() <= 0:
+            await self._queue.waiting.park()
             # There is also room when all that waited was given up at the end.
             self._supervisor.check_open()
 
@@ -249,7 +254,97 @@ class WorkerPool(DescriptorOwner):
         )
         return PoolStatistics(
             workers=workers,
-            queued=self._dispatcher.count(),
+            queued=self._queue.count(),
             in_flight=sum(each.in_flight for each in workers),
-            **attrs.asdict(self._dispatcher.counters),
+            **attrs.asdict(self._queue.counters),
         )
+
+
+@asynccontextmanager
+async def open_worker_pool(
+    handler: str,
+    *,
+    workers: int | None = None,
+    setup: str | None = None,
+    max_in_flight: int = 1000,
+    max_queue: int = 1000,
+    max_attempts: int = 3,
+    max_jobs: int | None = None,
+    start_timeout: float = 60,
+    hang_timeout: float = 10,
+    drain_timeout: float = 30,
+    crash_limit: int = 5,
+    on_abandoned: Callable[[AbandonedJob], None] | None = None,
+) -> AsyncGenerator[WorkerPool, None]:
+    """Start worker processes that get descriptors, and run a handler on each.
+
+    A worker is a fresh interpreter, with this one's import path, that imports the handler. All
+    are ready when the block is entered. At its end the pool drains; if the block is left by an
+    exception or a cancellation, handlers are cancelled and have a second to clean up in::
+
+        async with open_worker_pool("package.module:handler", workers=4) as pool:
+            await pool.submit(stream)
+
+    with, in ``package/module.py``::
+
+        async def handler(stream, job): ...
+
+    The stream is a ``trio.SocketStream``, a :class:`UnixConnection`, or an open file, which
+    blocks; it is closed when the handler returns. ``job`` is a :class:`Job`.
+
+    Args:
+      handler: ``"package.module:name"`` of an async function of a stream and a job.
+      workers: how many; one for each processor that this process may use if left out.
+      setup: ``"package.module:name"`` of a function that returns an async context manager, in
+        which each worker lives; what it yields is ``job.state``.
+      max_in_flight: how many jobs each worker handles at a time.
+      max_queue: how many jobs may wait in the pool; then ``submit`` waits.
+      max_attempts: how many workers may die, or lack descriptors, before they acknowledge a job,
+        until it is given up.
+      max_jobs: a worker is replaced when it has taken so many, or a few more.
+      start_timeout: seconds that a worker may take to be ready.
+      hang_timeout: seconds after which a worker that says nothing is killed and replaced. A
+        handler that computes for as long without a checkpoint is such a one. ``math.inf`` for
+        never.
+      drain_timeout: seconds that jobs may take to finish in when a worker, or all, are to end.
+      crash_limit: when so many workers in turn have died at one place without having finished
+        a job, or having lived for ten seconds, the pool ends.
+      on_abandoned: called for each job that was being handled when its worker died; such jobs
+        are also logged, under ``trio_unixconn.pool``, and counted.
+
+    Raises:
+      TypeError, ValueError: something that cannot be; nothing was started.
+      WorkerStartError: a worker could not be started; with its traceback.
+      ExceptionGroup: of the causes, when workers died again and again.
+    """
+    options = PoolConfig(
+        handler,
+        workers=workers,
+        setup=setup,
+        max_in_flight=max_in_flight,
+        max_queue=max_queue,
+        max_attempts=max_attempts,
+        max_jobs=max_jobs,
+        start_timeout=start_timeout,
+        hang_timeout=hang_timeout,
+        drain_timeout=drain_timeout,
+        crash_limit=crash_limit,
+        on_abandoned=on_abandoned,
+    )
+    raised: BaseException | None = None
+    with closing(FdReserve()) as reserve:
+        async with trio.open_nursery() as nursery:
+            supervisor = Supervisor(options, nursery, reserve)
+            try:
+                await supervisor.open()
+                yield WorkerPool(supervisor)
+                await supervisor.drain()
+            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+                raised = exc
+                await supervisor.abort()
+            supervisor.kill()
+            nursery.cancel_scope.cancel()
+    if supervisor.failure is not None:
+        raise supervisor.failure
+    if raised is not None:
+        raise raised

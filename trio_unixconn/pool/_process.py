@@ -13,17 +13,20 @@ import signal
 import socket as stdlib_socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from .._connection import UnixConnection
 from .._owner import DescriptorOwner
-from ._board import Board, new_board
+from ._completion_log import CompletionLog, create_log
 
-_BOOT: Final = str(Path(__file__).with_name("_boot.py"))
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+_BOOTSTRAP: Final = str(Path(__file__).with_name("_bootstrap.py"))
 
 
 class WorkerProcess(DescriptorOwner):
@@ -35,7 +38,9 @@ class WorkerProcess(DescriptorOwner):
       pid: its number.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], conn: UnixConnection, board: Board) -> None:
+    def __init__(
+        self, popen: subprocess.Popen[bytes], conn: UnixConnection, board: CompletionLog
+    ) -> None:
         self._popen = popen
         self.conn = conn
         self.board = board
@@ -91,16 +96,16 @@ def start(order: dict[str, Any]) -> WorkerProcess:
         stack.callback(theirs.close)
         failed = stack.enter_context(ExitStack())
         failed.callback(ours.close)
-        board_fd = new_board(order["board"])
+        board_fd = create_log(order["board"])
         stack.callback(os.close, board_fd)
-        board = Board(board_fd)
+        board = CompletionLog(board_fd)
         failed.callback(board.close)
         inherited = [theirs.fileno(), board_fd]
         body = json.dumps({**order, "path": sys.path, "pool": os.getpid()}).encode()
         ours.sendall(len(body).to_bytes(4, "big") + body)
         popen = subprocess.Popen(  # noqa: S603 - this interpreter, and a file of ours
             # The handler's name is for who looks at a list of processes.
-            [sys.executable, _BOOT, *map(str, inherited), order["handler"]],
+            [sys.executable, _BOOTSTRAP, *map(str, inherited), order["handler"]],
             stdin=subprocess.DEVNULL,
             pass_fds=inherited,
             # What a terminal sends is for the pool's process only.
@@ -118,3 +123,39 @@ def ending_of(status: int) -> str:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"was killed by signal {-status}"
+
+
+# What starting a worker takes: two sockets, its board and the map of that, and three of
+# subprocess; then its pidfd.
+_RESERVED: Final = 8
+
+
+class FdReserve(DescriptorOwner):
+    """Descriptors that are in use for nothing."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+        self.fill()
+
+    def fill(self) -> None:
+        """Take as many as are due, if they are there."""
+        fds = self._fds
+        while len(fds) < _RESERVED:
+            try:
+                fds.append(os.dup(fds[0]) if fds else os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                return
+
+    @contextmanager
+    def released(self) -> Generator[None, None, None]:
+        """Give them up in this block, which must not wait."""
+        self.close()
+        try:
+            yield
+        finally:
+            self.fill()
+
+    def close(self) -> None:
+        """Give them up."""
+        while self._fds:
+            os.close(self._fds.pop())

@@ -52,7 +52,7 @@ class PoolStatistics:
       abandoned: jobs that were being handled when their worker died.
       retried: how many times a job was handed to another worker.
       refused: jobs that no worker has taken, which were given up.
-      withdrawn: jobs that were cancelled before a worker had them.
+      cancelled: jobs that were cancelled before a worker had them.
       restarts: workers that were replaced, whatever the reason.
       deaths: workers that died without having been asked to.
     """
@@ -67,7 +67,7 @@ class PoolStatistics:
     abandoned: int
     retried: int
     refused: int
-    withdrawn: int
+    cancelled: int
     restarts: int
     deaths: int
 
@@ -98,7 +98,7 @@ class Counters:
     abandoned: int = 0
     retried: int = 0
     refused: int = 0
-    withdrawn: int = 0
+    cancelled: int = 0
     restarts: int = 0
     deaths: int = 0
 

@@ -11,14 +11,14 @@ import math
 import sys
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import trio
 
 from .._owner import DescriptorOwner
 from ..errors import PoolClosedError, WorkerStartError
 from . import _process
-from ._dispatch import Dispatcher
-from ._link import Link
-from ._place import FIRST_PAUSE, LONGEST_PAUSE, Place, pause_behind
+from ._handle import WorkerHandle
+from ._queue import JobQueue
 from ._statistics import AbandonedJob, Counters
 
 if sys.version_info < (3, 11):
@@ -27,13 +27,15 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ._delivery import Delivery
-    from ._options import PoolOptions
-    from ._reserve import Reserve
+    from ._config import PoolConfig
+    from ._pending import PendingJob
+    from ._process import FdReserve
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
 # A worker that has lived so long, or has finished a job, does not count as one that cannot.
+INITIAL_BACKOFF: Final = 0.05
+MAX_BACKOFF: Final = 10.0
 _LONG_LIFE: Final = 10.0
 _LONGEST_REST: Final = 1.0
 # How many jobs a worker can have finished without having said so, whatever it may have in flight:
@@ -41,6 +43,46 @@ _LONGEST_REST: Final = 1.0
 _MOST_NOTED: Final = 2**20
 # What workers have to clean up in, when the pool's block was left by an exception.
 _SHORT_END: Final = 1.0
+
+
+@attrs.define(eq=False)
+class Slot:
+    """A place in the pool.
+
+    Attributes:
+      failures: why its workers died, since one of them was of any use.
+      busy: whether a worker is being started or replaced here; then ``changed`` says when that
+        has come to an end.
+      again: when a worker that is well may be replaced, if the last new one could not start.
+    """
+
+    index: int
+    link: WorkerHandle
+    restarts: int = 0
+    failures: list[Exception] = attrs.field(factory=list[Exception])
+    busy: bool = False
+    changed: trio.Event = attrs.field(factory=trio.Event)
+    rest: float = INITIAL_BACKOFF
+    again: float = -math.inf
+
+    def begin(self) -> None:
+        """A worker is being started here from now on."""
+        if not self.busy:
+            self.busy = True
+            self.changed = trio.Event()
+
+    def end(self) -> None:
+        """That has come to an end."""
+        self.busy = False
+        self.changed.set()
+
+
+def backoff_after(failures: int) -> float:
+    """Return how long to wait before another worker is started, in seconds."""
+    if not failures:
+        return 0.0
+    # Behind that nothing grows but a number that soon is none for a float.
+    return min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(failures - 1, 10))
 
 
 class Supervisor(DescriptorOwner):
@@ -56,17 +98,17 @@ class Supervisor(DescriptorOwner):
       pump: hands over what can be handed over.
     """
 
-    def __init__(self, options: PoolOptions, nursery: trio.Nursery, reserve: Reserve) -> None:
-        self.options: PoolOptions = options
+    def __init__(self, options: PoolConfig, nursery: trio.Nursery, reserve: FdReserve) -> None:
+        self.options: PoolConfig = options
         self._nursery = nursery
         self._reserve = reserve
         self._counters = Counters()
-        self.dispatcher: Dispatcher = Dispatcher(
-            options.max_in_flight, options.max_queue, options.max_tries, self._counters
+        self.queue: JobQueue = JobQueue(
+            options.max_in_flight, options.max_queue, options.max_attempts, self._counters
         )
-        self.places: list[Place] = []
-        self._draining: set[Link] = set()
-        self.alive: set[Link] = set()
+        self.places: list[Slot] = []
+        self._draining: set[WorkerHandle] = set()
+        self.alive: set[WorkerHandle] = set()
         self.closed: str | None = None
         # Whether workers that die are not replaced any more.
         self._over = False
@@ -74,7 +116,7 @@ class Supervisor(DescriptorOwner):
         # Changes of who is in the pool, one after the other.
         self._changing = trio.Lock()
         self._idle = trio.lowlevel.ParkingLot()
-        self.pump: Callable[[], None] = self.dispatcher.pump
+        self.pump: Callable[[], None] = self.queue.pump
 
     def check_open(self) -> None:
         """Raise unless jobs are taken.
@@ -85,7 +127,7 @@ class Supervisor(DescriptorOwner):
         if self.closed is not None:
             raise PoolClosedError(self.closed)
 
-    def links(self) -> Iterable[Link]:
+    def links(self) -> Iterable[WorkerHandle]:
         """Return the workers that have a place, and those that are leaving."""
         yield from (place.link for place in self.places)
         yield from self._draining
@@ -113,27 +155,27 @@ class Supervisor(DescriptorOwner):
             await self._fill(new)
             while len(self.places) > workers:
                 place = self.places.pop()
-                self.dispatcher.links.pop(place.index, None)
+                self.queue.links.pop(place.index, None)
                 self._leave(place.link)
             self.give_up_bound()
 
     def give_up_bound(self) -> None:
         """Give up jobs that only a worker may have that is not there any more."""
-        bound = self.dispatcher.bound
+        bound = self.queue.bound
         for index in [each for each in bound if each >= len(self.places)]:
-            self.dispatcher.give_up_all(bound.pop(index), f"there is no worker {index} any more")
+            self.queue.give_up_all(bound.pop(index), f"there is no worker {index} any more")
 
     async def drain(self, timeout: float | None = None) -> None:
         """As :meth:`WorkerPool.drain`; ``drain_timeout`` if none is given."""
         timeout = self.options.drain_timeout if timeout is None else timeout
         self.closed = self.closed or "the pool is draining, and takes no more jobs"
-        self.dispatcher.waiting.unpark_all()
+        self.queue.waiting.unpark_all()
         begin = trio.current_time()
         with trio.move_on_after(timeout):
-            while self.dispatcher.count() or any(link.batch for link in self.links()):
+            while self.queue.count() or any(link.batch for link in self.links()):
                 await self._idle.park()
         self._over = True
-        self.dispatcher.clear("the pool ended first")
+        self.queue.clear("the pool ended first")
         left = max(0.0, begin + timeout - trio.current_time())
         async with trio.open_nursery() as nursery:
             for link in list(self.links()):
@@ -142,7 +184,7 @@ class Supervisor(DescriptorOwner):
     async def _fill(self, indexes: range) -> None:
         """Start workers for new places, all at a time."""
         errors: list[Exception] = []
-        links: dict[int, Link] = {}
+        links: dict[int, WorkerHandle] = {}
 
         async def fill(index: int) -> None:
             try:
@@ -166,10 +208,10 @@ class Supervisor(DescriptorOwner):
             raise
         # In order, and without gaps: an index is a position.
         for index in indexes:
-            self.places.append(Place(index, links[index]))
+            self.places.append(Slot(index, links[index]))
             self._welcome(self.places[-1], links[index])
 
-    async def _start(self, index: int) -> Link:
+    async def _start(self, index: int) -> WorkerHandle:
         """Start a worker, and wait until it is ready.
 
         Raises:
@@ -183,11 +225,11 @@ class Supervisor(DescriptorOwner):
             "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
         }
         try:
-            with self._reserve.spent():
+            with self._reserve.released():
                 process = _process.start(order)
         except OSError as exc:
             raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
-        link = Link(index, process, self)
+        link = WorkerHandle(index, process, self)
         self.alive.add(link)
         self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {index}")
         try:
@@ -205,16 +247,16 @@ class Supervisor(DescriptorOwner):
         assert link.error is not None  # noqa: S101 - it has ended
         raise link.error
 
-    def _welcome(self, place: Place, link: Link) -> None:
+    def _welcome(self, place: Slot, link: WorkerHandle) -> None:
         """Let the worker that a place has now take jobs."""
         if link.state == "ended":
             # It was ready, and died before it came to that.
             self._lost(place, link)
             return
-        self.dispatcher.links[place.index] = link
+        self.queue.links[place.index] = link
         self.pump()
 
-    async def _replace(self, place: Place) -> None:
+    async def _replace(self, place: Slot) -> None:
         place.begin()
         try:
             new = await self._start(place.index)
@@ -232,7 +274,7 @@ class Supervisor(DescriptorOwner):
         if place.link is new:
             self._leave(old)
 
-    def _leave(self, link: Link) -> None:
+    def _leave(self, link: WorkerHandle) -> None:
         """Have a worker finish what it has, and end, while everything else goes on."""
         if self._over:
             # Nobody would wait for that, and the nursery may be closed.
@@ -242,20 +284,20 @@ class Supervisor(DescriptorOwner):
             link.ask_to_leave(self.options.drain_timeout)
             self._nursery.start_soon(link.leave, self.options.drain_timeout)
 
-    def _revive_soon(self, place: Place) -> None:
+    def _revive_soon(self, place: Slot) -> None:
         if not place.busy and self._has(place):
             place.begin()
             self._nursery.start_soon(
                 self._revive, place, name=f"trio_unixconn.pool restart {place.index}"
             )
 
-    async def _revive(self, place: Place) -> None:
+    async def _revive(self, place: Slot) -> None:
         """Start a worker in the place of one that died, after a growing pause."""
         link = None
         tries = len(place.failures)
         try:
             while len(place.failures) < self.options.crash_limit:
-                await trio.sleep(pause_behind(tries))
+                await trio.sleep(backoff_after(tries))
                 if not self._has(place):
                     return
                 tries += 1
@@ -275,7 +317,7 @@ class Supervisor(DescriptorOwner):
                 )
             )
 
-    async def _try_again(self, place: Place) -> Link | None:
+    async def _try_again(self, place: Slot) -> WorkerHandle | None:
         try:
             return await self._start(place.index)
         except WorkerStartError as exc:
@@ -285,10 +327,10 @@ class Supervisor(DescriptorOwner):
                 place.failures.append(exc)
             return None
 
-    def _has(self, place: Place) -> bool:
+    def _has(self, place: Slot) -> bool:
         return not self._over and place in self.places
 
-    def _settle(self, place: Place, link: Link) -> None:
+    def _settle(self, place: Slot, link: WorkerHandle) -> None:
         """Let a worker have its place, if that is still there."""
         if not self._has(place):
             self._leave(link)
@@ -328,33 +370,33 @@ class Supervisor(DescriptorOwner):
     # What its workers say
     ################################################################
 
-    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+    def take_back(self, deliveries: list[PendingJob], why: Exception, *, counts: bool) -> None:
         """Have jobs that a worker has not taken tried by another."""
-        self.dispatcher.take_back(deliveries, why, counts=counts)
+        self.queue.take_back(deliveries, why, counts=counts)
         self.give_up_bound()
         if self._over:
-            self.dispatcher.clear("the pool ended first")
+            self.queue.clear("the pool ended first")
         self.pump()
         self.look_idle()
 
-    def give_up(self, deliveries: list[Delivery], why: str) -> None:
+    def give_up(self, deliveries: list[PendingJob], why: str) -> None:
         """Have jobs given up that cannot be sent to any worker."""
-        self.dispatcher.give_up_all(deliveries, why)
+        self.queue.give_up_all(deliveries, why)
         self.look_idle()
 
-    def refused(self, link: Link) -> None:
+    def refused(self, link: WorkerHandle) -> None:
         """Give a worker that has no descriptor free time to close some."""
         place = self._place_of(link)
         if place is not None:
             self._nursery.start_soon(self._rest, place, link)
 
-    async def _rest(self, place: Place, link: Link) -> None:
+    async def _rest(self, place: Slot, link: WorkerHandle) -> None:
         pause, place.rest = place.rest, min(2 * place.rest, _LONGEST_REST)
         await trio.sleep(pause)
         link.resting = False
         self.pump()
 
-    def acknowledged(self, link: Link, count: int) -> None:
+    def acknowledged(self, link: WorkerHandle, count: int) -> None:
         """Count jobs that were taken."""
         self._counters.acknowledged += count
         # The pool's copies are closed.
@@ -364,16 +406,16 @@ class Supervisor(DescriptorOwner):
             self._renew(link)
         self.look_idle()
 
-    def handled(self, link: Link, count: int) -> None:
+    def handled(self, link: WorkerHandle, count: int) -> None:
         """Count jobs whose handler has returned."""
         self._counters.handled += count
         place = self._place_of(link)
         if place is not None:
             place.failures.clear()
-            place.rest = FIRST_PAUSE
+            place.rest = INITIAL_BACKOFF
         self.pump()
 
-    def failed(self, link: Link, number: int, text: str, *, awaited: bool) -> None:
+    def failed(self, link: WorkerHandle, number: int, text: str, *, awaited: bool) -> None:
         """Count a job whose handler has raised, and log it unless its caller is told."""
         self._counters.failed += 1
         if not awaited:
@@ -382,7 +424,7 @@ class Supervisor(DescriptorOwner):
             )
         self.pump()
 
-    def abandoned(self, link: Link, numbers: Iterable[int]) -> None:
+    def abandoned(self, link: WorkerHandle, numbers: Iterable[int]) -> None:
         """Report what a worker was handling when it died."""
         for number in numbers:
             self._counters.abandoned += 1
@@ -391,7 +433,7 @@ class Supervisor(DescriptorOwner):
             if self.options.on_abandoned is not None:
                 self.options.on_abandoned(job)
 
-    def leaving(self, link: Link) -> None:
+    def leaving(self, link: WorkerHandle) -> None:
         """Replace a worker that somebody has asked to end (SIGTERM)."""
         if link.state == "ready":
             logger.info(
@@ -399,7 +441,7 @@ class Supervisor(DescriptorOwner):
             )
             self._renew(link)
 
-    def _renew(self, link: Link) -> None:
+    def _renew(self, link: WorkerHandle) -> None:
         place = self._place_of(link)
         if (
             self.closed is None
@@ -413,26 +455,26 @@ class Supervisor(DescriptorOwner):
                 self._replace_logged, place, name=f"trio_unixconn.pool restart {place.index}"
             )
 
-    async def _replace_logged(self, place: Place) -> None:
+    async def _replace_logged(self, place: Slot) -> None:
         try:
             await self._replace(place)
         except WorkerStartError as exc:
             logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
-            place.again = trio.current_time() + LONGEST_PAUSE
+            place.again = trio.current_time() + MAX_BACKOFF
 
-    def ended(self, link: Link) -> None:
+    def ended(self, link: WorkerHandle) -> None:
         """Have a worker that died replaced."""
         self._reserve.fill()
         self.alive.discard(link)
         self._draining.discard(link)
-        if self.dispatcher.links.get(link.index) is link:
-            del self.dispatcher.links[link.index]
+        if self.queue.links.get(link.index) is link:
+            del self.queue.links[link.index]
         self.look_idle()
         place = self._place_of(link)
         if place is not None and not self._over:
             self._lost(place, link)
 
-    def _lost(self, place: Place, link: Link) -> None:
+    def _lost(self, place: Slot, link: WorkerHandle) -> None:
         assert link.error is not None  # noqa: S101 - it has ended
         self._counters.deaths += 1
         logger.warning("%s; another is started", link.error)
@@ -442,7 +484,7 @@ class Supervisor(DescriptorOwner):
             place.failures.clear()
         self._revive_soon(place)
 
-    def _place_of(self, link: Link) -> Place | None:
+    def _place_of(self, link: WorkerHandle) -> Slot | None:
         """Return the place that a worker has; None if it has left it."""
         place = self.places[link.index] if link.index < len(self.places) else None
         return place if place is not None and place.link is link else None
@@ -475,8 +517,8 @@ class Supervisor(DescriptorOwner):
         """End the workers at once: their handlers are cancelled, and have a moment for that."""
         self.closed = self.closed or "the pool is closed"
         self._over = True
-        self.dispatcher.waiting.unpark_all()
-        self.dispatcher.clear("the pool ended first")
+        self.queue.waiting.unpark_all()
+        self.queue.clear("the pool ended first")
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 for link in list(self.links()):

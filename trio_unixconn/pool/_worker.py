@@ -28,10 +28,11 @@ import trio
 from .._closing import close_fds
 from .._connection import UnixConnection
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
-from . import _wire
-from ._board import Board
-from ._job import Job, close_file, close_now, stream_for
-from ._targets import load_handler, load_setup
+from . import _protocol
+from ._completion_log import CompletionLog
+from ._endpoints import attach_endpoint
+from ._import_string import load_handler, load_setup
+from ._job import Job, close_file, close_now
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
@@ -59,7 +60,7 @@ def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
         setup = load_setup(order["setup"]) if order["setup"] else None
     except BaseException:  # noqa: BLE001 - whatever it is, the pool shows it
         return _failed(sock)
-    notes = Board(board)
+    notes = CompletionLog(board)
     os.close(board)
     # A handler's children have no use for it.
     sock.set_inheritable(False)
@@ -102,15 +103,19 @@ def _watch(sock: stdlib_socket.socket, pool: int | None) -> None:
 
 
 def _failed(sock: stdlib_socket.socket) -> int:
-    text = traceback.format_exc().encode(errors="replace")[: _wire.MAX_DATA]
+    text = traceback.format_exc().encode(errors="replace")[: _protocol.MAX_DATA]
     with contextlib.suppress(OSError):
         sock.setblocking(True)
-        sock.sendall(_wire.frame(_wire.FAILED, text))
+        sock.sendall(_protocol.frame(_protocol.FAILED, text))
     return 1
 
 
 async def _run(
-    sock: stdlib_socket.socket, board: Board, order: dict[str, Any], handler: Any, setup: Any
+    sock: stdlib_socket.socket,
+    board: CompletionLog,
+    order: dict[str, Any],
+    handler: Any,
+    setup: Any,
 ) -> int:
     conn = UnixConnection.from_stdlib_socket(sock)
     context: Any = contextlib.nullcontext()
@@ -122,7 +127,9 @@ async def _run(
             # The kernel forgets it when a process becomes another user.
             _end_with_parent()
             worker = _Worker(conn, board, handler, state, order["beat"])
-            await conn.send_all(_wire.frame(_wire.READY, json.dumps({"pid": os.getpid()}).encode()))
+            await conn.send_all(
+                _protocol.frame(_protocol.READY, json.dumps({"pid": os.getpid()}).encode())
+            )
             ready = True
             await worker.run()
     except BaseException:
@@ -137,10 +144,10 @@ class _Worker:
     """One worker, once it is ready."""
 
     def __init__(
-        self, conn: UnixConnection, board: Board, handler: Any, state: Any, beat: float
+        self, conn: UnixConnection, board: CompletionLog, handler: Any, state: Any, beat: float
     ) -> None:
         self._conn = conn
-        self._note = board.note
+        self._note = board.add
         self._handler = handler
         self._state = state
         self._beat = beat
@@ -184,7 +191,7 @@ class _Worker:
         self._end_in(_ORPHAN_DRAIN)
 
     async def _receive_until_end(self, handlers: trio.Nursery) -> None:
-        decoder = _wire.Decoder()
+        decoder = _protocol.Decoder()
         while True:
             fds: list[int] | None
             try:
@@ -200,26 +207,26 @@ class _Worker:
             for frame in decoder.feed(data, fds):
                 await self._obey(handlers, frame)
 
-    async def _obey(self, handlers: trio.Nursery, frame: _wire.Frame) -> None:
+    async def _obey(self, handlers: trio.Nursery, frame: _protocol.Frame) -> None:
         kind, body, fds = frame
-        if kind == _wire.JOBS:
+        if kind == _protocol.JOBS:
             await self._take(handlers, body, fds)
-        elif kind == _wire.CANCEL:
-            for each in _wire.read_ids(body):
+        elif kind == _protocol.CANCEL:
+            for each in _protocol.read_ids(body):
                 if each in self._scopes:
                     self._scopes[each].cancel()
-        elif kind == _wire.DRAIN:
-            self._end_in(_wire.read_seconds(body))
+        elif kind == _protocol.DRAIN:
+            self._end_in(_protocol.read_seconds(body))
         else:
-            raise _wire.WireError(f"a frame of kind {kind} came")
+            raise _protocol.ProtocolError(f"a frame of kind {kind} came")
 
     async def _take(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
-        batch, jobs = _wire.read_jobs(body)
+        batch, jobs = _protocol.read_jobs(body)
         if fds is None:
-            self._out.append(_wire.number(_wire.REFUSED, batch))
+            self._out.append(_protocol.number(_protocol.REFUSED, batch))
             await self._tell()
             return
-        self._out.append(_wire.number(_wire.TAKEN, batch))
+        self._out.append(_protocol.number(_protocol.TAKEN, batch))
         try:
             await self._tell()
         except BaseException:
@@ -228,7 +235,7 @@ class _Worker:
             raise
         coming = iter(fds)
         for job in jobs:
-            fd = next(coming) if job.form != _wire.NO_DESCRIPTOR else -1
+            fd = next(coming) if job.form != _protocol.NO_DESCRIPTOR else -1
             if job.wants_answer:
                 # Before it runs, as the pool may have it cancelled at once.
                 self._scopes[job.id] = trio.CancelScope()
@@ -239,7 +246,7 @@ class _Worker:
         self._wants_more = True
         self._something.unpark()
 
-    async def _handle(self, sent: _wire.SentJob, fd: int) -> None:
+    async def _handle(self, sent: _protocol.SentJob, fd: int) -> None:
         number, _, wants_answer, _ = sent
         try:
             if wants_answer:
@@ -261,25 +268,25 @@ class _Worker:
                 del self._scopes[number]
             self._something.unpark()
 
-    async def _call_handler(self, sent: _wire.SentJob, fd: int) -> Any:
+    async def _call_handler(self, sent: _protocol.SentJob, fd: int) -> Any:
         """Call the handler; its stream is closed, and a file written, when this returns."""
         number, form, _, data = sent
         stream: Any = None
-        if form != _wire.NO_DESCRIPTOR:
-            stream = await stream_for(form, fd)
+        if form != _protocol.NO_DESCRIPTOR:
+            stream = await attach_endpoint(form, fd)
         try:
             return await self._handler(
                 stream, Job(number, data, self._state, self._draining, stream)
             )
         finally:
-            if form == _wire.OTHER and isinstance(stream, IOBase):
+            if form == _protocol.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
                 # An error is about data that was sent before; it is closed.
                 with contextlib.suppress(OSError):
                     close_now(stream)
 
-    async def _answer(self, sent: _wire.SentJob, fd: int) -> None:
+    async def _answer(self, sent: _protocol.SentJob, fd: int) -> None:
         number = sent.id
         scope = self._scopes[number]
         answer: Any = None
@@ -289,18 +296,18 @@ class _Worker:
             self._say(number, "the handler was cancelled, because the call was")
         elif not isinstance(answer, bytes):
             self._say(number, f"the handler returned {answer!r}, where bytes were due")
-        elif len(answer) > _wire.MAX_DATA:
+        elif len(answer) > _protocol.MAX_DATA:
             self._say(number, f"the handler returned {len(answer)} bytes; send sealed memory")
         else:
-            self._out.append(_wire.about(_wire.ANSWER, number, answer))
+            self._out.append(_protocol.about(_protocol.ANSWER, number, answer))
 
     def _say(self, number: int, text: str) -> None:
         self._note(number)
         self._tell_of(number, text)
 
     def _tell_of(self, number: int, text: str) -> None:
-        said = text.encode(errors="backslashreplace")[: _wire.MAX_DATA]
-        self._out.append(_wire.about(_wire.ERROR, number, said))
+        said = text.encode(errors="backslashreplace")[: _protocol.MAX_DATA]
+        self._out.append(_protocol.about(_protocol.ERROR, number, said))
 
     async def _send_news(self) -> None:
         while True:
@@ -319,10 +326,10 @@ class _Worker:
         while self._sending:
             await self._sent.park()
         if self._done:
-            self._out.append(_wire.ids(_wire.DONE, self._done))
+            self._out.append(_protocol.ids(_protocol.DONE, self._done))
             self._done.clear()
         if self._wants_more:
-            self._out.append(_wire.frame(_wire.MORE))
+            self._out.append(_protocol.frame(_protocol.MORE))
             self._wants_more = False
         if not self._out:
             return
@@ -340,7 +347,7 @@ class _Worker:
     async def _send_beats(self) -> None:
         while True:
             await trio.sleep(self._beat)
-            self._out.append(_wire.frame(_wire.BEAT))
+            self._out.append(_protocol.frame(_protocol.BEAT))
             self._something.unpark()
 
     async def _heed_signals(self) -> None:
@@ -348,5 +355,5 @@ class _Worker:
             async for _ in signals:
                 # From the kernel, when the pool is gone, or from somebody who wants another
                 # worker here. The pool says when: jobs may be on their way.
-                self._out.append(_wire.frame(_wire.LEAVING))
+                self._out.append(_protocol.frame(_protocol.LEAVING))
                 self._something.unpark()

@@ -94,7 +94,7 @@ class AnyJob(Protocol):
     def data(self) -> bytes: ...
 
 
-class WireError(ValueError):
+class ProtocolError(ValueError):
     """What came is no frame: the other end is not one of ours, or of another version."""
 
 
@@ -123,9 +123,9 @@ def read_jobs(body: bytes) -> tuple[int, list[SentJob]]:
             at += _job.size + size
             found.append(SentJob(each, form, bool(wants_answer), body[at - size : at]))
     except struct.error as exc:
-        raise WireError(f"a batch of jobs was due: {exc}") from exc
+        raise ProtocolError(f"a batch of jobs was due: {exc}") from exc
     if at != end:
-        raise WireError(f"a batch of jobs was due, but its last one lacks {at - end} bytes")
+        raise ProtocolError(f"a batch of jobs was due, but its last one lacks {at - end} bytes")
     return batch, found
 
 
@@ -139,7 +139,7 @@ def read_number(body: bytes) -> int:
     try:
         return int(_number.unpack(body)[0])
     except struct.error as exc:
-        raise WireError(f"the number of a batch was due: {exc}") from exc
+        raise ProtocolError(f"the number of a batch was due: {exc}") from exc
 
 
 def ids(kind: int, values: Iterable[int]) -> bytes:
@@ -153,7 +153,7 @@ def read_ids(body: bytes) -> list[int]:
     try:
         values.frombytes(body)
     except ValueError as exc:
-        raise WireError(f"numbers of jobs were due: {exc}") from exc
+        raise ProtocolError(f"numbers of jobs were due: {exc}") from exc
     return values.tolist()
 
 
@@ -167,7 +167,7 @@ def read_about(body: bytes) -> tuple[int, bytes]:
     try:
         return int(_id.unpack_from(body)[0]), body[_id.size :]
     except struct.error as exc:
-        raise WireError(f"the number of a job was due: {exc}") from exc
+        raise ProtocolError(f"the number of a job was due: {exc}") from exc
 
 
 def seconds(kind: int, value: float) -> bytes:
@@ -180,7 +180,7 @@ def read_seconds(body: bytes) -> float:
     try:
         return float(_seconds.unpack(body)[0])
     except struct.error as exc:
-        raise WireError(f"a time was due: {exc}") from exc
+        raise ProtocolError(f"a time was due: {exc}") from exc
 
 
 class Decoder:
@@ -202,7 +202,7 @@ class Decoder:
             came and were lost.
 
         Raises:
-          WireError: this is not what a pool and a worker say to each other.
+          ProtocolError: this is not what a pool and a worker say to each other.
         """
         if fds is None or fds:
             self._arrived.append(fds)
@@ -216,7 +216,7 @@ class Decoder:
         while end - at >= size:
             kind, carries, length = _header.unpack_from(rest, at)
             if length > 2 * MAX_DATA:
-                raise WireError(f"a frame of {length} bytes came")
+                raise ProtocolError(f"a frame of {length} bytes came")
             behind = at + size + length
             if behind > end:
                 self._due = behind - at
@@ -224,7 +224,7 @@ class Decoder:
             came: list[int] | None = []
             if carries:
                 if not self._arrived:
-                    raise WireError("a frame came without the descriptors that it names")
+                    raise ProtocolError("a frame came without the descriptors that it names")
                 came = self._arrived.popleft()
             found.append(Frame(kind, rest[at + size : behind], came))
             at = behind

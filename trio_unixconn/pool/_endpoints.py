@@ -1,9 +1,8 @@
-"""A job on its way from who submits it to a worker, and the descriptor that it owns.
+"""What can be submitted to a pool, and what a handler gets for it: two inverse functions.
 
-The rule of this file: from the moment a delivery is made, its descriptor is closed exactly
-once: when a worker has acknowledged it, or when it is given up.
+Invariant: a file descriptor of which no stream or file can be made is closed.
 
-Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fstat(2)
+Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fcntl(2) (F_GETFL)
 """
 
 from __future__ import annotations
@@ -13,39 +12,39 @@ import io
 import os
 import socket as stdlib_socket
 import ssl
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from io import FileIO
+from typing import IO, Any, Final
 
-import attrs
 import trio
 
 from .. import _kernel
-from .._buffers import bytes_of
-from .._closing import close_fds, has_unread
+from .._buffers import Buffer, bytes_of
+from .._closing import close_fds
 from .._connection import UnixConnection
 from .._fds import check_open, fileno
-from .._fdtypes import DescriptorKind, is_memory, kind_of
+from .._fdtypes import (
+    DescriptorKind,
+    is_memory,
+    kind_of,
+    open_checked_file,
+    open_file_or_close,
+    open_stream,
+)
 from .._file_thread import call_in_file_thread
 from .._guards import check_handover
-from .._owner import DescriptorOwner
 from .._receiver import RefusingReceiver
 from .._sockopts import raw_socket
 from ..errors import WrongDescriptorKindError
-from . import _wire
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .._buffers import Buffer
+from . import _protocol
 
 #: What can be submitted: a descriptor, or an object that owns one.
 Submitted = Any
 
 _FAMILIES: Final = {
-    stdlib_socket.AF_INET: _wire.TCP,
-    stdlib_socket.AF_INET6: _wire.TCP6,
-    _kernel.AF_UNIX: _wire.UNIX,
+    stdlib_socket.AF_INET: _protocol.TCP,
+    stdlib_socket.AF_INET6: _protocol.TCP6,
+    _kernel.AF_UNIX: _protocol.UNIX,
 }
 # What is neither read nor written.
 _NO_FILES: Final = {
@@ -53,109 +52,9 @@ _NO_FILES: Final = {
     DescriptorKind.SYMBOLIC_LINK,
     DescriptorKind.ANONYMOUS,
 }
-_UNIX_FORMS: Final = frozenset({_wire.UNIX, _wire.REFUSING})
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)
-
-
-class Delivery(DescriptorOwner):
-    """One job, until it is acknowledged; then, if an answer is due, until that has come.
-
-    Attributes:
-      id: the pool's number for it.
-      fd: the descriptor, which this owns; -1 without one, and once it is closed.
-      form: what the worker makes of it.
-      to: the index of the worker that must get it; None for any.
-      wants_answer: whether what the handler returns is due.
-      tries: how many workers were handed it, and did not acknowledge it.
-      task: who waits for it; None if nobody does.
-      sent: whether it is with a worker at this moment, or was acknowledged.
-      outcome: None while it is under way; then a receipt, an answer, or an error to raise.
-      raise_cancel: trio's, once who waits is cancelled and it cannot be taken back.
-    """
-
-    __slots__ = (
-        "cause",
-        "data",
-        "fd",
-        "form",
-        "id",
-        "outcome",
-        "raise_cancel",
-        "sent",
-        "task",
-        "to",
-        "tries",
-        "wants_answer",
-    )
-
-    def __init__(
-        self,
-        number: int,
-        fd: int,
-        form: int,
-        data: bytes = b"",
-        *,
-        to: int | None = None,
-        wants_answer: bool = False,
-    ) -> None:
-        self.id: int = number
-        self.fd: int = fd
-        self.form: int = form
-        self.data: bytes = data
-        self.to: int | None = to
-        self.wants_answer: bool = wants_answer
-        self.tries: int = 0
-        self.task: trio.lowlevel.Task | None = None
-        self.sent: bool = False
-        self.outcome: Any = None
-        self.cause: BaseException | None = None
-        self.raise_cancel: Callable[[], Any] | None = None
-
-    def close(self) -> None:
-        """Close the pool's copy of the descriptor; closing twice is allowed."""
-        fd = self.fd
-        if fd >= 0:
-            self.fd = -1
-            # A peer can choose what a file server does, and what is in the queue of a Unix socket:
-            # close(2) of either can block. For a TCP socket it cannot, unless this process has set
-            # SO_LINGER.
-            if self.form == _wire.OTHER or (self.form in _UNIX_FORMS and has_unread(fd)):
-                close_fds([fd])
-                return
-            # An error is about data that was written before; the descriptor is closed.
-            with suppress(OSError):
-                os.close(fd)
-
-    def settle(self, outcome: Any) -> None:
-        """Tell who waits what became of it: the first time counts."""
-        if self.outcome is None:
-            self.outcome = outcome
-            self.wake()
-
-    def wake(self) -> None:
-        """Have who waits look again."""
-        task, self.task = self.task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            self.close()
-
-
-@attrs.frozen
-class JobReceipt:
-    """What :meth:`WorkerPool.submit` returns: who has taken a job.
-
-    Attributes:
-      id: the pool's number for the job, which its handler has as ``job.id``.
-      worker: the index of the worker.
-      pid: its process.
-    """
-
-    id: int
-    worker: int
-    pid: int
+_FILES: Final = frozenset(DescriptorKind) - {DescriptorKind.SOCKET}
+_MODES: Final = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}
 
 
 def checked_data(data: Buffer) -> bytes:
@@ -165,15 +64,15 @@ def checked_data(data: Buffer) -> bytes:
       TypeError, ValueError: no buffer, or more than MAX_DATA bytes.
     """
     with bytes_of(data) as view:
-        if len(view) > _wire.MAX_DATA:
+        if len(view) > _protocol.MAX_DATA:
             raise ValueError(
-                f"a job carries at most {_wire.MAX_DATA} bytes, not {len(view)}; submit a sealed "
-                "memfd instead"
+                f"data must be at most {_protocol.MAX_DATA} bytes, got {len(view)}; "
+                "submit a sealed memfd instead"
             )
         return bytes(view)
 
 
-async def take_over(what: Submitted) -> tuple[int, int]:
+async def detach_endpoint(what: Submitted) -> tuple[int, int]:
     """Take a descriptor out of what was submitted, which is closed or detached by that.
 
     No file server is asked in the trio thread: a file is flushed and closed in another one. Only
@@ -190,7 +89,7 @@ async def take_over(what: Submitted) -> tuple[int, int]:
     """
     if isinstance(what, UnixConnection):
         refuses = isinstance(what._receiver, RefusingReceiver)  # noqa: SLF001 - of one package
-        return what.detach(), _wire.REFUSING if refuses else _wire.UNIX
+        return what.detach(), _protocol.REFUSING if refuses else _protocol.UNIX
     if isinstance(what, trio.SocketStream):
         what = what.socket
     if isinstance(what, trio.socket.SocketType):
@@ -253,7 +152,7 @@ def _form_of(fd: int) -> int:
             f"a file to read or write is due; this {kind.value} was opened only as a path (O_PATH)",
             kind,
         )
-    return _wire.OTHER
+    return _protocol.OTHER
 
 
 def _form_of_socket(fd: int, kind: DescriptorKind) -> int:
@@ -266,6 +165,46 @@ def _form_of_socket(fd: int, kind: DescriptorKind) -> int:
             raise WrongDescriptorKindError(
                 "a connected socket is due, but this one listens; submit what it accepts", kind
             )
-        return _FAMILIES.get(sock.family, _wire.OTHER)
+        return _FAMILIES.get(sock.family, _protocol.OTHER)
     finally:
         sock.detach()
+
+
+async def attach_endpoint(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
+    """Return a stream or file that owns ``fd``. Only for a file this is a checkpoint.
+
+    Raises:
+      OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
+    """
+    try:
+        if form in (_protocol.TCP, _protocol.TCP6):
+            # Told what it is, Python need not ask the kernel; trio sets TCP_NODELAY.
+            family = stdlib_socket.AF_INET if form == _protocol.TCP else stdlib_socket.AF_INET6
+            sock = stdlib_socket.socket(
+                family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
+            )
+            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        if form == _protocol.REFUSING:
+            return UnixConnection.from_fd(fd, receive_descriptors=False)
+        if form == _protocol.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
+            return open_stream(fd)
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    except BaseException:
+        close_fds([fd])
+        raise
+    return await open_file_or_close(fd, _MODES[access], _FILES, open_checked=_open_file)
+
+
+def _open_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
+    if mode == "r+b" and not _has_position(fd):
+        # One buffer for both is for what can be rewound: no terminal, no pipe.
+        return open(fd, mode, buffering=0)
+    return open_checked_file(fd, mode, kind)
+
+
+def _has_position(fd: int) -> bool:
+    try:
+        os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return False
+    return True

@@ -26,8 +26,8 @@ from ..errors import (
     WorkerDiedError,
     WorkerStartError,
 )
-from . import _wire
-from ._delivery import Delivery, JobReceipt
+from . import _protocol
+from ._pending import JobReceipt, PendingJob
 from ._process import WorkerProcess, ending_of
 
 if TYPE_CHECKING:
@@ -48,35 +48,35 @@ class Owner(Protocol):
     def pump(self) -> None:
         """There may be room for jobs now."""
 
-    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+    def take_back(self, deliveries: list[PendingJob], why: Exception, *, counts: bool) -> None:
         """A worker has not acknowledged these; whether that counts as a try of theirs."""
 
-    def give_up(self, deliveries: list[Delivery], why: str) -> None:
+    def give_up(self, deliveries: list[PendingJob], why: str) -> None:
         """These can be sent to nobody."""
 
-    def refused(self, link: Link) -> None:
+    def refused(self, link: WorkerHandle) -> None:
         """A worker had no descriptor free, and rests until it is told that it need not."""
 
-    def acknowledged(self, link: Link, count: int) -> None:
+    def acknowledged(self, link: WorkerHandle, count: int) -> None:
         """So many jobs were taken."""
 
-    def handled(self, link: Link, count: int) -> None:
+    def handled(self, link: WorkerHandle, count: int) -> None:
         """So many handlers have returned."""
 
-    def failed(self, link: Link, number: int, text: str, *, awaited: bool) -> None:
+    def failed(self, link: WorkerHandle, number: int, text: str, *, awaited: bool) -> None:
         """A handler has raised, or a job could not be given its stream."""
 
-    def abandoned(self, link: Link, numbers: Iterable[int]) -> None:
+    def abandoned(self, link: WorkerHandle, numbers: Iterable[int]) -> None:
         """A worker has died while it was handling these."""
 
-    def leaving(self, link: Link) -> None:
+    def leaving(self, link: WorkerHandle) -> None:
         """A worker wants to be replaced."""
 
-    def ended(self, link: Link) -> None:
+    def ended(self, link: WorkerHandle) -> None:
         """A worker is no more."""
 
 
-class Link(DescriptorOwner):
+class WorkerHandle(DescriptorOwner):
     """One worker.
 
     Attributes:
@@ -99,8 +99,8 @@ class Link(DescriptorOwner):
         self.process = process
         self.pid: int = process.pid
         self.state: str = "starting"
-        self.batch: list[Delivery] = []
-        self.in_flight: dict[int, Delivery | None] = {}
+        self.batch: list[PendingJob] = []
+        self.in_flight: dict[int, PendingJob | None] = {}
         self.limit: int = _MOST
         self.resting: bool = False
         self.error: Exception | None = None
@@ -134,7 +134,7 @@ class Link(DescriptorOwner):
             and len(self.in_flight) < most
         )
 
-    def hand_over(self, deliveries: list[Delivery]) -> None:
+    def hand_over(self, deliveries: list[PendingJob]) -> None:
         """Send jobs, of which there are none on their way."""
         for delivery in deliveries:
             delivery.sent = True
@@ -145,7 +145,7 @@ class Link(DescriptorOwner):
 
     def cancel_job(self, number: int) -> None:
         """Have the handler of a job cancelled."""
-        self._order(_wire.ids(_wire.CANCEL, [number]))
+        self._order(_protocol.ids(_protocol.CANCEL, [number]))
 
     def kill(self, why: str) -> None:
         """Kill the worker."""
@@ -159,7 +159,7 @@ class Link(DescriptorOwner):
         """
         if self.state != "ended":
             self.state = "draining"
-            self._order(_wire.seconds(_wire.DRAIN, timeout))
+            self._order(_protocol.seconds(_protocol.DRAIN, timeout))
 
     async def leave(self, timeout: float, end_time: float | None = None) -> None:
         """Ask the worker to leave, and wait until it is gone; it is killed if that takes too long.
@@ -222,7 +222,7 @@ class Link(DescriptorOwner):
             if delivery is not None:
                 delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
         # What it had finished and could not tell any more was not being handled.
-        noted = self.process.board.noted() if in_flight else ()
+        noted = self.process.board.entries() if in_flight else ()
         # All at once, and nobody else takes what is free then before a new worker is due.
         self.process.close()
         abandoned = [number for number in in_flight if number not in noted]
@@ -260,7 +260,7 @@ class Link(DescriptorOwner):
                 self.wants_more = True
                 break
             fds = [each.fd for each in batch if each.fd >= 0]
-            message = _wire.jobs(self._number, batch, carries=bool(fds))
+            message = _protocol.jobs(self._number, batch, carries=bool(fds))
             try:
                 await self.process.conn.send_message(message, fds=fds)
             except OSError as exc:
@@ -280,7 +280,7 @@ class Link(DescriptorOwner):
 
     def _give_up_closed(self) -> None:
         """Give up jobs whose descriptors somebody has closed, who did not own them any more."""
-        closed: list[Delivery] = []
+        closed: list[PendingJob] = []
         for each in self.batch:
             try:
                 os.get_inheritable(each.fd)
@@ -294,7 +294,7 @@ class Link(DescriptorOwner):
         )
 
     async def _receive(self, received: trio.Event) -> None:
-        decoder = _wire.Decoder()
+        decoder = _protocol.Decoder()
         conn = self.process.conn
         try:
             while True:
@@ -307,14 +307,14 @@ class Link(DescriptorOwner):
                 self.last_heard = trio.current_time()
                 for kind, body, _ in decoder.feed(data, []):
                     self._heard(kind, body)
-        except _wire.WireError as exc:
+        except _protocol.ProtocolError as exc:
             self.kill(f"said what no worker says ({exc})")
         received.set()
 
     def _heard(self, kind: int, body: bytes) -> None:
         hear = _HEARS.get(kind)
         if hear is None:
-            raise _wire.WireError(f"a frame of kind {kind}")
+            raise _protocol.ProtocolError(f"a frame of kind {kind}")
         hear(self, body)
 
     def _ready(self, _: bytes) -> None:
@@ -330,24 +330,24 @@ class Link(DescriptorOwner):
         self.settled.set()
 
     def _done(self, body: bytes) -> None:
-        numbers = _wire.read_ids(body)
+        numbers = _protocol.read_ids(body)
         for number in numbers:
             self.in_flight.pop(number, None)
         self.handled += len(numbers)
         self._owner.handled(self, len(numbers))
 
     def _answered(self, body: bytes) -> None:
-        number, answer = _wire.read_about(body)
+        number, answer = _protocol.read_about(body)
         delivery = self.in_flight.pop(number, None)
         if delivery is None:
-            raise _wire.WireError(f"an answer to job {number}, where none is due")
+            raise _protocol.ProtocolError(f"an answer to job {number}, where none is due")
         # First who waits is told: what the owner does then is about others.
         delivery.settle(answer)
         self.handled += 1
         self._owner.handled(self, 1)
 
     def _failed(self, body: bytes) -> None:
-        number, said = _wire.read_about(body)
+        number, said = _protocol.read_about(body)
         text = said.decode(errors="replace")
         delivery = self.in_flight.pop(number, None)
         if delivery is not None:
@@ -395,20 +395,20 @@ class Link(DescriptorOwner):
         self._owner.refused(self)
 
     def _check_number(self, body: bytes) -> None:
-        batch = _wire.read_number(body)
+        batch = _protocol.read_number(body)
         if batch != self._number or not self.batch:
-            raise _wire.WireError(f"batch {batch}, where {self._number} was due")
+            raise _protocol.ProtocolError(f"batch {batch}, where {self._number} was due")
 
 
 _HEARS: Final = {
-    _wire.TAKEN: Link._taken,  # noqa: SLF001 - of this file, and so are the others
-    _wire.REFUSED: Link._refused,  # noqa: SLF001
-    _wire.DONE: Link._done,  # noqa: SLF001
-    _wire.ANSWER: Link._answered,  # noqa: SLF001
-    _wire.ERROR: Link._failed,  # noqa: SLF001
-    _wire.READY: Link._ready,  # noqa: SLF001
-    _wire.FAILED: Link._failed_to_start,  # noqa: SLF001
-    _wire.LEAVING: Link._leaving,  # noqa: SLF001
-    _wire.MORE: Link._more,  # noqa: SLF001
-    _wire.BEAT: Link._beat,  # noqa: SLF001
+    _protocol.TAKEN: WorkerHandle._taken,  # noqa: SLF001 - of this file, and so are the others
+    _protocol.REFUSED: WorkerHandle._refused,  # noqa: SLF001
+    _protocol.DONE: WorkerHandle._done,  # noqa: SLF001
+    _protocol.ANSWER: WorkerHandle._answered,  # noqa: SLF001
+    _protocol.ERROR: WorkerHandle._failed,  # noqa: SLF001
+    _protocol.READY: WorkerHandle._ready,  # noqa: SLF001
+    _protocol.FAILED: WorkerHandle._failed_to_start,  # noqa: SLF001
+    _protocol.LEAVING: WorkerHandle._leaving,  # noqa: SLF001
+    _protocol.MORE: WorkerHandle._more,  # noqa: SLF001
+    _protocol.BEAT: WorkerHandle._beat,  # noqa: SLF001
 }

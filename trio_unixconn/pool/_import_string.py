@@ -14,7 +14,7 @@ import inspect
 from typing import Any
 
 
-def check_reference(reference: str, what: str) -> None:
+def parse_import_string(reference: str, what: str) -> None:
     """Raise unless ``reference`` has the form ``package.module:name``.
 
     Raises:
@@ -39,7 +39,7 @@ def check_reference(reference: str, what: str) -> None:
         )
 
 
-def load(reference: str) -> Any:
+def import_from_string(reference: str) -> Any:
     """Import what is named.
 
     Raises:
@@ -59,7 +59,7 @@ def load_handler(reference: str) -> Any:
     Raises:
       TypeError: it is no async function.
     """
-    handler = load(reference)
+    handler = import_from_string(reference)
     inner = handler
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -76,7 +76,7 @@ def load_setup(reference: str) -> Any:
     Raises:
       TypeError: it cannot be called.
     """
-    setup = load(reference)
+    setup = import_from_string(reference)
     if not callable(setup):
         raise TypeError(
             f"the setup {reference} must be a function that returns an async context manager"

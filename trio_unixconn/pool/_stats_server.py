@@ -17,7 +17,7 @@ from .._policy import PeerPolicy
 from .._server import serve_unix
 from ..errors import UnixConnectionError
 from ._exposition import as_json, as_prometheus
-from ._serving import WorkerServer
+from ._server import WorkerServer
 
 if TYPE_CHECKING:
     import os

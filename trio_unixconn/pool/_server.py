@@ -29,8 +29,8 @@ from .._listener import (
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
 from ..errors import ConnectionClosedError
-from . import _wire
-from ._opening import open_worker_pool
+from . import _protocol
+from ._pool import open_worker_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,9 +45,9 @@ AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
 # The maximum number of connections that are accepted before other tasks run.
 MAX_BATCH: Final = 256
 _FORMS: Final = {
-    stdlib_socket.AF_INET: _wire.TCP,
-    stdlib_socket.AF_INET6: _wire.TCP6,
-    _kernel.AF_UNIX: _wire.UNIX,
+    stdlib_socket.AF_INET: _protocol.TCP,
+    stdlib_socket.AF_INET6: _protocol.TCP6,
+    _kernel.AF_UNIX: _protocol.UNIX,
 }
 
 
@@ -58,7 +58,7 @@ class WorkerPoolOptions(TypedDict, total=False):
     setup: str | None
     max_in_flight: int
     max_queue: int
-    max_tries: int
+    max_attempts: int
     max_jobs: int | None
     start_timeout: float
     hang_timeout: float
@@ -248,8 +248,8 @@ async def _close(listeners: Sequence[AnyListener]) -> None:
 
 def _form_of(listener: AnyListener) -> int:
     if isinstance(listener, UnixListener) and not receives_descriptors(listener):
-        return _wire.REFUSING
-    return _FORMS.get(listener.socket.family, _wire.OTHER)
+        return _protocol.REFUSING
+    return _FORMS.get(listener.socket.family, _protocol.OTHER)
 
 
 def _max_queue_size() -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from ._targets import check_reference
+from ._import_string import parse_import_string
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COUNTS: Final = [
     *("workers", "max_in_flight", "max_queue"),
-    *("max_tries", "max_jobs", "crash_limit"),
+    *("max_attempts", "max_jobs", "crash_limit"),
 ]
 
 
@@ -38,7 +38,7 @@ def _or_available_cpus(workers: int | None) -> int:
 
 
 @attrs.frozen
-class PoolOptions:
+class PoolConfig:
     """The checked options of :func:`open_worker_pool`.
 
     Raises:
@@ -50,7 +50,7 @@ class PoolOptions:
     setup: str | None = attrs.field(default=None, kw_only=True)
     max_in_flight: int = attrs.field(default=1000, kw_only=True)
     max_queue: int = attrs.field(default=1000, kw_only=True)
-    max_tries: int = attrs.field(default=3, kw_only=True)
+    max_attempts: int = attrs.field(default=3, kw_only=True)
     max_jobs: int | None = attrs.field(default=None, kw_only=True)
     start_timeout: float = attrs.field(default=60, kw_only=True)
     hang_timeout: float = attrs.field(default=10, kw_only=True)
@@ -59,9 +59,9 @@ class PoolOptions:
     on_abandoned: Callable[[AbandonedJob], None] | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        check_reference(self.handler, "a handler")
+        parse_import_string(self.handler, "a handler")
         if self.setup is not None:
-            check_reference(self.setup, "a setup")
+            parse_import_string(self.setup, "a setup")
         for name in _COUNTS:
             count = getattr(self, name)
             if not (name == "max_jobs" and count is None) and operator.index(count) < 1:

@@ -18,8 +18,8 @@ from ..errors import JobRefusedError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ._delivery import Delivery
-    from ._link import Link
+    from ._handle import WorkerHandle
+    from ._pending import PendingJob
     from ._statistics import Counters
 
 
@@ -28,7 +28,7 @@ _LARGE: Final = 16 * 1024
 _RECENT: Final = 256
 
 
-class Dispatcher(DescriptorOwner):
+class JobQueue(DescriptorOwner):
     """The queue of a pool.
 
     Attributes:
@@ -39,15 +39,15 @@ class Dispatcher(DescriptorOwner):
     """
 
     def __init__(
-        self, max_in_flight: int, max_queue: int, max_tries: int, counters: Counters
+        self, max_in_flight: int, max_queue: int, max_attempts: int, counters: Counters
     ) -> None:
         self.max_in_flight: int = max_in_flight
         self.max_queue: int = max_queue
-        self.max_tries: int = max_tries
+        self.max_attempts: int = max_attempts
         self.counters: Counters = counters
-        self.links: dict[int, Link] = {}
-        self.queue: deque[Delivery] = deque()
-        self.bound: dict[int, deque[Delivery]] = {}
+        self.links: dict[int, WorkerHandle] = {}
+        self.queue: deque[PendingJob] = deque()
+        self.bound: dict[int, deque[PendingJob]] = {}
         self.waiting: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
 
     def count(self) -> int:
@@ -58,20 +58,20 @@ class Dispatcher(DescriptorOwner):
         """Return how many more jobs may wait."""
         return self.max_queue - self.count()
 
-    def put(self, delivery: Delivery) -> None:
+    def put(self, delivery: PendingJob) -> None:
         """Let a job wait for a worker."""
         self._queue_of(delivery).append(delivery)
 
-    def _queue_of(self, delivery: Delivery) -> deque[Delivery]:
-        if delivery.to is None:
+    def _queue_of(self, delivery: PendingJob) -> deque[PendingJob]:
+        if delivery.worker is None:
             return self.queue
-        return self.bound.setdefault(delivery.to, deque())
+        return self.bound.setdefault(delivery.worker, deque())
 
-    def withdraw(self, delivery: Delivery) -> None:
+    def withdraw(self, delivery: PendingJob) -> None:
         """Take a job out of the queue, and close its descriptor."""
         self._queue_of(delivery).remove(delivery)
         delivery.close()
-        self.counters.withdrawn += 1
+        self.counters.cancelled += 1
         self._room()
 
     def pump(self) -> None:
@@ -91,11 +91,11 @@ class Dispatcher(DescriptorOwner):
             self._share_out([(link, load) for load, _, _, link in ranked])
         self._room()
 
-    def _hand_over_bound(self, link: Link) -> bool:
+    def _hand_over_bound(self, link: WorkerHandle) -> bool:
         mine = self.bound.get(link.index)
         if not mine:
             return False
-        share: list[Delivery] = []
+        share: list[PendingJob] = []
         room = min(link.limit, self.max_in_flight - len(link.in_flight))
         while mine and len(share) < room:
             share.append(mine.popleft())
@@ -106,12 +106,12 @@ class Dispatcher(DescriptorOwner):
             del self.bound[link.index]
         return True
 
-    def _share_out(self, ready: list[tuple[Link, int]]) -> None:
+    def _share_out(self, ready: list[tuple[WorkerHandle, int]]) -> None:
         """Hand over many jobs, an equal share to each at the most; the least busy one is first."""
         queue = self.queue
         most = -(-len(queue) // len(ready))
         # By load and place, so this is a heap.
-        turns: list[tuple[int, int, int, Link, list[Delivery]]] = [
+        turns: list[tuple[int, int, int, WorkerHandle, list[PendingJob]]] = [
             (load, place, min(most, link.limit, self.max_in_flight - load), link, [])
             for place, (link, load) in enumerate(ready)
         ]
@@ -128,7 +128,7 @@ class Dispatcher(DescriptorOwner):
             if share:
                 self._hand_over(link, share)
 
-    def _hand_over(self, link: Link, share: list[Delivery]) -> None:
+    def _hand_over(self, link: WorkerHandle, share: list[PendingJob]) -> None:
         link.hand_over(share)
         link.recent += len(share)
         if link.recent > _RECENT:
@@ -140,24 +140,24 @@ class Dispatcher(DescriptorOwner):
         if self.waiting and self.free() > 0:
             self.waiting.unpark(count=self.free())
 
-    def take_back(self, deliveries: list[Delivery], why: Exception, *, counts: bool) -> None:
+    def take_back(self, deliveries: list[PendingJob], why: Exception, *, counts: bool) -> None:
         """Put jobs in front again, or give up those that were tried too often."""
         for delivery in reversed(deliveries):
             delivery.sent = False
             delivery.tries += counts
             delivery.cause = why
             if delivery.raise_cancel is not None:
-                # Its submitter was cancelled meanwhile, and can have it withdrawn now.
-                self.counters.withdrawn += 1
+                # Its submitter was cancelled meanwhile, and can have it cancelled now.
+                self.counters.cancelled += 1
                 delivery.close()
                 delivery.wake()
-            elif delivery.tries >= self.max_tries:
+            elif delivery.tries >= self.max_attempts:
                 self.give_up(delivery, f"{delivery.tries} workers in turn did not take it")
             else:
                 self.counters.retried += 1
                 self._queue_of(delivery).appendleft(delivery)
 
-    def give_up(self, delivery: Delivery, why: str) -> None:
+    def give_up(self, delivery: PendingJob, why: str) -> None:
         """Close a job's descriptor, and tell who waits for it."""
         self.counters.refused += 1
         delivery.close()
@@ -165,7 +165,7 @@ class Dispatcher(DescriptorOwner):
         error.__cause__ = delivery.cause
         delivery.settle(error)
 
-    def give_up_all(self, deliveries: Iterable[Delivery], why: str) -> None:
+    def give_up_all(self, deliveries: Iterable[PendingJob], why: str) -> None:
         """Give up many."""
         for delivery in list(deliveries):
             self.give_up(delivery, why)

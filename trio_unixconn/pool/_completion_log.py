@@ -20,7 +20,7 @@ from .._owner import DescriptorOwner
 _ITEM: Final = 8
 
 
-def new_board(size: int) -> int:
+def create_log(size: int) -> int:
     """Return the descriptor of a board for ``size`` jobs, which the caller owns.
 
     Raises:
@@ -41,14 +41,14 @@ def new_board(size: int) -> int:
     return fd
 
 
-class Board(DescriptorOwner):
+class CompletionLog(DescriptorOwner):
     """The numbers of the jobs that were finished last.
 
     It is written round and round, so it has room for as many as may be finished and not yet
     told: those that may be in flight.
 
     Args:
-      fd: of :func:`new_board`; it stays the caller's, and may be closed.
+      fd: of :func:`create_log`; it stays the caller's, and may be closed.
     """
 
     def __init__(self, fd: int) -> None:
@@ -57,12 +57,12 @@ class Board(DescriptorOwner):
         self._size = len(self._items)
         self._next = 0
 
-    def note(self, number: int) -> None:
+    def add(self, number: int) -> None:
         """Note that a job is finished."""
         self._items[self._next] = number
         self._next = (self._next + 1) % self._size
 
-    def noted(self) -> set[int]:
+    def entries(self) -> set[int]:
         """Return the numbers that were noted last."""
         return set(self._items)
 
