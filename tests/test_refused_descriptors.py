@@ -6,6 +6,8 @@ import gc
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -159,6 +161,62 @@ async def test_dropped_connection_with_unread_descriptors(lingering: socket.sock
             with pytest.warns(ResourceWarning, match=rf"unclosed .*fd={number}"):
                 del two
             await trio.lowlevel.checkpoint()
+
+
+async def test_dropped_connection_in_a_cycle_with_unread_descriptors(
+    lingering: socket.socket,
+) -> None:
+    """The cyclic garbage collector does not block the loop either, in any order of finalizers."""
+    one, two = connection_pair()
+    async with one:
+        await one.send_fd(lingering)
+        lingering.close()
+        text = f"^unclosed socket, fd={two.socket.fileno()}$"
+        cycle: list[object] = [two]
+        cycle.append(cycle)
+        with trio.fail_after(30):
+            del two, cycle
+            with pytest.warns(ResourceWarning, match=text):
+                gc.collect()
+            await trio.lowlevel.checkpoint()
+
+
+async def test_two_dropped_connections_of_one_socket(lingering: socket.socket) -> None:
+    """The socket is closed once, without blocking the loop, when the last of them is collected."""
+    one, two = connection_pair()
+    async with one:
+        await one.send_fd(lingering)
+        lingering.close()
+        text = f"^unclosed socket, fd={two.socket.fileno()}$"
+        other = UnixConnection(two.socket)
+        with trio.fail_after(30):
+            del two
+            assert not other.is_closed()
+            with pytest.warns(ResourceWarning, match=text) as warned:
+                del other
+            await trio.lowlevel.checkpoint()
+        assert len(warned) == 1
+
+
+def test_connection_that_is_open_at_the_end_of_the_interpreter() -> None:
+    """Finalizers write no traceback when modules are torn down."""
+    code = (
+        "import trio, trio_unixconn\n"
+        "async def main():\n"
+        "    global pair\n"
+        "    pair = trio_unixconn.connection_pair()\n"
+        "    await pair[0].send_fd(0)\n"
+        "trio.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 async def test_dropped_connection_does_not_show_the_name_of_its_peer(tmp_path: Path) -> None:

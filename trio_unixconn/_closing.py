@@ -309,6 +309,26 @@ def close_socket(sock: socket.socket, then: Callable[[], object] | None = None) 
 
 # A weak reference calls back only while it is alive itself.
 _sockets: Final[dict[weakref.ref[object], socket.socket]] = {}
+# A dict, because a set takes more memory.
+_kept: Final[dict[socket.socket, None]] = {}
+
+
+def keep(sock: socket.socket) -> None:
+    """Keep a socket alive until close_dropped_kept().
+
+    The garbage collector finalizes all objects of a cycle, in any order: the finalizer of the
+    socket could run before that of its owner, and close it in the event loop. A weak reference for
+    each connection would prevent that, too, but takes three times the memory.
+    """
+    _kept[sock] = None
+
+
+def close_dropped_kept(owner: object, sock: socket.socket) -> None:
+    """Do what close_dropped() does for a socket that was kept until now."""
+    if sock in _kept:
+        if sock.fileno() != -1:
+            close_dropped(owner, sock)
+        _kept.pop(sock, None)
 
 
 def close_dropped(owner: object, sock: socket.socket) -> None:

@@ -155,8 +155,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         self._receiver = (Receiver if receive_descriptors else RefusingReceiver)(socket, raw)
         self._local_address = local_address
         self._remote_address = remote_address
-        # A caller may keep the socket, and drop the connection.
-        _closing.close_dropped(socket, raw)
+        # Until the receiver is collected.
+        _closing.keep(raw)
 
     @classmethod
     def from_stdlib_socket(

@@ -23,7 +23,7 @@ from trio.lowlevel import (
     wait_readable,
 )
 
-from . import _ancillary, _kernel
+from . import _ancillary, _closing, _kernel
 from ._cancellable import checkpoint_cancellable, wait_cancellable
 from ._identity import open_peer_pidfd, pid_of
 from ._readahead import ReadAhead
@@ -70,7 +70,7 @@ class Receiver(ConnectedSocket):
         self.busy: bool = False
         self.ahead: ReadAhead | None = None
         # Options that are on only while a receive is running.
-        self._temporary_options: list[int] = []
+        self._temporary_options: tuple[int, ...] = ()
         # Whether this connection was ever asked for a pidfd: then reading ahead asks, too.
         self._wants_pidfds = False
 
@@ -110,7 +110,7 @@ class Receiver(ConnectedSocket):
             if passcred and _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
                 # As _enable_passcred(), without the call.
                 raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
-                self._temporary_options.append(_PASSCRED)
+                self._temporary_options += (_PASSCRED,)
             if passpidfd:
                 self._enable_passpidfd()
             try:
@@ -312,6 +312,8 @@ class Receiver(ConnectedSocket):
             self.ahead.drop()
 
     def __del__(self) -> None:
+        # A caller may keep the socket, and drop the connection.
+        _closing.close_dropped_kept(self.socket, self.raw)
         count = self.ahead.drop() if self.ahead is not None else 0
         if count:
             warnings.warn(
@@ -325,14 +327,14 @@ class Receiver(ConnectedSocket):
         raw = self.raw
         if _PASSCRED is not None and not raw.getsockopt(_SOL_SOCKET, _PASSCRED):
             raw.setsockopt(_SOL_SOCKET, _PASSCRED, 1)
-            self._temporary_options.append(_PASSCRED)
+            self._temporary_options += (_PASSCRED,)
 
     def _enable_passpidfd(self) -> None:
         option = _kernel.required(_kernel.SO_PASSPIDFD, "SO_PASSPIDFD")
         try:
             if not self.raw.getsockopt(_SOL_SOCKET, option):
                 self.raw.setsockopt(_SOL_SOCKET, option, 1)
-                self._temporary_options.append(option)
+                self._temporary_options += (option,)
         except OSError as exc:
             if exc.errno != errno.ENOPROTOOPT:
                 raise
@@ -349,7 +351,7 @@ class Receiver(ConnectedSocket):
                 except OSError:
                     # It must not take the place of a message that was received.
                     pass
-        self._temporary_options.clear()
+        self._temporary_options = ()
 
 
 def _receive_into(raw: stdlib_socket.socket, into: memoryview) -> RawMessage:
