@@ -171,13 +171,13 @@ async def test_no_descriptor_for_a_worker() -> None:
 @pytest.mark.parametrize(
     ("handler", "options", "error", "said"),
     [
-        (pool_handlers.do, {}, TypeError, 'a handler is named as "package.module:name"'),
-        ("module.name", {}, ValueError, "a handler is named"),
-        ("module:", {}, ValueError, "a handler is named"),
-        (":name", {}, ValueError, "a handler is named"),
-        ("a b:name", {}, ValueError, "a handler is named"),
-        (CALLS, {"setup": "s"}, ValueError, "a setup is named"),
-        (CALLS, {"workers": 0}, ValueError, "workers must be at least 1, not 0"),
+        (pool_handlers.do, {}, TypeError, "handler must be a string"),
+        ("module.name", {}, ValueError, "handler must have the form"),
+        ("module:", {}, ValueError, "handler must have the form"),
+        (":name", {}, ValueError, "handler must have the form"),
+        ("a b:name", {}, ValueError, "handler must have the form"),
+        (CALLS, {"setup": "s"}, ValueError, "setup must have the form"),
+        (CALLS, {"workers": 0}, ValueError, "workers must be at least 1, got 0"),
         (CALLS, {"workers": 1.5}, TypeError, "float"),
         (CALLS, {"max_queue": 0}, ValueError, "max_queue must be at least 1"),
         (CALLS, {"max_jobs": 0}, ValueError, "max_jobs must be at least 1"),
@@ -186,7 +186,7 @@ async def test_no_descriptor_for_a_worker() -> None:
         (CALLS, {"drain_timeout": -1}, ValueError, "drain_timeout must be 0 or more"),
     ],
 )
-async def test_options_that_cannot_be(
+async def test_open_worker_pool_rejects_invalid_options(
     handler: Any, options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     """What cannot be is refused before anything is started."""

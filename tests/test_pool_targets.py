@@ -27,9 +27,9 @@ def restarted(pool: WorkerPool, times: int) -> bool:
     return pool.statistics().restarts == times
 
 
-async def test_main_is_no_module_of_the_workers() -> None:
+async def test_open_worker_pool_rejects_main_module() -> None:
     """A handler in __main__ is refused, with a word on what to name instead."""
-    with pytest.raises(ValueError, match=r"program:handler in program\.py"):
+    with pytest.raises(ValueError, match=r'"program:handler" for program\.py'):
         async with open_worker_pool("__main__:handler", workers=1):
             pass
 

@@ -4,11 +4,11 @@
 accept loop on top of it, and ``serve_statistics`` says how they are doing.
 """
 
+from ._config import WorkerPoolOptions as WorkerPoolOptions
 from ._job import Job as Job
 from ._pending import JobReceipt as JobReceipt
 from ._pool import WorkerPool as WorkerPool, open_worker_pool as open_worker_pool
 from ._server import (
-    WorkerPoolOptions as WorkerPoolOptions,
     WorkerServer as WorkerServer,
     serve_with_workers as serve_with_workers,
 )

@@ -14,27 +14,29 @@ import inspect
 from typing import Any
 
 
-def parse_import_string(reference: str, what: str) -> None:
+def parse_import_string(reference: str, name: str) -> None:
     """Raise unless ``reference`` has the form ``package.module:name``.
 
+    Args:
+      name: the argument that is checked, for the error.
+
     Raises:
-      TypeError, ValueError: it has not.
+      TypeError, ValueError: it has another form.
     """
     if not isinstance(reference, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f'{what} is named as "package.module:name", because workers are interpreters of '
-            f"their own that import it; not {reference!r}"
+            f'{name} must be a string "package.module:name", got {type(reference).__name__}; each '
+            "worker is a new interpreter that imports it"
         )
     module, colon, names = reference.partition(":")
     if not colon or not all(
         part.isidentifier() for part in (*module.split("."), *names.split("."))
     ):
-        raise ValueError(f'{what} is named as "package.module:name", not {reference!r}')
+        raise ValueError(f'{name} must have the form "package.module:name", got {reference!r}')
     if module == "__main__":
-        # There it is what starts a worker.
         raise ValueError(
-            f"{what} is imported by the workers, who cannot import __main__; name the module by "
-            f"its file, program:{names} in program.py, and have what the program does behind "
+            f"{name} cannot be in __main__, which is another module in a worker; use the name of "
+            f'the file ("program:{names}" for program.py), and guard the rest of that file with '
             'if __name__ == "__main__"'
         )
 

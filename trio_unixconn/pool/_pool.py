@@ -27,8 +27,10 @@ from ._supervisor import Supervisor
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from typing_extensions import Unpack
+
     from .._buffers import Buffer
-    from ._statistics import AbandonedJob
+    from ._config import WorkerPoolOptions
 
 
 class WorkerPool(DescriptorOwner):
@@ -262,19 +264,7 @@ class WorkerPool(DescriptorOwner):
 
 @asynccontextmanager
 async def open_worker_pool(
-    handler: str,
-    *,
-    workers: int | None = None,
-    setup: str | None = None,
-    max_in_flight: int = 1000,
-    max_queue: int = 1000,
-    max_attempts: int = 3,
-    max_jobs: int | None = None,
-    start_timeout: float = 60,
-    hang_timeout: float = 10,
-    drain_timeout: float = 30,
-    crash_limit: int = 5,
-    on_abandoned: Callable[[AbandonedJob], None] | None = None,
+    handler: str, **options: Unpack[WorkerPoolOptions]
 ) -> AsyncGenerator[WorkerPool, None]:
     """Start worker processes that get descriptors, and run a handler on each.
 
@@ -317,24 +307,11 @@ async def open_worker_pool(
       WorkerStartError: a worker could not be started; with its traceback.
       ExceptionGroup: of the causes, when workers died again and again.
     """
-    options = PoolConfig(
-        handler,
-        workers=workers,
-        setup=setup,
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        max_attempts=max_attempts,
-        max_jobs=max_jobs,
-        start_timeout=start_timeout,
-        hang_timeout=hang_timeout,
-        drain_timeout=drain_timeout,
-        crash_limit=crash_limit,
-        on_abandoned=on_abandoned,
-    )
+    config = PoolConfig(handler, **options)
     raised: BaseException | None = None
     with closing(FdReserve()) as reserve:
         async with trio.open_nursery() as nursery:
-            supervisor = Supervisor(options, nursery, reserve)
+            supervisor = Supervisor(config, nursery, reserve)
             try:
                 await supervisor.open()
                 yield WorkerPool(supervisor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 import trio
@@ -33,12 +33,13 @@ from . import _protocol
 from ._pool import open_worker_pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
+    from ._config import WorkerPoolOptions
     from ._pool import WorkerPool
-    from ._statistics import AbandonedJob, PoolStatistics
+    from ._statistics import PoolStatistics
 
 AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
 
@@ -49,22 +50,6 @@ _FORMS: Final = {
     stdlib_socket.AF_INET6: _protocol.TCP6,
     _kernel.AF_UNIX: _protocol.UNIX,
 }
-
-
-class WorkerPoolOptions(TypedDict, total=False):
-    """The keyword arguments of :func:`open_worker_pool`."""
-
-    workers: int | None
-    setup: str | None
-    max_in_flight: int
-    max_queue: int
-    max_attempts: int
-    max_jobs: int | None
-    start_timeout: float
-    hang_timeout: float
-    drain_timeout: float
-    crash_limit: int
-    on_abandoned: Callable[[AbandonedJob], None] | None
 
 
 @attrs.define(eq=False)
