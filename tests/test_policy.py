@@ -6,12 +6,14 @@ import errno
 import functools
 import grp
 import importlib
+import itertools
 import logging
 import operator
 import os
 import pwd
 import socket
 import sys
+import types
 import unittest.mock
 from contextlib import asynccontextmanager
 from functools import partial
@@ -266,11 +268,10 @@ def test_no_databases(monkeypatch: pytest.MonkeyPatch) -> None:
 ################################################################
 
 
-class NotAsync:
-    """A callable of which it is known only when it is called that it is not async."""
-
-    def __call__(self, _: PeerIdentity) -> bool:
-        return True
+@functools.wraps(is_fine)
+def says_it_is_async(_: PeerIdentity) -> bool:
+    """Only a call shows that this is not async."""
+    return True
 
 
 async def raising(_: PeerIdentity) -> bool:
@@ -279,7 +280,7 @@ async def raising(_: PeerIdentity) -> bool:
 
 
 WRONG: list[Any] = [
-    (NotAsync(), TypeError, "must be an async function, but .* returned True"),
+    (says_it_is_async, TypeError, "must be an async function, but .* returned True"),
     (answering(1), TypeError, "must return a bool, got 1"),
     (answering(None), TypeError, "must return a bool, got None"),
     (raising, KeyError, "the check's own"),
@@ -887,9 +888,44 @@ def is_sync(peer: PeerIdentity) -> bool:
     return True
 
 
+class NotAsync:
+    def __call__(self, peer: PeerIdentity) -> bool:
+        return True
+
+    def check(self, peer: PeerIdentity) -> bool:
+        return True
+
+
+class ReturnsCoroutine:
+    def __call__(self, peer: PeerIdentity) -> Any:
+        return is_fine(peer)
+
+
+class TakesNone:
+    async def __call__(self) -> bool:
+        return True
+
+
+class Yields:
+    async def __call__(self, peer: PeerIdentity) -> AsyncIterator[bool]:
+        yield True
+
+
 @pytest.mark.parametrize(
     "check",
     [
+        NotAsync(),
+        NotAsync().__call__,
+        NotAsync().check,
+        partial(NotAsync()),
+        types.MethodType(NotAsync(), identity()),
+        NotAsync,
+        partial(NotAsync),
+        ReturnsCoroutine(),
+        TakesNone(),
+        Yields(),
+        operator.methodcaller("check_me"),
+        unittest.mock.Mock(return_value=True),
         takes_two,
         takes_none,
         yields,
@@ -900,6 +936,7 @@ def is_sync(peer: PeerIdentity) -> bool:
         partial(is_fine, identity()),
         "text".startswith,
     ],
+    ids=map(str, itertools.count()),
 )
 def test_policy_rejects_check(check: Any) -> None:
     """A check that is not async, or not a function of one argument, is rejected at once."""
@@ -908,7 +945,7 @@ def test_policy_rejects_check(check: Any) -> None:
 
 
 async def test_policy_accepts_check() -> None:
-    """Methods, partial functions, decorated functions and objects are checks; so is C code."""
+    """Methods, partial functions, decorated functions and objects are checks if they are async."""
 
     class Database:
         async def check(self, peer: PeerIdentity) -> bool:
@@ -918,27 +955,53 @@ async def test_policy_accepts_check() -> None:
         async def check_class(cls, peer: PeerIdentity) -> bool:
             return peer.credentials.uid == 1000
 
-    @functools.wraps(is_fine)
-    def wrapper(peer: PeerIdentity) -> Any:
-        return is_fine(peer)
+    def plain(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
 
-    class Returns:
-        def __call__(self, peer: PeerIdentity) -> Any:
-            return is_fine(peer)
+        return wrapper
+
+    @functools.wraps(is_sync)
+    async def async_wrapper(peer: PeerIdentity) -> bool:
+        return is_sync(peer)
+
+    class Decorated:
+        @plain
+        async def __call__(self, peer: PeerIdentity) -> bool:
+            return True
+
+    async def takes_checker(_: object, peer: PeerIdentity) -> bool:
+        return is_sync(peer)
 
     database = Database()
-    bound = operator.methodcaller("check_me")
     for check in (
         database.check,
         Database.check_class,
         partial(takes_two, other=1),
-        wrapper,
-        Returns(),
+        partial(partial(database.check)),
+        Checker(),
+        Checker().__call__,
+        partial(Checker()),
+        plain(is_fine),
+        async_wrapper,
+        Decorated(),
+        types.MethodType(takes_checker, database),
         unittest.mock.AsyncMock(return_value=True),
     ):
-        assert await PeerPolicy(check=check).admits(identity())
-    with pytest.raises(AttributeError):
-        await PeerPolicy(check=bound).admits(identity())
+        is_checker = "Checker" in repr(check)
+        assert await PeerPolicy(check=check).admits(identity(1 if is_checker else 1000))
+
+
+def test_policy_rejects_check_that_wraps_itself() -> None:
+    """A decorated function that refers to itself does not hang the policy."""
+
+    def wrapper(peer: PeerIdentity) -> bool:
+        return True
+
+    wrapper.__wrapped__ = wrapper  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="is not async; if it returns an awaitable, call it from"):
+        PeerPolicy(check=wrapper)  # type: ignore[arg-type]
 
 
 UNKNOWN = [

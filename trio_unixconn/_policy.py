@@ -11,11 +11,11 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import attrs
 import trio
@@ -68,11 +68,14 @@ class PeerPolicy:
       gids: group ids.
       users: names of users, from the passwd database.
       groups: names of groups, from the group database.
-      check: an async function of one argument, a :class:`PeerIdentity`, which returns a bool. The
-        library closes the identity afterwards. If the check raises ``ProcessLookupError``,
-        PermissionError or :class:`NotSupportedError`, as an identity does if the process has exited
-        or may not be looked at, the peer is denied. Any other exception is an error of the program:
-        it is raised where the policy is asked, and the connection is closed.
+      check: an async function of one argument, a :class:`PeerIdentity`, which returns a bool; or an
+        object whose ``__call__`` is one. A lambda or a plain function is rejected even if it
+        returns a coroutine: call it from an async function. The library closes the identity
+        afterwards.
+        If the check raises ``ProcessLookupError``, PermissionError or :class:`NotSupportedError`,
+        as an identity does if the process has exited or may not be looked at, the peer is denied.
+        Any other exception is an error of the program: it is raised where the policy is asked, and
+        the connection is closed.
 
     Raises:
       ValueError: no argument; an id out of range; or no user or group has that name.
@@ -225,23 +228,44 @@ def _check_check(check: object) -> None:
     try:
         signature = inspect.signature(check)
     except (TypeError, ValueError):
-        # Written in C, or an object that has none (a Mock); it is known when it is called.
+        # Written in C, or an object that has none; it is known when it is called.
         pass
     else:
         try:
             signature.bind(None)
         except TypeError as exc:
             raise TypeError(f"{expected}, got {check!r} with {signature}: {exc}") from None
-    function: Any = check
-    while isinstance(function, partial):
-        function = cast("partial[object]", function).func
-    if isinstance(function, type):
-        raise TypeError(f"{expected}, got the class {function.__name__}")
-    # What functools.wraps has wrapped tells more than the wrapper.
-    function = inspect.unwrap(function)
-    # For any other object it is known when it is called: __call__ may return a coroutine.
-    if inspect.isroutine(function) and not inspect.iscoroutinefunction(function):
-        raise TypeError(f"{expected}, got {check!r}, which is not async")
+    layers = list(_layers(check))
+    if any(map(inspect.iscoroutinefunction, layers)):
+        return
+    for layer in layers:
+        if isinstance(layer, type):
+            raise TypeError(f"{expected}, got the class {layer.__name__}")
+    raise TypeError(
+        f"{expected}, got {check!r}, which is not async; if it returns an awaitable, call it from "
+        "an async function"
+    )
+
+
+def _layers(check: object) -> Iterator[object]:
+    """Yield a callable, and what it calls, as far as is known without calling it.
+
+    Any of them may be the async function: a decorator may return a plain function that returns the
+    coroutine of another one, or an async function that calls a plain one.
+    """
+    seen: list[object] = []
+    while not any(check is each for each in seen):
+        seen.append(check)
+        yield check
+        wrapped: object = getattr(check, "__wrapped__", None)
+        if isinstance(check, partial):
+            check = cast("partial[object]", check).func
+        elif inspect.ismethod(check):
+            check = check.__func__
+        elif wrapped is not None:
+            check = wrapped
+        elif not inspect.isroutine(check) and not isinstance(check, type):
+            check = type(check).__call__
 
 
 def _ids(given: Iterable[int], what: str) -> frozenset[int]:
