@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +11,19 @@ import pytest
 import trio
 
 from trio_unixconn import (
+    CallbackAdapter,
+    Credentials,
     PeerPolicy,
     UnixConnection,
+    UnixCredentialsMessage,
     UnixFDList,
+    UnixFDMessage,
+    UnixListener,
+    UnixSocketAddress,
     connection_pair,
+    open_callback_adapter,
     open_unix_connection,
+    open_unix_listener,
     serve_unix,
 )
 
@@ -45,6 +55,116 @@ async def test_wrong_type(
         await two.send_all(b"x")
         await one.send_all(b"y")
         assert (await one.receive_some(), await two.receive_some()) == (b"x", b"y")
+
+
+class Wrong:
+    """No function takes this."""
+
+
+# Arguments that are right, by name. In place of a socket, the test makes one.
+RIGHT: dict[str, Any] = {
+    "buffer": bytearray(1),
+    "data": b"x",
+    "fd": 0,
+    "fds": [0],
+    "max_bytes": 1,
+    "max_fds": 1,
+    "credentials": Credentials(),
+    "handler": trio.sleep,
+}
+FUNCTIONS: list[Callable[..., Any]] = [
+    *(getattr(UnixConnection, name) for name in dir(UnixConnection) if not name.startswith("_")),
+    UnixListener,
+    UnixListener.from_fd,
+    open_unix_connection,
+    open_unix_listener,
+    serve_unix,
+    CallbackAdapter.wrap,
+    UnixFDMessage,
+    UnixCredentialsMessage,
+    Credentials,
+    Credentials.from_native,
+    UnixSocketAddress.from_native,
+    UnixSocketAddress.path,
+    UnixSocketAddress.abstract,
+    UnixSocketAddress.from_any,
+    UnixSocketAddress.from_uri,
+    UnixFDList,
+    UnixFDList.append,
+    PeerPolicy,
+]
+# These pass their arguments on to the standard library's socket.
+SKIPPED = {"getsockopt", "setsockopt"}
+# Anything is true or false. "argument" is how errors call another argument.
+SKIPPED_ARGUMENTS = {"task_status", "argument", "layout"}
+ARGUMENTS = [
+    pytest.param(function, name, id=f"{function.__qualname__}-{name}")
+    for function in FUNCTIONS
+    if inspect.isroutine(function) or inspect.isclass(function)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if name not in {"self", *SKIPPED_ARGUMENTS}
+    and function.__name__ not in SKIPPED
+    and parameter.annotation != "bool"
+]
+
+
+@pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
+async def test_error_names_argument(
+    function: Callable[..., Any], argument: str, tmp_path: Path
+) -> None:
+    """Each argument of each function, if it is wrong: the error names it, or what it must be."""
+    one, two = connection_pair()
+    connected, peer = socket.socketpair()
+    with connected, peer, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "listening"))
+        listening.listen()
+        async with one, two, open_callback_adapter() as adapter:
+            objects = {
+                "UnixConnection": one,
+                "CallbackAdapter": adapter,
+                "UnixFDList": UnixFDList(),
+            }
+            sock = trio.socket.from_stdlib_socket(listening)
+            right = {
+                **RIGHT,
+                "address": tmp_path / "socket",
+                "socket": sock if function is UnixListener else two.socket,
+                "sock": connected,
+            }
+            arguments: dict[str, Any] = {argument: Wrong()}
+            for name, parameter in inspect.signature(function).parameters.items():
+                if name == "self":
+                    arguments[name] = objects[function.__qualname__.partition(".")[0]]
+                elif parameter.default is parameter.empty:
+                    arguments.setdefault(name, right.get(name))
+            with pytest.raises((TypeError, ValueError)) as caught, trio.fail_after(30):
+                result = function(**arguments)
+                if inspect.isawaitable(result):
+                    await result
+            text = str(caught.value)
+            assert "Wrong" in text
+            assert argument in text or "expected a " in text
+    assert [each.name for each in tmp_path.iterdir()] == ["listening"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda conn, data: conn.send_all(data), "data must be a contiguous buffer"),
+        (lambda conn, data: conn.send_message(data), "data must be a contiguous buffer"),
+        (lambda conn, data: conn.send_buffer(data), "data must be a contiguous buffer"),
+        (lambda conn, data: conn.receive_into(data), "buffer must be a contiguous buffer"),
+        (lambda conn, _: conn.receive_into(b"x"), "buffer must be writable, got bytes"),
+    ],
+)
+async def test_error_names_buffer(
+    call: Callable[[UnixConnection, memoryview], Awaitable[None]], message: str
+) -> None:
+    """A buffer with gaps, or one that cannot be written to, is rejected by its name."""
+    one, two = connection_pair()
+    async with one, two:
+        with pytest.raises(TypeError, match=message):
+            await call(one, memoryview(bytearray(4))[::2])
 
 
 async def test_fds_with_a_wrong_read_ahead() -> None:

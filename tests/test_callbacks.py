@@ -444,7 +444,7 @@ async def test_wrap_and_async_reject_wrong_types() -> None:
     """A wrong connection, Cancellable or callback is a TypeError, and nothing stays open."""
     one, two = connection_pair()
     async with one, two, open_callback_adapter() as adapter:
-        with pytest.raises(TypeError, match="expected a UnixConnection, got str"):
+        with pytest.raises(TypeError, match="connection must be a UnixConnection, got str"):
             adapter.wrap("nope")  # type: ignore[arg-type]
         gio = adapter.wrap(one)
         with pytest.raises(

@@ -67,7 +67,7 @@ class UnixSocketAddress:
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:
         """Return the address that ``getsockname``, ``getpeername`` or ``accept`` returned."""
-        return cls(os.fsencode(name))
+        return cls(_encoded(name, "name"))
 
     @classmethod
     def path(cls, path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> UnixSocketAddress:
@@ -77,7 +77,7 @@ class UnixSocketAddress:
           TypeError: not a str, bytes or path object.
           ValueError: an empty path, or one that contains NUL.
         """
-        native = os.fsencode(path)
+        native = _encoded(path, "path")
         if not native or b"\0" in native:
             raise ValueError(f"path of a socket must not be empty or contain NUL, got {path!r}")
         return cls(native)
@@ -85,7 +85,7 @@ class UnixSocketAddress:
     @classmethod
     def abstract(cls, name: str | bytes) -> UnixSocketAddress:
         """Return an address in Linux's abstract namespace; *name* is without the leading NUL."""
-        return cls(b"\0" + os.fsencode(name))
+        return cls(b"\0" + _encoded(name, "name"))
 
     @classmethod
     def from_any(
@@ -118,9 +118,12 @@ class UnixSocketAddress:
         ``%xx`` stands for a byte. Of the other keys of D-Bus, ``guid`` is ignored.
 
         Raises:
+          TypeError: not a str.
           ValueError: another scheme or form, a list of addresses, or an address that names no
             single socket (``unix:dir=``, ``unix:tmpdir=``, ``unix:runtime=``).
         """
+        if not isinstance(uri, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"uri must be a str, got {type(uri).__name__}")
         scheme, colon, rest = uri.partition(":")
         if scheme.lower() != "unix" or not colon or ";" in rest:
             raise ValueError(f"expected the URI of one Unix socket ({_FORMS}), got {uri!r}")
@@ -194,6 +197,23 @@ class UnixSocketAddress:
     def __str__(self) -> str:
         """Return :meth:`to_string`, with an ``@`` before an abstract name as ss(8) prints it."""
         return f"@{self.to_string()}" if self.get_is_abstract() else self.to_string()
+
+
+def check_address(address: UnixSocketAddress, argument: str) -> None:
+    """Raise TypeError unless this is an address; the error calls it ``argument``."""
+    if not isinstance(address, UnixSocketAddress):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"{argument} must be a UnixSocketAddress or None, got {type(address).__name__}"
+        )
+
+
+def _encoded(name: str | bytes | os.PathLike[str] | os.PathLike[bytes], argument: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except TypeError:
+        raise TypeError(
+            f"{argument} must be a str, bytes or path object, got {type(name).__name__}"
+        ) from None
 
 
 def _unescaped(text: str, uri: str) -> bytes:

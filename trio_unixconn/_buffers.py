@@ -1,6 +1,4 @@
-"""Buffers: anything that holds bytes, seen as bytes.
-
-The rule of this file: nothing is copied.
+"""Any contiguous buffer as bytes, without a copy.
 
 Source: https://docs.python.org/3/c-api/buffer.html
 """
@@ -22,5 +20,7 @@ def bytes_of(data: Buffer, name: str = "data") -> memoryview:
         view = memoryview(data)
     except TypeError:
         raise TypeError(f"{name} must be a bytes-like object, got {type(data).__name__}") from None
+    if not view.c_contiguous:
+        raise TypeError(f"{name} must be a contiguous buffer; copy it with bytes()")
     # A view without elements, but with several dimensions, cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(b"")

@@ -58,7 +58,7 @@ class CallbackAdapter(DescriptorOwner):
           TypeError: not a UnixConnection.
         """
         if not isinstance(connection, UnixConnection):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"expected a UnixConnection, got {type(connection).__name__}")
+            raise TypeError(f"connection must be a UnixConnection, got {type(connection).__name__}")
         return CallbackConnection(self._begin, connection)
 
     def cancel_pending(self) -> None:

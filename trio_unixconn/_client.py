@@ -20,7 +20,7 @@ from ._address import UnixSocketAddress
 from ._closing import close_socket
 from ._connection import UnixConnection
 from ._paths import connectable, describe_connect_error
-from ._policy import PeerPolicy, check_peer
+from ._policy import PeerPolicy, check_peer, check_policy
 from ._sockopts import disable_passrights, enable_passing
 from .errors import PeerDeniedError
 
@@ -87,8 +87,7 @@ async def open_unix_connection(
         if local_address is None
         else UnixSocketAddress.from_any(local_address, argument="local_address")
     )
-    if not isinstance(policy, PeerPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"policy must be a PeerPolicy or None, got {type(policy).__name__}")
+    check_policy(policy)
     await trio.lowlevel.checkpoint()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     binding = None

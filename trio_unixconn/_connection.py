@@ -14,7 +14,7 @@ import trio
 from trio.lowlevel import checkpoint, enable_ki_protection, notify_closing
 
 from . import _ancillary, _closing, _fds, _kernel, _memfd
-from ._address import UnixSocketAddress
+from ._address import UnixSocketAddress, check_address
 from ._buffers import bytes_of
 from ._credentials import Credentials, can_tell_credentials, peer_credentials
 from ._fdlist import UnixFDList
@@ -148,6 +148,10 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         local_address: UnixSocketAddress | None = None,
         remote_address: UnixSocketAddress | None = None,
     ) -> None:
+        if local_address is not None:
+            check_address(local_address, "local_address")
+        if remote_address is not None:
+            check_address(remote_address, "remote_address")
         raw = raw_socket(socket)
         check_connected(raw)
         self.socket: trio.socket.SocketType = socket
@@ -709,9 +713,10 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             bytes are in ``.data``.
           TypeError, ValueError: ``max_bytes`` is not an int of at least 1.
         """
-        size = DEFAULT_RECEIVE_SIZE if max_bytes is None else operator.index(max_bytes)
-        if size < 1:
-            raise ValueError("max_bytes must be >= 1")
+        size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
+        # Without a call in the common case.
+        if type(size) is not int or size < 1:
+            size = check_at_least(size, 1, "max_bytes")
         received = await self._receiver.receive(size, None)
         if received[1] or received[2] & _kernel.MSG_CTRUNC:
             return _ancillary.expect_bytes(received)

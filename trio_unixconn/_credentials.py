@@ -111,9 +111,12 @@ class Credentials:
         """Parse the platform's structure, or a ``layout`` with Gio's name.
 
         Raises:
+          TypeError: ``data`` is not bytes.
           ValueError: an unknown layout, or bytes that do not have it.
           NotSupportedError: the platform has no structure for credentials.
         """
+        if not isinstance(data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"data must be bytes, got {type(data).__name__}")
         return cls(*_layout(layout).unpack(data))
 
     def _known(self, value: int, what: str) -> int:

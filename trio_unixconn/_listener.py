@@ -18,10 +18,10 @@ from trio.lowlevel import enable_ki_protection
 
 from . import _bind, _closing, _kernel
 from ._accept import Acceptor, close_listening_socket
-from ._address import UnixSocketAddress
+from ._address import UnixSocketAddress, check_address
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
-from ._policy import PeerPolicy, admit_or_close
+from ._policy import PeerPolicy, admit_or_close, check_policy
 from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
 from .errors import ConnectionClosedError
 
@@ -65,6 +65,9 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
     ) -> None:
         if not isinstance(socket, trio.socket.SocketType):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"expected a trio socket, got {type(socket).__name__}")
+        check_policy(policy)
+        if address is not None:
+            check_address(address, "address")
         check_listening(socket)
         self.socket: trio.socket.SocketType = socket
         self.denied: int = 0
@@ -92,12 +95,13 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
         open for other processes that hold it.
 
         Raises:
-          TypeError: not an int.
+          TypeError: not an int, or not a policy.
           ValueError: not open, not a socket, or not a listening Unix stream socket.
           NotSupportedError: the platform has no Unix sockets.
 
         Source: sd_listen_fds(3), about such file descriptors
         """
+        check_policy(policy)
 
         def adopt(sock: stdlib_socket.socket) -> UnixListener:
             # First this, so that a wrong socket stays blocking.
@@ -375,8 +379,7 @@ async def open_unix_listener(
     is_path = not (name.get_is_abstract() or name.get_is_anonymous())
     backlog = 0xFFFF if backlog is None else backlog
     _check_options(mode, backlog)
-    if not isinstance(policy, PeerPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"policy must be a PeerPolicy or None, got {type(policy).__name__}")
+    check_policy(policy)
     _check_id("owner", owner)
     _check_id("group", group)
     if not is_path and not (owner is None and group is None):

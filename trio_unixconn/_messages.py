@@ -102,7 +102,9 @@ class UnixFDMessage(DescriptorOwner):
       fd_list: the list that owns them (default: a new, empty one).
     """
 
-    fd_list: UnixFDList = attrs.field(factory=UnixFDList)
+    fd_list: UnixFDList = attrs.field(
+        factory=UnixFDList, validator=attrs.validators.instance_of(UnixFDList)
+    )
 
     def append_fd(self, fd: FileDescriptor) -> None:
         """Add a duplicate of ``fd``, which stays the caller's.
@@ -166,7 +168,9 @@ class UnixCredentialsMessage:
       credentials: the credentials (default: those of the calling process).
     """
 
-    credentials: Credentials = attrs.field(factory=Credentials)
+    credentials: Credentials = attrs.field(
+        factory=Credentials, validator=attrs.validators.instance_of(Credentials)
+    )
 
     @staticmethod
     def is_supported() -> bool:

@@ -268,6 +268,12 @@ def _layers(check: object) -> Iterator[object]:
             check = type(check).__call__
 
 
+def check_policy(policy: PeerPolicy | None) -> None:
+    """Raise TypeError unless this is a policy or None."""
+    if not isinstance(policy, PeerPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"policy must be a PeerPolicy or None, got {type(policy).__name__}")
+
+
 def _ids(given: Iterable[int], what: str) -> frozenset[int]:
     ids = list(_iterable(given, what, "ints"))
     for each in ids:

@@ -32,7 +32,7 @@ from ._listener import (
     remove_path,
 )
 from ._owner import DescriptorOwner
-from ._policy import admit_or_close
+from ._policy import admit_or_close, check_policy
 from .errors import NotSupportedError
 
 if sys.version_info < (3, 11):
@@ -272,6 +272,7 @@ async def serve_unix(
         check_at_least(max_connections, 1, "max_connections")
     if handler_errors not in ("raise", "log"):
         raise ValueError(f'handler_errors must be "raise" or "log", got {handler_errors!r}')
+    check_policy(policy)
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     if isinstance(address, UnixListener):
         options = (mode, owner, group, backlog)
