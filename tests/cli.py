@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typer.testing import CliRunner
+
+from trio_unixconn import __main__ as command_line
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -27,6 +31,15 @@ def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[s
         timeout=60,
         **{"stdin": subprocess.DEVNULL, **options},
     )
+
+
+def run_in_this_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that fails before it starts anything; a new Python costs 20 times as much."""
+    words = [*map(str, arguments)]
+    done = CliRunner().invoke(
+        command_line.app, words, env={"COLUMNS": "200"}, catch_exceptions=False
+    )
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 @contextmanager

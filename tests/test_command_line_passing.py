@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import typer
-from cli import ended, run, started, wait_for_socket
+from cli import ended, run, run_in_this_process, started, wait_for_socket
 
 from trio_unixconn._cli import passing, running
 
@@ -357,7 +357,7 @@ def test_another_user_is_let_in() -> None:
     [
         (["send-fd", "{path}"], 2, "nothing to send: give a FILE, or --fd N"),
         (["send-fd", "{path}", "{folder}/none"], 1, "{folder}/none: No such file or directory"),
-        (["send-fd", "{path}", "{folder}/one", "--fd", "99"], 1, "descriptor 99 is not open"),
+        (["send-fd", "{path}", "{folder}/one", "--fd", "9999"], 1, "descriptor 9999 is not open"),
         (["send-fd", "{path}", "--fd", "99999999999"], 1, "descriptor 99999999999 is not open"),
         (["send-fd", "{path}", "{folder}/one"], 1, "{path}: No such file or directory: no such"),
         (["send-fd", "{folder}/one", "{folder}/one"], 1, "{folder}/one: Connection refused: not a"),
@@ -379,7 +379,7 @@ def test_another_user_is_let_in() -> None:
 def test_errors(arguments: list[str], status: int, said: str, folder: Path, path: Path) -> None:
     """What goes wrong is a line and an exit status, and nothing is left at the path."""
     names = {"folder": str(folder), "path": str(path)}
-    done = run(*(each.format(**names) for each in arguments))
+    done = run_in_this_process(*(each.format(**names) for each in arguments))
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith("trio-unixconn: " + said.format(**names))
     assert len(done.stderr.splitlines()) == 1

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pyte
 import pytest
-from cli import COMMAND, ended, run, started
+from cli import COMMAND, ended, run, run_in_this_process, started
 
 from trio_unixconn._cli.reloading import folders_of
 
@@ -218,6 +218,7 @@ def test_a_signal_before_it_is_ready(project: Path) -> None:
     with started(
         *("serve", "slow:handler", "--bind", "unix:s", "--stats-socket", "stats"),
         cwd=project,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=hear_signals,
     ) as process:
         Served(process, project).line("listening at unix:s")
@@ -408,9 +409,13 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
         ([], "--bind"),
     ],
 )
-def test_what_cannot_be_asked_for(project: Path, arguments: list[str], said: str) -> None:
+def test_serve_rejects_wrong_arguments(
+    project: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A wrong argument is a line and exit status 2, before anything is opened."""
-    done = run("serve", "app:once", *arguments, cwd=project, env={**os.environ, "COLUMNS": "200"})
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    done = run_in_this_process("serve", "app:once", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""

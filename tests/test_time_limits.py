@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
 import trio
 import trio.testing
 from time_limits import task_stacks
-
-if TYPE_CHECKING:
-    import pytest
 
 HANGS = """
 import threading
@@ -50,6 +47,8 @@ def pytest_runtest_makereport(item):
 """
 
 
+# The limits are those of this suite, not of the package: one Python is enough.
+@pytest.mark.once
 def test_a_hanging_test_is_ended(pytester: pytest.Pytester) -> None:
     """A hanging test fails with the place where it hangs, and the other tests go on."""
     pytester.makepyfile(HANGS)
@@ -82,6 +81,7 @@ async def test_skips():
 """
 
 
+@pytest.mark.once
 def test_an_async_test_says_why_it_skips(pytester: pytest.Pytester) -> None:
     """The reason of a skip in an async test is reported, even from within a nursery."""
     pytester.makepyfile(SKIPS)
