@@ -59,7 +59,12 @@ NOT_CORE = [
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the package with its command line, and dependency groups."""
+    """Install the package with its command line, and dependency groups.
+
+    The tests start a thousand Pythons. Each would compile the package again if the environment
+    told Python to keep no compiled files.
+    """
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""
     session.install("-e", ".[cli]", *nox.project.dependency_groups(PROJECT, *groups))
 
 
