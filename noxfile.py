@@ -17,6 +17,9 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "typing", "tests", "examples"]
 nox.options.reuse_existing_virtualenvs = True
+# Lets `nox -j 2` run sessions at the same time. An older nox has no -j.
+if hasattr(nox.options, "allow_parallel"):
+    nox.options.allow_parallel = True
 
 
 def runs(command: str) -> bool:
@@ -71,7 +74,8 @@ def install(session: nox.Session, *groups: str) -> None:
 PYTHONS = installed_pythons()
 
 
-@nox.session(python=PYTHONS)
+# The newest first: it takes longest, and others can run beside it.
+@nox.session(python=PYTHONS[::-1])
 def tests(session: nox.Session) -> None:
     """Run the test suite, one process per processor; arguments go to pytest.
 
