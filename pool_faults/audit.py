@@ -125,7 +125,7 @@ def audit(
         shown("clients", len(outcomes)),
         equal("accepted", ledger["accepted"], len(outcomes), "clients"),
         equal("acknowledged", counts["acknowledged"], len(outcomes), "clients"),
-        none("refused, or given up", counts["refused"] + counts["cancelled"]),
+        none("refused, or given up", counts["rejected"] + counts["cancelled"]),
         shown("handed to another worker", counts["retried"]),
         equal(
             "handled + reported", counts["handled"] + counts["abandoned"], len(outcomes), "clients"

@@ -207,7 +207,7 @@ async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
 
 # These three are always open.
 _STANDARD = 3
-_BAD = ("failed", "refused", "cancelled", "abandoned")
+_BAD = ("failed", "rejected", "cancelled", "abandoned")
 
 
 async def drains(sizes: Sizes, seed: int) -> list[Figure]:

@@ -165,7 +165,7 @@ def test_several_binds(project: Path) -> None:
         assert (project / "abs").stat().st_mode & 0o777 == 0o640
         told = served.drained()
     assert re.search(r"INFO: SIGTERM: draining, with \d in flight and 0 queued", told)
-    assert "drained: 5 accepted, 0 denied, 5 handled, 0 failed, 0 abandoned, 0 refused" in told
+    assert "drained: 5 accepted, 0 denied, 5 handled, 0 failed, 0 abandoned, 0 rejected" in told
     assert sorted(path.name for path in project.iterdir()) == ["app.py"]
 
 

@@ -121,7 +121,7 @@ def test_80_columns() -> None:
     for part in (
         *("queued 100,000", "in flight 100,000", "handled 10,000,000,000 (0.0/s)"),
         *("accepted 1,000,000,000 (1,000,000,000/s)", "denied 1,000,000,000"),
-        *("failed 1,000,000", "abandoned 2", "refused 4", "deaths 8", "retried 5", "restarts 7"),
+        *("failed 1,000,000", "abandoned 2", "rejected 4", "deaths 8", "retried 5", "restarts 7"),
     ):
         assert part in text
     rows = [line.split() for line in lines if "4194304" in line]

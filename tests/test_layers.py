@@ -48,6 +48,7 @@ LAYERS = [
     "_credentials",
     "_ucred",
     "_kernel",
+    "_frames",
     "_closing",
     "_guards",
     "_buffers",

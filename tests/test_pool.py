@@ -134,7 +134,7 @@ async def test_a_worker_that_fails_and_does_not_end(
         "import threading\nthreading.Thread(target=threading.Event().wait).start()\n1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("trio_unixconn.pool._handle._END_TIME", 0.2)
+    monkeypatch.setattr("trio_unixconn.pool._handle.EXIT_GRACE", 0.2)
     with pytest.raises(WorkerStartError, match="ZeroDivisionError"):
         async with open_worker_pool("pool_stays:handler", workers=1):
             pytest.fail("the block was entered")
@@ -316,7 +316,9 @@ async def test_nothing() -> None:
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         told = json.loads(await pool.call(data=b"just data"))
         assert (told["type"], told["data"], told["peer"]) == ("NoneType", "just data", None)
-        with pytest.raises(TypeError, match="a stream, socket, file or descriptor is due"):
+        with pytest.raises(
+            TypeError, match="source must be a stream, socket, file or file descriptor"
+        ):
             await pool.submit(None)
 
 

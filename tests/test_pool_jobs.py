@@ -44,7 +44,7 @@ async def test_even_shares(shared: Path) -> None:
             client.receipt = await pool.submit(theirs)
             clients.append(client)
             # One that has just got a job gets no other before it has asked for that.
-            await until(lambda: all(link.wants_more for link in pool._supervisor.links()))
+            await until(lambda: all(link._wants_more for link in pool._supervisor.handles()))
         for client in clients:
             assert client.receipt is not None
             assert await client.line() == [client.receipt.pid, client.receipt.id]
@@ -200,7 +200,7 @@ async def test_room_for_who_waits(shared: Path) -> None:
                     with pytest.raises(JobRefusedError, match=said):
                         await pool.submit(theirs)
 
-                nursery.start_soon(submit, waiting[0][1], "the pool ended first")
+                nursery.start_soon(submit, waiting[0][1], "the pool ended")
                 await wait_all_tasks_blocked()
                 nursery.start_soon(submit, waiting[1][1], "the pool is draining")
                 await wait_all_tasks_blocked()
@@ -233,19 +233,19 @@ async def test_cancelled_before_anything() -> None:
         assert pool.statistics().submitted == 0
 
 
-async def test_withdrawn(shared: Path) -> None:
+async def test_submit_cancelled_in_the_queue(shared: Path) -> None:
     """A job that is cancelled while it waits is never handled, and its descriptor closed."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=2) as pool:
         async with client_of(pool) as first, trio.open_nursery() as nursery:
             pairs = [ends() for _ in range(3)]
             scopes = [trio.CancelScope() for _ in pairs]
 
-            async def submit(number: int, to: int | None) -> None:
+            async def submit(number: int) -> None:
                 with scopes[number]:
-                    await pool.submit(pairs[number][1], worker=to)
+                    await pool.submit(pairs[number][1])
 
-            for number, to in enumerate([None, 0, None]):
-                nursery.start_soon(submit, number, to)
+            for number in range(3):
+                nursery.start_soon(submit, number)
                 await wait_all_tasks_blocked()
             # Two wait in the queue, the last for room.
             assert (pool.statistics().queued, pool.statistics().submitted) == (2, 3)
@@ -413,10 +413,10 @@ async def test_closed_by_their_submitter(shared: Path) -> None:
                 for client, _ in pairs:
                     await client.end()
             assert len(errors) == 2
-            assert all("its descriptor was closed" in str(each) for each in errors)
+            assert all("other code has closed its file descriptor" in str(each) for each in errors)
         found = await at_rest(pool)
         assert (found.handled, found.failed) == (5, 1)
-        assert (found.refused, found.deaths) == (2, 0)
+        assert (found.rejected, found.deaths) == (2, 0)
     # What may be open under the number by now is not closed.
     gc.collect()
 
@@ -429,7 +429,9 @@ async def test_closed_and_alone(shared: Path) -> None:
             fd = theirs.detach()
 
             async def submit() -> None:
-                with pytest.raises(JobRefusedError, match="its descriptor was closed"):
+                with pytest.raises(
+                    JobRefusedError, match="other code has closed its file descriptor"
+                ):
                     await pool.submit(fd)
 
             nursery.start_soon(submit)

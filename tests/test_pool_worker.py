@@ -16,11 +16,13 @@ import trio
 from helpers import kind_of
 from pools import ends, lines
 
-from trio_unixconn import WorkerDiedError, WorkerStartError
+from trio_unixconn import WorkerStartError
+from trio_unixconn._frames import Frame, FrameDecoder, encode_frame
 from trio_unixconn.pool import _process, _protocol, _worker
 from trio_unixconn.pool._completion_log import CompletionLog, create_log
-from trio_unixconn.pool._handle import WorkerHandle
-from trio_unixconn.pool._pending import PendingJob
+from trio_unixconn.pool._endpoints import EndpointKind
+from trio_unixconn.pool._handle import HandleState, WorkerHandle
+from trio_unixconn.pool._statistics import Counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -37,8 +39,8 @@ class Puppet:
     """A worker, and what it has said that nobody has looked at."""
 
     process: _process.WorkerProcess
-    _decoder: _protocol.Decoder = attrs.field(factory=_protocol.Decoder)
-    _said: list[_protocol.Frame] = attrs.field(factory=list[_protocol.Frame])
+    _decoder: FrameDecoder = attrs.field(factory=FrameDecoder)
+    _said: list[Frame] = attrs.field(factory=list[Frame])
 
     async def tell(self, data: bytes, fds: list[int] | None = None) -> None:
         await self.process.conn.send_message(data, fds=fds or [])
@@ -59,7 +61,7 @@ class Puppet:
 @asynccontextmanager
 async def puppet(handler: str, beat: float = 1.0) -> AsyncGenerator[Puppet, None]:
     """Start a worker, which is ready."""
-    process = _process.start({"handler": handler, "setup": None, "board": 10, "beat": beat})
+    process = _process.start({"handler": handler, "setup": None, "log": 10, "beat": beat})
     worker = Puppet(process)
     try:
         await worker.hear(_protocol.READY)
@@ -71,23 +73,28 @@ async def puppet(handler: str, beat: float = 1.0) -> AsyncGenerator[Puppet, None
         process.close()
 
 
-def job(number: int, form: int = _protocol.NO_DESCRIPTOR, data: bytes = b"") -> _protocol.SentJob:
-    return _protocol.SentJob(number, form, wants_answer=True, data=data)
+def job(number: int, kind: int = EndpointKind.NONE, data: bytes = b"") -> _protocol.SentJob:
+    return _protocol.SentJob(number, kind, wants_answer=True, data=data)
 
 
 async def test_a_conversation() -> None:
     """A worker acknowledges a batch, asks for more, answers, and ends when it is asked to."""
     async with puppet(DO, beat=0.05) as worker:
         await worker.hear(_protocol.BEAT)
-        await worker.tell(_protocol.jobs(1, [job(7), job(8, data=b"raise")], carries=False))
-        assert _protocol.read_number(await worker.hear(_protocol.TAKEN)) == 1
+        await worker.tell(
+            _protocol.pack_jobs(1, [job(7), job(8, data=b"raise")], carries_fds=False)
+        )
+        assert _protocol.unpack_batch_id(await worker.hear(_protocol.TAKEN)) == 1
         assert await worker.hear(_protocol.MORE) == b""
-        assert _protocol.read_about(await worker.hear(_protocol.ANSWER)) == (7, b"nothing to do")
-        number, text = _protocol.read_about(await worker.hear(_protocol.ERROR))
+        assert _protocol.unpack_job_result(await worker.hear(_protocol.ANSWER)) == (
+            7,
+            b"nothing to do",
+        )
+        number, text = _protocol.unpack_job_result(await worker.hear(_protocol.ERROR))
         assert (number, b"RuntimeError" in text) == (8, True)
         os.kill(worker.process.pid, signal.SIGTERM)
         assert await worker.hear(_protocol.LEAVING) == b""
-        await worker.tell(_protocol.seconds(_protocol.DRAIN, 5))
+        await worker.tell(_protocol.pack_seconds(_protocol.DRAIN, 5))
         assert await worker.process.wait() == 0
         # Once more is known already.
         assert await worker.process.wait() == 0
@@ -96,18 +103,18 @@ async def test_a_conversation() -> None:
 async def test_cancelling_what_is_not_there(shared: Path) -> None:
     """A cancellation of a job that has ended, or never was, is nothing; of another, it is."""
     async with puppet(DO) as worker:
-        await worker.tell(_protocol.jobs(1, [job(1, data=b"forever")], carries=False))
-        await worker.tell(_protocol.ids(_protocol.CANCEL, [99, 1]))
-        number, text = _protocol.read_about(await worker.hear(_protocol.ERROR))
+        await worker.tell(_protocol.pack_jobs(1, [job(1, data=b"forever")], carries_fds=False))
+        await worker.tell(_protocol.pack_job_ids(_protocol.CANCEL, [99, 1]))
+        number, text = _protocol.unpack_job_result(await worker.hear(_protocol.ERROR))
         assert (number, text) == (1, b"the handler was cancelled, because the call was")
-        await worker.tell(_protocol.seconds(_protocol.DRAIN, 0))
+        await worker.tell(_protocol.pack_seconds(_protocol.DRAIN, 0))
         assert await worker.process.wait() == 0
 
 
 async def test_nonsense(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker that is told what no pool says ends, and says why."""
     async with puppet(DO) as worker:
-        await worker.tell(_protocol.frame(99))
+        await worker.tell(encode_frame(99))
         assert await worker.process.wait() == 1
     assert "ProtocolError: a frame of kind 99 came" in capfd.readouterr().err
 
@@ -119,7 +126,8 @@ async def test_the_pool_is_gone_with_what_was_said(shared: Path) -> None:
         async with client.stream:
             with theirs:
                 await worker.tell(
-                    _protocol.jobs(1, [job(1, _protocol.UNIX)], carries=True), [theirs.fileno()]
+                    _protocol.pack_jobs(1, [job(1, EndpointKind.UNIX)], carries_fds=True),
+                    [theirs.fileno()],
                 )
             await client.line()
             await trio.lowlevel.wait_readable(worker.process.conn.socket)
@@ -137,7 +145,8 @@ async def test_the_pool_is_gone_before_it_is_told(shared: Path) -> None:
         async with client.stream:
             with theirs:
                 await worker.tell(
-                    _protocol.jobs(1, [job(1, _protocol.UNIX)], carries=True), [theirs.fileno()]
+                    _protocol.pack_jobs(1, [job(1, EndpointKind.UNIX)], carries_fds=True),
+                    [theirs.fileno()],
                 )
             await worker.process.conn.aclose()
             os.kill(worker.process.pid, signal.SIGCONT)
@@ -168,36 +177,28 @@ def test_not_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_endings() -> None:
     """How a process ended has a name, if there is one."""
-    assert _process.ending_of(3) == "exited with status 3"
-    assert _process.ending_of(-9) == "was killed by SIGKILL"
-    assert _process.ending_of(-99) == "was killed by signal 99"
+    assert _process.describe_exit(3) == "exited with status 3"
+    assert _process.describe_exit(-9) == "was killed by SIGKILL"
+    assert _process.describe_exit(-99) == "was killed by signal 99"
 
 
 async def test_ready_too_late() -> None:
     """A worker that is ready when it was asked to leave was not ready."""
-    process = _process.start({"handler": DO, "setup": None, "board": 1, "beat": 1.0})
+    process = _process.start({"handler": DO, "setup": None, "log": 1, "beat": 1.0})
 
     class Owner:
-        def ended(self, link: WorkerHandle) -> None: ...
+        def on_exit(self, link: WorkerHandle) -> None: ...
 
     owner: Any = Owner()
-    link = WorkerHandle(0, process, owner)
-    link.ask_to_leave(0)
+    link = WorkerHandle(0, process, owner, Counters())
+    link.drain(0)
     with trio.fail_after(30):
         await link.run()
     assert isinstance(link.error, WorkerStartError)
-    assert link.settled.is_set()
+    assert link.ready.is_set()
     # There is nobody to ask any more.
-    link.ask_to_leave(0)
-    assert link.state == "ended"
-
-
-def test_settled_twice() -> None:
-    """What became of a job is said once."""
-    delivery = PendingJob(1, -1, _protocol.NO_DESCRIPTOR)
-    delivery.settle(b"an answer")
-    delivery.settle(WorkerDiedError("later"))
-    assert delivery.outcome == b"an answer"
+    link.drain(0)
+    assert link.state is HandleState.ENDED
 
 
 ################################################################

@@ -235,7 +235,8 @@ def _close_each(fds: list[int]) -> None:
     One call means that the GIL is released and taken again once: a busy event loop lets another
     thread have it every few milliseconds only.
     """
-    fds.sort()
+    # closerange(2) would take a negative number for the end of all numbers.
+    fds = sorted(fd for fd in fds if fd >= 0)
     first = position = 0
     while position < len(fds):
         position += 1

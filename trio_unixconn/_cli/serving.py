@@ -117,14 +117,14 @@ class _Service:
             nursery.cancel_scope.cancel()
         pool = server.statistics()
         logger.info(
-            "drained: %d accepted, %d denied, %d handled, %d failed, %d abandoned, %d refused; "
+            "drained: %d accepted, %d denied, %d handled, %d failed, %d abandoned, %d rejected; "
             "up for %.1f seconds",
             server.accepted,
             server.denied,
             pool.handled,
             pool.failed,
             pool.abandoned,
-            pool.refused,
+            pool.rejected,
             trio.current_time() - self._begun,
         )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COLUMNS: Final = ("#", "pid", "state", "in flight", "handled", "per s", "restarts", "memory")
 _STYLES: Final = {"ready": "", "draining": "yellow", "starting": "red", "ended": ""}
 # What nobody wants to see anything but 0 of.
-_TROUBLES: Final = ("failed", "abandoned", "refused", "deaths")
+_TROUBLES: Final = ("failed", "abandoned", "rejected", "deaths")
 
 
 def render(

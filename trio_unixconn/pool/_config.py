@@ -61,6 +61,17 @@ def _seconds(value: object, name: str) -> float:
     return value
 
 
+def checked_timeout(timeout: float) -> float:
+    """Return a timeout in seconds.
+
+    Raises:
+      TypeError, ValueError: it is not a number, or negative.
+    """
+    if not _seconds(timeout, "timeout") >= 0:
+        raise ValueError(f"timeout must be non-negative, got {timeout}")
+    return timeout
+
+
 def _positive_seconds(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not _seconds(value, attribute.name) > 0:
         raise ValueError(f"{attribute.name} must be more than 0 seconds, got {value}")

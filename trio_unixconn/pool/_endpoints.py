@@ -7,6 +7,7 @@ Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fcntl(2) (F_GETFL)
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import io
 import os
@@ -38,13 +39,25 @@ from .._sockopts import raw_socket
 from ..errors import WrongDescriptorKindError
 from . import _protocol
 
+
+class EndpointKind(enum.IntEnum):
+    """What the file descriptor of a job is, which says what its handler gets."""
+
+    NONE = _protocol.NO_DESCRIPTOR
+    TCP = 1
+    TCP6 = 2
+    UNIX = 3
+    OTHER = 4
+    UNIX_WITHOUT_DESCRIPTORS = 5
+
+
 #: What can be submitted: a descriptor, or an object that owns one.
 Submitted = Any
 
 _FAMILIES: Final = {
-    stdlib_socket.AF_INET: _protocol.TCP,
-    stdlib_socket.AF_INET6: _protocol.TCP6,
-    _kernel.AF_UNIX: _protocol.UNIX,
+    stdlib_socket.AF_INET: EndpointKind.TCP,
+    stdlib_socket.AF_INET6: EndpointKind.TCP6,
+    _kernel.AF_UNIX: EndpointKind.UNIX,
 }
 # What is neither read nor written.
 _NO_FILES: Final = {
@@ -72,7 +85,7 @@ def checked_data(data: Buffer) -> bytes:
         return bytes(view)
 
 
-async def detach_endpoint(what: Submitted) -> tuple[int, int]:
+async def detach_endpoint(what: Submitted) -> tuple[int, EndpointKind]:
     """Take a descriptor out of what was submitted, which is closed or detached by that.
 
     No file server is asked in the trio thread: a file is flushed and closed in another one. Only
@@ -80,7 +93,7 @@ async def detach_endpoint(what: Submitted) -> tuple[int, int]:
     file is closed nevertheless, in that thread.
 
     Returns:
-      The descriptor, which the caller owns, and its form.
+      The descriptor, which the caller owns, and its kind.
 
     Raises:
       TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a handler can be
@@ -89,37 +102,40 @@ async def detach_endpoint(what: Submitted) -> tuple[int, int]:
     """
     if isinstance(what, UnixConnection):
         refuses = isinstance(what._receiver, RefusingReceiver)  # noqa: SLF001 - of one package
-        return what.detach(), _protocol.REFUSING if refuses else _protocol.UNIX
+        return (
+            what.detach(),
+            EndpointKind.UNIX_WITHOUT_DESCRIPTORS if refuses else EndpointKind.UNIX,
+        )
     if isinstance(what, trio.SocketStream):
         what = what.socket
     if isinstance(what, trio.socket.SocketType):
         raw = raw_socket(what)
-        form = _form_of(raw.fileno())
+        kind = _kind_of(raw.fileno())
         trio.lowlevel.notify_closing(raw)
-        return what.detach(), form
+        return what.detach(), kind
     if isinstance(what, ssl.SSLSocket):
         raise TypeError(
             "an SSLSocket cannot be handed over: what it knows of the encryption is in this "
             "process; submit the plain socket, and have the handler wrap it"
         )
     if isinstance(what, stdlib_socket.socket):
-        form = _form_of(what.fileno())
-        return what.detach(), form
+        kind = _kind_of(what.fileno())
+        return what.detach(), kind
     number = fileno(what)
     check_open([number])
-    form = _form_of(number)
+    kind = _kind_of(number)
     if isinstance(what, int):
-        return number, form
+        return number, kind
     if not callable(getattr(what, "close", None)):
         raise TypeError(
             f"the pool takes ownership, and {type(what).__name__} has no close(); submit a "
             "duplicate of its file descriptor (os.dup)"
         )
     if is_memory(number):
-        return _out_of_file(what, number), form
+        return _out_of_file(what, number), kind
     return await call_in_file_thread(
         partial(_out_of_file, what, number), discard=lambda fd: close_fds([fd])
-    ), form
+    ), kind
 
 
 def _out_of_file(what: Any, number: int) -> int:
@@ -136,13 +152,13 @@ def _out_of_file(what: Any, number: int) -> int:
     return fd
 
 
-def _form_of(fd: int) -> int:
+def _kind_of(fd: int) -> EndpointKind:
     if fd < 0:
         raise ValueError("a descriptor that is open is due, but this one is closed")
     check_handover([fd])
     kind = kind_of(fd)
     if kind is DescriptorKind.SOCKET:
-        return _form_of_socket(fd, kind)
+        return _kind_of_socket(fd, kind)
     if kind in _NO_FILES:
         raise WrongDescriptorKindError(
             f"a stream socket, or a file to read or write, is due; a {kind.value} is neither", kind
@@ -152,10 +168,10 @@ def _form_of(fd: int) -> int:
             f"a file to read or write is due; this {kind.value} was opened only as a path (O_PATH)",
             kind,
         )
-    return _protocol.OTHER
+    return EndpointKind.OTHER
 
 
-def _form_of_socket(fd: int, kind: DescriptorKind) -> int:
+def _kind_of_socket(fd: int, kind: DescriptorKind) -> EndpointKind:
     sock = stdlib_socket.socket(fileno=fd)
     try:
         if sock.type != stdlib_socket.SOCK_STREAM:
@@ -165,28 +181,28 @@ def _form_of_socket(fd: int, kind: DescriptorKind) -> int:
             raise WrongDescriptorKindError(
                 "a connected socket is due, but this one listens; submit what it accepts", kind
             )
-        return _FAMILIES.get(sock.family, _protocol.OTHER)
+        return _FAMILIES.get(sock.family, EndpointKind.OTHER)
     finally:
         sock.detach()
 
 
-async def attach_endpoint(form: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
+async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
     """Return a stream or file that owns ``fd``. Only for a file this is a checkpoint.
 
     Raises:
       OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
     """
     try:
-        if form in (_protocol.TCP, _protocol.TCP6):
+        if kind in (EndpointKind.TCP, EndpointKind.TCP6):
             # Told what it is, Python need not ask the kernel; trio sets TCP_NODELAY.
-            family = stdlib_socket.AF_INET if form == _protocol.TCP else stdlib_socket.AF_INET6
+            family = stdlib_socket.AF_INET if kind == EndpointKind.TCP else stdlib_socket.AF_INET6
             sock = stdlib_socket.socket(
                 family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
             )
             return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        if form == _protocol.REFUSING:
+        if kind == EndpointKind.UNIX_WITHOUT_DESCRIPTORS:
             return UnixConnection.from_fd(fd, receive_descriptors=False)
-        if form == _protocol.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
+        if kind == EndpointKind.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
             return open_stream(fd)
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except BaseException:

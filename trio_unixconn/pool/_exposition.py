@@ -33,7 +33,7 @@ _POOL: Final = (
     ("failed", "jobs_failed_total", "counter", "Jobs whose handler has raised."),
     ("abandoned", "jobs_abandoned_total", "counter", "Jobs whose worker died meanwhile."),
     ("retried", "jobs_retried_total", "counter", "How often a job went to another worker."),
-    ("refused", "jobs_refused_total", "counter", "Jobs that no worker took; given up."),
+    ("rejected", "jobs_rejected_total", "counter", "Jobs that no worker took; given up."),
     ("cancelled", "jobs_cancelled_total", "counter", "Jobs cancelled before a worker had them."),
     ("restarts", "restarts_total", "counter", "Workers that were replaced."),
     ("deaths", "deaths_total", "counter", "Workers that died without having been asked to."),

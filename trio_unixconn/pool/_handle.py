@@ -1,414 +1,544 @@
-"""A worker, as its pool sees it: what it was sent, what it has acknowledged, how it is doing.
+"""WorkerHandle: a worker, as its pool sees it.
 
-The rule of this file: each delivery that was handed to a link is, at every moment, in one of
-three places: on its way (``batch``), acknowledged (``in_flight``), or with its pool again.
+The states of a worker::
 
-A worker is sent a batch when it asks for more, which it does when the handlers of the last one
-have begun and nobody computes there. One that computes is sent nothing: what is to be done waits
-in the pool, where any worker can have it.
+    STARTING --READY--> READY --drain--> DRAINING --exit--> ENDED
+        |                 |                                   ^
+        +-----------------+------------- exit ----------------+
+
+The pool gives a worker one batch of jobs at a time. The next one is sent when the worker has
+acknowledged the last one and has asked for more, which it does when the handlers of that batch have
+begun and none of them computes. A worker that computes is given nothing: the jobs stay in the
+queue, where any worker can have them.
+
+What the pool sends is one queue, in order: a batch that was given before a drain arrives before
+it, and none is given after. What a worker sends is not trusted. A frame that the protocol does not
+allow at that moment, a number that this worker was not given, file descriptors, or the end of the
+stream kill it. All ways in which a worker can end lead to ``_on_exit``, which settles or requeues
+the jobs that it had.
+
+Invariant: each job that a handle was given is in ``batch`` (sent), in ``in_flight``
+(acknowledged), or belongs to the queue again, or has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
+import logging
 import math
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
+from .._frames import Frame, FrameDecoder, FrameError
 from .._owner import DescriptorOwner
 from ..errors import (
+    ConnectionBrokenError,
+    ConnectionClosedError,
     HandlerError,
     UnixConnectionError,
     WorkerDiedError,
     WorkerStartError,
 )
 from . import _protocol
-from ._pending import JobReceipt, PendingJob
-from ._process import WorkerProcess, ending_of
+from ._pending import JobEnd, PendingJob
+from ._process import WorkerProcess, describe_exit
+from ._protocol import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
-_READ: Final = 65536
-# How many jobs go in one message. More would only wait in the worker, where no other can have
-# them.
-_MOST: Final = 64
-_NO_ROOM_PAUSE: Final = 0.05
-# What a worker may take to end, once its jobs are finished or their time is up.
-_END_TIME: Final = 5.0
+    from ._statistics import Counters
+
+logger: Final = logging.getLogger("trio_unixconn.pool")
+
+CHUNK_SIZE: Final = 65536
+#: The maximum number of jobs in a batch. More would only wait in the worker, where no other worker
+#: can have them.
+MAX_BATCH: Final = 64
+# The pause after the kernel had no resources for a batch, in seconds.
+SEND_RETRY_DELAY: Final = 0.05
+#: The time in seconds that a worker has to exit, after its last job or its deadline.
+EXIT_GRACE: Final = 5.0
 
 
-class Owner(Protocol):
-    """What a link tells its pool."""
+class HandleState(enum.Enum):
+    """The states of a worker."""
 
-    def pump(self) -> None:
-        """There may be room for jobs now."""
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    ENDED = "ended"
 
-    def take_back(self, deliveries: list[PendingJob], why: Exception, *, counts: bool) -> None:
-        """A worker has not acknowledged these; whether that counts as a try of theirs."""
 
-    def give_up(self, deliveries: list[PendingJob], why: str) -> None:
-        """These can be sent to nobody."""
+class HandleOwner(Protocol):
+    """What a handle calls: the supervisor."""
 
-    def refused(self, link: WorkerHandle) -> None:
-        """A worker had no descriptor free, and rests until it is told that it need not."""
+    def dispatch(self) -> None:
+        """Called when the worker can accept more jobs."""
 
-    def acknowledged(self, link: WorkerHandle, count: int) -> None:
-        """So many jobs were taken."""
+    def requeue(self, jobs: list[PendingJob], cause: Exception, *, counts: bool) -> None:
+        """Called with jobs that the worker has not acknowledged."""
 
-    def handled(self, link: WorkerHandle, count: int) -> None:
-        """So many handlers have returned."""
+    def reject(self, jobs: list[PendingJob], why: str) -> None:
+        """Called with jobs that no worker can have."""
 
-    def failed(self, link: WorkerHandle, number: int, text: str, *, awaited: bool) -> None:
-        """A handler has raised, or a job could not be given its stream."""
+    def on_acknowledged(self, handle: WorkerHandle, count: int) -> None:
+        """Called when the worker has acknowledged jobs."""
 
-    def abandoned(self, link: WorkerHandle, numbers: Iterable[int]) -> None:
-        """A worker has died while it was handling these."""
+    def on_finished(self, handle: WorkerHandle, count: int) -> None:
+        """Called when handlers have returned."""
 
-    def leaving(self, link: WorkerHandle) -> None:
-        """A worker wants to be replaced."""
+    def on_failed(self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool) -> None:
+        """Called when a handler has raised, or a job could not be given its stream.
 
-    def ended(self, link: WorkerHandle) -> None:
-        """A worker is no more."""
+        Args:
+          awaited: whether a caller is told, too.
+        """
+
+    def on_refused(self, handle: WorkerHandle) -> None:
+        """Called when the worker has refused a batch; the handle rests until it is told not to."""
+
+    def on_leaving(self, handle: WorkerHandle) -> None:
+        """Called when the worker was asked to terminate by a signal."""
+
+    def on_exit(self, handle: WorkerHandle) -> None:
+        """Called once, when the worker has ended."""
+
+    def on_abandoned(self, handle: WorkerHandle, jobs: list[PendingJob]) -> None:
+        """Called after ``on_exit`` with the jobs that the worker was handling, if there are any."""
 
 
 class WorkerHandle(DescriptorOwner):
     """One worker.
 
     Attributes:
-      index: its place in the pool.
-      state: "starting", "ready", "draining", "ended".
-      batch: what was handed to it, and is not acknowledged.
-      in_flight: what it has acknowledged, and not finished: by number, the delivery if its
-        answer is awaited.
-      limit: how many jobs it may be handed at once.
-      recent: how many jobs it was handed lately; the dispatcher counts.
-      wants_more: whether it has asked for jobs, and got none since.
-      resting: whether it has just refused a job, for want of descriptors.
+      index: its index in the pool.
+      state: see the module.
+      batch: the jobs that were sent to it and are not acknowledged.
+      in_flight: the jobs that it has acknowledged and not finished, by their numbers.
+      limit: the number of jobs in its next batch.
+      recent: the number of jobs that it was given lately; the queue counts.
+      resting: whether it has refused a batch and gets nothing for a moment.
       error: why it has ended, or could not start.
-      last_heard: when it last said something, in trio's time.
-      started: when it was ready, in trio's time.
+      ready: set when it has said that it is ready, or that it cannot start, or has ended.
+      gone: set when it has ended.
+      started_at: when it was ready, in trio's time; infinity before.
+      last_heard: when something of it arrived.
+      idle_since: when it finished its last job.
+      accepted, handled, failed: the numbers of its jobs.
+      refusals: the number of batches that it has refused.
+      died_with_jobs: whether it had jobs when it ended.
     """
 
-    def __init__(self, index: int, process: WorkerProcess, owner: Owner) -> None:
+    def __init__(
+        self, index: int, process: WorkerProcess, owner: HandleOwner, counters: Counters
+    ) -> None:
         self.index: int = index
-        self.process = process
+        self.process: WorkerProcess = process
         self.pid: int = process.pid
-        self.state: str = "starting"
+        self.state: HandleState = HandleState.STARTING
         self.batch: list[PendingJob] = []
-        self.in_flight: dict[int, PendingJob | None] = {}
-        self.limit: int = _MOST
+        self.in_flight: dict[int, PendingJob] = {}
+        self.limit: int = MAX_BATCH
+        self.recent: int = 0
         self.resting: bool = False
         self.error: Exception | None = None
+        self.ready: trio.Event = trio.Event()
+        self.gone: trio.Event = trio.Event()
+        self.started_at: float = math.inf
         self.last_heard: float = trio.current_time()
-        self.started: float = math.inf
-        self.taken: int = 0
-        self.recent: int = 0
+        self.idle_since: float = self.last_heard
+        self.accepted: int = 0
         self.handled: int = 0
         self.failed: int = 0
-        self.settled: trio.Event = trio.Event()
-        self.gone: trio.Event = trio.Event()
+        self.refusals: int = 0
+        self.died_with_jobs: bool = False
         self._owner = owner
-        self.wants_more: bool = True
-        self._number = 0
-        self._is_sent = True
-        self._orders: list[bytes] = []
-        self._something = trio.lowlevel.ParkingLot()
+        self._counters = counters
+        self._wants_more = True
+        self._batch_id = 0
+        self._expects_batch_answer = False
+        # The batch stands for itself: there is one at most.
+        self._outgoing: deque[bytes | None] = deque()
+        self._outgoing_changed = trio.lowlevel.ParkingLot()
+        self._changed = trio.lowlevel.ParkingLot()
         self._killed_for: str | None = None
 
+    def __repr__(self) -> str:
+        return f"worker {self.index} (pid {self.pid})"
+
     ################################################################
-    # For the pool
+    # For the queue and the supervisor
     ################################################################
 
-    def has_room(self, most: int) -> bool:
-        """Whether it can be handed a job now, if ``most`` may be in flight."""
+    @property
+    def jobs_in_hand(self) -> int:
+        """The number of jobs that it was given and has not finished."""
+        return len(self.batch) + len(self.in_flight)
+
+    def can_accept(self, max_in_flight: int) -> bool:
+        """Whether it can be given a batch now."""
         return (
-            self.state == "ready"
-            and self._is_sent
-            and self.wants_more
+            self._wants_more
+            and not self.batch
+            and self.state is HandleState.READY
             and not self.resting
-            and len(self.in_flight) < most
+            and len(self.in_flight) < max_in_flight
         )
 
-    def hand_over(self, deliveries: list[PendingJob]) -> None:
-        """Send jobs, of which there are none on their way."""
-        for delivery in deliveries:
-            delivery.sent = True
-        self.batch = deliveries
-        self.wants_more = False
-        self._is_sent = False
-        self._something.unpark()
+    def send_jobs(self, jobs: list[PendingJob]) -> None:
+        """Send a batch; ``can_accept`` must be true."""
+        self.batch = jobs
+        self._wants_more = False
+        self._send_soon(None)
 
-    def cancel_job(self, number: int) -> None:
+    def cancel_job(self, job_id: int) -> None:
         """Have the handler of a job cancelled."""
-        self._order(_protocol.ids(_protocol.CANCEL, [number]))
+        self._send_soon(_protocol.pack_job_ids(_protocol.CANCEL, [job_id]))
 
     def kill(self, why: str) -> None:
-        """Kill the worker."""
+        """Kill the worker; the first reason is the one that is told."""
         self._killed_for = self._killed_for or why
         self.process.kill()
 
-    def ask_to_leave(self, timeout: float) -> None:
-        """Have the worker finish its jobs and end; after ``timeout`` its handlers are cancelled.
+    def drain(self, timeout: float) -> None:
+        """Have the worker finish its jobs and exit; its handlers are cancelled after ``timeout``.
 
-        Of several timeouts the one that is up first counts.
+        Of several timeouts, the one that passes first counts.
         """
-        if self.state != "ended":
-            self.state = "draining"
-            self._order(_protocol.seconds(_protocol.DRAIN, timeout))
+        if self.state is not HandleState.ENDED:
+            self.state = HandleState.DRAINING
+            self._send_soon(_protocol.pack_seconds(_protocol.DRAIN, timeout))
 
-    async def leave(self, timeout: float, end_time: float | None = None) -> None:
-        """Ask the worker to leave, and wait until it is gone; it is killed if that takes too long.
+    async def leave(self, timeout: float, grace: float | None = None) -> None:
+        """Drain the worker, and wait until it has ended; kill it if it does not end in time.
+
+        It has ``grace`` seconds to exit: from its last job on, or from the end of ``timeout`` if
+        it still has some then.
 
         Args:
-          end_time: what it may take behind ``timeout``, in seconds.
+          grace: default: EXIT_GRACE.
         """
-        self.ask_to_leave(timeout)
-        with trio.move_on_after(timeout + (_END_TIME if end_time is None else end_time)):
-            await self.gone.wait()
-            return
-        self.kill("did not end in time when it was asked to")
-        await self.gone.wait()
+        grace = EXIT_GRACE if grace is None else grace
+        begin = trio.current_time()
+        self.drain(timeout)
+        while self.state is not HandleState.ENDED:
+            limit = begin + timeout
+            if not self.jobs_in_hand:
+                limit = min(limit, max(begin, self.idle_since))
+            with trio.move_on_at(limit + grace) as scope:
+                await self._changed.park()
+            if scope.cancelled_caught:
+                self.kill(f"did not exit within {grace:g} s after its last job or its deadline")
+                await self.gone.wait()
 
-    def _order(self, order: bytes) -> None:
-        self._orders.append(order)
-        self._something.unpark()
+    def _send_soon(self, item: bytes | None) -> None:
+        self._outgoing.append(item)
+        self._outgoing_changed.unpark()
 
     ################################################################
     # Its life
     ################################################################
 
+    @enable_ki_protection
     async def run(self) -> None:
-        """Be there for the worker until it has ended, which nothing but its end ends."""
+        """Talk to the worker until it has ended. Nothing else ends this."""
         with trio.CancelScope(shield=True):
             try:
-                await self._live()
+                await self._run()
+            except Exception:
+                logger.exception("%r: error in the pool, killing it", self)
+                self._killed_for = self._killed_for or "was killed after an error in the pool"
             finally:
                 self.process.kill()
-                self._bury(await self.process.wait())
+                self._on_exit(await self.process.wait())
 
-    async def _live(self) -> None:
+    @enable_ki_protection
+    async def _run(self) -> None:
+        exited = trio.Event()
+        received = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send, name="trio_unixconn.pool send")
-            received = trio.Event()
-            nursery.start_soon(self._receive, received, name="trio_unixconn.pool receive")
+            nursery.start_soon(self._send_loop, name=f"trio_unixconn.pool send {self.index}")
+            nursery.start_soon(
+                self._receive_loop,
+                exited,
+                received,
+                name=f"trio_unixconn.pool receive {self.index}",
+            )
             await self.process.wait()
-            # What it has said before is still to be heard. Behind that comes the end, also if a
-            # child of its own holds the other end.
+            exited.set()
+            # Read what it has sent before. A child of the worker may hold the other end open.
             with contextlib.suppress(OSError):
                 self.process.conn.socket.shutdown(trio.socket.SHUT_RD)
             await received.wait()
             nursery.cancel_scope.cancel()
 
-    def _bury(self, status: int) -> None:
-        self.state = "ended"
-        ending = ending_of(status)
+    def _on_exit(self, status: int) -> None:
+        """Settle or requeue the jobs of a worker that has ended."""
+        self.state = HandleState.ENDED
+        reason = describe_exit(status)
         if self._killed_for:
-            ending = f"{self._killed_for}, and {ending}"
-        who = f"worker {self.index} (pid {self.pid})"
-        if self.error is None and self.started == math.inf:
-            self.error = WorkerStartError(f"{who} {ending} before it was ready")
+            reason = f"{self._killed_for}, and {reason}"
+        if self.error is None and self.started_at == math.inf:
+            self.error = WorkerStartError(f"{self!r} {reason} before it was ready")
         elif self.error is None:
-            self.error = WorkerDiedError(f"{who} {ending}")
+            self.error = WorkerDiedError(f"{self!r} {reason}")
         batch, self.batch = self.batch, []
         in_flight, self.in_flight = self.in_flight, {}
-        if batch:
-            self._owner.take_back(batch, self.error, counts=True)
-        for delivery in in_flight.values():
-            if delivery is not None:
-                delivery.settle(WorkerDiedError(f"{self.error} while it handled job {delivery.id}"))
-        # What it had finished and could not tell any more was not being handled.
-        noted = self.process.board.entries() if in_flight else ()
-        # All at once, and nobody else takes what is free then before a new worker is due.
+        # Jobs that it has finished and could not report.
+        finished = self.process.log.entries() if in_flight else set[int]()
+        # At once, before another task can use the free file descriptors: a new worker needs them.
         self.process.close()
-        abandoned = [number for number in in_flight if number not in noted]
-        if len(abandoned) < len(in_flight):
-            self.handled += len(in_flight) - len(abandoned)
-            self._owner.handled(self, len(in_flight) - len(abandoned))
-        self.settled.set()
+        abandoned: list[PendingJob] = []
+        for job in in_flight.values():
+            error = None
+            if job.wants_answer:
+                error = WorkerDiedError(f"{self.error} while it handled job {job.id}")
+            if job.id in finished:
+                self.handled += 1
+                job.settle(JobEnd.HANDLED, error)
+            else:
+                abandoned.append(job)
+                job.settle(JobEnd.ABANDONED, error)
+        self.died_with_jobs = bool(batch or abandoned)
+        if batch:
+            self._owner.requeue(batch, self.error, counts=True)
+        self.ready.set()
         self.gone.set()
-        self._owner.ended(self)
-        # At the end, as it calls what is not ours, and may raise.
+        self._changed.unpark_all()
+        self._owner.on_exit(self)
         if abandoned:
-            self._owner.abandoned(self, abandoned)
+            self._owner.on_abandoned(self, abandoned)
 
-    async def _send(self) -> None:
-        conn = self.process.conn
+    ################################################################
+    # Outgoing
+    ################################################################
+
+    @enable_ki_protection
+    async def _send_loop(self) -> None:
+        outgoing = self._outgoing
         while True:
-            if self._is_sent and not self._orders:
-                await self._something.park()
+            while not outgoing:
+                await self._outgoing_changed.park()
+            item = outgoing.popleft()
             try:
-                # Orders behind: no job may follow what has a worker drain.
-                if not self._is_sent:
+                if item is None:
                     await self._send_batch()
-                while self._orders:
-                    await conn.send_all(self._orders.pop(0))
+                else:
+                    await self.process.conn.send_all(item)
             except UnixConnectionError:
-                # It has died, which is found out elsewhere.
+                # The worker has closed its end. The receiving task sees that, too.
                 await trio.sleep_forever()
 
     async def _send_batch(self) -> None:
-        self._number += 1
-        while True:
-            batch = self.batch
-            if not batch:
-                # All were given up, and nothing was sent that is answered.
-                self.wants_more = True
-                break
-            fds = [each.fd for each in batch if each.fd >= 0]
-            message = _protocol.jobs(self._number, batch, carries=bool(fds))
+        self._batch_id += 1
+        self._expects_batch_answer = True
+        while self.batch:
+            fds = [job.fd for job in self.batch if job.fd >= 0]
+            message = _protocol.pack_jobs(self._batch_id, self.batch, carries_fds=bool(fds))
             try:
                 await self.process.conn.send_message(message, fds=fds)
             except OSError as exc:
                 if exc.errno == errno.EBADF:
-                    self._give_up_closed()
+                    self._reject_closed()
                 elif exc.errno in _kernel.OUT_OF_RESOURCES:
-                    # Mostly no file descriptor is free for the duplicates that wait.
-                    await trio.sleep(_NO_ROOM_PAUSE)
+                    # Usually no file descriptor is free for the duplicates that wait.
+                    await trio.sleep(SEND_RETRY_DELAY)
                 else:
                     raise
             else:
-                break
-        self._is_sent = True
-        if self.wants_more:
-            # It has said so before this task came to run again.
-            self._owner.pump()
+                return
+        # Nothing was sent, so the worker asks for nothing.
+        self._expects_batch_answer = False
+        self._wants_more = True
+        self._owner.dispatch()
 
-    def _give_up_closed(self) -> None:
-        """Give up jobs whose descriptors somebody has closed, who did not own them any more."""
+    def _reject_closed(self) -> None:
+        """Reject jobs whose file descriptors were closed by code that does not own them."""
         closed: list[PendingJob] = []
-        for each in self.batch:
+        for job in self.batch:
             try:
-                os.get_inheritable(each.fd)
+                os.get_inheritable(job.fd)
             except OSError:
-                if each.fd >= 0:
-                    each.fd = -1
-                    closed.append(each)
-        self.batch = [each for each in self.batch if each not in closed]
-        self._owner.give_up(
-            closed, "its descriptor was closed, which was the pool's since it was submitted"
+                if job.fd >= 0:
+                    job.fd = -1
+                    closed.append(job)
+        self.batch = [job for job in self.batch if job not in closed]
+        self._owner.reject(
+            closed, "other code has closed its file descriptor, which the pool owns after submit"
         )
 
-    async def _receive(self, received: trio.Event) -> None:
-        decoder = _protocol.Decoder()
-        conn = self.process.conn
+    ################################################################
+    # Incoming
+    ################################################################
+
+    @enable_ki_protection
+    async def _receive_loop(self, exited: trio.Event, received: trio.Event) -> None:
         try:
-            while True:
-                try:
-                    data = await conn.receive_some(_READ)
-                except UnixConnectionError:
-                    break
-                if not data:
-                    break
-                self.last_heard = trio.current_time()
-                for kind, body, _ in decoder.feed(data, []):
-                    self._heard(kind, body)
-        except _protocol.ProtocolError as exc:
-            self.kill(f"said what no worker says ({exc})")
+            await self._receive()
+        except (ConnectionBrokenError, ConnectionClosedError):
+            # The same as the end of the stream.
+            pass
+        except (FrameError, UnixConnectionError) as exc:
+            self._on_protocol_error(str(exc))
+        except Exception:
+            logger.exception("%r: error in the pool, killing it", self)
+            self.kill("was killed after an error in the pool")
         received.set()
+        # A worker that lives and does not talk to the pool any more is of no use.
+        if self.state is HandleState.READY:
+            self.state = HandleState.DRAINING
+        with trio.move_on_after(EXIT_GRACE):
+            await exited.wait()
+        if not exited.is_set():
+            self._on_protocol_error("it closed its connection and did not exit")
 
-    def _heard(self, kind: int, body: bytes) -> None:
-        hear = _HEARS.get(kind)
-        if hear is None:
-            raise _protocol.ProtocolError(f"a frame of kind {kind}")
-        hear(self, body)
+    def _on_protocol_error(self, text: str) -> None:
+        logger.error("%r: protocol error, killing it: %s", self, text)
+        self.kill(f"violated the protocol ({text})")
 
-    def _ready(self, _: bytes) -> None:
-        # If not, it comes too late.
-        if self.state == "starting":
-            self.state = "ready"
-            self.started = trio.current_time()
-            self.settled.set()
+    async def _receive(self) -> None:
+        decoder = FrameDecoder()
+        conn = self.process.conn
+        while data := await conn.receive_some(CHUNK_SIZE):
+            self.last_heard = trio.current_time()
+            for frame in decoder.feed(data, []):
+                self._on_frame(frame)
 
-    def _failed_to_start(self, body: bytes) -> None:
+    def _on_frame(self, frame: Frame) -> None:
+        handler = _FRAME_HANDLERS.get(frame.kind)
+        if handler is None:
+            raise ProtocolError(f"expected a frame of a worker, got kind {frame.kind}")
+        handler(self, frame.body)
+
+    def _on_ready(self, body: bytes) -> None:
+        if self.started_at < math.inf or self.error is not None:
+            raise ProtocolError("worker said twice whether it is ready")
+        mismatch = _protocol.check_ready(body)
+        if mismatch is not None:
+            self.error = WorkerStartError(f"{self!r} could not start: {mismatch}")
+            self.kill("was started with another version")
+        elif self.state is HandleState.STARTING:
+            self.state = HandleState.READY
+            self.started_at = self.idle_since = self.last_heard
+        self.ready.set()
+
+    def _on_failed_to_start(self, body: bytes) -> None:
+        if self.started_at < math.inf or self.error is not None:
+            raise ProtocolError("worker said twice whether it is ready")
         text = body.decode(errors="replace")
         self.error = WorkerStartError(f"worker {self.index} could not start", text)
-        self.settled.set()
+        self.ready.set()
 
-    def _done(self, body: bytes) -> None:
-        numbers = _protocol.read_ids(body)
-        for number in numbers:
-            self.in_flight.pop(number, None)
-        self.handled += len(numbers)
-        self._owner.handled(self, len(numbers))
+    def _on_taken(self, body: bytes) -> None:
+        jobs = self._take_batch(body)
+        now, index, pid, in_flight = self.last_heard, self.index, self.pid, self.in_flight
+        for job in jobs:
+            in_flight[job.id] = job
+            job.acknowledge(index, pid, now)
+            if job.wants_answer and job.raise_cancel is not None:
+                self.cancel_job(job.id)
+        self.accepted += len(jobs)
+        self.limit = min(MAX_BATCH, 2 * self.limit)
+        self._owner.on_acknowledged(self, len(jobs))
 
-    def _answered(self, body: bytes) -> None:
-        number, answer = _protocol.read_about(body)
-        delivery = self.in_flight.pop(number, None)
-        if delivery is None:
-            raise _protocol.ProtocolError(f"an answer to job {number}, where none is due")
-        # First who waits is told: what the owner does then is about others.
-        delivery.settle(answer)
+    def _on_refused(self, body: bytes) -> None:
+        jobs = self._take_batch(body)
+        self._wants_more = True
+        if self.state is HandleState.DRAINING:
+            self._owner.requeue(
+                jobs, WorkerDiedError(f"{self!r} was draining when they arrived"), counts=False
+            )
+        else:
+            self.refusals += 1
+            # Rest before the jobs are queued again, so that they do not return at once. A job
+            # that was not alone in its batch may have been refused because of the others.
+            self.resting = True
+            self.limit = 1
+            error = WorkerDiedError(
+                f"{self!r} had no free file descriptor to receive it (RLIMIT_NOFILE)"
+            )
+            self._owner.requeue(jobs, error, counts=len(jobs) == 1)
+            self._owner.on_refused(self)
+        self._changed.unpark_all()
+
+    def _take_batch(self, body: bytes) -> list[PendingJob]:
+        batch_id = _protocol.unpack_batch_id(body)
+        if batch_id != self._batch_id or not self._expects_batch_answer:
+            raise ProtocolError(f"got an answer to batch {batch_id}, which is not outstanding")
+        self._expects_batch_answer = False
+        jobs, self.batch = self.batch, []
+        return jobs
+
+    def _on_more(self, _: bytes) -> None:
+        if self.batch:
+            raise ProtocolError("worker asked for more before it acknowledged a batch")
+        self._wants_more = True
+        self._owner.dispatch()
+
+    def _on_done(self, body: bytes) -> None:
+        ids = _protocol.unpack_job_ids(body)
+        for job_id in ids:
+            self._finish(job_id, wants_answer=False).settle(JobEnd.HANDLED)
+        self.handled += len(ids)
+        self._on_finished(len(ids))
+
+    def _on_answer(self, body: bytes) -> None:
+        job_id, answer = _protocol.unpack_job_result(body)
+        self._finish(job_id, wants_answer=True).settle(JobEnd.HANDLED, answer)
         self.handled += 1
-        self._owner.handled(self, 1)
+        self._on_finished(1)
 
-    def _failed(self, body: bytes) -> None:
-        number, said = _protocol.read_about(body)
+    def _on_error(self, body: bytes) -> None:
+        job_id, said = _protocol.unpack_job_result(body)
         text = said.decode(errors="replace")
-        delivery = self.in_flight.pop(number, None)
-        if delivery is not None:
-            delivery.settle(HandlerError(f"the handler of job {number} failed", text))
+        job = self._finish(job_id, wants_answer=None)
+        error = None
+        if job.wants_answer:
+            error = HandlerError(f"the handler of job {job_id} failed", text)
+        job.settle(JobEnd.FAILED, error)
         self.failed += 1
-        self._owner.failed(self, number, text, awaited=delivery is not None)
+        self._owner.on_failed(self, job_id, text, awaited=job.wants_answer)
+        self._on_finished(0)
 
-    def _more(self, _: bytes) -> None:
-        self.wants_more = True
-        self._owner.pump()
+    def _finish(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:
+        job = self.in_flight.get(job_id)
+        if job is None:
+            raise ProtocolError(f"job {job_id} is not in flight")
+        if wants_answer is not None and job.wants_answer != wants_answer:
+            raise ProtocolError(f"job {job_id} expects {'an' if job.wants_answer else 'no'} answer")
+        del self.in_flight[job_id]
+        return job
 
-    def _leaving(self, _: bytes) -> None:
-        self._owner.leaving(self)
+    def _on_finished(self, count: int) -> None:
+        if not self.in_flight:
+            self.idle_since = self.last_heard
+            self._changed.unpark_all()
+        self._owner.on_finished(self, count)
 
-    def _beat(self, _: bytes) -> None:
-        """That it came was noted with whatever came."""
+    def _on_leaving(self, _: bytes) -> None:
+        self._owner.on_leaving(self)
 
-    def _taken(self, body: bytes) -> None:
-        self._check_number(body)
-        deliveries, self.batch = self.batch, []
-        for delivery in deliveries:
-            delivery.close()
-            self.in_flight[delivery.id] = delivery if delivery.wants_answer else None
-            if not delivery.wants_answer:
-                if delivery.task is not None:
-                    delivery.settle(JobReceipt(delivery.id, self.index, self.pid))
-            elif delivery.raise_cancel is not None:
-                self.cancel_job(delivery.id)
-        self.taken += len(deliveries)
-        self.limit = min(_MOST, 2 * self.limit)
-        self._owner.acknowledged(self, len(deliveries))
-
-    def _refused(self, body: bytes) -> None:
-        self._check_number(body)
-        deliveries, self.batch = self.batch, []
-        why = WorkerDiedError(
-            f"worker {self.index} (pid {self.pid}) had no descriptor free to receive it "
-            "(RLIMIT_NOFILE)"
-        )
-        # One of many may have had room: that it came with others is not its fault.
-        self.limit = 1
-        self.resting = True
-        self.wants_more = True
-        self._owner.take_back(deliveries, why, counts=len(deliveries) == 1)
-        self._owner.refused(self)
-
-    def _check_number(self, body: bytes) -> None:
-        batch = _protocol.read_number(body)
-        if batch != self._number or not self.batch:
-            raise _protocol.ProtocolError(f"batch {batch}, where {self._number} was due")
+    def _on_beat(self, _: bytes) -> None:
+        """Do nothing: the time was noted when it arrived."""
 
 
-_HEARS: Final = {
-    _protocol.TAKEN: WorkerHandle._taken,  # noqa: SLF001 - of this file, and so are the others
-    _protocol.REFUSED: WorkerHandle._refused,  # noqa: SLF001
-    _protocol.DONE: WorkerHandle._done,  # noqa: SLF001
-    _protocol.ANSWER: WorkerHandle._answered,  # noqa: SLF001
-    _protocol.ERROR: WorkerHandle._failed,  # noqa: SLF001
-    _protocol.READY: WorkerHandle._ready,  # noqa: SLF001
-    _protocol.FAILED: WorkerHandle._failed_to_start,  # noqa: SLF001
-    _protocol.LEAVING: WorkerHandle._leaving,  # noqa: SLF001
-    _protocol.MORE: WorkerHandle._more,  # noqa: SLF001
-    _protocol.BEAT: WorkerHandle._beat,  # noqa: SLF001
+_FRAME_HANDLERS: Final[dict[int, Callable[[WorkerHandle, bytes], None]]] = {
+    _protocol.TAKEN: WorkerHandle._on_taken,  # noqa: SLF001 - this file's
+    _protocol.REFUSED: WorkerHandle._on_refused,  # noqa: SLF001 - this file's
+    _protocol.DONE: WorkerHandle._on_done,  # noqa: SLF001 - this file's
+    _protocol.ANSWER: WorkerHandle._on_answer,  # noqa: SLF001 - this file's
+    _protocol.ERROR: WorkerHandle._on_error,  # noqa: SLF001 - this file's
+    _protocol.READY: WorkerHandle._on_ready,  # noqa: SLF001 - this file's
+    _protocol.FAILED: WorkerHandle._on_failed_to_start,  # noqa: SLF001 - this file's
+    _protocol.LEAVING: WorkerHandle._on_leaving,  # noqa: SLF001 - this file's
+    _protocol.MORE: WorkerHandle._on_more,  # noqa: SLF001 - this file's
+    _protocol.BEAT: WorkerHandle._on_beat,  # noqa: SLF001 - this file's
 }

@@ -1,124 +1,266 @@
-"""A job from its submission to its end, and the file descriptor that it owns.
+"""PendingJob: one job, from its submission to its end.
 
-Invariant: the file descriptor of a job is closed exactly once: when a worker has acknowledged
-the job, or when the job has ended without that.
+The states of a job::
+
+                 send                acknowledge                 settle
+      QUEUED ------------>  SENT  ---------------> ACKNOWLEDGED --------> SETTLED
+        ^  |                |  |                                             ^
+        |  |    requeue     |  |                                             |
+        +--|----------------+  +---- settle (rejected, cancelled) -----------+
+           |                                                                 |
+           +------------------------ settle (rejected, cancelled) -----------+
+
+QUEUED: the job is in the queue of the pool. SENT: it was given to one worker, which has not said
+yet whether it received it. ACKNOWLEDGED: the worker is about to call the handler, or has called
+it; the job is never given to another worker after this. SETTLED: it has ended, in one of the ways
+of :class:`JobEnd`.
+
+A job is in one place at a time: in a lane of the queue, in the batch of a worker's handle, or in
+its jobs in flight. Whatever ends one of these places settles or requeues its jobs. ``settle`` is
+the only place that counts how jobs end, so that at every moment::
+
+    submitted == handled + failed + abandoned + rejected + cancelled + queued + in flight
+
+A submitter is told once: ``submit`` when the job is acknowledged, ``call`` when it is settled, both
+if it is settled before. A submitter that is cancelled while its job is queued takes it back
+(settled as cancelled). Later it cannot: it waits for its outcome, and is cancelled afterwards if
+the outcome is an error.
+
+Invariant: every transition is made here, and each is checked. The file descriptor of a job is
+closed exactly once: at acknowledge or at settle, whatever is first.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
 
 from .._closing import close_fds, has_unread
 from .._owner import DescriptorOwner
-from . import _protocol
+from ._endpoints import EndpointKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_UNIX_FORMS = frozenset({_protocol.UNIX, _protocol.REFUSING})
+    from ._statistics import Counters
+
+# close(2) of these can block if their peer chose so. That of a TCP socket cannot, unless this
+# process has set SO_LINGER.
+_FILES: Final = frozenset({EndpointKind.OTHER})
+_UNIX_SOCKETS: Final = frozenset({EndpointKind.UNIX, EndpointKind.UNIX_WITHOUT_DESCRIPTORS})
+
+
+class JobState(enum.Enum):
+    """The states of a job."""
+
+    QUEUED = "queued"
+    SENT = "sent"
+    ACKNOWLEDGED = "acknowledged"
+    SETTLED = "settled"
+
+
+class JobEnd(enum.Enum):
+    """How a job has ended; the values are names of counters."""
+
+    HANDLED = "handled"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+
+@attrs.frozen
+class JobReceipt:
+    """What :meth:`WorkerPool.submit` returns: the worker that has accepted a job.
+
+    Attributes:
+      id: the pool's number for the job, which its handler has as ``job.id``.
+      worker: the index of the worker.
+      pid: its process ID.
+    """
+
+    id: int
+    worker: int
+    pid: int
 
 
 class PendingJob(DescriptorOwner):
-    """One job, until it is acknowledged; then, if an answer is due, until that has come.
+    """A job.
 
     Attributes:
-      id: the pool's number for it.
-      fd: the descriptor, which this owns; -1 without one, and once it is closed.
-      form: what the worker makes of it.
-      worker: the index of the worker that must get it; None for any.
-      wants_answer: whether what the handler returns is due.
-      tries: how many workers were handed it, and did not acknowledge it.
-      task: who waits for it; None if nobody does.
-      sent: whether it is with a worker at this moment, or was acknowledged.
-      outcome: None while it is under way; then a receipt, an answer, or an error to raise.
-      raise_cancel: trio's, once who waits is cancelled and it cannot be taken back.
+      id: the pool's number for it. Jobs that were submitted later have higher numbers.
+      fd: its file descriptor, which this owns; -1 if it has none or if it is closed.
+      kind: what the worker makes of the file descriptor, an ``EndpointKind``.
+      data: the bytes that its handler gets.
+      worker: the index of the only worker that may have it; None for any.
+      wants_answer: whether the submitter waits for what the handler returns.
+      peer: the address of the peer, if a server of the pool accepted the connection.
+      state: see the module.
+      attempts: the number of workers that were given it and did not acknowledge it.
+      cause: why the last attempt failed.
+      outcome: what the submitter is told: a receipt, an answer, or an error to raise.
+      raise_cancel: trio's function, if the submitter was cancelled too late to take it back.
+      submitted_at: when it was submitted, in trio's time.
+      acknowledged_at: when it was acknowledged.
     """
 
     __slots__ = (
+        "_counters",
+        "_task",
+        "acknowledged_at",
+        "attempts",
         "cause",
         "data",
         "fd",
-        "form",
         "id",
+        "kind",
         "outcome",
+        "peer",
         "raise_cancel",
-        "sent",
-        "task",
-        "tries",
+        "state",
+        "submitted_at",
         "wants_answer",
         "worker",
     )
 
     def __init__(
         self,
-        number: int,
+        job_id: int,
         fd: int,
-        form: int,
+        kind: int,
+        counters: Counters,
+        submitted_at: float,
         data: bytes = b"",
         *,
         worker: int | None = None,
         wants_answer: bool = False,
+        peer: Any = None,
     ) -> None:
-        self.id: int = number
+        self.id: int = job_id
         self.fd: int = fd
-        self.form: int = form
+        self.kind: int = kind
         self.data: bytes = data
         self.worker: int | None = worker
         self.wants_answer: bool = wants_answer
-        self.tries: int = 0
-        self.task: trio.lowlevel.Task | None = None
-        self.sent: bool = False
-        self.outcome: Any = None
+        self.peer: Any = peer
+        self.state: JobState = JobState.QUEUED
+        self.attempts: int = 0
         self.cause: BaseException | None = None
+        self.outcome: Any = None
         self.raise_cancel: Callable[[], Any] | None = None
+        self.submitted_at: float = submitted_at
+        self.acknowledged_at: float = submitted_at
+        self._counters = counters
+        self._task: trio.lowlevel.Task | None = None
+
+    ################################################################
+    # Transitions
+    ################################################################
+
+    def send(self) -> None:
+        """Queued to sent: a worker's handle has it in its batch."""
+        self._check(JobState.QUEUED)
+        self.state = JobState.SENT
+
+    def requeue(self, cause: BaseException) -> None:
+        """Sent to queued: the worker has not acknowledged it."""
+        self._check(JobState.SENT)
+        self.state = JobState.QUEUED
+        self.cause = cause
+
+    def acknowledge(self, worker: int, pid: int, now: float) -> None:
+        """Sent to acknowledged: the worker calls its handler. ``submit`` returns."""
+        self._check(JobState.SENT)
+        self.state = JobState.ACKNOWLEDGED
+        self.acknowledged_at = now
+        self.close()
+        if self._task is not None and not self.wants_answer:
+            self._tell(JobReceipt(self.id, worker, pid))
+
+    def settle(self, end: JobEnd, outcome: Any = None) -> None:
+        """Any state to settled: count how it ended, and tell the submitter unless it was told.
+
+        Args:
+          outcome: an answer in bytes, or an error. None with ``raise_cancel``.
+        """
+        if self.state is JobState.SETTLED:
+            raise RuntimeError(f"job {self.id} is settled already")
+        self.state = JobState.SETTLED
+        counters, name = self._counters, end.value
+        setattr(counters, name, getattr(counters, name) + 1)
+        if self.fd >= 0:
+            self.close()
+        if self.outcome is None:
+            self._tell(outcome)
+
+    def _check(self, state: JobState) -> None:
+        if self.state is not state:
+            raise RuntimeError(f"job {self.id} must be {state.value}, got {self.state.value}")
+
+    ################################################################
+    # Its submitter
+    ################################################################
+
+    async def wait(self, cancel: Callable[[PendingJob], bool]) -> Any:
+        """Wait for the outcome, and return or raise it.
+
+        Args:
+          cancel: called if the submitter is cancelled; it takes the job back and returns True, or
+            it returns False, and this waits on.
+        """
+
+        @trio.lowlevel.enable_ki_protection
+        def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+            task, self._task = self._task, None
+            if cancel(self):
+                return trio.lowlevel.Abort.SUCCEEDED
+            self._task = task
+            self.raise_cancel = raise_cancel
+            return trio.lowlevel.Abort.FAILED
+
+        if self.outcome is None and self.state is not JobState.SETTLED:
+            self._task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        outcome = self.outcome
+        is_error = isinstance(outcome, Exception)
+        if self.raise_cancel is not None and (outcome is None or is_error):
+            self.raise_cancel()
+        if is_error:
+            try:
+                raise outcome
+            finally:
+                # The traceback refers to this frame.
+                self.outcome = None
+                del outcome
+        return outcome
+
+    def _tell(self, outcome: Any) -> None:
+        self.outcome = outcome
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    ################################################################
+    # Its file descriptor
+    ################################################################
 
     def close(self) -> None:
-        """Close the pool's copy of the descriptor; closing twice is allowed."""
+        """Close the pool's copy of the file descriptor; closing twice is allowed."""
         fd = self.fd
         if fd >= 0:
             self.fd = -1
-            # A peer can choose what a file server does, and what is in the queue of a Unix socket:
-            # close(2) of either can block. For a TCP socket it cannot, unless this process has set
-            # SO_LINGER.
-            if self.form == _protocol.OTHER or (self.form in _UNIX_FORMS and has_unread(fd)):
+            if self.kind in _FILES or (self.kind in _UNIX_SOCKETS and has_unread(fd)):
                 close_fds([fd])
                 return
-            # An error is about data that was written before; the descriptor is closed.
+            # An error is about data that was written before. The file descriptor is closed.
             with suppress(OSError):
                 os.close(fd)
-
-    def settle(self, outcome: Any) -> None:
-        """Tell who waits what became of it: the first time counts."""
-        if self.outcome is None:
-            self.outcome = outcome
-            self.wake()
-
-    def wake(self) -> None:
-        """Have who waits look again."""
-        task, self.task = self.task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             self.close()
-
-
-@attrs.frozen
-class JobReceipt:
-    """What :meth:`WorkerPool.submit` returns: who has taken a job.
-
-    Attributes:
-      id: the pool's number for the job, which its handler has as ``job.id``.
-      worker: the index of the worker.
-      pid: its process.
-    """
-
-    id: int
-    worker: int
-    pid: int

@@ -1,12 +1,15 @@
-"""WorkerPool: jobs in, acknowledgements and answers out.
+"""WorkerPool: jobs in, acknowledgements and answers out; and the block in which it lives.
 
-The rule of this file: a job is its submitter's until it was put, and the pool's from then on;
-whoever waits for it is told what became of it.
+Invariant: a job belongs to its submitter until its source was detached, and to the pool
+afterwards. Each submitter is told once what became of it. When the block has ended, no worker is
+left.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
@@ -16,30 +19,33 @@ from trio.lowlevel import enable_ki_protection
 
 from .._owner import DescriptorOwner
 from ..errors import JobRefusedError, PoolClosedError
-from . import _protocol
-from ._config import PoolConfig
-from ._endpoints import Submitted, checked_data, detach_endpoint
-from ._pending import JobReceipt, PendingJob
+from ._config import PoolConfig, checked_timeout
+from ._endpoints import EndpointKind, Submitted, checked_data, detach_endpoint
+from ._handle import HandleState
+from ._pending import JobReceipt, JobState, PendingJob
 from ._process import FdReserve
 from ._statistics import PoolStatistics, WorkerStatistics, memory_of
 from ._supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Iterable
 
     from typing_extensions import Unpack
 
     from .._buffers import Buffer
     from ._config import WorkerPoolOptions
+    from ._queue import JobQueue
 
 
 class WorkerPool(DescriptorOwner):
-    """Workers that get jobs; :func:`open_worker_pool` makes one."""
+    """Worker processes that get jobs; :func:`open_worker_pool` makes one."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._queue = supervisor.queue
-        self._numbers = itertools.count(1)
+        self._counters = supervisor.counters
+        self._ids = itertools.count(1)
+        self._token = trio.lowlevel.current_trio_token()
 
     ################################################################
     # Jobs
@@ -47,222 +53,237 @@ class WorkerPool(DescriptorOwner):
 
     @enable_ki_protection
     async def submit(
-        self, what: Submitted, *, data: Buffer = b"", worker: int | None = None
+        self, source: Submitted, *, data: Buffer = b"", worker: int | None = None
     ) -> JobReceipt:
-        """Hand a stream, socket, file or descriptor to the least busy worker.
+        """Hand a stream, socket, file or file descriptor to the least busy worker.
 
-        Ownership moves to the pool at once, whatever happens then: ``what`` is detached or
-        closed, or, if it is an int, not the caller's any more. Only what is no job, or a pool
-        that is closed, leaves it as it was: TypeError, ValueError, OSError (EBADF),
-        WrongDescriptorKindError and PoolClosedError.
+        This takes ownership of ``source`` immediately, even if it later fails: the object is
+        detached or closed, or, if it is an int, the number is not the caller's any more. The
+        exceptions are invalid arguments, another thread or trio.run than the pool's, and a closed
+        pool. They leave ``source`` untouched.
 
-        A job that no worker has yet is cancelled when this is cancelled: it is never handled.
-        Once a worker has been sent it, it is too late: this waits for the acknowledgement, and
-        returns.
+        If this is cancelled while the job is queued, no handler is called. If it is cancelled after
+        the job was sent to a worker, it waits for the acknowledgement, and returns.
 
         Args:
-          what: a connected stream socket in any form, or a file that is open to read or write.
-            A Python file is flushed and closed; what it has read ahead is lost, so give files
-            that were not read from.
-          data: up to 16 MiB that the handler gets as ``job.data``.
-          worker: the index of the worker that must have it, which is a place in the pool: when its
-            worker is replaced, the next one has it.
+          source: a connected stream socket in any form, or a file that is open for reading or
+            writing. A Python file is flushed and closed. What it has read into its buffer is lost,
+            so submit files that were not read from.
+          data: up to 16 MiB, which the handler gets as ``job.data``.
+          worker: the index of the worker that must have it. If that worker is replaced, its
+            successor has the index. Default: any worker.
 
         Returns:
-          Who took it, once that worker has said so.
+          Which worker has accepted the job.
 
         Raises:
-          TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a worker can
-            have.
-          PoolClosedError: the pool takes no more jobs.
-          JobRefusedError: ``max_attempts`` workers died, or had no descriptor free, before they
-            could acknowledge it; or the pool ended before a worker had it, or there is no
-            such worker any more.
+          TypeError, ValueError, OSError, WrongDescriptorKindError: an invalid argument.
+          RuntimeError: this is not the thread, or not the trio.run, of the pool.
+          PoolClosedError: the pool accepts no more jobs.
+          JobRefusedError: ``max_attempts`` workers died, or had no free file descriptor, before
+            they acknowledged it; or the pool ended before; or there is no worker of this index
+            any more.
         """
-        delivery = await self._deliver(what, data, worker, wants_answer=False)
-        receipt: JobReceipt = delivery.outcome
+        if source is None:
+            raise TypeError("source must be a stream, socket, file or file descriptor, got None")
+        receipt: JobReceipt = await self._run_job(source, data, worker, wants_answer=False)
         return receipt
 
     @enable_ki_protection
     async def call(
-        self, what: Submitted | None = None, *, data: Buffer = b"", worker: int | None = None
+        self,
+        source: Submitted | None = None,
+        *,
+        data: Buffer = b"",
+        worker: int | None = None,
+        timeout: float | None = None,
     ) -> bytes:
-        """Hand a job to a worker, and wait for what its handler returns: bytes.
+        """Hand a job to a worker, and wait for what its handler returns, which is bytes.
 
-        As :meth:`submit`; also without a descriptor, when the handler's stream is None. When
-        this is cancelled, so is the handler, and this returns when it has ended.
+        As :meth:`submit`. Without a source, the stream of the handler is None. If this is cancelled
+        after the handler was called, the handler is cancelled, and this returns when it has ended.
+
+        Args:
+          timeout: the time in seconds after which this is cancelled. Default: no limit.
 
         Raises:
+          trio.TooSlowError: the timeout has passed.
           HandlerError: the handler raised, or did not return bytes.
-          WorkerDiedError: its worker died while it was being handled; it is not tried again.
+          WorkerDiedError: its worker died while it was handling the job, which is not retried.
           All that :meth:`submit` raises.
         """
-        delivery = await self._deliver(what, data, worker, wants_answer=True)
-        answer: bytes = delivery.outcome
+        with trio.fail_after(math.inf if timeout is None else checked_timeout(timeout)):
+            answer: bytes = await self._run_job(source, data, worker, wants_answer=True)
         return answer
 
-    async def _deliver(
-        self, what: Submitted | None, data: Buffer, worker: int | None, *, wants_answer: bool
-    ) -> PendingJob:
-        self._supervisor.check_open()
-        if worker is not None and not 0 <= worker < len(self._supervisor.places):
-            raise ValueError(
-                f"worker must be the index of a worker, below {len(self._supervisor.places)}"
-            )
-        goes_along = checked_data(data)
-        if what is None:
-            if not wants_answer:
-                raise TypeError("a stream, socket, file or descriptor is due, not None")
-            fd, form = -1, _protocol.NO_DESCRIPTOR
-        else:
-            fd, form = await detach_endpoint(what)
-        delivery = PendingJob(
-            next(self._numbers), fd, form, goes_along, worker=worker, wants_answer=wants_answer
+    async def _run_job(
+        self, source: Submitted | None, data: Buffer, worker: int | None, *, wants_answer: bool
+    ) -> Any:
+        self._check_run()
+        self._queue.check_open()
+        if worker is not None:
+            worker = self._checked_worker(worker)
+        job_data = checked_data(data)
+        fd, kind = -1, EndpointKind.NONE
+        if source is not None:
+            fd, kind = await detach_endpoint(source)
+        job = PendingJob(
+            next(self._ids),
+            fd,
+            kind,
+            self._counters,
+            trio.current_time(),
+            job_data,
+            worker=worker,
+            wants_answer=wants_answer,
         )
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            await self._wait_for_room()
+            await self._queue.reserve(worker)
         except PoolClosedError as exc:
-            delivery.close()
-            # Not as it came: that says that what was submitted is as it was.
-            raise JobRefusedError(f"job {delivery.id} was given up: {exc}") from exc
+            job.close()
+            # PoolClosedError says that the source is untouched.
+            raise JobRefusedError(f"job {job.id} rejected: {exc}") from exc
         except BaseException:
-            delivery.close()
+            job.close()
             raise
-        self._put(delivery)
+        self._queue.put(job)
         if worker is not None:
-            self._supervisor.give_up_bound()
-        await self._outcome(delivery)
-        return delivery
+            self._supervisor.reject_pinned()
+        return await job.wait(self._cancel)
 
-    async def _outcome(self, delivery: PendingJob) -> None:
-        def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-            if not delivery.sent:
-                self._queue.withdraw(delivery)
-                delivery.task = None
-                # It may have been what a drain waited for.
-                self._supervisor.look_idle()
-                return trio.lowlevel.Abort.SUCCEEDED
-            delivery.raise_cancel = raise_cancel
-            for link in self._supervisor.links():
-                if delivery.id in link.in_flight:
-                    link.cancel_job(delivery.id)
-            return trio.lowlevel.Abort.FAILED
+    def _cancel(self, job: PendingJob) -> bool:
+        """Take a job back if no worker has it; otherwise have its handler cancelled."""
+        if job.state is JobState.QUEUED:
+            self._queue.cancel(job)
+            # A drain may have waited for it.
+            self._supervisor.notify_if_idle()
+            return True
+        if job.state is JobState.ACKNOWLEDGED:
+            for handle in self._supervisor.handles():
+                if job.id in handle.in_flight:
+                    handle.cancel_job(job.id)
+        return False
 
-        if delivery.outcome is None:
-            delivery.task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        outcome = delivery.outcome
-        error = outcome if isinstance(outcome, Exception) else None
-        if delivery.raise_cancel is not None and (outcome is None or error is not None):
-            delivery.raise_cancel()
-        if error is not None:
-            raise error
+    def _checked_worker(self, worker: int) -> int:
+        count = len(self._supervisor.slots)
+        if isinstance(worker, bool) or not hasattr(worker, "__index__"):
+            raise TypeError(f"worker must be an int or None, got {type(worker).__name__}")
+        index = operator.index(worker)
+        if not 0 <= index < count:
+            raise ValueError(f"worker must be the index of a worker, below {count}, got {index}")
+        return index
 
-    def _put(self, delivery: PendingJob) -> None:
-        """Let a job wait for a worker, which may be at once."""
-        self._queue.counters.submitted += 1
-        self._queue.put(delivery)
-        self._queue.pump()
-
-    def _put_accepted(self, fds: list[int], form: int) -> None:
-        """Let accepted sockets wait for workers; nobody waits for what becomes of them."""
-        self._queue.counters.submitted += len(fds)
-        queue, numbers = self._queue.queue, self._numbers
-        for fd in fds:
-            queue.append(PendingJob(next(numbers), fd, form))
-        self._queue.pump()
-
-    def _free(self) -> int:
-        """Return how many more jobs may wait."""
-        return self._queue.free()
-
-    async def _wait_for_room(self) -> None:
-        """Wait until another job may wait.
-
-        Raises:
-          PoolClosedError: the pool takes no more jobs.
-        """
-        self._supervisor.check_open()
-        while self._queue.free() <= 0:
-            await self._queue.waiting.park()
-            # There is also room when all that waited was given up at the end.
-            self._supervisor.check_open()
+    def _check_run(self) -> None:
+        try:
+            token = trio.lowlevel.current_trio_token()
+        except RuntimeError:
+            token = None
+        if token is not self._token:
+            raise RuntimeError(
+                "this pool belongs to another thread or trio.run; from a thread, call it with "
+                "trio.from_thread.run"
+            )
 
     ################################################################
-    # Its workers
+    # Workers
     ################################################################
 
     async def restart(self) -> None:
-        """Replace the workers, one after the other, by new ones that import the handler afresh.
+        """Replace the workers with new ones, which import the handler again.
 
-        Each new one is ready before the old one gets no more jobs; the old one finishes what it
-        has, for ``drain_timeout`` at most, while the next one is replaced.
+        All new workers are ready before an old one leaves. The old ones finish the jobs that they
+        have, for at most ``drain_timeout``.
 
         Raises:
-          WorkerStartError: a new one could not start; the old ones that are left go on.
-          PoolClosedError: the pool takes no more jobs.
+          WorkerStartError: a new worker could not start. The old ones go on, all of them.
+          PoolClosedError: the pool accepts no more jobs.
         """
+        self._check_run()
         await self._supervisor.restart()
 
     async def scale(self, workers: int) -> None:
-        """Have so many workers, from now on; those that are too many finish what they have.
+        """Change the number of workers. Those that are too many finish the jobs that they have.
 
         Raises:
-          ValueError: fewer than one.
-          WorkerStartError: a new one could not start; there are as many as before.
-          PoolClosedError: the pool takes no more jobs.
+          TypeError, ValueError: ``workers`` is not an int of at least 1.
+          WorkerStartError: a new worker could not start; there are as many as before.
+          PoolClosedError: the pool accepts no more jobs.
         """
-        if workers < 1:
-            raise ValueError(f"a pool has at least one worker, not {workers}")
-        await self._supervisor.scale(workers)
+        self._check_run()
+        if isinstance(workers, bool) or not hasattr(workers, "__index__"):
+            raise TypeError(f"workers must be an int, got {type(workers).__name__}")
+        if operator.index(workers) < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        await self._supervisor.scale(operator.index(workers))
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Take no more jobs, finish those that there are, and end the workers.
+        """Shut down gracefully: accept no more jobs, finish those that there are, end the workers.
 
         Args:
-          timeout: after so many seconds, handlers that are still at work are cancelled, and jobs
-            that still wait are given up; ``drain_timeout`` if left out.
+          timeout: the time in seconds after which handlers that still run are cancelled and jobs
+            that are still queued are rejected. Default: ``drain_timeout``.
 
         Raises:
-          ValueError: a timeout that is negative, or no number; the pool goes on.
+          TypeError, ValueError: an invalid timeout; the pool goes on.
         """
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"a timeout of 0 or more seconds is due, not {timeout}")
-        await self._supervisor.drain(timeout)
+        self._check_run()
+        await self._supervisor.drain(None if timeout is None else checked_timeout(timeout))
 
     ################################################################
-    # How it is
+    # Statistics
     ################################################################
 
     def statistics(self) -> PoolStatistics:
-        """Return what the pool has done, and is doing."""
-        links = list(self._supervisor.links())
-        restarts = {id(place.link): place.restarts for place in self._supervisor.places}
+        """Return what the pool has done since its beginning, and what it is doing."""
+        restarts = {id(slot.handle): slot.restarts for slot in self._supervisor.slots}
         now = trio.current_time()
         workers = tuple(
             WorkerStatistics(
-                index=link.index,
-                pid=link.pid,
-                state="starting" if link.state == "ended" else link.state,
-                in_flight=len(link.in_flight) + len(link.batch),
-                handled=link.handled,
-                failed=link.failed,
-                restarts=restarts.get(id(link), 0),
-                memory=memory_of(link.pid),
-                age=max(0.0, now - link.started),
+                index=handle.index,
+                pid=handle.pid,
+                state=("starting" if handle.state is HandleState.ENDED else handle.state.value),
+                in_flight=handle.jobs_in_hand,
+                handled=handle.handled,
+                failed=handle.failed,
+                restarts=restarts.get(id(handle), 0),
+                memory=memory_of(handle.pid),
+                age=max(0.0, now - handle.started_at),
             )
-            for link in links
+            for handle in self._supervisor.handles()
         )
         return PoolStatistics(
             workers=workers,
-            queued=self._queue.count(),
+            queued=len(self._queue),
             in_flight=sum(each.in_flight for each in workers),
-            **attrs.asdict(self._queue.counters),
+            **attrs.asdict(self._counters),
         )
 
 
+def queue_of(pool: WorkerPool) -> JobQueue:
+    """Return the queue of a pool."""
+    return pool._queue  # noqa: SLF001 - this file's class
+
+
+def config_of(pool: WorkerPool) -> PoolConfig:
+    """Return the options of a pool."""
+    return pool._supervisor.options  # noqa: SLF001 - this file's class
+
+
+def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: EndpointKind) -> None:
+    """Queue accepted sockets for which the caller has reserved slots.
+
+    Args:
+      accepted: file descriptors, which the pool owns afterwards, and the addresses of the peers.
+    """
+    now, counters, ids = trio.current_time(), pool._counters, pool._ids  # noqa: SLF001
+    queue_of(pool).put_many(
+        [PendingJob(next(ids), fd, kind, counters, now, peer=peer) for fd, peer in accepted]
+    )
+
+
 @asynccontextmanager
+@enable_ki_protection
 async def open_worker_pool(
     handler: str, **options: Unpack[WorkerPoolOptions]
 ) -> AsyncGenerator[WorkerPool, None]:

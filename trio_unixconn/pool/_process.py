@@ -34,16 +34,16 @@ class WorkerProcess(DescriptorOwner):
 
     Attributes:
       conn: this side's end; the other is the process's only.
-      board: what it has finished.
+      log: the jobs that it has finished.
       pid: its number.
     """
 
     def __init__(
-        self, popen: subprocess.Popen[bytes], conn: UnixConnection, board: CompletionLog
+        self, popen: subprocess.Popen[bytes], conn: UnixConnection, log: CompletionLog
     ) -> None:
         self._popen = popen
         self.conn = conn
-        self.board = board
+        self.log = log
         self.pid: int = popen.pid
         self._pidfd = _pidfd_of(popen.pid)
 
@@ -68,7 +68,7 @@ class WorkerProcess(DescriptorOwner):
     def close(self) -> None:
         """Close what belongs to it, once it has been reaped."""
         self.conn._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
-        self.board.close()
+        self.log.close()
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
@@ -96,7 +96,7 @@ def start(order: dict[str, Any]) -> WorkerProcess:
         stack.callback(theirs.close)
         failed = stack.enter_context(ExitStack())
         failed.callback(ours.close)
-        board_fd = create_log(order["board"])
+        board_fd = create_log(order["log"])
         stack.callback(os.close, board_fd)
         board = CompletionLog(board_fd)
         failed.callback(board.close)
@@ -115,7 +115,7 @@ def start(order: dict[str, Any]) -> WorkerProcess:
     return WorkerProcess(popen, UnixConnection.from_stdlib_socket(ours), board)
 
 
-def ending_of(status: int) -> str:
+def describe_exit(status: int) -> str:
     """Say how a process ended."""
     if status >= 0:
         return f"exited with status {status}"

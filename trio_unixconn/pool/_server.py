@@ -17,7 +17,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
-from .._accept import ACCEPT_RETRY_DELAY, Accepted, Acceptor, close_listening_socket
+from .._accept import Accepted, Acceptor, close_listening_socket
 from .._listener import (
     UnixListener,
     admits,
@@ -29,8 +29,8 @@ from .._listener import (
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
 from ..errors import ConnectionClosedError
-from . import _protocol
-from ._pool import open_worker_pool
+from ._endpoints import EndpointKind
+from ._pool import config_of, open_worker_pool, put_accepted, queue_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +46,9 @@ AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
 # The maximum number of connections that are accepted before other tasks run.
 MAX_BATCH: Final = 256
 _FORMS: Final = {
-    stdlib_socket.AF_INET: _protocol.TCP,
-    stdlib_socket.AF_INET6: _protocol.TCP6,
-    _kernel.AF_UNIX: _protocol.UNIX,
+    stdlib_socket.AF_INET: EndpointKind.TCP,
+    stdlib_socket.AF_INET6: EndpointKind.TCP6,
+    _kernel.AF_UNIX: EndpointKind.UNIX,
 }
 
 
@@ -70,8 +70,6 @@ class WorkerServer(DescriptorOwner):
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     # The deadline of a drain, in trio's time.
     _deadline: float = attrs.field(default=math.inf, repr=False)
-    # The number of connections that a policy is being asked about.
-    _asking: int = attrs.field(default=0, repr=False)
     _acceptors: list[Acceptor] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -94,7 +92,7 @@ class WorkerServer(DescriptorOwner):
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be non-negative, got {timeout}")
         if not self._accepting.cancel_called:
-            timeout = self.pool._supervisor.options.drain_timeout if timeout is None else timeout  # noqa: SLF001 - of this room
+            timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
             self._deadline = trio.current_time() + timeout
             self._accepting.cancel()
 
@@ -173,16 +171,18 @@ class WorkerServer(DescriptorOwner):
           Their number. 0 means that the queue was empty.
         """
         raw = raw_socket(listener.socket)
+        queue = queue_of(self.pool)
         while True:
-            await self.pool._wait_for_room()  # noqa: SLF001 - of this subpackage
-            free = self.pool._free() - self._asking  # noqa: SLF001 - of this subpackage
-            if free <= 0:
-                await trio.sleep(ACCEPT_RETRY_DELAY)
-                continue
-            if raw.fileno() == -1:
-                # Other code has closed it while this waited.
-                return 0
-            accepted, error = acceptor.accept_pending(min(MAX_BATCH, free))
+            await queue.reserve()
+            slots = 1 + queue.reserve_nowait(MAX_BATCH - 1)
+            # Other code may have closed the listener while this waited.
+            accepted: list[Accepted] = []
+            error = None
+            try:
+                if raw.fileno() != -1:
+                    accepted, error = acceptor.accept_pending(slots)
+            finally:
+                queue.release(slots - len(accepted))
             if error is None:
                 self._distribute(listener, accepted, asking)
                 return len(accepted)
@@ -193,27 +193,26 @@ class WorkerServer(DescriptorOwner):
     ) -> None:
         self.accepted += len(accepted)
         if isinstance(listener, UnixListener) and has_policy(listener):
-            self._asking += len(accepted)
             for fd, name in accepted:
                 asking.start_soon(self._ask, listener, fd, name)
         elif accepted:
-            fds = [fd for fd, _ in accepted]
-            self.pool._put_accepted(fds, _form_of(listener))  # noqa: SLF001 - of this subpackage
+            put_accepted(self.pool, accepted, _kind_of(listener))
 
     @enable_ki_protection
     async def _ask(self, listener: UnixListener, fd: int, name: str | bytes) -> None:
         """Pass a connection to the pool if the listener's policy admits its peer."""
+        accepted: list[tuple[int, str | bytes]] = []
         try:
             async with make_connection(listener, fd, name) as conn:
                 if await admits(listener, conn):
-                    # The pool may have been drained meanwhile.
-                    self.pool._supervisor.check_open()  # noqa: SLF001 - of this subpackage
-                    fds = [conn.detach()]
-                    self.pool._put_accepted(fds, _form_of(listener))  # noqa: SLF001 - as before
+                    accepted.append((conn.detach(), name))
                 else:
                     self.denied += 1
         finally:
-            self._asking -= 1
+            if accepted:
+                put_accepted(self.pool, accepted, _kind_of(listener))
+            else:
+                queue_of(self.pool).release()
 
 
 def _acceptor(listener: AnyListener) -> Acceptor:
@@ -231,10 +230,10 @@ async def _close(listeners: Sequence[AnyListener]) -> None:
         await close_listening_socket(listener.socket)
 
 
-def _form_of(listener: AnyListener) -> int:
+def _kind_of(listener: AnyListener) -> EndpointKind:
     if isinstance(listener, UnixListener) and not receives_descriptors(listener):
-        return _protocol.REFUSING
-    return _FORMS.get(listener.socket.family, _protocol.OTHER)
+        return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+    return _FORMS.get(listener.socket.family, EndpointKind.OTHER)
 
 
 def _max_queue_size() -> int:

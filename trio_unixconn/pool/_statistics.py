@@ -51,7 +51,7 @@ class PoolStatistics:
       failed: jobs whose handler has raised, or could not be given its stream.
       abandoned: jobs that were being handled when their worker died.
       retried: how many times a job was handed to another worker.
-      refused: jobs that no worker has taken, which were given up.
+      rejected: jobs that no worker has taken, which were given up.
       cancelled: jobs that were cancelled before a worker had them.
       restarts: workers that were replaced, whatever the reason.
       deaths: workers that died without having been asked to.
@@ -66,7 +66,7 @@ class PoolStatistics:
     failed: int
     abandoned: int
     retried: int
-    refused: int
+    rejected: int
     cancelled: int
     restarts: int
     deaths: int
@@ -97,7 +97,7 @@ class Counters:
     failed: int = 0
     abandoned: int = 0
     retried: int = 0
-    refused: int = 0
+    rejected: int = 0
     cancelled: int = 0
     restarts: int = 0
     deaths: int = 0

@@ -1,6 +1,6 @@
 """Supervisor: the lives of the workers, and what becomes of jobs when one ends.
 
-The rule of this file: a place in the pool has a worker that takes jobs, or one is being started
+The rule of this file: a slot in the pool has a worker that takes jobs, or one is being started
 for it; the old one leaves when the new one is there.
 """
 
@@ -15,9 +15,9 @@ import attrs
 import trio
 
 from .._owner import DescriptorOwner
-from ..errors import PoolClosedError, WorkerStartError
+from ..errors import WorkerStartError
 from . import _process
-from ._handle import WorkerHandle
+from ._handle import HandleState, WorkerHandle
 from ._queue import JobQueue
 from ._statistics import AbandonedJob, Counters
 
@@ -47,7 +47,7 @@ _SHORT_END: Final = 1.0
 
 @attrs.define(eq=False)
 class Slot:
-    """A place in the pool.
+    """A slot in the pool.
 
     Attributes:
       failures: why its workers died, since one of them was of any use.
@@ -57,7 +57,7 @@ class Slot:
     """
 
     index: int
-    link: WorkerHandle
+    handle: WorkerHandle
     restarts: int = 0
     failures: list[Exception] = attrs.field(factory=list[Exception])
     busy: bool = False
@@ -91,9 +91,8 @@ class Supervisor(DescriptorOwner):
     Attributes:
       options: what it was asked for.
       dispatcher: the jobs that wait.
-      places: the places of the pool, by index.
+      slots: the slots of the pool, by index.
       alive: all whose processes are there, also such as are being started.
-      closed: why no more jobs are taken; None while they are.
       failure: why it ended itself, if it did.
       pump: hands over what can be handed over.
     """
@@ -102,34 +101,24 @@ class Supervisor(DescriptorOwner):
         self.options: PoolConfig = options
         self._nursery = nursery
         self._reserve = reserve
-        self._counters = Counters()
+        self.counters = Counters()
         self.queue: JobQueue = JobQueue(
-            options.max_in_flight, options.max_queue, options.max_attempts, self._counters
+            options.max_in_flight, options.max_queue, options.max_attempts, self.counters
         )
-        self.places: list[Slot] = []
+        self.slots: list[Slot] = []
         self._draining: set[WorkerHandle] = set()
         self.alive: set[WorkerHandle] = set()
-        self.closed: str | None = None
         # Whether workers that die are not replaced any more.
         self._over = False
         self.failure: Exception | None = None
         # Changes of who is in the pool, one after the other.
         self._changing = trio.Lock()
         self._idle = trio.lowlevel.ParkingLot()
-        self.pump: Callable[[], None] = self.queue.pump
+        self.dispatch: Callable[[], None] = self.queue.dispatch
 
-    def check_open(self) -> None:
-        """Raise unless jobs are taken.
-
-        Raises:
-          PoolClosedError: they are not.
-        """
-        if self.closed is not None:
-            raise PoolClosedError(self.closed)
-
-    def links(self) -> Iterable[WorkerHandle]:
-        """Return the workers that have a place, and those that are leaving."""
-        yield from (place.link for place in self.places)
+    def handles(self) -> Iterable[WorkerHandle]:
+        """Return the workers that have a slot, and those that are leaving."""
+        yield from (slot.handle for slot in self.slots)
         yield from self._draining
 
     ################################################################
@@ -139,56 +128,53 @@ class Supervisor(DescriptorOwner):
     async def restart(self) -> None:
         """As :meth:`WorkerPool.restart`."""
         async with self._changing:
-            self.check_open()
-            for place in list(self.places):
-                while place.busy:
+            self.queue.check_open()
+            for slot in list(self.slots):
+                while slot.busy:
                     # What is being started there may have imported the old handler already.
-                    await place.changed.wait()
-                self.check_open()
-                await self._replace(place)
+                    await slot.changed.wait()
+                self.queue.check_open()
+                await self._replace(slot)
 
     async def scale(self, workers: int) -> None:
         """As :meth:`WorkerPool.scale`."""
         async with self._changing:
-            self.check_open()
-            new = range(len(self.places), workers)
+            self.queue.check_open()
+            new = range(len(self.slots), workers)
             await self._fill(new)
-            while len(self.places) > workers:
-                place = self.places.pop()
-                self.queue.links.pop(place.index, None)
-                self._leave(place.link)
-            self.give_up_bound()
+            while len(self.slots) > workers:
+                slot = self.slots.pop()
+                self.queue.workers.pop(slot.index, None)
+                self._leave(slot.handle)
+            self.reject_pinned()
 
-    def give_up_bound(self) -> None:
-        """Give up jobs that only a worker may have that is not there any more."""
-        bound = self.queue.bound
-        for index in [each for each in bound if each >= len(self.places)]:
-            self.queue.give_up_all(bound.pop(index), f"there is no worker {index} any more")
+    def reject_pinned(self) -> None:
+        """Reject jobs that are pinned to a worker that there is not any more."""
+        self.queue.reject_pinned(len(self.slots))
 
     async def drain(self, timeout: float | None = None) -> None:
         """As :meth:`WorkerPool.drain`; ``drain_timeout`` if none is given."""
         timeout = self.options.drain_timeout if timeout is None else timeout
-        self.closed = self.closed or "the pool is draining, and takes no more jobs"
-        self.queue.waiting.unpark_all()
+        self.queue.close("the pool is draining and accepts no more jobs")
         begin = trio.current_time()
         with trio.move_on_after(timeout):
-            while self.queue.count() or any(link.batch for link in self.links()):
+            while len(self.queue) or any(handle.batch for handle in self.handles()):
                 await self._idle.park()
         self._over = True
-        self.queue.clear("the pool ended first")
+        self.queue.clear("the pool ended")
         left = max(0.0, begin + timeout - trio.current_time())
         async with trio.open_nursery() as nursery:
-            for link in list(self.links()):
-                nursery.start_soon(link.leave, left)
+            for handle in list(self.handles()):
+                nursery.start_soon(handle.leave, left)
 
     async def _fill(self, indexes: range) -> None:
-        """Start workers for new places, all at a time."""
+        """Start workers for new slots, all at a time."""
         errors: list[Exception] = []
-        links: dict[int, WorkerHandle] = {}
+        handles: dict[int, WorkerHandle] = {}
 
         async def fill(index: int) -> None:
             try:
-                links[index] = await self._start(index)
+                handles[index] = await self._start(index)
             except WorkerStartError as exc:
                 errors.append(exc)
                 # The others most likely fail for the same reason.
@@ -201,15 +187,15 @@ class Supervisor(DescriptorOwner):
             if errors:
                 raise errors[0]
             # A drain may have begun meanwhile.
-            self.check_open()
+            self.queue.check_open()
         except BaseException:
-            for link in links.values():
-                self._leave(link)
+            for handle in handles.values():
+                self._leave(handle)
             raise
         # In order, and without gaps: an index is a position.
         for index in indexes:
-            self.places.append(Slot(index, links[index]))
-            self._welcome(self.places[-1], links[index])
+            self.slots.append(Slot(index, handles[index]))
+            self._welcome(self.slots[-1], handles[index])
 
     async def _start(self, index: int) -> WorkerHandle:
         """Start a worker, and wait until it is ready.
@@ -221,7 +207,7 @@ class Supervisor(DescriptorOwner):
         order = {
             "handler": options.handler,
             "setup": options.setup,
-            "board": min(options.max_in_flight, _MOST_NOTED),
+            "log": min(options.max_in_flight, _MOST_NOTED),
             "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
         }
         try:
@@ -229,120 +215,120 @@ class Supervisor(DescriptorOwner):
                 process = _process.start(order)
         except OSError as exc:
             raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
-        link = WorkerHandle(index, process, self)
-        self.alive.add(link)
-        self._nursery.start_soon(link.run, name=f"trio_unixconn.pool worker {index}")
+        handle = WorkerHandle(index, process, self, self.counters)
+        self.alive.add(handle)
+        self._nursery.start_soon(handle.run, name=f"trio_unixconn.pool worker {index}")
         try:
             with trio.move_on_after(options.start_timeout):
-                await link.settled.wait()
-            if link.started < math.inf:
-                return link
-            if link.error is None:
-                link.kill(f"was not ready after {options.start_timeout} seconds")
+                await handle.ready.wait()
+            if handle.started_at < math.inf:
+                return handle
+            if handle.error is None:
+                handle.kill(f"was not ready after {options.start_timeout} seconds")
             # Mostly it ends by itself; but what it has imported may have threads that do not.
-            await link.leave(0.0)
+            await handle.leave(0.0)
         except BaseException:
-            link.kill("was no longer needed")
+            handle.kill("was no longer needed")
             raise
-        assert link.error is not None  # noqa: S101 - it has ended
-        raise link.error
+        assert handle.error is not None  # noqa: S101 - it has ended
+        raise handle.error
 
-    def _welcome(self, place: Slot, link: WorkerHandle) -> None:
-        """Let the worker that a place has now take jobs."""
-        if link.state == "ended":
+    def _welcome(self, slot: Slot, handle: WorkerHandle) -> None:
+        """Let the worker that a slot has now take jobs."""
+        if handle.state is HandleState.ENDED:
             # It was ready, and died before it came to that.
-            self._lost(place, link)
+            self._lost(slot, handle)
             return
-        self.queue.links[place.index] = link
-        self.pump()
+        self.queue.workers[slot.index] = handle
+        self.dispatch()
 
-    async def _replace(self, place: Slot) -> None:
-        place.begin()
+    async def _replace(self, slot: Slot) -> None:
+        slot.begin()
         try:
-            new = await self._start(place.index)
+            new = await self._start(slot.index)
         except BaseException:
-            place.end()
-            if place.link.state == "ended":
+            slot.end()
+            if slot.handle.state is HandleState.ENDED:
                 # The old one died meanwhile.
-                self._revive_soon(place)
+                self._revive_soon(slot)
             raise
-        place.end()
-        old = place.link
-        self._settle(place, new)
-        # If not, the place is gone, or the pool is ending: then others see to it that the old one
+        slot.end()
+        old = slot.handle
+        self._settle(slot, new)
+        # If not, the slot is gone, or the pool is ending: then others see to it that the old one
         # finishes what it has.
-        if place.link is new:
+        if slot.handle is new:
             self._leave(old)
 
-    def _leave(self, link: WorkerHandle) -> None:
+    def _leave(self, handle: WorkerHandle) -> None:
         """Have a worker finish what it has, and end, while everything else goes on."""
         if self._over:
             # Nobody would wait for that, and the nursery may be closed.
-            link.kill("was no longer needed")
-        elif link.state != "ended":
-            self._draining.add(link)
-            link.ask_to_leave(self.options.drain_timeout)
-            self._nursery.start_soon(link.leave, self.options.drain_timeout)
+            handle.kill("was no longer needed")
+        elif handle.state is not HandleState.ENDED:
+            self._draining.add(handle)
+            handle.drain(self.options.drain_timeout)
+            self._nursery.start_soon(handle.leave, self.options.drain_timeout)
 
-    def _revive_soon(self, place: Slot) -> None:
-        if not place.busy and self._has(place):
-            place.begin()
+    def _revive_soon(self, slot: Slot) -> None:
+        if not slot.busy and self._has(slot):
+            slot.begin()
             self._nursery.start_soon(
-                self._revive, place, name=f"trio_unixconn.pool restart {place.index}"
+                self._revive, slot, name=f"trio_unixconn.pool restart {slot.index}"
             )
 
-    async def _revive(self, place: Slot) -> None:
-        """Start a worker in the place of one that died, after a growing pause."""
-        link = None
-        tries = len(place.failures)
+    async def _revive(self, slot: Slot) -> None:
+        """Start a worker in the slot of one that died, after a growing pause."""
+        handle = None
+        tries = len(slot.failures)
         try:
-            while len(place.failures) < self.options.crash_limit:
+            while len(slot.failures) < self.options.crash_limit:
                 await trio.sleep(backoff_after(tries))
-                if not self._has(place):
+                if not self._has(slot):
                     return
                 tries += 1
-                link = await self._try_again(place)
-                if link is not None:
+                handle = await self._try_again(slot)
+                if handle is not None:
                     break
         finally:
-            place.end()
-        if link is not None:
-            self._settle(place, link)
+            slot.end()
+        if handle is not None:
+            self._settle(slot, handle)
         else:
             self._end(
                 ExceptionGroup(
-                    f"{len(place.failures)} workers in turn died, or could not start, before "
+                    f"{len(slot.failures)} workers in turn died, or could not start, before "
                     "they finished a job",
-                    place.failures,
+                    slot.failures,
                 )
             )
 
-    async def _try_again(self, place: Slot) -> WorkerHandle | None:
+    async def _try_again(self, slot: Slot) -> WorkerHandle | None:
         try:
-            return await self._start(place.index)
+            return await self._start(slot.index)
         except WorkerStartError as exc:
             logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
             # That this process has no descriptor free, say, is not the worker's fault.
             if not isinstance(exc.__cause__, OSError):
-                place.failures.append(exc)
+                slot.failures.append(exc)
             return None
 
-    def _has(self, place: Slot) -> bool:
-        return not self._over and place in self.places
+    def _has(self, slot: Slot) -> bool:
+        return not self._over and slot in self.slots
 
-    def _settle(self, place: Slot, link: WorkerHandle) -> None:
-        """Let a worker have its place, if that is still there."""
-        if not self._has(place):
-            self._leave(link)
+    def _settle(self, slot: Slot, handle: WorkerHandle) -> None:
+        """Let a worker have its slot, if that is still there."""
+        if not self._has(slot):
+            self._leave(handle)
             return
-        place.link = link
-        place.restarts += 1
-        self._counters.restarts += 1
-        self._welcome(place, link)
+        slot.handle = handle
+        slot.restarts += 1
+        self.counters.restarts += 1
+        self._welcome(slot, handle)
 
     def _end(self, failure: Exception) -> None:
         self.failure = failure
-        self.closed = "the pool has ended, because its workers could not live"
+        self.queue.close("the pool has ended because its workers crashed")
         self._nursery.cancel_scope.cancel()
 
     async def _watch(self) -> None:
@@ -356,140 +342,143 @@ class Supervisor(DescriptorOwner):
             if now - before > 2 * pause:
                 # This process was not running either, and what they said is still unread.
                 continue
-            for link in list(self.links()):
-                if link.state != "ended" and now - link.last_heard > timeout:
+            for handle in list(self.handles()):
+                if handle.state is not HandleState.ENDED and now - handle.last_heard > timeout:
                     logger.warning(
                         "worker %d (pid %d) has not been heard of for %.1f seconds, and is killed",
-                        link.index,
-                        link.pid,
-                        now - link.last_heard,
+                        handle.index,
+                        handle.pid,
+                        now - handle.last_heard,
                     )
-                    link.kill(f"hung for {now - link.last_heard:.1f} seconds")
+                    handle.kill(f"hung for {now - handle.last_heard:.1f} seconds")
 
     ################################################################
     # What its workers say
     ################################################################
 
-    def take_back(self, deliveries: list[PendingJob], why: Exception, *, counts: bool) -> None:
+    def requeue(self, jobs: list[PendingJob], cause: Exception, *, counts: bool) -> None:
         """Have jobs that a worker has not taken tried by another."""
-        self.queue.take_back(deliveries, why, counts=counts)
-        self.give_up_bound()
-        if self._over:
-            self.queue.clear("the pool ended first")
-        self.pump()
-        self.look_idle()
+        self.queue.requeue(jobs, cause, counts=counts)
+        self.reject_pinned()
+        self.dispatch()
+        self.notify_if_idle()
 
-    def give_up(self, deliveries: list[PendingJob], why: str) -> None:
+    def reject(self, jobs: list[PendingJob], why: str) -> None:
         """Have jobs given up that cannot be sent to any worker."""
-        self.queue.give_up_all(deliveries, why)
-        self.look_idle()
+        self.queue.reject(jobs, why)
+        self.notify_if_idle()
 
-    def refused(self, link: WorkerHandle) -> None:
+    def on_refused(self, handle: WorkerHandle) -> None:
         """Give a worker that has no descriptor free time to close some."""
-        place = self._place_of(link)
-        if place is not None:
-            self._nursery.start_soon(self._rest, place, link)
+        slot = self._slot_of(handle)
+        if slot is not None:
+            self._nursery.start_soon(self._rest, slot, handle)
 
-    async def _rest(self, place: Slot, link: WorkerHandle) -> None:
-        pause, place.rest = place.rest, min(2 * place.rest, _LONGEST_REST)
+    async def _rest(self, slot: Slot, handle: WorkerHandle) -> None:
+        pause, slot.rest = slot.rest, min(2 * slot.rest, _LONGEST_REST)
         await trio.sleep(pause)
-        link.resting = False
-        self.pump()
+        handle.resting = False
+        self.dispatch()
 
-    def acknowledged(self, link: WorkerHandle, count: int) -> None:
+    def on_acknowledged(self, handle: WorkerHandle, count: int) -> None:
         """Count jobs that were taken."""
-        self._counters.acknowledged += count
+        self.counters.acknowledged += count
         # The pool's copies are closed.
         self._reserve.fill()
         most = self.options.max_jobs
-        if most is not None and link.taken >= most and link.state == "ready":
-            self._renew(link)
-        self.look_idle()
+        if most is not None and handle.accepted >= most and handle.state is HandleState.READY:
+            self._renew(handle)
+        self.notify_if_idle()
 
-    def handled(self, link: WorkerHandle, count: int) -> None:
+    def on_finished(self, handle: WorkerHandle, count: int) -> None:
         """Count jobs whose handler has returned."""
-        self._counters.handled += count
-        place = self._place_of(link)
-        if place is not None:
-            place.failures.clear()
-            place.rest = INITIAL_BACKOFF
-        self.pump()
+        slot = self._slot_of(handle)
+        if slot is not None and count:
+            slot.failures.clear()
+            slot.rest = INITIAL_BACKOFF
+        self.dispatch()
 
-    def failed(self, link: WorkerHandle, number: int, text: str, *, awaited: bool) -> None:
+    def on_failed(self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool) -> None:
         """Count a job whose handler has raised, and log it unless its caller is told."""
-        self._counters.failed += 1
         if not awaited:
             logger.error(
-                "worker %d (pid %d): job %d failed\n%s", link.index, link.pid, number, text.rstrip()
+                "worker %d (pid %d): job %d failed\n%s",
+                handle.index,
+                handle.pid,
+                job_id,
+                text.rstrip(),
             )
-        self.pump()
+        self.dispatch()
 
-    def abandoned(self, link: WorkerHandle, numbers: Iterable[int]) -> None:
-        """Report what a worker was handling when it died."""
-        for number in numbers:
-            self._counters.abandoned += 1
-            job = AbandonedJob(number, link.index, link.pid)
-            logger.warning("job %d was being handled when its worker died: %s", number, link.error)
+    def on_abandoned(self, handle: WorkerHandle, jobs: list[PendingJob]) -> None:
+        """Report the jobs that a worker was handling when it died."""
+        for job in jobs:
+            logger.warning(
+                "job %d was being handled when its worker died: %s", job.id, handle.error
+            )
             if self.options.on_abandoned is not None:
-                self.options.on_abandoned(job)
+                try:
+                    self.options.on_abandoned(AbandonedJob(job.id, handle.index, handle.pid))
+                except Exception:
+                    logger.exception("on_abandoned raised an exception for job %d", job.id)
 
-    def leaving(self, link: WorkerHandle) -> None:
+    def on_leaving(self, handle: WorkerHandle) -> None:
         """Replace a worker that somebody has asked to end (SIGTERM)."""
-        if link.state == "ready":
+        if handle.state is HandleState.READY:
             logger.info(
-                "worker %d (pid %d) was asked to end, and is replaced", link.index, link.pid
+                "worker %d (pid %d) was asked to end, and is replaced", handle.index, handle.pid
             )
-            self._renew(link)
+            self._renew(handle)
 
-    def _renew(self, link: WorkerHandle) -> None:
-        place = self._place_of(link)
+    def _renew(self, handle: WorkerHandle) -> None:
+        slot = self._slot_of(handle)
         if (
-            self.closed is None
-            and place is not None
-            and not place.busy
-            and trio.current_time() >= place.again
+            self.queue.is_open()
+            and slot is not None
+            and not slot.busy
+            and trio.current_time() >= slot.again
         ):
             # At once: others may ask for it before the task begins.
-            place.begin()
+            slot.begin()
             self._nursery.start_soon(
-                self._replace_logged, place, name=f"trio_unixconn.pool restart {place.index}"
+                self._replace_logged, slot, name=f"trio_unixconn.pool restart {slot.index}"
             )
 
-    async def _replace_logged(self, place: Slot) -> None:
+    async def _replace_logged(self, slot: Slot) -> None:
         try:
-            await self._replace(place)
+            await self._replace(slot)
         except WorkerStartError as exc:
             logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
-            place.again = trio.current_time() + MAX_BACKOFF
+            slot.again = trio.current_time() + MAX_BACKOFF
 
-    def ended(self, link: WorkerHandle) -> None:
+    def on_exit(self, handle: WorkerHandle) -> None:
         """Have a worker that died replaced."""
         self._reserve.fill()
-        self.alive.discard(link)
-        self._draining.discard(link)
-        if self.queue.links.get(link.index) is link:
-            del self.queue.links[link.index]
-        self.look_idle()
-        place = self._place_of(link)
-        if place is not None and not self._over:
-            self._lost(place, link)
+        self.alive.discard(handle)
+        self._draining.discard(handle)
+        if self.queue.workers.get(handle.index) is handle:
+            del self.queue.workers[handle.index]
+        self.notify_if_idle()
+        slot = self._slot_of(handle)
+        if slot is not None and not self._over:
+            self._lost(slot, handle)
 
-    def _lost(self, place: Slot, link: WorkerHandle) -> None:
-        assert link.error is not None  # noqa: S101 - it has ended
-        self._counters.deaths += 1
-        logger.warning("%s; another is started", link.error)
-        if not link.handled and trio.current_time() - link.started < _LONG_LIFE:
-            place.failures.append(link.error)
+    def _lost(self, slot: Slot, handle: WorkerHandle) -> None:
+        assert handle.error is not None  # noqa: S101 - it has ended
+        self.counters.deaths += 1
+        logger.warning("%s; another is started", handle.error)
+        if not handle.handled and trio.current_time() - handle.started_at < _LONG_LIFE:
+            slot.failures.append(handle.error)
         else:
-            place.failures.clear()
-        self._revive_soon(place)
+            slot.failures.clear()
+        self._revive_soon(slot)
 
-    def _place_of(self, link: WorkerHandle) -> Slot | None:
-        """Return the place that a worker has; None if it has left it."""
-        place = self.places[link.index] if link.index < len(self.places) else None
-        return place if place is not None and place.link is link else None
+    def _slot_of(self, handle: WorkerHandle) -> Slot | None:
+        """Return the slot that a worker has; None if it has left it."""
+        slot = self.slots[handle.index] if handle.index < len(self.slots) else None
+        return slot if slot is not None and slot.handle is handle else None
 
-    def look_idle(self) -> None:
+    def notify_if_idle(self) -> None:
         """Let a drain check whether any job is left."""
         if self._idle:
             self._idle.unpark_all()
@@ -510,16 +499,15 @@ class Supervisor(DescriptorOwner):
 
     def kill(self) -> None:
         """Kill whoever is still there, such as workers that were just being started."""
-        for link in self.alive:
-            link.kill("was no longer needed")
+        for handle in self.alive:
+            handle.kill("was no longer needed")
 
     async def abort(self) -> None:
         """End the workers at once: their handlers are cancelled, and have a moment for that."""
-        self.closed = self.closed or "the pool is closed"
+        self.queue.close("the pool is closed")
         self._over = True
-        self.queue.waiting.unpark_all()
-        self.queue.clear("the pool ended first")
+        self.queue.clear("the pool ended")
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
-                for link in list(self.links()):
-                    nursery.start_soon(link.leave, 0.0, _SHORT_END)
+                for handle in list(self.handles()):
+                    nursery.start_soon(handle.leave, 0.0, _SHORT_END)

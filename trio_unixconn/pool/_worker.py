@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import select
 import signal
@@ -27,10 +26,11 @@ import trio
 
 from .._closing import close_fds
 from .._connection import UnixConnection
+from .._frames import Frame, FrameDecoder, encode_frame
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _protocol
 from ._completion_log import CompletionLog
-from ._endpoints import attach_endpoint
+from ._endpoints import EndpointKind, attach_endpoint
 from ._import_string import load_handler, load_setup
 from ._job import Job, close_file, close_now
 
@@ -106,7 +106,7 @@ def _failed(sock: stdlib_socket.socket) -> int:
     text = traceback.format_exc().encode(errors="replace")[: _protocol.MAX_DATA]
     with contextlib.suppress(OSError):
         sock.setblocking(True)
-        sock.sendall(_protocol.frame(_protocol.FAILED, text))
+        sock.sendall(encode_frame(_protocol.FAILED, text))
     return 1
 
 
@@ -127,9 +127,7 @@ async def _run(
             # The kernel forgets it when a process becomes another user.
             _end_with_parent()
             worker = _Worker(conn, board, handler, state, order["beat"])
-            await conn.send_all(
-                _protocol.frame(_protocol.READY, json.dumps({"pid": os.getpid()}).encode())
-            )
+            await conn.send_all(_protocol.pack_ready())
             ready = True
             await worker.run()
     except BaseException:
@@ -191,7 +189,7 @@ class _Worker:
         self._end_in(_ORPHAN_DRAIN)
 
     async def _receive_until_end(self, handlers: trio.Nursery) -> None:
-        decoder = _protocol.Decoder()
+        decoder = FrameDecoder()
         while True:
             fds: list[int] | None
             try:
@@ -207,26 +205,27 @@ class _Worker:
             for frame in decoder.feed(data, fds):
                 await self._obey(handlers, frame)
 
-    async def _obey(self, handlers: trio.Nursery, frame: _protocol.Frame) -> None:
+    async def _obey(self, handlers: trio.Nursery, frame: Frame) -> None:
         kind, body, fds = frame
         if kind == _protocol.JOBS:
             await self._take(handlers, body, fds)
         elif kind == _protocol.CANCEL:
-            for each in _protocol.read_ids(body):
+            for each in _protocol.unpack_job_ids(body):
                 if each in self._scopes:
                     self._scopes[each].cancel()
         elif kind == _protocol.DRAIN:
-            self._end_in(_protocol.read_seconds(body))
+            self._end_in(_protocol.unpack_seconds(body))
         else:
             raise _protocol.ProtocolError(f"a frame of kind {kind} came")
 
     async def _take(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
-        batch, jobs = _protocol.read_jobs(body)
-        if fds is None:
-            self._out.append(_protocol.number(_protocol.REFUSED, batch))
+        batch, jobs = _protocol.unpack_jobs(body)
+        if fds is None or self._draining.is_set():
+            close_fds(fds or [])
+            self._out.append(_protocol.pack_batch_id(_protocol.REFUSED, batch))
             await self._tell()
             return
-        self._out.append(_protocol.number(_protocol.TAKEN, batch))
+        self._out.append(_protocol.pack_batch_id(_protocol.TAKEN, batch))
         try:
             await self._tell()
         except BaseException:
@@ -235,7 +234,7 @@ class _Worker:
             raise
         coming = iter(fds)
         for job in jobs:
-            fd = next(coming) if job.form != _protocol.NO_DESCRIPTOR else -1
+            fd = next(coming) if job.kind != EndpointKind.NONE else -1
             if job.wants_answer:
                 # Before it runs, as the pool may have it cancelled at once.
                 self._scopes[job.id] = trio.CancelScope()
@@ -270,16 +269,16 @@ class _Worker:
 
     async def _call_handler(self, sent: _protocol.SentJob, fd: int) -> Any:
         """Call the handler; its stream is closed, and a file written, when this returns."""
-        number, form, _, data = sent
+        number, kind, _, data = sent
         stream: Any = None
-        if form != _protocol.NO_DESCRIPTOR:
-            stream = await attach_endpoint(form, fd)
+        if kind != EndpointKind.NONE:
+            stream = await attach_endpoint(kind, fd)
         try:
             return await self._handler(
                 stream, Job(number, data, self._state, self._draining, stream)
             )
         finally:
-            if form == _protocol.OTHER and isinstance(stream, IOBase):
+            if kind == EndpointKind.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
                 # An error is about data that was sent before; it is closed.
@@ -299,7 +298,7 @@ class _Worker:
         elif len(answer) > _protocol.MAX_DATA:
             self._say(number, f"the handler returned {len(answer)} bytes; send sealed memory")
         else:
-            self._out.append(_protocol.about(_protocol.ANSWER, number, answer))
+            self._out.append(_protocol.pack_job_result(_protocol.ANSWER, number, answer))
 
     def _say(self, number: int, text: str) -> None:
         self._note(number)
@@ -307,7 +306,7 @@ class _Worker:
 
     def _tell_of(self, number: int, text: str) -> None:
         said = text.encode(errors="backslashreplace")[: _protocol.MAX_DATA]
-        self._out.append(_protocol.about(_protocol.ERROR, number, said))
+        self._out.append(_protocol.pack_job_result(_protocol.ERROR, number, said))
 
     async def _send_news(self) -> None:
         while True:
@@ -326,10 +325,10 @@ class _Worker:
         while self._sending:
             await self._sent.park()
         if self._done:
-            self._out.append(_protocol.ids(_protocol.DONE, self._done))
+            self._out.append(_protocol.pack_job_ids(_protocol.DONE, self._done))
             self._done.clear()
         if self._wants_more:
-            self._out.append(_protocol.frame(_protocol.MORE))
+            self._out.append(encode_frame(_protocol.MORE))
             self._wants_more = False
         if not self._out:
             return
@@ -347,7 +346,7 @@ class _Worker:
     async def _send_beats(self) -> None:
         while True:
             await trio.sleep(self._beat)
-            self._out.append(_protocol.frame(_protocol.BEAT))
+            self._out.append(encode_frame(_protocol.BEAT))
             self._something.unpark()
 
     async def _heed_signals(self) -> None:
@@ -355,5 +354,5 @@ class _Worker:
             async for _ in signals:
                 # From the kernel, when the pool is gone, or from somebody who wants another
                 # worker here. The pool says when: jobs may be on their way.
-                self._out.append(_protocol.frame(_protocol.LEAVING))
+                self._out.append(encode_frame(_protocol.LEAVING))
                 self._something.unpark()
