@@ -451,7 +451,7 @@ async def test_wrap_and_async_reject_wrong_types() -> None:
             TypeError, match="cancellable must be a Cancellable or None, not function"
         ):
             gio.send_credentials_async(lambda *_: None)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="callback must be callable or None, not str"):
+        with pytest.raises(TypeError, match="callback must be callable or None, got str"):
             gio.send_fd_async(0, None, "x")  # type: ignore[arg-type]
 
 

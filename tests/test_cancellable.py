@@ -457,7 +457,7 @@ async def test_scope_entered_twice() -> None:
 
 def test_connect_rejects_what_is_not_callable() -> None:
     """connect() rejects a callback that is not callable, before cancel() would call it."""
-    with pytest.raises(TypeError, match="callback must be callable, not str"):
+    with pytest.raises(TypeError, match="callback must be callable, got str"):
         Cancellable().connect("x")  # type: ignore[arg-type]
 
 

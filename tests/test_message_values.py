@@ -230,7 +230,7 @@ async def test_send_fake_credentials_rejects_other_arguments() -> None:
     cancellable = Cancellable()
     cancellable.cancel()
     async with one, two:
-        with pytest.raises(TypeError, match="must be Credentials, not tuple"):
+        with pytest.raises(TypeError, match="must be Credentials, got tuple"):
             await one.send_fake_credentials((1, 2, 3))  # type: ignore[arg-type]
         with pytest.raises(OperationCancelled):
             await one.send_fake_credentials(Credentials(), cancellable)

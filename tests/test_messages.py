@@ -289,7 +289,7 @@ async def test_nothing_alone(data: Any) -> None:
 
 
 async def test_send_message_of_nothing_with_a_cancelled_cancellable() -> None:
-    """A Cancellable that fired before is OperationCancelled also where there is nothing to do."""
+    """A cancelled Cancellable raises OperationCancelled even if there is nothing to do."""
     one, two = connection_pair()
     cancellable = Cancellable()
     cancellable.cancel()

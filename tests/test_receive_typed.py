@@ -252,8 +252,8 @@ async def test_typed_receives_of_two_descriptors() -> None:
 async def test_typed_receives_and_send_buffer_with_cancellable() -> None:
     """A Cancellable ends the wait of every typed receive and of send_buffer."""
     one, two = connection_pair()
-    fired = Cancellable()
-    fired.cancel()
+    cancelled = Cancellable()
+    cancelled.cancel()
     async with one, two:
         cancellable = Cancellable()
 
@@ -273,7 +273,7 @@ async def test_typed_receives_and_send_buffer_with_cancellable() -> None:
                 nursery.start_soon(wait, receive, *arguments)
                 await wait_all_tasks_blocked()
                 cancellable.cancel()
-        cancellable = fired
+        cancellable = cancelled
         await wait(one.send_buffer, b"x")
         await one.send_fd(0)
         os.close(await two.receive_fd())

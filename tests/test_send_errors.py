@@ -234,7 +234,7 @@ async def test_send_message_credentials_must_be_credentials() -> None:
     one, two = connection_pair()
     async with one, two:
         for bad in ("own", (1, 2, 3), 0):
-            with pytest.raises(TypeError, match="must be Credentials or None, not"):
+            with pytest.raises(TypeError, match="must be Credentials or None, got"):
                 await one.send_message(b"x", credentials=bad)  # type: ignore[arg-type]
         await one.send_all(b"next")
         assert await two.receive_some() == b"next"

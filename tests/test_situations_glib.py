@@ -14,7 +14,7 @@ the real GLib as a peer; here its situations are met without it, on every machin
 | a child sends a write end, the parent reads what it writes | below |
 | bytes sent before a shutdown arrive, then the end | below, test_situations_cpython |
 | bytes of two sends are read by one receive | below |
-| a wait with a timeout; a Cancellable that fires | below, test_cancellation |
+| a wait with a timeout; a cancelled Cancellable | below, test_cancellation |
 | accept and connect that are cancelled, before or meanwhile; several that wait | below |
 | addresses in text | test_address |
 | a thread writes, the loop passes on, a thread reads, until cancelled | below |
@@ -257,7 +257,7 @@ async def test_receive_some_with_a_timeout_then_without() -> None:
 async def test_accept_and_connect_under_cancellable_scope(
     unix_socket_path: Path, operation: str
 ) -> None:
-    """Under a Cancellable's scope, accept() and a connect with a full queue end when it fires."""
+    """Under a Cancellable's scope, accept() and a connect with a full queue end with it."""
     cancellable = Cancellable()
     async with await open_unix_listener(unix_socket_path, backlog=0) as listener:
         queued = [await open_unix_connection(unix_socket_path)] if operation == "connect" else []
@@ -282,7 +282,7 @@ async def test_accept_and_connect_under_cancellable_scope(
 
 
 async def test_accept_and_connect_with_a_cancelled_cancellable(unix_socket_path: Path) -> None:
-    """A Cancellable that has fired ends accept() and connect at once; the queue is as it was."""
+    """A cancelled Cancellable ends accept() and connect immediately; the queue is as it was."""
     cancellable = Cancellable()
     cancellable.cancel()
     async with (

@@ -154,7 +154,7 @@ class Permissions:
 
 
 @attrs.frozen
-class _Place:
+class _Location:
     """The directory of a path, open as *fd*, and the name of the socket in it."""
 
     path: bytes
@@ -238,12 +238,12 @@ def unbind(binding: Binding) -> None:
 
 
 @contextmanager
-def _place_of(path: bytes) -> Generator[_Place, None, None]:
+def _place_of(path: bytes) -> Generator[_Location, None, None]:
     directory, name = os.path.split(path)
     fd = os.open(directory, _O_DIRECTORY | os.O_CLOEXEC)
     try:
         # A path that ends with a slash is that of a directory.
-        yield _Place(path, directory, fd, name or b".")
+        yield _Location(path, directory, fd, name or b".")
     finally:
         os.close(fd)
 
@@ -254,7 +254,7 @@ def _beside(name: bytes, ending: bytes) -> bytes:
     return b"." + name + ending
 
 
-def _bindable(place: _Place, name: bytes) -> bytes | None:
+def _bindable(place: _Location, name: bytes) -> bytes | None:
     """Return the name to pass to bind(2); None if it is too long, and a shorter one is needed."""
     try:
         return bindable(place.directory, place.fd, name)
@@ -262,7 +262,7 @@ def _bindable(place: _Place, name: bytes) -> bytes | None:
         return None
 
 
-def _look(place: _Place, *, replace: bool) -> str:
+def _look(place: _Location, *, replace: bool) -> str:
     """Return what is at the path; raise if it must not be replaced."""
     try:
         status = place.stat(place.name)
@@ -333,7 +333,7 @@ def _probe(kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-def _unlink_dead(place: _Place, name: bytes) -> None:
+def _unlink_dead(place: _Location, name: bytes) -> None:
     """Remove a socket that no process holds."""
     try:
         place.unlink(name)
@@ -350,7 +350,7 @@ def _unlink_dead(place: _Place, name: bytes) -> None:
         ) from exc
 
 
-def _remove_leftover(place: _Place, name: bytes) -> bool:
+def _remove_leftover(place: _Location, name: bytes) -> bool:
     """Remove what a process that was killed left at the temporary name.
 
     Returns:
@@ -366,7 +366,7 @@ def _remove_leftover(place: _Place, name: bytes) -> bool:
     return True
 
 
-def _not_free(place: _Place, name: bytes) -> AddressInUseError:
+def _not_free(place: _Location, name: bytes) -> AddressInUseError:
     path, status = place.path_of(name), place.stat(name)
     why = f"a {what_is(status)} of user {status.st_uid}"
     if stat.S_ISSOCK(status.st_mode):
@@ -379,7 +379,7 @@ def _not_free(place: _Place, name: bytes) -> AddressInUseError:
 
 
 def _bind_with(
-    sock: socket.socket, place: _Place, name: bytes, address: bytes, permissions: Permissions
+    sock: socket.socket, place: _Location, name: bytes, address: bytes, permissions: Permissions
 ) -> os.stat_result:
     if permissions.mode is not None:
         mode = permissions.mode
@@ -403,7 +403,7 @@ def _bind_with(
 
 
 def _set_permissions(
-    place: _Place, name: bytes, status: os.stat_result, permissions: Permissions
+    place: _Location, name: bytes, status: os.stat_result, permissions: Permissions
 ) -> None:
     """Set owner, group and mode of the new socket, and of nothing that has replaced it."""
     mode, owner, group = permissions.mode, permissions.owner, permissions.group
@@ -439,7 +439,7 @@ def _set_permissions(
         os.close(fd)
 
 
-def _chown(place: _Place, path: bytes, owner: int | None, group: int | None) -> None:
+def _chown(place: _Location, path: bytes, owner: int | None, group: int | None) -> None:
     try:
         os.chown(path, -1 if owner is None else owner, -1 if group is None else group)
     except PermissionError as exc:
@@ -451,7 +451,7 @@ def _chown(place: _Place, path: bytes, owner: int | None, group: int | None) -> 
         ) from exc
 
 
-def _move(place: _Place, name: bytes, *, replace: bool) -> None:
+def _move(place: _Location, name: bytes, *, replace: bool) -> None:
     """Move the socket from its temporary name to the path."""
     if replace:
         try:
@@ -473,14 +473,14 @@ def _move(place: _Place, name: bytes, *, replace: bool) -> None:
     place.unlink(name)
 
 
-def _unlink_same(place: _Place, name: bytes, status: os.stat_result) -> None:
+def _unlink_same(place: _Location, name: bytes, status: os.stat_result) -> None:
     with suppress(OSError):
         if os.path.samestat(place.stat(name), status):
             place.unlink(name)
 
 
 @contextmanager
-def _locked(place: _Place) -> Generator[None, None, None]:
+def _locked(place: _Location) -> Generator[None, None, None]:
     import fcntl  # noqa: PLC0415 - not on Windows
 
     name = _beside(place.name, b".lock")
@@ -510,14 +510,14 @@ def _locked(place: _Place) -> Generator[None, None, None]:
         os.close(fd)
 
 
-def _is_at(place: _Place, name: bytes, status: os.stat_result) -> bool:
+def _is_at(place: _Location, name: bytes, status: os.stat_result) -> bool:
     try:
         return os.path.samestat(place.stat(name), status)
     except FileNotFoundError:
         return False
 
 
-def _open_lock(place: _Place, name: bytes) -> int:
+def _open_lock(place: _Location, name: bytes) -> int:
     # Without O_CREAT first: the kernel refuses that even to root for a file of another user in a
     # sticky directory (fs.protected_regular). O_NONBLOCK: it may be a FIFO.
     flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -541,7 +541,7 @@ def _open_lock(place: _Place, name: bytes) -> int:
         raise LockHeldError(place.path_of(name)) from None
 
 
-def _no_lock(place: _Place, name: bytes, exc: OSError) -> OSError:
+def _no_lock(place: _Location, name: bytes, exc: OSError) -> OSError:
     try:
         status = place.stat(name)
     except OSError:
@@ -570,7 +570,7 @@ def _pid_of_lock(status: os.stat_result) -> int | None:
     return None
 
 
-def _replaced(place: _Place, name: bytes) -> OSError:
+def _replaced(place: _Location, name: bytes) -> OSError:
     return OSError(
         errno.EBUSY,
         f"{escaped(place.path_of(name))} was replaced by another process before it was set up",
@@ -578,7 +578,7 @@ def _replaced(place: _Place, name: bytes) -> OSError:
     )
 
 
-def _in_use(place: _Place, why: str) -> AddressInUseError:
+def _in_use(place: _Location, why: str) -> AddressInUseError:
     return AddressInUseError(
         errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {why}", os.fsdecode(place.path)
     )

@@ -503,7 +503,7 @@ class CallbackConnection(DescriptorOwner):
             if cancellable is not None:
                 check_cancellable(cancellable)
             if callback is not None and not callable(callback):
-                raise TypeError(f"callback must be callable or None, not {type(callback).__name__}")
+                raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
             operation = Operation(
                 self,
                 tag,

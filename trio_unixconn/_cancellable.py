@@ -252,7 +252,7 @@ class Cancellable(DescriptorOwner):
           TypeError: ``callback`` is not callable.
         """
         if not callable(callback):
-            raise TypeError(f"callback must be callable, not {type(callback).__name__}")
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         with _changed:
             if not self._cancelled:
                 self._last_id += 1
@@ -540,7 +540,7 @@ async def wait_cancellable(
     Raises:
       OperationCancelled: the Cancellable is cancelled.
       ConnectionClosedError: the socket is closed already. (To wait for the descriptor -1 is a
-        ValueError of trio's, which leaves a registration behind.)
+        ValueError of trio's, after which the descriptor stays registered.)
       trio.ClosedResourceError: this side has closed the socket while this waited.
       trio.BusyResourceError: another task waits for the same direction.
     """

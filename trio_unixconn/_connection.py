@@ -569,7 +569,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         Source: unix(7) (``SCM_CREDENTIALS``)
         """
         if not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"credentials must be Credentials, not {type(credentials).__name__}")
+            raise TypeError(f"credentials must be Credentials, got {type(credentials).__name__}")
         await self._sender.send(NUL, (), credentials, cancellable)
         return True
 
@@ -612,7 +612,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             numbers, _owners = _fds.filenos(fds, _kernel.SCM_MAX_FD)
         if credentials is not None and not isinstance(credentials, Credentials):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"credentials must be Credentials or None, not {type(credentials).__name__}"
+                f"credentials must be Credentials or None, got {type(credentials).__name__}"
             )
         with bytes_of(data) as view:
             if not view:
@@ -817,7 +817,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
                 raise TypeError("value must not be None without a length")
             return self.socket.setsockopt(level, option, value)
         if value is not None:
-            raise TypeError(f"value must be None with a length, not {value!r}")
+            raise TypeError(f"value must be None with a length, got {value!r}")
         return self.socket.setsockopt(level, option, value, length)
 
     @overload
@@ -890,17 +890,17 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         return get_peer_security_context(self._asked())
 
     def get_peer_identity(self, *, with_pidfd: bool = True) -> PeerIdentity:
-        """Return all of these together, and hold on to the process.
+        """Return all of these together, with a pidfd of the process.
 
         Args:
-          with_pidfd: whether to hold on to it, which takes a descriptor. Without one, nothing
-            can be told about the process as it is now.
+          with_pidfd: whether to open a pidfd, which takes a file descriptor. Without one, the
+            identity has no facts about the process as it is now.
 
         Returns:
           An identity that the caller owns: it holds a pidfd, so use it in a ``with`` block.
 
         Raises:
-          NotSupportedError: the platform tells no credentials.
+          NotSupportedError: the platform does not report credentials.
           OSError: EMFILE.
           ConnectionClosedError: this side closed the connection.
         """

@@ -148,7 +148,7 @@ def check_mode(mode: str) -> None:
       TypeError, ValueError: it does not.
     """
     if not isinstance(mode, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"mode must be a str, not {type(mode).__name__}")
+        raise TypeError(f"mode must be a str, got {type(mode).__name__}")
     letters = set(mode)
     if (
         len(letters) != len(mode)
@@ -156,7 +156,7 @@ def check_mode(mode: str) -> None:
         or len(letters & set("rwa")) != 1
         or {"b", "t"} <= letters
     ):
-        raise ValueError(f"mode must be one for an open file, such as 'rb' or 'r+', not {mode!r}")
+        raise ValueError(f"mode must be one for an open file, such as 'rb' or 'r+', got {mode!r}")
 
 
 def check_kinds(kinds: Collection[DescriptorKind]) -> frozenset[DescriptorKind]:
@@ -166,14 +166,14 @@ def check_kinds(kinds: Collection[DescriptorKind]) -> frozenset[DescriptorKind]:
       TypeError, ValueError: not a collection of DescriptorKind, or an empty one.
     """
     if isinstance(kinds, (str, bytes)):
-        raise TypeError(f"kinds must be a collection of DescriptorKind, not {type(kinds).__name__}")
+        raise TypeError(f"kinds must be a collection of DescriptorKind, got {type(kinds).__name__}")
     try:
         found = frozenset(kinds)
     except TypeError as exc:
-        raise TypeError(f"kinds must be a collection of DescriptorKind, not {kinds!r}") from exc
+        raise TypeError(f"kinds must be a collection of DescriptorKind, got {kinds!r}") from exc
     for each in found:
         if not isinstance(each, DescriptorKind):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"kinds must contain only DescriptorKind, not {each!r}")
+            raise TypeError(f"kinds must contain only DescriptorKind, got {each!r}")
     if not found:
         raise ValueError("kinds must contain at least one DescriptorKind")
     return found

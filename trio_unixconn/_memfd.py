@@ -48,7 +48,7 @@ def check_seals(seals: Seals) -> Seals:
       TypeError, ValueError: not Seals, or without ``Seals.SHRINK``.
     """
     if not isinstance(seals, Seals):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"seals must be Seals, not {type(seals).__name__}")
+        raise TypeError(f"seals must be Seals, got {type(seals).__name__}")
     if Seals.SHRINK not in seals:
         raise ValueError(
             "seals must contain Seals.SHRINK: reading memory that was shrunk kills this process "

@@ -75,12 +75,12 @@ class ReadAhead(deque[Entry]):
             raise first
         return first[1]
 
-    def take_fds(self, room: int) -> list[int]:
-        """Take the file descriptors of the first message if it has from 1 to ``room`` of them."""
+    def take_fds(self, max_fds: int) -> list[int]:
+        """Take the file descriptors of the first message, if it has 1 to ``max_fds``."""
         first = self[0] if self else None
         if isinstance(first, tuple):
             received = _ancillary.unpack(first[1])
-            if 1 <= len(received.fds) <= room and not received.truncated:
+            if 1 <= len(received.fds) <= max_fds and not received.truncated:
                 self.popleft()
                 if not self:
                     self.unguard()

@@ -238,8 +238,8 @@ class Receiver(ConnectedSocket):
         if ahead:
             ahead.guard()
 
-    def take_arrived(self, room: int) -> list[int]:
-        """Take messages that have arrived, while they have file descriptors and ``room`` for them.
+    def take_arrived(self, max_fds: int) -> list[int]:
+        """Take messages with file descriptors that have arrived, up to ``max_fds`` of them.
 
         What was read ahead is first. Then it peeks at each message, which installs duplicates
         of its file descriptors. If they fit, they are what is returned, and the message is
@@ -252,7 +252,7 @@ class Receiver(ConnectedSocket):
         """
         taken: list[int] = []
         if self.ahead:
-            while fds := self.ahead.take_fds(room - len(taken)):
+            while fds := self.ahead.take_fds(max_fds - len(taken)):
                 taken += fds
             if self.ahead:
                 return taken
@@ -261,7 +261,7 @@ class Receiver(ConnectedSocket):
         raw = self.raw
         # The duplicates of a message that does not fit are closed a little later, by a thread, and
         # the next receive may need as many free descriptors before that.
-        limit = min(room, _kernel.free_descriptors() - 2 * _kernel.SCM_MAX_FD)
+        limit = min(max_fds, _kernel.free_descriptors() - 2 * _kernel.SCM_MAX_FD)
         while len(taken) < limit:
             try:
                 received = _ancillary.unpack(raw.recvmsg(_PEEK_SIZE, _ROOM, _PEEK))
@@ -276,7 +276,7 @@ class Receiver(ConnectedSocket):
                 break
             fits = (
                 len(received.data) == 1
-                and 1 <= len(received.fds) <= room - len(taken)
+                and 1 <= len(received.fds) <= max_fds - len(taken)
                 and not received.truncated
             )
             if not fits or not self._skip_message():

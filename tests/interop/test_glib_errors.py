@@ -235,13 +235,13 @@ async def test_closed_by_ourselves(tmp_path: Path, form: str, operation: str) ->
     "operation", ["send_fd", "receive_fd", "send_credentials", "receive_credentials"]
 )
 async def test_cancelled_before(tmp_path: Path, form: str, operation: str) -> None:
-    """A Cancellable that has fired keeps both from doing anything, with the same code."""
-    fired = Cancellable()
-    fired.cancel()
+    """A cancelled Cancellable keeps both from doing anything, with the same code."""
+    cancelled = Cancellable()
+    cancelled.cancel()
     async with connected(tmp_path) as (conn, peer):
         with opened("pipe", b"") as fd, pytest.raises(OperationCancelled) as caught:
             arguments: list[Any] = [fd] if operation == "send_fd" else []
-            await operate(form, conn, operation, *arguments, cancellable=fired)
+            await operate(form, conn, operation, *arguments, cancellable=cancelled)
         assert passcred(conn) == 0
         assert await peer.refusal(operation, cancelled=True) == caught.value.code
         assert caught.value.code == IOErrorEnum.CANCELLED
