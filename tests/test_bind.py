@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -1109,15 +1108,24 @@ async def test_lock_under_autojump_clock(
     """A trio clock that jumps does not end the wait for a lock that is held in real time."""
     autojump_clock.autojump_threshold = 0
     work = "bind" if what == "open" else "unbind"
-    tries = counted(monkeypatch, _bind, work)
+    real = getattr(_bind, work)
+    tries: list[str] = []
+    has_retried = threading.Event()
+
+    def attempt(*arguments: Any, **options: Any) -> Any:
+        tries.append(work)
+        if len(tries) == 4:
+            has_retried.set()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_bind, work, attempt)
     listener = await open_unix_listener(path) if what == "close" else None
     lock = path.with_name(".s.lock")
     file = lock.open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
 
     def release() -> None:
-        while len(tries) < 4:
-            time.sleep(0.001)
+        assert has_retried.wait(30)
         # Unlocked, and not removed: otherwise this would race with the next attempt.
         fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -1129,6 +1137,7 @@ async def test_lock_under_autojump_clock(
     await listener.aclose()
     thread.join(30)
     file.close()
+    assert len(tries) >= 4
     assert not path.exists()
 
 

@@ -292,11 +292,11 @@ def test_fork_closes_copies_of_what_is_queued(monkeypatch: pytest.MonkeyPatch) -
     assert _closing._closer is not closer
     assert _closing.wait_closed(30)
     assert not any(map(is_open, fds))
+    is_finished = threading.Event()
     with closer.lock:
-        closer.queue.put(([], None, None))
+        closer.queue.put(([], None, is_finished.set))
     release_lingering()
-    while closer.unfinished:
-        time.sleep(0)
+    assert is_finished.wait(30)
 
 
 def test_close_fds_starts_no_thread_at_the_end_of_the_interpreter(

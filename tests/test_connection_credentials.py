@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -199,8 +200,17 @@ async def test_another_user() -> None:
             await process.wait()
 
 
-async def test_receive_credentials_if_the_option_cannot_be_restored() -> None:
-    """An error of setsockopt does not take the place of what was received."""
+@pytest.mark.parametrize(
+    ("number", "logged"),
+    [
+        (errno.EPERM, ["cannot switch off socket option 16 (Operation not permitted)"]),
+        (errno.EBADF, []),
+    ],
+)
+async def test_receive_credentials_if_the_option_cannot_be_restored(
+    number: int, logged: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of setsockopt is logged, and does not take the place of what was received."""
 
     class Stubborn:
         """A socket of which no option can be switched off."""
@@ -213,7 +223,7 @@ async def test_receive_credentials_if_the_option_cannot_be_restored() -> None:
 
         def setsockopt(self, level: int, option: int, value: int) -> None:
             if not value:
-                raise PermissionError
+                raise OSError(number, os.strerror(number))
             self.sock.setsockopt(level, option, value)
 
     one, two = connection_pair()
@@ -222,3 +232,4 @@ async def test_receive_credentials_if_the_option_cannot_be_restored() -> None:
         real, two._receiver.raw = two._receiver.raw, Stubborn(two._receiver.raw)  # type: ignore[assignment]
         assert await two.receive_credentials() == Credentials()
         two._receiver.raw = real
+    assert [each.getMessage().partition(":")[0] for each in caplog.records] == logged

@@ -137,7 +137,9 @@ async def test_drain_of_a_name_that_stays() -> None:
     name = f"\0trio-unixconn-drain-{os.getpid()}"
 
     async def handler(conn: UnixConnection) -> None:
-        await trio.sleep(0.001)
+        # Meanwhile the other clients get into the queue.
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
 
     async def client() -> None:
         with contextlib.suppress(ConnectionRefusedError, ConnectionBrokenError):

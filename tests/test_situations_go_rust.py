@@ -37,9 +37,7 @@ import random
 import socket
 import subprocess
 import sys
-import threading
-import time
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -60,7 +58,7 @@ from trio_unixconn import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
 
@@ -230,18 +228,51 @@ async def test_send_eof_of_both_ends() -> None:
             assert await each.receive_some() == b""
 
 
-async def test_receive_fd_with_deadlines_that_race() -> None:
-    """A thread sends while deadlines end receive_fd now and then: all arrive, in order, once."""
+async def checkpoints(count: int) -> None:
+    for _ in range(count):
+        await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def ended_after(count: int) -> AsyncIterator[trio.CancelScope]:
+    """Cancel the block after some checkpoints."""
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+
+            async def end() -> None:
+                await checkpoints(count)
+                scope.cancel()
+
+            nursery.start_soon(end)
+            yield scope
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def cancelled_after(count: int, cancellable: Cancellable) -> AsyncIterator[None]:
+    """Cancel a Cancellable in another thread after some checkpoints."""
+
+    async def cancel() -> None:
+        await checkpoints(count)
+        await trio.to_thread.run_sync(cancellable.cancel)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cancel)
+        yield
+
+
+async def test_receive_fd_that_is_cancelled_while_a_thread_sends() -> None:
+    """A thread sends while receive_fd is cancelled now and then: all arrive, in order, once."""
     count = 500
     ours, theirs = socket.socketpair()
-    pauses = random.Random(1)
+    pauses, times = random.Random(1), random.Random(1)
 
     def send(fds: list[int]) -> None:
         with theirs:
             for number in range(count):
                 socket.send_fds(theirs, [b"x"], [fds[number % 7]])
-                if not number % 5:
-                    time.sleep(pauses.uniform(0, 0.0005))
+                if number % 3:
+                    trio.from_thread.run(checkpoints, pauses.randrange(60))
 
     received: list[int] = []
     ended = 0
@@ -250,7 +281,7 @@ async def test_receive_fd_with_deadlines_that_race() -> None:
             nursery.start_soon(trio.to_thread.run_sync, send, fds)
             with trio.fail_after(60):
                 while len(received) < count:
-                    with trio.move_on_after(pauses.uniform(0, 0.0005)) as scope:
+                    async with ended_after(times.randrange(20)) as scope:
                         fd = await conn.receive_fd()
                         received.append(os.fstat(fd).st_size)
                         os.close(fd)
@@ -260,24 +291,24 @@ async def test_receive_fd_with_deadlines_that_race() -> None:
 
 
 @pytest.mark.parametrize("with_fd", [False, True])
-async def test_send_message_with_deadlines_that_race(*, with_fd: bool) -> None:
-    """Deadlines end send_message now and then: the peer has exactly those that returned."""
+async def test_send_message_that_is_cancelled_while_a_thread_receives(*, with_fd: bool) -> None:
+    """Some calls of send_message are cancelled: the peer has exactly those that returned."""
     count = 2000
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
-    pauses = random.Random(2)
+    pauses, times = random.Random(2), random.Random(2)
     received = bytearray()
 
     def receive() -> None:
         with theirs:
             while True:
-                data, fds, _, _ = socket.recv_fds(theirs, 8, 8)
+                data, fds, _, _ = socket.recv_fds(theirs, 1, 8)
                 if not data:
                     return
                 received.extend(data)
                 for fd in fds:
                     os.close(fd)
-                time.sleep(pauses.uniform(0, 0.0002))
+                trio.from_thread.run(checkpoints, pauses.randrange(20))
 
     sent = bytearray()
     ended = 0
@@ -287,7 +318,7 @@ async def test_send_message_with_deadlines_that_race(*, with_fd: bool) -> None:
             with trio.fail_after(60):
                 for number in range(count):
                     byte = bytes([number % 251])
-                    with trio.move_on_after(pauses.uniform(0, 0.0002)) as scope:
+                    async with ended_after(times.randrange(20)) as scope:
                         await conn.send_message(byte, fds=[0] * with_fd)
                         sent += byte
                     ended += scope.cancelled_caught
@@ -296,9 +327,11 @@ async def test_send_message_with_deadlines_that_race(*, with_fd: bool) -> None:
 
 
 @pytest.mark.parametrize("per_message", [1, 3])
-@pytest.mark.parametrize("by", ["deadline", "Cancellable"])
-async def test_send_fds_with_deadlines_that_race(by: str, per_message: int) -> None:
-    """Deadlines end send_fds half way: the peer has exactly as many as it says, in order."""
+@pytest.mark.parametrize("by", ["scope", "Cancellable"])
+async def test_send_fds_that_is_cancelled_while_a_thread_receives(
+    by: str, per_message: int
+) -> None:
+    """Cancelled half way, send_fds says exactly how many the peer gets, in order."""
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 6000)
     times = random.Random(3)
@@ -324,20 +357,18 @@ async def test_send_fds_with_deadlines_that_race(by: str, per_message: int) -> N
                         sizes = [times.randrange(7) for _ in range(times.randrange(1, 40))]
                         burst = [fds[size] for size in sizes]
                         sent = 0
-                        if by == "deadline":
-                            with trio.move_on_after(times.uniform(0, 0.001)):
+                        if by == "scope":
+                            async with ended_after(times.randrange(20)):
                                 sent = await conn.send_fds(burst, per_message=per_message)
                         else:
                             cancellable = Cancellable()
-                            timer = threading.Timer(times.uniform(0, 0.001), cancellable.cancel)
-                            timer.start()
-                            try:
-                                sent = await conn.send_fds(
-                                    burst, per_message=per_message, cancellable=cancellable
-                                )
-                            except OperationCancelled as exc:
-                                sent = exc.sent
-                            timer.join()
+                            async with cancelled_after(times.randrange(20), cancellable):
+                                try:
+                                    sent = await conn.send_fds(
+                                        burst, per_message=per_message, cancellable=cancellable
+                                    )
+                                except OperationCancelled as exc:
+                                    sent = exc.sent
                         expected += sizes[:sent]
     assert received == expected
 
@@ -371,8 +402,8 @@ async def receive_in_any_way(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_receives_of_every_kind_with_deadlines_that_race(seed: int) -> None:
-    """Whichever receive comes next, and whenever the one before was ended: nothing is lost."""
+async def test_receives_of_every_kind_that_are_cancelled_while_a_thread_sends(seed: int) -> None:
+    """Whichever receive is next, and whenever the one before was cancelled: nothing is lost."""
     count = 500
     ours, theirs = socket.socketpair()
     times, pauses = random.Random(seed), random.Random(seed)
@@ -383,7 +414,7 @@ async def test_receives_of_every_kind_with_deadlines_that_race(seed: int) -> Non
             for number in range(count):
                 socket.send_fds(theirs, [b"x"], [fds[number % 7]])
                 if pauses.random() < 0.5:
-                    time.sleep(pauses.uniform(0, 0.0005))
+                    trio.from_thread.run(checkpoints, pauses.randrange(20))
 
     with numbered(7) as fds:
         async with trio.open_nursery() as nursery:
@@ -392,17 +423,13 @@ async def test_receives_of_every_kind_with_deadlines_that_race(seed: int) -> Non
                 with trio.fail_after(60):
                     while len(received) < count:
                         cancellable = Cancellable() if times.random() < 0.3 else None
-                        timer = threading.Timer(
-                            times.uniform(0, 0.001), (cancellable or Cancellable()).cancel
-                        )
-                        timer.start()
                         way, most = times.randrange(6), times.randrange(1, 30)
-                        with (
-                            trio.move_on_after(times.uniform(0, 0.001)),
-                            suppress(OperationCancelled),
+                        async with (
+                            cancelled_after(times.randrange(20), cancellable or Cancellable()),
+                            ended_after(times.randrange(20)),
                         ):
-                            await receive_in_any_way(conn, way, most, cancellable, received)
-                        timer.join()
+                            with suppress(OperationCancelled):
+                                await receive_in_any_way(conn, way, most, cancellable, received)
     assert received == [number % 7 for number in range(count)]
 
 

@@ -566,7 +566,9 @@ def _pid_of_lock(status: os.stat_result) -> int | None:
                 if fields[1] == "FLOCK" and fields[5] == device and int(fields[4]) > 0:
                     return int(fields[4])
     except OSError:
-        pass
+        # The caller describes another error, which must be reported without /proc, too (ENOENT,
+        # EACCES), and without a free file descriptor (EMFILE).
+        return None
     return None
 
 

@@ -10,6 +10,7 @@ Sources: unix(7), recvmsg(2)
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 import sys
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from ._ancillary import RawMessage
     from ._cancellable import Cancellable
+
+logger: Final = logging.getLogger("trio_unixconn")
 
 _ROOM: Final = _kernel.CONTROL_ROOM
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
@@ -346,11 +349,20 @@ class Receiver(ConnectedSocket):
         raw = self.raw
         if raw.fileno() != -1:
             for option in self._temporary_options:
-                try:  # noqa: SIM105 - in every receive_credentials()
+                try:
                     raw.setsockopt(_SOL_SOCKET, option, 0)
-                except OSError:
-                    # It must not take the place of a message that was received.
-                    pass
+                except OSError as exc:
+                    # Not raised: it would take the place of a message that was received, whose
+                    # file descriptors would be lost. EBADF and ENOTSOCK: other code has closed the
+                    # number, which the next operation reports. Others come from a seccomp filter
+                    # or a security module.
+                    if exc.errno not in (errno.EBADF, errno.ENOTSOCK):
+                        logger.warning(
+                            "cannot switch off socket option %s (%s): messages keep bringing "
+                            "credentials or a pidfd",
+                            option,
+                            exc.strerror,
+                        )
         self._temporary_options = ()
 
 
