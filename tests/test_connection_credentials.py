@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import sys
 from typing import Any
@@ -233,3 +234,27 @@ async def test_receive_credentials_if_the_option_cannot_be_restored(
         assert await two.receive_credentials() == Credentials()
         two._receiver.raw = real
     assert [each.getMessage().partition(":")[0] for each in caplog.records] == logged
+
+
+@pytest.mark.parametrize("how", ["detach", "aclose"])
+async def test_receive_credentials_returns_what_it_has_received(how: str) -> None:
+    """A byte that was received before the connection was detached or closed is not lost."""
+    results: list[Credentials] = []
+
+    async def receive(conn: UnixConnection) -> None:
+        results.append(await conn.receive_credentials())
+
+    for number in range(50):
+        one, two = connection_pair()
+        async with one, two, trio.open_nursery() as nursery:
+            await one.send_all(b"x")
+            expected = two.get_peer_credentials()
+            nursery.start_soon(receive, two)
+            while select.select([two.socket.fileno()], [], [], 0)[0]:
+                await trio.lowlevel.checkpoint()
+            # The task is in its last checkpoint, or has ended.
+            if how == "detach":
+                os.close(two.detach())
+            else:
+                await two.aclose()
+        assert results == [expected] * (number + 1)

@@ -548,7 +548,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         if not received[0]:
             raise end_of_stream_error("credentials", received)
         credentials = _ancillary.expect_credentials(received)
-        return self.get_peer_credentials() if credentials is None else credentials
+        return credentials or self._receiver.peer or self.get_peer_credentials()
 
     @enable_ki_protection
     async def send_fake_credentials(

@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from trio.lowlevel import (
@@ -26,6 +27,7 @@ from trio.lowlevel import (
 
 from . import _ancillary, _closing, _kernel
 from ._cancellable import checkpoint_cancellable, wait_cancellable
+from ._credentials import peer_credentials
 from ._identity import open_peer_pidfd, pid_of
 from ._readahead import ReadAhead
 from ._socket import FAILURES, ConnectedSocket
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from ._ancillary import RawMessage
     from ._cancellable import Cancellable
+    from ._credentials import Credentials
 
 logger: Final = logging.getLogger("trio_unixconn")
 
@@ -63,15 +66,17 @@ class Receiver(ConnectedSocket):
     Attributes:
       ahead: what fds() read ahead; None before its first use.
       busy: whether a task is receiving.
+      peer: the credentials of the peer, if the socket was released while a task was receiving.
     """
 
-    __slots__ = ("_temporary_options", "_wants_pidfds", "ahead", "busy")
+    __slots__ = ("_temporary_options", "_wants_pidfds", "ahead", "busy", "peer")
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
         enable_oobinline(raw)
         self.busy: bool = False
         self.ahead: ReadAhead | None = None
+        self.peer: Credentials | None = None
         # Options that are on only while a receive is running.
         self._temporary_options: tuple[int, ...] = ()
         # Whether this connection was ever asked for a pidfd: then reading ahead asks, too.
@@ -309,6 +314,10 @@ class Receiver(ConnectedSocket):
 
     def release(self) -> None:
         """Close what was read ahead, and restore options, before the socket is closed."""
+        if self.busy:
+            # A receive that has its message already returns it, and may need these.
+            with suppress(OSError, NotSupportedError):
+                self.peer = peer_credentials(self.raw.getsockopt)
         if self._temporary_options:
             self._restore_options()
         if self.ahead is not None:
