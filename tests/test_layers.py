@@ -84,8 +84,6 @@ FOLDERS = {
         "_worker",
         "_job",
         "_stats_server",
-        "_http",
-        "_exposition",
         "_server",
         "_pool",
         "_supervisor",

@@ -174,7 +174,7 @@ async def test_a_drain_that_a_handler_does_not_heed(
             await client.line()
             monkeypatch.setattr(_supervisor, "_SHORT_END", 0.2)
             await pool.drain(0)
-    assert reported == [AbandonedJob(1, 0, pid)]
+    assert reported == [AbandonedJob(1, 0, pid, data=b"compute")]
 
 
 async def test_a_drain_while_a_worker_is_stopped(

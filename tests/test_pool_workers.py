@@ -410,7 +410,7 @@ async def test_a_handler_that_computes_for_ever(shared: Path) -> None:
             assert await client.line() == [pid, 1]
             assert await client.read() == b""
         assert await pool.call() == b"nothing to do"
-        assert reported == [AbandonedJob(1, 0, pid)]
+        assert reported == [AbandonedJob(1, 0, pid, data=b"compute")]
 
 
 async def test_hangs_are_not_looked_for() -> None:

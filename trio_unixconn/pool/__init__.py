@@ -14,6 +14,7 @@ from ._server import (
 )
 from ._statistics import (
     AbandonedJob as AbandonedJob,
+    Latency as Latency,
     PoolStatistics as PoolStatistics,
     WorkerStatistics as WorkerStatistics,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "AbandonedJob",
     "Job",
     "JobReceipt",
+    "Latency",
     "PoolStatistics",
     "WorkerPool",
     "WorkerPoolOptions",

@@ -441,6 +441,7 @@ class WorkerHandle(DescriptorOwner):
         jobs = self._take_batch(body)
         now, index, pid, in_flight = self.last_heard, self.index, self.pid, self.in_flight
         for job in jobs:
+            self._counters.wait.add(now - job.submitted_at)
             in_flight[job.id] = job
             job.acknowledge(index, pid, now)
             if job.wants_answer and job.raise_cancel is not None:
@@ -515,6 +516,7 @@ class WorkerHandle(DescriptorOwner):
         if wants_answer is not None and job.wants_answer != wants_answer:
             raise ProtocolError(f"job {job_id} expects {'an' if job.wants_answer else 'no'} answer")
         del self.in_flight[job_id]
+        self._counters.handling.add(self.last_heard - job.acknowledged_at)
         return job
 
     def _on_finished(self, count: int) -> None:

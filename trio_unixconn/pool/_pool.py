@@ -13,7 +13,6 @@ import operator
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
@@ -237,7 +236,7 @@ class WorkerPool(DescriptorOwner):
     def statistics(self) -> PoolStatistics:
         """Return what the pool has done since its beginning, and what it is doing."""
         restarts = {id(slot.handle): slot.restarts for slot in self._supervisor.slots}
-        now = trio.current_time()
+        now, oldest = trio.current_time(), self._queue.oldest_submitted_at()
         workers = tuple(
             WorkerStatistics(
                 index=handle.index,
@@ -246,6 +245,7 @@ class WorkerPool(DescriptorOwner):
                 in_flight=handle.jobs_in_hand,
                 handled=handle.handled,
                 failed=handle.failed,
+                refusals=handle.refusals,
                 restarts=restarts.get(id(handle), 0),
                 memory=memory_of(handle.pid),
                 age=max(0.0, now - handle.started_at),
@@ -255,8 +255,9 @@ class WorkerPool(DescriptorOwner):
         return PoolStatistics(
             workers=workers,
             queued=len(self._queue),
+            queue_age=0.0 if oldest is None else now - oldest,
             in_flight=sum(each.in_flight for each in workers),
-            **attrs.asdict(self._counters),
+            **self._counters.values(),
         )
 
 

@@ -1,29 +1,92 @@
-"""What a pool has done, and what it is doing, as values.
-
-The rule of this file: values only; they do not change once they are made.
-"""
+"""The statistics of a pool: values that do not change, and the counters that they are made of."""
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_left
+from typing import Any, Final
 
 import attrs
+
+#: The upper bounds of the buckets of a latency histogram, in seconds; one more has no bound.
+LATENCY_BOUNDS: Final = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+
+
+@attrs.frozen
+class Latency:
+    """How long something took, for all jobs since the beginning of a pool.
+
+    Attributes:
+      count: the number of jobs.
+      sum: their times together, in seconds.
+      buckets: the upper bound of each bucket in seconds, and the number of jobs that took at most
+        so long. The last bound is infinity, with all jobs.
+    """
+
+    count: int
+    sum: float
+    buckets: tuple[tuple[float, int], ...]
+
+    def quantile(self, fraction: float) -> float:
+        """Return the bound of the bucket in which a quantile is; ``nan`` without jobs.
+
+        Args:
+          fraction: 0.5 for the median, 0.99 for the 99th percentile.
+
+        Raises:
+          ValueError: it is not between 0 and 1.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
+        if not self.count:
+            return math.nan
+        return next(bound for bound, count in self.buckets if count >= fraction * self.count)
+
+
+class LatencyHistogram:
+    """The times of jobs, counted in buckets."""
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BOUNDS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a job."""
+        self._counts[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def snapshot(self) -> Latency:
+        """Return the value at this moment."""
+        total = 0
+        buckets: list[tuple[float, int]] = []
+        for bound, count in zip((*LATENCY_BOUNDS, math.inf), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        return Latency(total, self._sum, tuple(buckets))
 
 
 @attrs.frozen(kw_only=True)
 class WorkerStatistics:
-    """One worker.
+    """A worker.
 
     Attributes:
-      index: its place in the pool, which a replacement takes over.
-      pid: its process.
-      state: ``"ready"``, ``"draining"``, or ``"starting"``, when there is none yet to take jobs.
-      in_flight: jobs that it was sent, and has not finished.
-      handled: jobs whose handler has returned.
-      failed: jobs whose handler has raised, or could not be given its stream.
-      restarts: how many workers were at this place before.
-      memory: bytes of resident memory; 0 where nobody tells.
-      age: seconds since it was ready.
+      index: its index in the pool, which its successor has, too.
+      pid: its process ID.
+      state: ``"ready"``, ``"draining"``, or ``"starting"`` if no worker of this index can accept
+        jobs yet.
+      in_flight: the number of jobs that it was sent and has not finished.
+      handled: the number of jobs whose handlers have returned.
+      failed: the number of jobs whose handlers have raised, or could not be given their streams.
+      refusals: the number of batches that it has refused, without a free file descriptor.
+      restarts: the number of workers that had this index before.
+      memory: its resident memory in bytes; 0 if it is unknown.
+      age: the time in seconds since it was ready.
     """
 
     index: int
@@ -32,6 +95,7 @@ class WorkerStatistics:
     in_flight: int
     handled: int
     failed: int
+    refusals: int
     restarts: int
     memory: int
     age: float
@@ -39,26 +103,33 @@ class WorkerStatistics:
 
 @attrs.frozen(kw_only=True)
 class PoolStatistics:
-    """A pool, from its beginning on.
+    """A pool, since its beginning.
+
+    At every moment, ``submitted`` is the sum of ``handled``, ``failed``, ``abandoned``,
+    ``rejected``, ``cancelled``, ``queued`` and ``in_flight``.
 
     Attributes:
-      workers: one for each place, in order; and those that are still draining, behind.
-      queued: jobs that wait for a worker.
-      in_flight: jobs that workers have, and have not finished.
-      submitted: jobs that the pool has taken over.
-      acknowledged: jobs that a worker has taken.
-      handled: jobs whose handler has returned.
-      failed: jobs whose handler has raised, or could not be given its stream.
-      abandoned: jobs that were being handled when their worker died.
-      retried: how many times a job was handed to another worker.
-      rejected: jobs that no worker has taken, which were given up.
-      cancelled: jobs that were cancelled before a worker had them.
-      restarts: workers that were replaced, whatever the reason.
-      deaths: workers that died without having been asked to.
+      workers: one for each index, in order; after these, workers that are draining.
+      queued: the number of jobs in the queue.
+      queue_age: how long the oldest of them has been there, in seconds; 0 if there is none.
+      in_flight: the number of jobs that workers were sent and have not finished.
+      submitted: the number of jobs that the pool has accepted.
+      acknowledged: the number of jobs that a worker has accepted.
+      handled: the number of jobs whose handlers have returned.
+      failed: the number of jobs whose handlers have raised, or could not be given their streams.
+      abandoned: the number of jobs that were being handled when their workers died.
+      retried: how many times a job was queued again.
+      rejected: the number of jobs that no worker has accepted.
+      cancelled: the number of jobs that were cancelled before a worker had them.
+      restarts: the number of workers that were replaced, for any reason.
+      deaths: the number of workers that died without having been asked to exit.
+      wait: the time from the submission of a job until a worker accepted it.
+      handling: the time from then until its handler ended.
     """
 
     workers: tuple[WorkerStatistics, ...]
     queued: int
+    queue_age: float
     in_flight: int
     submitted: int
     acknowledged: int
@@ -70,26 +141,34 @@ class PoolStatistics:
     cancelled: int
     restarts: int
     deaths: int
+    wait: Latency
+    handling: Latency
 
 
 @attrs.frozen
 class AbandonedJob:
-    """A job that was being handled when its worker died; it is not handed to another.
+    """A job that was being handled when its worker died; it is not given to another worker.
 
     Attributes:
       id: the pool's number for it, as in its :class:`JobReceipt`.
       worker: the index of the worker.
-      pid: its process, which has ended.
+      pid: the ID of its process, which has ended.
+      peer: the address of the peer, if :func:`serve_with_workers` accepted the connection.
+      data: the bytes that were submitted with it.
+      seconds: how long its handler ran.
     """
 
     id: int
     worker: int
     pid: int
+    peer: Any = None
+    data: bytes = attrs.field(default=b"", repr=False)
+    seconds: float = attrs.field(default=0.0, eq=False)
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Counters:
-    """The counts of :class:`PoolStatistics`, while they go on."""
+    """The counters of :class:`PoolStatistics`."""
 
     submitted: int = 0
     acknowledged: int = 0
@@ -101,10 +180,17 @@ class Counters:
     cancelled: int = 0
     restarts: int = 0
     deaths: int = 0
+    wait: LatencyHistogram = attrs.field(factory=LatencyHistogram)
+    handling: LatencyHistogram = attrs.field(factory=LatencyHistogram)
+
+    def values(self) -> dict[str, Any]:
+        """Return their values by name, as :class:`PoolStatistics` takes them."""
+        values = attrs.asdict(self)
+        return {**values, "wait": self.wait.snapshot(), "handling": self.handling.snapshot()}
 
 
 def memory_of(pid: int) -> int:
-    """Return a process's resident memory in bytes; 0 where nobody tells.
+    """Return a process's resident memory in bytes; 0 if it is unknown.
 
     Source: proc_pid_statm(5)
     """

@@ -418,7 +418,16 @@ class Supervisor(DescriptorOwner):
             )
             if self.options.on_abandoned is not None:
                 try:
-                    self.options.on_abandoned(AbandonedJob(job.id, handle.index, handle.pid))
+                    self.options.on_abandoned(
+                        AbandonedJob(
+                            job.id,
+                            handle.index,
+                            handle.pid,
+                            job.peer,
+                            job.data,
+                            trio.current_time() - job.acknowledged_at,
+                        )
+                    )
                 except Exception:
                     logger.exception("on_abandoned raised an exception for job %d", job.id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import trio
 from helpers import until
 from prometheus_client.parser import text_string_to_metric_families
-from statistics_samples import STATISTICS
+from statistics_samples import STATISTICS, latency
 from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
@@ -27,9 +28,9 @@ from trio_unixconn import (
     open_unix_listener,
 )
 from trio_unixconn.pool import (
+    Latency,
     PoolStatistics,
     WorkerServer,
-    _exposition,
     _stats_server,
     serve_statistics,
 )
@@ -89,34 +90,40 @@ def families(text: str) -> dict[str, Metric]:
 ################################################################
 
 
-def test_json_has_it_all() -> None:
-    """The document has every attribute by its name, and each worker."""
-    document = json.loads(_exposition.as_json(STATISTICS, {"accepted": 1}))
+def test_as_json() -> None:
+    """The document has every attribute by its name, and each worker; it is strict JSON."""
+    text = _stats_server.as_json(STATISTICS, {"accepted": 1})
+    document = json.loads(text, parse_constant=pytest.fail)
     assert document.pop("accepted") == 1
-    assert document == json.loads(json.dumps(attrs.asdict(STATISTICS)))
+    expected = attrs.asdict(STATISTICS)
+    for name in "wait", "handling":
+        latency: Latency = getattr(STATISTICS, name)
+        expected[name]["buckets"] = {
+            "+Inf" if bound == math.inf else f"{bound:g}": count for bound, count in latency.buckets
+        }
+    assert document == json.loads(json.dumps(expected))
 
 
-def test_prometheus_reads_it() -> None:
-    """Prometheus's own parser finds every number, with help, and counters as such."""
-    text = _exposition.as_prometheus(STATISTICS, {"accepted": 120, "denied": 20})
+def test_as_prometheus() -> None:
+    """Prometheus's own parser finds every value, with help, and counters as such."""
+    text = _stats_server.as_prometheus(STATISTICS, {"accepted": 120, "denied": 20})
     found = families(text)
     assert text.endswith("\n")
     assert all(each.documentation for each in found.values())
-    for name, count in attrs.asdict(STATISTICS).items():
-        if name in ("queued", "in_flight"):
-            family = found[f"trio_unixconn_pool_jobs_{name}"]
-            assert family.type == "gauge"
-        elif name in ("restarts", "deaths"):
-            family = found[f"trio_unixconn_pool_{name}"]
-            assert family.type == "counter"
-        elif name == "workers":
-            continue
-        else:
-            family = found[f"trio_unixconn_pool_jobs_{name}"]
-            assert family.type == "counter"
-        (sample,) = family.samples
-        assert sample.value == count
-        assert sample.name.endswith("_total") == (family.type == "counter")
+    names = {
+        **{name: f"jobs_{name}" for name in attrs.asdict(STATISTICS)},
+        "queue_age": "queue_age_seconds",
+        "restarts": "restarts",
+        "deaths": "deaths",
+    }
+    gauges = {"queued", "queue_age", "in_flight"}
+    for name in attrs.asdict(STATISTICS):
+        if name not in ("workers", "wait", "handling"):
+            family = found[f"trio_unixconn_pool_{names[name]}"]
+            assert family.type == ("gauge" if name in gauges else "counter")
+            (sample,) = family.samples
+            assert sample.value == getattr(STATISTICS, name)
+            assert sample.name.endswith("_total") == (family.type == "counter")
     assert found["trio_unixconn_connections_accepted"].samples[0].value == 120
     assert found["trio_unixconn_connections_denied"].samples[0].value == 20
     assert {
@@ -124,35 +131,56 @@ def test_prometheus_reads_it() -> None:
     } == {"ready": 2, "draining": 1, "starting": 0}
 
 
-def test_no_two_samples_are_the_same() -> None:
-    """Each worker's samples can be told from each other, also of two at one place."""
-    found = families(_exposition.as_prometheus(STATISTICS, {}))
+def test_as_prometheus_of_latencies() -> None:
+    """A latency is a histogram of cumulative buckets, with its sum and count."""
+    found = families(_stats_server.as_prometheus(STATISTICS, {}))
+    family = found["trio_unixconn_pool_job_wait_seconds"]
+    assert family.type == "histogram"
+    buckets = {
+        each.labels["le"]: each.value for each in family.samples if each.name.endswith("_bucket")
+    }
+    assert [buckets[le] for le in ("0.0005", "0.001", "0.0025", "60", "+Inf")] == [1, 1, 2, 2, 3]
+    assert {each.name[-6:]: each.value for each in family.samples if "le" not in each.labels} == {
+        "ds_sum": STATISTICS.wait.sum,
+        "_count": 3,
+    }
+
+
+def test_as_prometheus_has_one_series_for_a_worker() -> None:
+    """The number of series does not grow when a worker is replaced: no label is a pid."""
+    found = families(_stats_server.as_prometheus(STATISTICS, {}))
     assert "trio_unixconn_connections_accepted" not in found
     memory = found["trio_unixconn_worker_resident_memory_bytes"]
-    assert [(each.labels["worker"], each.labels["pid"], each.value) for each in memory.samples] == [
-        ("0", "100", 5 << 20),
-        ("1", "101", 5 << 20),
-        ("0", "99", 5 << 20),
+    # Of index 0 the new worker and the one that drains are added.
+    assert [(each.labels, each.value) for each in memory.samples] == [
+        ({"worker": "0"}, 10 << 20),
+        ({"worker": "1"}, 5 << 20),
     ]
+    handled = found["trio_unixconn_worker_jobs_handled"]
+    assert [each.value for each in handled.samples] == [20, 20]
     for family in found.values():
-        labels = [tuple(each.labels.items()) for each in family.samples]
+        labels = [(each.name, *each.labels.items()) for each in family.samples]
         assert len(set(labels)) == len(labels)
     assert found["trio_unixconn_worker_age_seconds"].samples[0].value == 6.5
 
 
-def test_every_attribute_is_exposed() -> None:
-    """A field that is new in the statistics is not forgotten here."""
-    exposed = {each[0] for each in _exposition._POOL}
+def test_every_counter_is_exposed() -> None:
+    """No attribute of the statistics is forgotten."""
+    exposed = {each[0] for each in (*_stats_server._POOL, *_stats_server._LATENCIES)}
     assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers"}
 
 
-def test_labels_are_escaped() -> None:
-    """What would end a label, or a line, comes back out of the parser as it was."""
-    odd = 'a"b\\c\nd'
-    lines = _exposition._family("odd", "gauge", "two\nlines \\", [({"label": odd}, 1)])
-    family = families("\n".join(lines) + "\n")["odd"]
-    assert family.samples[0].labels == {"label": odd}
-    assert family.documentation == "two\nlines \\"
+def test_latency_quantile() -> None:
+    """A quantile is the bound of its bucket."""
+    times = latency(*[0.002] * 98, 0.3, 70.0)
+    assert times.count == 100
+    assert times.sum == pytest.approx(70.496)
+    assert [times.quantile(each) for each in (0, 0.5, 0.98, 0.99, 1)] == [
+        *(0.0005, 0.0025, 0.0025, 0.5, math.inf)
+    ]
+    assert math.isnan(latency().quantile(0.5))
+    with pytest.raises(ValueError, match=r"fraction must be between 0 and 1, got 1\.5"):
+        times.quantile(1.5)
 
 
 ################################################################
@@ -196,7 +224,7 @@ async def test_of_a_pool(tmp_path: Path) -> None:
 async def test_an_unknown_word(tmp_path: Path) -> None:
     """It is said what there is."""
     async with asked_at(tmp_path / "s"):
-        assert await ask(tmp_path / "s", b"xml\n") == b"send json, prometheus or an HTTP request\n"
+        assert await ask(tmp_path / "s", b"xml\n") == b"expected json, prometheus or an HTTP request\n"
 
 
 def parsed(raw: bytes, method: str = "GET") -> tuple[h11.Response, str]:
@@ -321,7 +349,7 @@ async def test_the_same_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_who_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that begins a question and never ends it is closed."""
-    monkeypatch.setattr(_stats_server, "_LONGEST_EXCHANGE", 0.1)
+    monkeypatch.setattr(_stats_server, "EXCHANGE_TIMEOUT", 0.1)
     async with asked_at(tmp_path / "s") as unix_server:
         assert await ask(tmp_path / "s", b"GET / HTTP/1.1\r\n") == b""
         await until(lambda: unix_server.connections == 0)
