@@ -224,7 +224,8 @@ async def test_of_a_pool(tmp_path: Path) -> None:
 async def test_an_unknown_word(tmp_path: Path) -> None:
     """It is said what there is."""
     async with asked_at(tmp_path / "s"):
-        assert await ask(tmp_path / "s", b"xml\n") == b"expected json, prometheus or an HTTP request\n"
+        answer = await ask(tmp_path / "s", b"xml\n")
+        assert answer == b"expected json, prometheus or an HTTP request\n"
 
 
 def parsed(raw: bytes, method: str = "GET") -> tuple[h11.Response, str]:

@@ -202,7 +202,7 @@ async def test_killed_at_random_under_load() -> None:
     assert found.handled == 400 - len(abandoned)
 
 
-async def test_on_abandoned_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+async def test_on_abandoned_that_raises(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An exception out of on_abandoned is logged; the other jobs are reported, the pool goes on."""
     reported: list[int] = []
 
@@ -214,6 +214,7 @@ async def test_on_abandoned_that_raises(caplog: pytest.LogCaptureFixture) -> Non
         async with open_worker_pool(DO, workers=1, on_abandoned=fail) as pool:
             await pool.submit(null(), data=b"forever")
             await pool.submit(null(), data=b"forever")
+            await until(lambda: len(lines(shared / "began")) == 2)
             os.kill(pids(pool)[0], signal.SIGKILL)
             await until(lambda: len(reported) == 2)
             assert await pool.call() == b"nothing to do"
