@@ -456,8 +456,11 @@ async def test_aclose_frees_the_name(autojump_clock: MockClock) -> None:
     """After aclose() an abstract name can be bound again, under a MockClock, too."""
     name = f"\0trio-unixconn-free-{os.getpid()}"
     for _ in range(20):
-        async with await open_unix_listener(name):
+        async with await open_unix_listener(name) as listener:
             pass
+        assert listener.socket.fileno() == -1
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(name)
 
 
 async def test_aclose_with_a_waiting_connection_frees_the_name() -> None:
@@ -466,6 +469,8 @@ async def test_aclose_with_a_waiting_connection_frees_the_name() -> None:
     for _ in range(20):
         async with await open_unix_listener(name):
             client = await open_unix_connection(name)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(name)
         await client.aclose()
 
 

@@ -48,14 +48,18 @@ async def test_receive_fd_of_an_oob_message(
 ) -> None:
     """receive_fd returns the file descriptor of an out-of-band byte, and those around it."""
     conn, peer = conn_and_peer
-    for number in range(3):
-        with open(os.devnull) as file:
-            if number == 1:
-                send_oob(peer, b"o", file.fileno())
-            else:
-                socket.send_fds(peer, [b"n"], [file.fileno()])
-    for _ in range(3):
-        os.close(await conn.receive_fd())
+    paths = [os.devnull, "/", os.devnull]
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if path == "/":
+            send_oob(peer, b"o", fd)
+        else:
+            socket.send_fds(peer, [b"n"], [fd])
+        os.close(fd)
+    for path in paths:
+        fd = await conn.receive_fd()
+        assert os.path.samestat(os.fstat(fd), os.stat(path))
+        os.close(fd)
 
 
 async def test_receive_message_of_an_oob_message(
@@ -113,9 +117,13 @@ async def test_accept_sets_oobinline(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as peer:
         async with await open_unix_listener(path) as listener:
             peer.connect(path)
-            send_oob(peer, b"!", 0)
+            root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+            send_oob(peer, b"!", root)
+            os.close(root)
             async with await listener.accept() as conn:
-                os.close(await conn.receive_fd())
+                fd = await conn.receive_fd()
+                assert os.path.samestat(os.fstat(fd), os.stat("/"))
+                os.close(fd)
 
 
 def test_enable_oobinline_without_the_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,7 @@ async def test_connection_to_a_thread_that_reads_slowly(name: str) -> None:
 async def test_aclose_of_a_cancelled_handler(name: str, serve: str, operation: str) -> None:
     """A handler that is cancelled closes while its other task waits: no error, and it ends."""
     began = trio.Event()
+    closed: list[int] = []
 
     async def handler(conn: UnixConnection) -> None:
         async def operate() -> None:
@@ -303,7 +304,10 @@ async def test_aclose_of_a_cancelled_handler(name: str, serve: str, operation: s
             try:
                 await trio.sleep_forever()
             finally:
-                await conn.aclose()
+                try:
+                    await conn.aclose()
+                finally:
+                    closed.append(conn.socket.fileno())
 
     listener = await open_unix_listener(name)
     async with trio.open_nursery() as nursery:
@@ -315,6 +319,8 @@ async def test_aclose_of_a_cancelled_handler(name: str, serve: str, operation: s
             await began.wait()
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
+    assert nursery.cancel_scope.cancelled_caught
+    assert closed == [-1]
 
 
 async def test_open_unix_connection_without_listener(name: str) -> None:

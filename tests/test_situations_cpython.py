@@ -453,9 +453,11 @@ async def test_open_unix_listener_takes_backlog(tmp_path: Path, backlog: Any) ->
     """Any backlog that listen(2) takes is taken, 0 too; a client can connect."""
     async with (
         await open_unix_listener(tmp_path / "s", backlog=backlog) as listener,
-        await open_unix_connection(tmp_path / "s"),
+        await open_unix_connection(tmp_path / "s") as client,
+        await listener.accept() as conn,
     ):
-        await (await listener.accept()).aclose()
+        await client.send_all(b"x")
+        assert await conn.receive_some(2) == b"x"
 
 
 ################################################################

@@ -88,6 +88,7 @@ def test_an_async_test_says_why_it_skips(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makeini(f"[pytest]\ntrio_mode = true\npythonpath = {Path(__file__).parent}")
     result = pytester.runpytest_subprocess("-rs", "-p", "no:cacheprovider", timeout=60)
+    result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines("SKIPPED*the moon is full")
 
 
