@@ -1,4 +1,4 @@
-"""Two processes tell each other who they are, and the kernel vouches for both."""
+"""Two processes exchange credentials, which the kernel checks."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ from trio_unixconn import Credentials, UnixConnection, open_unix_connection, ope
 
 async def exchange(conn: UnixConnection, name: str) -> Credentials:
     await conn.send_credentials()
-    sent = await conn.receive_credentials()  # who sent the byte
-    noted = conn.get_peer_credentials()  # who connected, or listened
+    sent = await conn.receive_credentials()  # the sender of the byte
+    noted = conn.get_peer_credentials()  # the process that connected, or listened
     print(f"{name}: the peer is {sent.to_string()}", flush=True)
     assert sent == noted
     assert sent.is_same_user(Credentials())
@@ -20,8 +20,8 @@ async def exchange(conn: UnixConnection, name: str) -> Credentials:
 
 
 async def parent() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "socket")
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "socket")
         async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
             process: trio.Process = await nursery.start(
                 trio.run_process, [sys.executable, __file__, path]

@@ -96,8 +96,8 @@ async def serve_until_told(path: str) -> None:
 
 async def demonstrate() -> None:
     request = h11.Request(method="GET", target="/", headers=[("Host", "localhost")])
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "http")
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "http")
         async with trio.open_nursery() as nursery:
             server = await nursery.start(serve_unix, handler, path)
             async with await open_unix_connection(path) as conn:

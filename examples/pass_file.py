@@ -12,11 +12,11 @@ TEXT = b"written by the parent, read by the child"
 
 
 async def parent() -> None:
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as file:
         file.write(TEXT)
         file.flush()
         file.seek(0)  # the position is part of the open file, which both processes share
-        path = os.path.join(folder, "socket")
+        path = os.path.join(directory, "socket")
         async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
             nursery.start_soon(trio.run_process, [sys.executable, __file__, path])
             async with await listener.accept() as conn:

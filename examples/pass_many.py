@@ -43,7 +43,7 @@ async def child(number: int) -> None:
         count = 0
         answer = b""
         while count < 500:
-            # The block closes what nobody took out of the list.
+            # The block closes the descriptors that are still in the list.
             with await conn.receive_fds(500 - count) as fds:
                 answer += b"".join(map(identity, fds))
                 count += len(fds)

@@ -1,4 +1,4 @@
-"""A server and a client that decide who the other may be, before a byte is exchanged."""
+"""A server and a client that check each other's identity, before a byte is exchanged."""
 
 import logging
 import os
@@ -74,9 +74,9 @@ async def client(path: str) -> str:
 
 async def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o711)  # noqa: S103 - so that others can try
-        await server(os.path.join(folder, "socket"))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o711)  # noqa: S103 - so that others can try
+        await server(os.path.join(directory, "socket"))
 
 
 if len(sys.argv) == 1:

@@ -28,8 +28,8 @@ async def handler(conn: UnixConnection) -> None:
 
 
 async def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
-        path = os.path.join(folder, "socket")
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as file:
+        path = os.path.join(directory, "socket")
         async with trio.open_nursery() as nursery:
             server = await nursery.start(
                 partial(serve_unix, handler, path, policy=PeerPolicy.same_user())
@@ -39,7 +39,7 @@ async def main() -> None:
             async with await open_unix_connection(path) as conn:
                 await conn.send_fd(file)
                 print("the server says:", (await conn.receive_some()).decode().strip())
-                server.drain(timeout=10)  # in other programs, when SIGTERM comes
+                server.drain(timeout=10)  # in other programs, on SIGTERM
         print("served:", server.accepted)
 
 

@@ -145,7 +145,7 @@ def test_without_the_extra() -> None:
     assert "pip install 'trio_unixconn[cli]'" in done.stderr
 
 
-def test_long_temporary_folder(tmp_path: Path) -> None:
+def test_demo_with_long_tmpdir(tmp_path: Path) -> None:
     """A temporary folder whose name is too long for sockets does not hinder the demonstration."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
@@ -338,7 +338,7 @@ async def test_a_file_that_keeps_us_waiting(
     """A file of which nothing comes is given up with the reason."""
     reading, writing = os.pipe()
     monkeypatch.setattr(wire, "SECONDS_TO_ANSWER", 0.01)
-    with pytest.raises(OSError, match="nothing came for"):
+    with pytest.raises(OSError, match="no data for"):
         await wire.digest(reading, wire.plain_read)
     os.close(writing)  # ends the abandoned read
     own = reading

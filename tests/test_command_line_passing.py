@@ -155,7 +155,7 @@ def test_no_room() -> None:
         [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stdout == "1\n"
-    assert done.stderr.startswith("trio-unixconn: no room for 1 descriptors from 3 on: ")
+    assert done.stderr.startswith("trio-unixconn: cannot move 1 file descriptors to 3 and up: ")
 
 
 def test_what_a_shell_would_have_left(folder: Path, path: Path) -> None:
@@ -290,7 +290,9 @@ def test_nothing_came(path: Path) -> None:
         done = ended(receiver)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == f"trio-unixconn: {path}: the stream ended before a descriptor came\n"
+    assert (
+        done.stderr == f"trio-unixconn: {path}: end of stream while waiting for a file descriptor\n"
+    )
 
 
 ################################################################
@@ -361,7 +363,11 @@ def test_another_user_is_let_in() -> None:
         (["send-fd", "{path}", "--fd", "99999999999"], 1, "descriptor 99999999999 is not open"),
         (["send-fd", "{path}", "{folder}/one"], 1, "{path}: No such file or directory: no such"),
         (["send-fd", "{folder}/one", "{folder}/one"], 1, "{folder}/one: Connection refused: not a"),
-        (["send-fd", "--any-user", "{path}", "{folder}/one"], 2, "--any-user is about who may"),
+        (
+            ["send-fd", "--any-user", "{path}", "{folder}/one"],
+            2,
+            "--any-user can only be used",
+        ),
         (["send-fd", "--timeout", "nan", "{path}", "-"], 2, "--timeout is a number of seconds"),
         (["send-fd", "@", "-"], 2, "'@' is an abstract name without a character"),
         (["send-fd", "unix:nowhere", "-"], 2, "expected the URI of one Unix socket"),
@@ -369,7 +375,11 @@ def test_another_user_is_let_in() -> None:
         (["receive-fd", "{folder}/one"], 1, "{folder}/one: Address already in use: not a"),
         (["receive-fd", "{path}", "--name", "a:b"], 2, "'a:b': a name has 1 to 255 characters"),
         (["receive-fd", "{path}", "--name", ""], 2, "'': a name has 1 to 255 characters"),
-        (["receive-fd", "--connect", "--any-user", "{path}"], 2, "--any-user is about who may"),
+        (
+            ["receive-fd", "--connect", "--any-user", "{path}"],
+            2,
+            "--any-user can only be used",
+        ),
         (["receive-fd", "--timeout", "0.01", "{path}"], 1, "{path}: not done within 0.01 seconds"),
         (["receive-fd", "{path}", "--", "no-such-program"], 127, "no-such-program: command not"),
         (["receive-fd", "{path}", "--", "{path}"], 127, "{path}: command not found"),

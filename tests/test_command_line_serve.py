@@ -24,7 +24,7 @@ import pyte
 import pytest
 from cli import COMMAND, ended, run, run_in_this_process, started
 
-from trio_unixconn._cli.reloading import folders_of
+from trio_unixconn._cli.reloading import directories_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -390,18 +390,21 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--bind", "127.0.0.1:80"], "tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N or systemd is"),
-        (["--bind", "fd:x"], "fd:N or systemd is due"),
+        (
+            ["--bind", "127.0.0.1:80"],
+            "expected tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N or systemd",
+        ),
+        (["--bind", "fd:x"], "fd:N or systemd, got fd:x"),
         (["--bind", "tcp::8000"], "every address of this machine is 0.0.0.0 or [::]"),
         (["--bind", "tcp:::1:8000"], "with an address of IPv6 in brackets"),
-        (["--bind", "tcp:8000"], "tcp:HOST:PORT is due"),
+        (["--bind", "tcp:8000"], "expected tcp:HOST:PORT, with"),
         (["--bind", "tcp:localhost:http"], "a port is a number from 0 to 65535"),
         (["--bind", "tcp:localhost:65536"], "a port is a number"),
         (["--bind", "unix:"], "expected the URI of one Unix socket"),
         (["--bind", "unix:what=ever"], "expected the URI of one Unix socket"),
         (["--bind", "unix:@"], "without a character"),
-        (["--bind", "unix:s", "--mode", "rw"], "permission bits in octal"),
-        (["--bind", "unix:s", "--mode", "7777"], "permission bits in octal"),
+        (["--bind", "unix:s", "--mode", "rw"], "expected permission bits in octal"),
+        (["--bind", "unix:s", "--mode", "7777"], "expected permission bits in octal"),
         (["--bind", "unix:s", "--workers", "0"], "workers must be at least 1, got 0"),
         (["--bind", "unix:s", "--hang-timeout", "0"], "hang_timeout must be more than 0"),
         (["--bind", "unix:s", "--setup", "app.x"], "package.module:name"),
@@ -553,7 +556,7 @@ def test_descriptors_that_cannot_be(project: Path) -> None:
     ):
         fds = [each.fileno() for each in (unix, tcp, file, good)]
         for fd, said in (
-            (99999, "descriptor 99999 is not open: whoever starts this has to pass it on"),
+            (99999, "descriptor 99999 is not open; the parent process must pass it on"),
             (fds[0], "expected a listening Unix stream socket"),
             (fds[1], "SocketListener requires a listening socket"),
             (fds[2], "Socket operation on non-socket"),
@@ -782,4 +785,4 @@ def test_what_is_watched_besides(
     """Of a module without a file, without itself, or in the current directory: only that."""
     monkeypatch.chdir(project)
     monkeypatch.syspath_prepend(project)
-    assert folders_of(handler) == [str(project)]
+    assert directories_of(handler) == [str(project)]

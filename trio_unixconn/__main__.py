@@ -1,7 +1,6 @@
 """The command line: ``trio-unixconn``, also as ``python -m trio_unixconn``.
 
-The rule of this file: it puts the commands of ``_cli`` together and does nothing itself. They
-alone need typer and rich, the extra ``cli``.
+The commands are in ``_cli``. Only they need typer and rich, the extra ``cli``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ returns must not keep all later ones waiting, though: other peers would not see 
 streams, and file descriptors would pile up until the process has none left. So while something
 waits in the queue, a second thread watches it. If every closing thread has been in close(2) for
 longer than STUCK_AFTER, their number is doubled, up to MAX_THREADS. A thread that was stuck ends
-when it gets free, finds the queue empty, and is not the last. If no thread can be started at all,
+when it gets free, finds the queue empty, and is not the last. If no thread can be started,
 the file descriptors are closed in the calling thread.
 
 What remains: with MAX_THREADS closes that do not return, everything later waits, which is logged.
@@ -139,7 +139,7 @@ class _Closer:
         return any(thread.busy_since > stuck for thread in threads)
 
     def _start_thread(self) -> bool:
-        """Start a thread; return False if there is none at all to work off the queue."""
+        """Start a thread; return False if no thread works off the queue."""
         if sys.is_finalizing():
             # start() would hang, because no new thread runs any more. The end of the process
             # closes what is in the queue.

@@ -216,7 +216,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
         """Send one file descriptor, together with one NUL byte.
 
-        The file descriptor stays the caller's, who may close it even while this waits: then a
+        The file descriptor stays the caller's, and may be closed even while this waits: then a
         duplicate is sent.
 
         Args:
@@ -274,7 +274,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         """Send any number of file descriptors, in order, with as few checkpoints as possible.
 
         Each message has one NUL byte and up to ``per_message`` file descriptors. They stay the
-        caller's, who may close them even while this waits: then duplicates are sent. Objects
+        caller's, and may be closed even while this waits: then duplicates are sent. Objects
         that own them are referenced until this returns, so ``send_fds(map(open, paths))`` works.
 
         Args:

@@ -59,7 +59,7 @@ class DescriptorKind(enum.Enum):
     CHARACTER_DEVICE = "character device"
     BLOCK_DEVICE = "block device"
     SYMBOLIC_LINK = "symbolic link"
-    #: No file at all: epoll, eventfd, signalfd, timerfd, and on older kernels pidfd.
+    #: Not a file: epoll, eventfd, signalfd, timerfd, and on older kernels pidfd.
     ANONYMOUS = "anonymous inode"
 
 

@@ -56,7 +56,7 @@ _CAN_PEEK: Final = sys.platform == "linux"
 # Not 1: once it has enough plain bytes, a peek still goes on to the next message, and installs the
 # descriptors of that. So a single byte with descriptors can be two messages; of two it is one.
 _PEEK_SIZE: Final = 2
-# None where credentials do not come in a message of their own.
+# None where credentials are not sent in a message of their own.
 _PASSCRED: Final = None if _kernel.SCM_CREDENTIALS is None else _kernel.SO_PASSCRED
 
 

@@ -160,7 +160,7 @@ class ConnectionBusyError(UnixConnectionError, trio.BusyResourceError):
 class EndOfStreamError(UnixConnectionError, trio.EndOfChannel):
     """The stream ended while the operation waited for a file descriptor or credentials.
 
-    Gio calls this ``FAILED`` for credentials and reports no error at all for a descriptor.
+    Gio calls this ``FAILED`` for credentials and reports no error for a descriptor.
     """
 
 

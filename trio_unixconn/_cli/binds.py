@@ -1,7 +1,7 @@
 """Where to listen, as it is said on the command line: ``--bind``.
 
-The rule of this file: what a user wrote is read to its end before anything is opened, and when
-one cannot be opened, none stays open.
+Invariant: all arguments are parsed before anything is opened, and if one cannot be opened, none
+stays open.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def read_bind(text: str) -> Bind:
             return InheritedBind(text, from_systemd())
         except ValueError as exc:
             fail(f"systemd: {exc}")
-    return fail(f"--bind {text}: {_FORMS} is due", status=2)
+    return fail(f"--bind: expected {_FORMS}, got {text}", status=2)
 
 
 def _tcp(text: str, rest: str) -> TCPBind:
@@ -104,8 +104,8 @@ def _tcp(text: str, rest: str) -> TCPBind:
     inner = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not inner or (":" in host and inner == host):
         fail(
-            f"--bind {text}: tcp:HOST:PORT is due, with an address of IPv6 in brackets; every "
-            "address of this machine is 0.0.0.0 or [::]",
+            f"--bind: expected tcp:HOST:PORT, with an address of IPv6 in brackets, got {text}; "
+            "every address of this machine is 0.0.0.0 or [::]",
             status=2,
         )
     if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
@@ -115,7 +115,7 @@ def _tcp(text: str, rest: str) -> TCPBind:
 
 def _inherited(fd: int) -> Listener:
     if not is_inherited(fd):
-        raise ValueError(f"descriptor {fd} is not open: whoever starts this has to pass it on")
+        raise ValueError(f"descriptor {fd} is not open; the parent process must pass it on")
     sock = stdlib_socket.socket(fileno=fd)
     if sock.family == _kernel.AF_UNIX:
         sock.detach()
@@ -146,7 +146,7 @@ async def open_all(binds: Sequence[Bind], mode: int) -> list[Listener]:
 
 
 async def close_all(listeners: Sequence[Listener]) -> None:
-    """Close them, also when cancelled."""
+    """Close them, even if cancelled."""
     with trio.CancelScope(shield=True):
         for listener in listeners:
             await listener.aclose()

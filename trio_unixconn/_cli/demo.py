@@ -1,7 +1,4 @@
-"""``trio-unixconn demo``: what the demonstration found, as tables.
-
-The rule of this file: it says what the report says; the work is done in ``_demo``.
-"""
+"""``trio-unixconn demo``: what the demonstration found, as tables."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ _PACKAGE = Path(__file__).parent.parent
 def demo(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files and folders to hand over; files of this package if left out."),
+        typer.Argument(help="Files and directories to hand over (default: files of this package)."),
     ] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -76,7 +73,7 @@ def demo(
 def _print_tables(report: Report, rows: int) -> None:
     console = Console()
     shown = [each for i, each in enumerate(report.transfers) if i < rows or not each.same]
-    # A table for each worker, so that who it is takes no room beside each file.
+    # A table for each worker, so that its name takes no column beside each file.
     for worker, peer in sorted({(each.worker, tuple(each.peer)) for each in shown}):
         table = Table(
             title=f"Handed over to worker {worker} (pid uid gid: {_spaced(peer)})",
@@ -95,7 +92,7 @@ def _print_tables(report: Report, rows: int) -> None:
     console.print(_exchanges(report))
     say(
         f"{sum(report.cancelled)} of {len(report.cancelled)} receives were cancelled by a thread; "
-        "what came after them arrived all the same"
+        "what was sent after them still arrived"
     )
     for process in report.descriptors:
         say(f"{process.process}: {process.before} descriptors open before, {process.after} after")

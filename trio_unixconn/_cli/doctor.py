@@ -1,7 +1,4 @@
-"""``trio-unixconn doctor``: what this kernel and Python offer, as tables.
-
-The rule of this file: it says what the examination says; the work is done in ``_doctor``.
-"""
+"""``trio-unixconn doctor``: what this kernel and Python offer, as tables."""
 
 from __future__ import annotations
 

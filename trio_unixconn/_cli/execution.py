@@ -1,7 +1,7 @@
 """Becoming another program that gets descriptors, as systemd starts one.
 
-The rule of this file: the program gets standard input, output and error, the descriptors from
-3 on, in order, and no other; of the process it finds what a shell would have left it.
+Invariant: the program gets standard input, output and error, the file descriptors from 3 on, in
+order, and no other. Its signal handlers are those that a shell would have left.
 
 Sources: sd_listen_fds(3), execve(2), dup2(2), signal(7); of Python, PEP 446 and the
 ``restore_signals`` of subprocess
@@ -25,7 +25,7 @@ FIRST: Final = 3
 # What a shell says of a program that it does not find, or cannot start.
 _NOT_FOUND: Final = 127
 _NOT_STARTED: Final = 126
-# systemd's word for a descriptor that nobody has named.
+# systemd's word for a descriptor without a name.
 UNNAMED: Final = "unknown"
 
 
@@ -55,7 +55,7 @@ def become(command: Sequence[str], fds: Sequence[int], names: Sequence[str]) -> 
     try:
         _arrange(fds)
     except OSError as exc:
-        fail(f"no room for {len(fds)} descriptors from {FIRST} on: {exc.strerror}")
+        fail(f"cannot move {len(fds)} file descriptors to {FIRST} and up: {exc.strerror}")
     # Python ignores these from its start on, and exec(2) would leave it at that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
@@ -83,7 +83,7 @@ def _arrange(fds: Sequence[int]) -> None:
             os.set_inheritable(fd, True)
         else:
             os.dup2(fd, place)
-    # Python's own are close-on-exec; those that whoever started this process left open are not.
+    # Python's own are close-on-exec; those that the parent process left open are not.
     for number in _open_descriptors():
         if number >= places.stop:
             # The one of the listing is gone by now.
@@ -92,5 +92,5 @@ def _arrange(fds: Sequence[int]) -> None:
 
 
 def _open_descriptors() -> list[int]:
-    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
-    return [int(name) for name in os.listdir(folder)]
+    directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    return [int(name) for name in os.listdir(directory)]

@@ -1,6 +1,6 @@
-"""Descriptors that whoever started this process has left open for it.
+"""File descriptors that the parent process has left open for this one.
 
-The rule of this file: only what was meant for this process is taken, and its own are not.
+Invariant: only file descriptors that were passed to this process are taken, never its own.
 
 Sources: sd_listen_fds(3), PEP 446
 """
@@ -22,7 +22,7 @@ def is_inherited(number: int) -> bool:
 
 
 def from_systemd() -> list[int]:
-    """Return the descriptors that systemd, or who does as it does, has passed.
+    """Return the descriptors that systemd, or a program that imitates it, has passed.
 
     The variables that say so are removed: they are about this process, not about its children.
 

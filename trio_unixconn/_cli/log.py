@@ -1,7 +1,7 @@
 """The log of a server on standard output: plain lines, or lines above the table of a terminal.
 
-The rule of this file: a server goes on when nobody reads what it says any more, and nothing
-that a handler or a peer has said acts on a terminal.
+Invariant: the server continues after its reader has closed the pipe, and no text of a handler or
+a peer reaches the terminal unescaped.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("trio_unixconn.serve")
 _FORMAT: Final = "%(asctime)s %(levelname)s: %(message)s"
-# How many records are printed at a time above a table: a terminal is slow, and whoever prints
-# there serves nobody meanwhile.
-_MOST: Final = 50
+# How many records are printed at a time above a table: a terminal is slow, and
+# the server does nothing else while it prints.
+_MAX_BATCH: Final = 50
 _STYLES: Final = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
@@ -49,7 +49,7 @@ class LogLines(logging.Handler):
                 print(text, flush=True)  # noqa: T201 - a command line's work
             except OSError:
                 _forget_standard_output()
-        elif len(self._waiting) < _MOST:
+        elif len(self._waiting) < _MAX_BATCH:
             self._waiting.append(Text(text, _STYLES.get(record.levelno, "")))
         else:
             self._left_out += 1
@@ -68,7 +68,7 @@ class LogLines(logging.Handler):
 
 
 def _forget_standard_output() -> None:
-    """Whoever read it has left: what is still in the buffer goes nowhere."""
+    """The reader has closed the pipe; drop the rest of the buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

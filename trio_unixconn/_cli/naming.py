@@ -1,7 +1,7 @@
 """How sockets are named on the command line.
 
-The rule of this file: every command takes the same names, and a name that is none is exit
-status 2 before anything happens.
+Invariant: every command accepts the same names, and rejects others with exit status 2 before
+anything else happens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``trio-unixconn send-fd`` and ``receive-fd``: descriptors from a shell, and to one.
 
-The rule of this file: whatever can go wrong at this end does so before anybody is connected
-to, and at a path that this makes, only the same user is let in unless the caller says so.
+Invariant: errors at this end are reported before a connection is made. At a path that this
+command binds, only the same user may connect unless an option says otherwise.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Meeting:
             policy=None if self.any_user else PeerPolicy.same_user(),
         )
         async with listener, await listener.accept() as conn:
-            # Whoever comes too late is to learn it at once.
+            # Later clients get ECONNREFUSED at once.
             await listener.aclose()
             yield conn
 
@@ -90,13 +90,11 @@ SocketArgument = Annotated[
 ]
 AnyUser = Annotated[
     bool,
-    typer.Option(
-        "--any-user", help="When listening: let any user connect, not only the one who runs this."
-    ),
+    typer.Option("--any-user", help="When listening: let any user connect, not only your own."),
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", help="Give up after so long; never if left out."),
+    typer.Option(metavar="SECONDS", help="Give up after so long (default: never)."),
 ]
 
 
@@ -120,7 +118,7 @@ def send_fd(
     any_user: AnyUser = False,
     timeout: Timeout = None,
 ) -> None:
-    """Open files and send their descriptors to whoever listens at PATH.
+    """Open files and send their descriptors to the process that listens at PATH.
 
     Each goes in a message of its own, in order; then the stream ends.
     Exit status 0 as soon as the kernel has them all.
@@ -155,9 +153,9 @@ def receive_fd(
 ) -> None:
     """Wait at PATH for descriptors, and become COMMAND with them.
 
-    They come until the sender ends the stream. COMMAND gets them from 3 on,
+    They are received until the sender ends the stream. COMMAND gets them from 3 on,
     with LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES as systemd sets them.
-    Without COMMAND, what came is listed.
+    Without COMMAND, they are listed.
     """
     meeting = _meeting(path, listen=not connect, any_user=any_user, timeout=timeout)
     names = name or []
@@ -168,7 +166,7 @@ def receive_fd(
         check_command(command)
     with run(partial(_in_time, meeting, partial(_receive, count))) as fds:
         if not fds:
-            fail(f"{meeting.address}: the stream ended before a descriptor came")
+            fail(f"{meeting.address}: end of stream while waiting for a file descriptor")
         if command:
             become(command, list(fds), names)
         for place, number in enumerate(fds, FIRST):
@@ -177,7 +175,7 @@ def receive_fd(
 
 def _meeting(path: str, *, listen: bool, any_user: bool, timeout: float | None) -> Meeting:
     if any_user and not listen:
-        fail("--any-user is about who may connect; here, this connects itself", status=2)
+        fail("--any-user can only be used when listening", status=2)
     return Meeting(address_of(path), listen, any_user, seconds(timeout))
 
 
@@ -188,7 +186,7 @@ def _opened(
     # First of all, before a file that is opened gets such a number.
     for number in [*(0 for file in files if file == "-"), *inherited]:
         if not is_inherited(number):
-            fail(f"descriptor {number} is not open: whoever starts this has to pass it on")
+            fail(f"descriptor {number} is not open; the parent process must pass it on")
     fds: list[int] = []
     with ExitStack() as stack:
         for file in files:
@@ -223,8 +221,8 @@ async def _receive(count: int | None, conn: UnixConnection) -> UnixFDList:
     fds: list[int] = []
     try:
         while count is None or len(fds) < count:
-            room = _kernel.SCM_MAX_FD if count is None else count - len(fds)
-            fds += (await conn.receive_fds(room)).steal_fds()
+            limit = _kernel.SCM_MAX_FD if count is None else count - len(fds)
+            fds += (await conn.receive_fds(limit)).steal_fds()
     except EndOfStreamError:
         pass
     except BaseException:

@@ -1,7 +1,6 @@
-"""``trio-unixconn peer``: who listens at a path.
+"""``trio-unixconn peer``: the process that listens at a path.
 
-The rule of this file: it connects, asks the kernel, and closes again; no byte is sent or read.
-What cannot be told is said with the reason, and never guessed.
+Invariant: no byte is sent or read. A fact that is unknown is reported with the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def peer(
 ) -> None:
     """Say which process listens at PATH, as the kernel knows it.
 
-    It is the process that called listen(2); who accepts may be another,
+    It is the process that called listen(2); another may accept,
     which inherited or received the socket.
     """
     facts = run(partial(_ask, address_of(path), seconds(timeout)))

@@ -1,7 +1,7 @@
 """What the commands print, and how they end.
 
-The rule of this file: what was found goes to standard output and what went wrong to standard
-error, and nothing in either acts on a terminal.
+Invariant: results go to standard output and errors to standard error; neither contains control
+characters for a terminal.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 def say(line: str) -> None:
-    """Print a line, which somebody may search or cut: it is not folded."""
+    """Print a line, unfolded, so that grep and cut work on it."""
     print(printable(line))  # noqa: T201 - a command line's work
 
 
 def say_json(value: Any) -> None:
     """Print for machines."""
-    print(json.dumps(value, indent=1))  # noqa: T201 - as above
+    print(json.dumps(value, indent=1))  # noqa: T201 - the output of the command
 
 
 def complain(text: str) -> None:
     """Print what another process says went wrong, in its own lines."""
     for line in text.splitlines():
-        print(printable(line), file=sys.stderr)  # noqa: T201 - as above
+        print(printable(line), file=sys.stderr)  # noqa: T201 - the output of the command
 
 
 def fail(*lines: str, status: int = 1) -> NoReturn:
     """Say what went wrong, and end."""
     for line in lines:
-        print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - as above
+        print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - the output of the command
     raise typer.Exit(status)
 
 

@@ -1,6 +1,6 @@
 """Watching the files of a handler, to have it imported afresh when they change.
 
-The rule of this file: the watcher's thread ends when whoever waits for it is cancelled.
+Invariant: the watcher's thread ends when the waiting task is cancelled.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-def folders_of(handler: str) -> list[str]:
+def directories_of(handler: str) -> list[str]:
     """Return the current directory, and where the handler's package is if that is elsewhere."""
     here = os.getcwd()
     found = [here]
     # Finding a submodule would import its package.
     spec = importlib.util.find_spec(handler.partition(":")[0].partition(".")[0])
     if spec is not None and spec.has_location and spec.origin is not None:
-        folder = os.path.dirname(os.path.abspath(spec.origin))
-        if os.path.commonpath([here, folder]) != here:
-            found.append(folder)
+        directory = os.path.dirname(os.path.abspath(spec.origin))
+        if os.path.commonpath([here, directory]) != here:
+            found.append(directory)
     return found
 
 
-async def watch(folders: Sequence[str], changed: Callable[[list[str]], None]) -> None:
+async def watch(directories: Sequence[str], changed: Callable[[list[str]], None]) -> None:
     """Call ``changed`` with the paths of Python files that did, until this is cancelled."""
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_set_when_cancelled, stop)
-        async for changes in awatch(*folders, watch_filter=PythonFilter(), stop_event=stop):
+        async for changes in awatch(*directories, watch_filter=PythonFilter(), stop_event=stop):
             changed(sorted({path for _, path in changes}))
 
 

@@ -1,7 +1,7 @@
 """Running what a command does, until it is done or a signal ends it.
 
-The rule of this file: however it ends, what it made is cleaned up first, and whoever ran it
-gets a line and an exit status; only a mistake in this library is a traceback.
+Invariant: a command cleans up before it exits, with a line and an exit status; only a bug in this
+library is a traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIGNALS: Final[list[signal.Signals]] = [
 
 
 class Signalled(BaseException):
-    """A signal came."""
+    """A signal arrived."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -54,7 +54,7 @@ def run(function: Callable[[], Awaitable[T]], *, heeds_signals: bool = False) ->
         causes = list(_causes(exc))
         for cause in causes:
             if isinstance(cause, KeyboardInterrupt):
-                # It came before anything was running.
+                # It arrived before anything was running.
                 cause = Signalled(signal.SIGINT)  # noqa: PLW2901 - the same thing
             if isinstance(cause, Signalled):
                 number = signal.Signals(cause.number)
@@ -105,7 +105,7 @@ def too_slow(timeout: float, address: UnixSocketAddress) -> OSError:
 def heard_signals() -> list[signal.Signals]:
     """Return the signals that are to be heeded.
 
-    What whoever started this process has ignored (nohup, or a shell for what it runs in the
+    Signals that the parent process has ignored (nohup, or a shell for what it runs in the
     background) stays ignored.
     """
     return [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]

@@ -1,6 +1,6 @@
 """``trio-unixconn serve``: accept here, and have workers handle.
 
-The rule of this file: what cannot be is said before anything is opened or started.
+Invariant: invalid arguments are rejected before anything is opened or started.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def serve(
     ] = "600",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-w", help="How many; one for each processor if left out."),
+        typer.Option("--workers", "-w", help="How many; default: one for each processor."),
     ] = None,
     setup: Annotated[
         str | None,
@@ -63,7 +63,7 @@ def serve(
     ] = 3,
     max_jobs: Annotated[
         int | None,
-        typer.Option(help="Replace a worker when it has taken so many; never if left out."),
+        typer.Option(help="Replace a worker when it has taken so many (default: never)."),
     ] = None,
     start_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="A worker is to be ready by then.")
@@ -150,5 +150,5 @@ def _mode(text: str) -> int:
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o777:
-        fail(f"--mode {text}: permission bits in octal are due, from 0 to 777", status=2)
+        fail(f"--mode: expected permission bits in octal, 0 to 777, got {text}", status=2)
     return mode

@@ -1,7 +1,7 @@
 """What ``trio-unixconn serve`` does until it has drained.
 
-The rule of this file: whatever is asked for meanwhile (a restart, a change of files) can fail
-without ending the server; only a signal, or workers that cannot live, do that.
+Invariant: a restart or a reload that fails does not end the server; only a signal, or workers that
+cannot start, do.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Order:
 
 
 async def serve_until_told(order: Order) -> None:
-    """Serve until a signal asks for a drain, and that has come to its end.
+    """Serve until a signal asks for a drain, and the drain has ended.
 
     Raises:
-      Signalled: a signal came before the workers were ready, or a second one.
+      Signalled: a signal arrived before the workers were ready, or a second one.
       OSError: it cannot listen where it should.
       WorkerStartError, ExceptionGroup: as of :func:`open_worker_pool`.
     """
@@ -196,11 +196,13 @@ class _Service:
             logger.info("restarted: %s", _workers(server))
 
     async def _watch(self) -> None:
-        from .reloading import folders_of, watch  # noqa: PLC0415 - for development only
+        from .reloading import directories_of, watch  # noqa: PLC0415 - for development only
 
-        folders = folders_of(self._order.handler)
-        logger.info("watching %s", ", ".join(folders))
-        await watch(folders, lambda paths: self._ask_for_restart(f"changed: {', '.join(paths)}"))
+        directories = directories_of(self._order.handler)
+        logger.info("watching %s", ", ".join(directories))
+        await watch(
+            directories, lambda names: self._ask_for_restart(f"changed: {', '.join(names)}")
+        )
 
     ################################################################
     # The table

@@ -1,6 +1,6 @@
 """How a server is doing: samples of its counts, and what happens per second between them.
 
-The rule of this file: no I/O and no clock of its own; whoever samples says when that was.
+Invariant: no I/O and no clock; the caller passes the time of each sample.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The status of a server as a table for a terminal.
 
-The rule of this file: it fits into 80 columns, and what is about the whole stands above the
-workers, of which a terminal may have room for a few only.
+The table fits into 80 columns. The totals stand above the workers, because a terminal may show
+only a few of these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _COLUMNS: Final = ("#", "pid", "state", "in flight", "handled", "per s", "restarts", "memory")
 _STYLES: Final = {"ready": "", "draining": "yellow", "starting": "red", "ended": ""}
-# What nobody wants to see anything but 0 of.
+# Counters that should be 0, highlighted if they are not.
 _TROUBLES: Final = ("failed", "abandoned", "rejected", "deaths")
 
 

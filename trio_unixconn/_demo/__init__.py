@@ -1,1 +1,1 @@
-"""The demonstration behind ``trio-unixconn demo``: one process hands things to two others."""
+"""The demonstration of ``trio-unixconn demo``: one process hands things to two others."""

@@ -1,7 +1,6 @@
 """The demonstration itself: two workers, everything that can be handed over, and a report.
 
-The rule of this file: it compares what both sides saw and prints nothing; every figure in the
-report was measured in this run.
+Invariant: every figure in the report was measured in this run.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Transfer:
       worker: number of the worker that got it.
       what: a path, "pipe" or "TCP connection".
       peer: pid, uid and gid of the worker, as the kernel vouches for them.
-      here, there: what this process and the worker found behind their descriptor.
+      here, there: what this process and the worker found at their descriptor.
       seconds: from opening to the answer.
     """
 
@@ -140,13 +139,13 @@ class Report:
 
 
 def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Return the regular files among ``paths`` and in the folders among them.
+    """Return the regular files among ``paths`` and in the directorys among them.
 
     Returns:
-      The files, and a line for each folder that could not be read.
+      The files, and a line for each directory that could not be read.
 
     Raises:
-      OSError: a path that does not exist, or is neither a file nor a folder.
+      OSError: a path that does not exist, or is neither a file nor a directory.
     """
     found: list[Path] = []
     problems: list[str] = []
@@ -156,9 +155,9 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
 
     for path in paths:
         if path.is_dir():
-            for folder, _, names in os.walk(path, onerror=on_error):
+            for directory, _, names in os.walk(path, onerror=on_error):
                 for name in sorted(names):
-                    file = Path(folder, name)
+                    file = Path(directory, name)
                     try:
                         if stat.S_ISREG(file.lstat().st_mode):
                             found.append(file)
@@ -168,7 +167,7 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
         elif stat.S_ISREG(path.stat().st_mode):
             found.append(path)
         else:
-            raise OSError(errno.EINVAL, "neither a regular file nor a folder", str(path))
+            raise OSError(errno.EINVAL, "neither a regular file nor a directory", str(path))
     return found, problems
 
 
@@ -185,10 +184,10 @@ async def run(files: list[Path], on_progress: Callable[[int, int], None]) -> Rep
     report = Report()
     begin, before = time.perf_counter(), wire.count_descriptors()
     progress = Progress(WORKERS * (len(files) + 2), on_progress)
-    with short_folder() as folder:
+    with short_directory() as directory:
         async with trio.open_nursery() as nursery:
             for number in range(1, WORKERS + 1):
-                path = os.path.join(folder, f"worker-{number}.sock")
+                path = os.path.join(directory, f"worker-{number}.sock")
                 nursery.start_soon(one_worker, number, path, files, report, progress)
     after = wire.count_descriptors()
     report.descriptors.insert(0, Descriptors("this process", before, after))
@@ -198,7 +197,7 @@ async def run(files: list[Path], on_progress: Callable[[int, int], None]) -> Rep
 
 @attrs.define
 class Progress:
-    """Counts transfers and tells whoever watches."""
+    """Counts transfers and reports each to a callback."""
 
     due: int
     tell: Callable[[int, int], None]
@@ -211,12 +210,12 @@ class Progress:
 
 
 @contextmanager
-def short_folder() -> Generator[str, None, None]:
-    """Make a temporary folder whose sockets have names that fit into a socket's address."""
+def short_directory() -> Generator[str, None, None]:
+    """Make a temporary directory whose sockets have names that fit into a socket's address."""
     longest = len(os.path.join(tempfile.gettempdir(), "trio-unixconn-xxxxxxxx", "worker-1.sock"))
-    parent = None if longest <= _SUN_PATH else "/tmp"  # noqa: S108 - a private folder in it
-    with tempfile.TemporaryDirectory(prefix="trio-unixconn-", dir=parent) as folder:
-        yield folder
+    parent = None if longest <= _SUN_PATH else "/tmp"  # noqa: S108 - a private directory in it
+    with tempfile.TemporaryDirectory(prefix="trio-unixconn-", dir=parent) as directory:
+        yield directory
 
 
 async def one_worker(
@@ -375,7 +374,7 @@ async def hand_over_tcp(connection: UnixConnection) -> tuple[wire.Seen, wire.See
         await client.send_eof()
         answer = b"".join([chunk async for chunk in client])
     here = wire.Seen(identity, len(request), hashlib.sha256(request).hexdigest())
-    # What counts is the digest that came over the TCP connection itself.
+    # What counts is the digest that was received over the TCP connection itself.
     there = attrs.evolve(await seen_there(connection), sha256=answer.decode())
     return here, there
 
@@ -406,7 +405,7 @@ async def exchange_by_callback(connection: UnixConnection) -> tuple[Credentials,
 
 
 async def cancelled_from_a_thread(connection: UnixConnection) -> bool:
-    """Wait for a descriptor that nobody sends until a thread fires the Cancellable."""
+    """Wait for a descriptor that is never sent until a thread fires the Cancellable."""
     cancellable = Cancellable()
     timer = threading.Timer(0.05, cancellable.cancel)
     timer.start()

@@ -1,8 +1,8 @@
 """What the demonstration's two sides say to each other.
 
-The rule of this file: a request is one byte, followed by what its operation sends; an answer
-is one line of JSON. Requests of one byte keep the stream in step with descriptors, whose byte
-a longer read could swallow.
+A request is one byte, followed by what its operation sends; an answer is one line of JSON.
+Requests of one byte keep the stream in step with descriptors, whose byte a longer read could
+swallow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHUNK: Final = 1 << 20
 
 @attrs.frozen
 class Seen:
-    """What a process found behind a descriptor.
+    """What a process found at a descriptor.
 
     Attributes:
       identity: "device:inode", the same on both sides if it is the same open file.
@@ -58,9 +58,9 @@ async def digest(fd: int, read: Callable[[int, int, int], bytes]) -> Seen:
     """Read a descriptor to the end with ``read(fd, length, offset)``.
 
     Raises:
-      OSError: from reading; ETIMEDOUT if a piece does not come.
+      OSError: from reading; ETIMEDOUT if a piece does not arrive.
     """
-    # A read that waits for ever is abandoned together with its thread, which goes on using
+    # A read that waits forever is abandoned together with its thread, which goes on using
     # the number; so it has one of its own, which is then left open.
     own = os.dup(fd)
     total, sha256 = 0, hashlib.sha256()
@@ -72,7 +72,7 @@ async def digest(fd: int, read: Callable[[int, int, int], bytes]) -> Seen:
                     read, own, _CHUNK, total, abandon_on_cancel=True
                 )
             if chunk is None:
-                raise OSError(errno.ETIMEDOUT, f"nothing came for {SECONDS_TO_ANSWER} seconds")
+                raise OSError(errno.ETIMEDOUT, f"no data for {SECONDS_TO_ANSWER} seconds")
             if not chunk:
                 break
             total += len(chunk)
@@ -106,7 +106,7 @@ async def send_answer(connection: UnixConnection, answer: Any) -> None:
 
 
 async def receive_answer(connection: UnixConnection) -> Any:
-    """Receive one line of JSON, behind which nothing may follow.
+    """Receive one line of JSON, after which nothing may follow.
 
     Raises:
       EOFError: the stream ended before.
@@ -122,6 +122,6 @@ async def receive_answer(connection: UnixConnection) -> Any:
 
 def count_descriptors() -> int:
     """Return how many descriptors this process has open, from /proc/self/fd or /dev/fd."""
-    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
     # One of them is the listing's own.
-    return len(os.listdir(folder)) - 1
+    return len(os.listdir(directory)) - 1

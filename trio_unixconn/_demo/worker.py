@@ -1,7 +1,6 @@
 """A worker of the demonstration: ``python -m trio_unixconn._demo.worker PATH``.
 
-The rule of this file: it knows nothing but what arrives on its socket, and every descriptor
-that arrives is closed before the answer goes out.
+Invariant: every descriptor that arrives is closed before the answer is sent.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 async def read_to_the_end(connection: UnixConnection) -> None:
-    """Answer what stands behind the descriptor that comes next."""
+    """Receive a descriptor and answer what it refers to."""
     fd = await connection.receive_fd()
     try:
         answer = attrs.asdict(await wire.digest(fd, wire.plain_read))
@@ -39,7 +38,7 @@ async def read_to_the_end(connection: UnixConnection) -> None:
 
 
 async def serve_one_request(connection: UnixConnection) -> None:
-    """Take over a TCP connection, answer what comes on it, and close it."""
+    """Take over a TCP connection, answer what it receives, and close it."""
     fd = await connection.receive_fd()
     identity = wire.identity_of(fd)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
@@ -88,7 +87,7 @@ OPERATIONS = {
 
 
 async def end_with_the_starter(scope: trio.CancelScope) -> None:
-    """Cancel ``scope`` when standard input ends, as it does with whoever started this."""
+    """Cancel ``scope`` when standard input ends, as it does when the parent process ends."""
     async with trio.lowlevel.FdStream(os.dup(0)) as starter:
         await starter.receive_some()
     scope.cancel()

@@ -1,1 +1,1 @@
-"""The examination behind ``trio-unixconn doctor``: what this kernel and Python offer."""
+"""The examination of ``trio-unixconn doctor``: what this kernel and Python offer."""

@@ -1,7 +1,6 @@
 """The examination: every feature tried, every limit looked up.
 
-The rule of this file: nothing is raised, whatever the system lacks or forbids; that is what
-the report is for.
+Invariant: nothing is raised; a feature that is missing or forbidden is in the report.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .report import Examination, Feature
 
 
 def examine() -> Examination:
-    """Try everything, one after another; nothing is left behind.
+    """Try everything, one after another; nothing remains afterwards.
 
     It blocks, for a fraction of a second if nothing hangs. While one feature is tried the soft
     limit RLIMIT_NOFILE is lowered, so that other threads must not need a descriptor meanwhile.

@@ -1,7 +1,7 @@
 """What the examination tries things on: sockets, files, a process.
 
-The rule of this file: whatever it makes is gone when its block is left, and nothing waits
-for longer than :data:`PATIENCE`.
+Invariant: everything that it makes is gone after its block, and no wait is longer than
+:data:`PATIENCE`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Lab(DescriptorOwner):
     def receive(
         self, sock: stdlib_socket.socket, flags: int = _kernel.MSG_CMSG_CLOEXEC
     ) -> Received:
-        """Receive a byte and what came with it, which is closed at the end."""
+        """Receive a byte and its ancillary data, which is closed at the end."""
         received = _ancillary.unpack(sock.recvmsg(1, _kernel.CONTROL_ROOM, flags))
         self._stack.callback(received.close)
         expect(received.data == b"x", f"expected b'x', got {received.data!r}")
@@ -117,13 +117,13 @@ class Lab(DescriptorOwner):
         """Open a file that has no name."""
         return self.own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
-    def folder(self) -> str:
-        """Make a folder, which is removed at the end with all that is in it."""
+    def directory(self) -> str:
+        """Make a directory, which is removed at the end with all that is in it."""
         # Not below what TMPDIR says if that is too long for the paths of sockets.
         parent = tempfile.gettempdir()
-        parent = parent if len(parent) < 40 else "/tmp"  # noqa: S108 - a private folder in it
-        folder = tempfile.TemporaryDirectory(prefix="trio-unixconn-", dir=parent)
-        return self._stack.enter_context(folder)
+        parent = parent if len(parent) < 40 else "/tmp"  # noqa: S108 - a private directory in it
+        directory = tempfile.TemporaryDirectory(prefix="trio-unixconn-", dir=parent)
+        return self._stack.enter_context(directory)
 
     def listener(self, path: str | bytes) -> stdlib_socket.socket:
         """Listen at a path or an abstract name."""
@@ -137,7 +137,7 @@ class Lab(DescriptorOwner):
 
         It ends once its standard input does.
         """
-        path = os.path.join(self.folder(), "socket")
+        path = os.path.join(self.directory(), "socket")
         listener = self.listener(path)
         process = subprocess.Popen(  # noqa: S603 - this Python and the program above
             [sys.executable, "-ISc", _CHILD, path], stdin=subprocess.PIPE

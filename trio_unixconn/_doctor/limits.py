@@ -1,7 +1,6 @@
 """The limits in force.
 
-The rule of this file: what can be measured is measured, and what can only be read is None,
-with the reason, where it cannot be.
+Invariant: a limit that cannot be measured or read is None, with the reason.
 
 Sources: getrlimit(2), unix(7), proc_sys_net_core(5), proc_sys_fs(5); of Linux,
 Documentation/networking/ip-sysctl.rst (``max_dgram_qlen``)

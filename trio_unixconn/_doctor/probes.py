@@ -1,7 +1,7 @@
 """How each feature is tried.
 
-The rule of this file: each is used as it is meant to be used, on real sockets, and works only
-if what it is there for was seen to happen; a version number proves nothing.
+Invariant: a feature works only if its effect was observed on real sockets; a version number
+proves nothing.
 
 Sources: unix(7), socket(7), recvmsg(2), memfd_create(2), pidfd_open(2), pidfd_send_signal(2),
 flock(2), rename(2), proc_pid_fd(5); of Linux, the commits that added SO_PEERGROUPS (4.13),
@@ -46,7 +46,7 @@ class Probe:
 
 
 def sendmsg(lab: Lab) -> str:
-    """Python can send and receive control messages at all."""
+    """Python can send and receive control messages."""
     expect(_kernel.HAS_SENDMSG, "this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
     one, two = lab.pair()
     lab.send(one)
@@ -59,8 +59,8 @@ def descriptor(lab: Lab) -> str:
     one, two = lab.pair()
     sent = lab.file()
     lab.send(one, _ancillary.pack_rights([sent]))
-    (came,) = lab.receive(two).fds
-    expect(os.path.sameopenfile(sent, came), "another file arrived")
+    (received,) = lab.receive(two).fds
+    expect(os.path.sameopenfile(sent, received), "another file arrived")
     return "an open file passed"
 
 
@@ -77,8 +77,8 @@ def close_on_exec(lab: Lab) -> str:
     expect(_kernel.MSG_CMSG_CLOEXEC != 0, "this Python has no MSG_CMSG_CLOEXEC")
     one, two = lab.pair()
     lab.send(one, _ancillary.pack_rights([lab.file()]))
-    (came,) = lab.receive(two, _kernel.MSG_CMSG_CLOEXEC).fds
-    expect(not os.get_inheritable(came), "a descriptor arrived inheritable")
+    (received,) = lab.receive(two, _kernel.MSG_CMSG_CLOEXEC).fds
+    expect(not os.get_inheritable(received), "a descriptor arrived inheritable")
     return "a descriptor arrived close-on-exec"
 
 
@@ -94,15 +94,15 @@ def truncation(lab: Lab) -> str:
     # All below the lowest that is free are taken.
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
     try:
-        came = lab.receive(two)
+        received = lab.receive(two)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    expect(came.truncated and not came.fds, f"{came} came with a full table, and nothing was said")
+    expect(received.truncated and not received.fds, f"got {received} with a full table")
     return "with a full table, MSG_CTRUNC came"
 
 
 def refused_descriptors(lab: Lab) -> str:
-    """Whoever sends a descriptor where none is wanted gets EPERM, and the byte stays out."""
+    """Sending a descriptor to a socket that rejects them fails with EPERM; the byte is not sent."""
     option = _kernel.required(_kernel.SO_PASSRIGHTS, "SO_PASSRIGHTS")
     one, two = lab.pair()
     two.setsockopt(_kernel.SOL_SOCKET, option, 0)
@@ -117,10 +117,10 @@ def refused_descriptors(lab: Lab) -> str:
 
 
 def peer(lab: Lab) -> str:
-    """A socket says who is at its other end."""
+    """A socket reports the credentials of its peer."""
     one, _ = lab.pair()
     found = peer_credentials(one.getsockopt)
-    expect(found == Credentials(), f"{found} came where {Credentials()} was due")
+    expect(found == Credentials(), f"expected {Credentials()}, got {found}")
     return f"pid {found.pid}, uid {found.uid}, gid {found.gid}: this process"
 
 
@@ -136,7 +136,7 @@ def sent_credentials(lab: Lab) -> str:
 
 
 def attached_credentials(lab: Lab) -> str:
-    """The kernel attaches the sender's credentials to a byte that came without."""
+    """The kernel attaches the sender's credentials to a byte that was sent without them."""
     one, two = lab.pair()
     two.setsockopt(_kernel.SOL_SOCKET, _passcred(), 1)
     lab.send(one)
@@ -153,7 +153,7 @@ def groups(lab: Lab) -> str:
     """A socket says in which groups its peer is."""
     one, _ = lab.pair()
     found = get_peer_groups(one)
-    expect(set(found) == set(os.getgroups()), f"{found} came where {os.getgroups()} was due")
+    expect(set(found) == set(os.getgroups()), f"expected {os.getgroups()}, got {found}")
     return f"{len(found)} supplementary groups of this process"
 
 
@@ -196,11 +196,11 @@ def peer_pidfd(lab: Lab) -> str:
 
 
 def _check_own(pid: int) -> None:
-    expect(pid == os.getpid(), f"a pidfd of process {pid} came, and this is {os.getpid()}")
+    expect(pid == os.getpid(), f"expected a pidfd of process {os.getpid()}, got one of {pid}")
 
 
 def reaped_peer(lab: Lab) -> str:
-    """A peer that has ended and was reaped is told from whoever gets its pid."""
+    """A peer that has ended and was reaped is distinguished from the next process with its pid."""
     option = _kernel.required(_kernel.SO_PEERPIDFD, "SO_PEERPIDFD")
     process, sock = lab.child()
     pidfd = open_peer_pidfd(sock)
@@ -237,11 +237,11 @@ def abstract_name(lab: Lab) -> str:
 
 def long_path(lab: Lab) -> str:
     """A path that is too long for a socket's address can be bound and connected to."""
-    folder = os.fsencode(os.path.join(lab.folder(), "x" * LONGEST))
-    os.mkdir(folder)
-    fd = lab.own(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    listener = lab.listener(bindable(folder, fd, b"socket"))
-    path = os.path.join(folder, b"socket")
+    directory = os.fsencode(os.path.join(lab.directory(), "x" * LONGEST))
+    os.mkdir(directory)
+    fd = lab.own(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    listener = lab.listener(bindable(directory, fd, b"socket"))
+    path = os.path.join(directory, b"socket")
     with connectable(UnixSocketAddress(path)) as name:
         lab.socket().connect(name)
     lab.accept(listener)
@@ -250,8 +250,8 @@ def long_path(lab: Lab) -> str:
 
 def renamed_path(lab: Lab) -> str:
     """A socket that listens can be given its path in one step, over another."""
-    folder = lab.folder()
-    path, new = os.path.join(folder, "socket"), os.path.join(folder, "new")
+    directory = lab.directory()
+    path, new = os.path.join(directory, "socket"), os.path.join(directory, "new")
     old = lab.listener(path)
     listener = lab.listener(new)
     os.rename(new, path)
@@ -263,8 +263,8 @@ def renamed_path(lab: Lab) -> str:
 
 
 def silent_until_listen(lab: Lab) -> str:
-    """Nobody can connect to a path before listen, so that its mode is set in time."""
-    path = os.path.join(lab.folder(), "socket")
+    """A path accepts no connection before listen, so its mode is set in time."""
+    path = os.path.join(lab.directory(), "socket")
     sock = lab.socket()
     sock.bind(path)
     os.chmod(path, 0o600)
@@ -282,7 +282,7 @@ def lock(lab: Lab) -> str:
     """A lock on a file keeps a second one out."""
     import fcntl  # noqa: PLC0415 - not on Windows
 
-    path = os.path.join(lab.folder(), "lock")
+    path = os.path.join(lab.directory(), "lock")
     first, second = (
         lab.own(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) for _ in range(2)
     )
@@ -303,7 +303,7 @@ def sealed(lab: Lab) -> str:
     return "sealed memory was made, and a write refused"
 
 
-def descriptor_folder(lab: Lab) -> str:
+def descriptor_directory(lab: Lab) -> str:
     """The system shows which descriptors this process has."""
     fd = lab.file()
     shown = os.readlink(f"/proc/self/fd/{fd}")
@@ -435,6 +435,6 @@ PROBES: Final = (
         "/proc/self/fd",
         "Linux 2.2",
         "paths that are too long for a socket's address are ENAMETOOLONG",
-        descriptor_folder,
+        descriptor_directory,
     ),
 )

@@ -1,6 +1,6 @@
 """What the examination found.
 
-The rule of this file: values only; every figure was measured or read in this run.
+Invariant: every figure was measured or read in this run.
 """
 
 from __future__ import annotations
