@@ -27,7 +27,7 @@ import attrs
 import outcome
 import pytest
 import trio
-from hypothesis import Phase, settings, strategies as st
+from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -918,5 +918,7 @@ def test_connection_keeps_to_the_model() -> None:
             stateful_step_count=20,
             phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
             report_multiple_bugs=False,
+            # A slow machine is not a failure.
+            suppress_health_check=[HealthCheck.too_slow],
         ),
     )
