@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pool_handlers
 import pytest
@@ -441,3 +442,92 @@ async def test_closed_and_alone(shared: Path) -> None:
         await client.end()
         async with client_of(pool) as last:
             assert (await last.line())[1] == 3
+
+
+################################################################
+# Arguments, and other threads
+################################################################
+
+
+@pytest.mark.parametrize(
+    ("worker", "error", "message"),
+    [
+        (True, TypeError, "worker must be an int or None, got bool"),
+        (0.5, TypeError, "worker must be an int or None, got float"),
+        ("0", TypeError, "worker must be an int or None, got str"),
+        (-1, ValueError, "worker must be the index of a worker, below 1, got -1"),
+        (1, ValueError, "worker must be the index of a worker, below 1, got 1"),
+    ],
+)
+async def test_submit_rejects_invalid_worker(
+    worker: Any, error: type[Exception], message: str
+) -> None:
+    """What is not the index of a worker is an error, and the source is untouched."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        client, theirs = ends()
+        async with client.stream:
+            for operation in pool.submit, pool.call:
+                with pytest.raises(error, match=message):
+                    await operation(theirs, worker=worker)
+            assert theirs.fileno() >= 0
+            theirs.close()
+
+
+async def test_call_timeout(shared: Path) -> None:
+    """A call whose timeout passes has its handler cancelled, and raises TooSlowError."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        with pytest.raises(trio.TooSlowError):
+            await pool.call(data=b"forever", timeout=0.05)
+        assert await pool.call(timeout=30) == b"nothing to do"
+        assert lines(shared / "ended") == ["1"]
+        for timeout, error in (-1, ValueError), (math.nan, ValueError), ("1", TypeError):
+            with pytest.raises(error, match="timeout must be"):
+                await pool.call(timeout=cast("float", timeout))
+        found = await at_rest(pool)
+        assert (found.handled, found.failed) == (1, 1)
+
+
+async def test_submit_in_another_thread() -> None:
+    """A call from a thread, or from another trio.run, is an error; the source is untouched."""
+    async with open_worker_pool(DO, workers=1) as pool:
+        client, theirs = ends()
+        async with client.stream:
+
+            def outside() -> None:
+                coroutine = pool.submit(theirs)
+                with pytest.raises(RuntimeError, match=r"another thread or trio\.run"):
+                    coroutine.send(None)
+
+            def in_another_run() -> None:
+                for operation in (
+                    partial(pool.submit, theirs),
+                    partial(pool.call, theirs),
+                    pool.restart,
+                    partial(pool.scale, 2),
+                    pool.drain,
+                ):
+                    with pytest.raises(RuntimeError, match=r"with trio\.from_thread\.run"):
+                        trio.run(operation)
+
+            await trio.to_thread.run_sync(outside)
+            await trio.to_thread.run_sync(in_another_run)
+            assert theirs.fileno() >= 0
+            receipt = await trio.to_thread.run_sync(
+                partial(trio.from_thread.run, pool.submit, theirs)
+            )
+            assert receipt.id == 1
+
+
+async def test_submit_cancelled_4000_times(shared: Path) -> None:
+    """All of many queued jobs can be cancelled together; none is handled."""
+    async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=4000) as pool:
+        async with client_of(pool) as first:
+            async with trio.open_nursery() as nursery:
+                for _ in range(4000):
+                    nursery.start_soon(pool.submit, null())
+                await wait_all_tasks_blocked()
+                assert pool.statistics().queued == 4000
+                nursery.cancel_scope.cancel()
+            assert pool.statistics().cancelled == 4000
+            await first.end()
+        check_sums(await at_rest(pool))
