@@ -35,7 +35,7 @@ nitpick_ignore = [
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
     ("py:class", "Handler"),
-    ("py:class", "Submitted"),
+    ("py:class", "Submittable"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
@@ -52,6 +52,7 @@ _MADE_BY_THE_LIBRARY = {
         "pool.JobReceipt",
         "pool.PoolStatistics",
         "pool.WorkerPool",
+        "pool.WorkerInfo",
         "pool.WorkerServer",
         "pool.WorkerStatistics",
         "AsyncResult",

@@ -248,7 +248,7 @@ async def _hang_up(stream: Any, job: Job) -> None:
 
 def own_end() -> int:
     """Return the descriptor of the worker's connection."""
-    return int(sys.orig_argv[2])
+    return int(sys.orig_argv[-4])
 
 
 def returning(value: Any) -> Any:

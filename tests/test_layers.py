@@ -94,6 +94,8 @@ FOLDERS = {
         "_pending",
         "_endpoints",
         "_config",
+        "_worker_config",
+        "_cpus",
         "_statistics",
         "_import_string",
         "_protocol",

@@ -319,7 +319,7 @@ async def test_nothing() -> None:
         with pytest.raises(
             TypeError, match="source must be a stream, socket, file or file descriptor"
         ):
-            await pool.submit(None)
+            await pool.submit(None)  # type: ignore[arg-type]
 
 
 F_ADD_SEALS, SEALS = 1033, 15

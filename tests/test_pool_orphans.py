@@ -1,4 +1,4 @@
-"""Workers end with the process of their pool, whoever else holds its sockets."""
+"""Workers exit with the process of their pool, even if another process holds its sockets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from trio_unixconn.pool import Job
 
 PR_GET_PDEATHSIG = 2
-# A pool whose process has a child that does nothing, and holds all that was open.
+# A pool whose process has a child process that does nothing, and holds all that was open.
 FORKING = """
 import os, trio
 from trio_unixconn.pool import open_worker_pool
 
 async def main():
-    async with open_worker_pool("test_pool_orphans:signal_of_death", workers=2) as pool:
+    async with open_worker_pool("test_pool_orphans:death_signal", workers=2) as pool:
         if os.fork() == 0:
             os.read(0, 1)
             os._exit(0)
@@ -41,22 +41,22 @@ trio.run(main)
 
 
 @asynccontextmanager
-async def as_somebody_else() -> AsyncGenerator[None, None]:
-    """Give up root's rights; a worker runs this."""
+async def as_nobody() -> AsyncGenerator[None, None]:
+    """Become another user; a worker runs this."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     yield
 
 
-async def signal_of_death(_: object, __: Job) -> bytes:
-    """Answer what the kernel sends when the pool is gone; a worker runs this."""
+async def death_signal(_: object, __: Job) -> bytes:
+    """Return the signal that the kernel sends after the pool's death; a worker runs this."""
     number = ctypes.c_int()
     ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(number))
     return signal.Signals(number.value).name.encode()
 
 
-async def test_a_fork_of_the_pool_keeps_no_worker_alive() -> None:
-    """Workers end when their pool is killed, also if a child of its own holds their sockets."""
+async def test_watch_pool_with_fork_of_pool() -> None:
+    """Workers exit when their pool is killed, even if a child of it holds their sockets."""
     process = subprocess.Popen(
         [sys.executable, "-c", FORKING],
         stdin=subprocess.PIPE,
@@ -81,12 +81,12 @@ async def test_a_fork_of_the_pool_keeps_no_worker_alive() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_another_user_ends_with_the_pool() -> None:
-    """The kernel goes on to tell a worker of its pool's death when it has become another user."""
+async def test_exit_with_parent_as_another_user() -> None:
+    """A worker whose setup makes it another user still gets the signal of its pool's death."""
     with trio.fail_after(60):
         async with open_worker_pool(
-            "test_pool_orphans:signal_of_death",
+            "test_pool_orphans:death_signal",
             workers=1,
-            setup="test_pool_orphans:as_somebody_else",
+            setup="test_pool_orphans:as_nobody",
         ) as pool:
             assert await pool.call() == b"SIGTERM"

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_unixconn.pool import JobReceipt, WorkerPool
+    from trio_unixconn.pool._worker_config import WorkerConfig
 
 pytestmark = pytest.mark.usefixtures("no_child_left")
 
@@ -222,29 +224,22 @@ async def test_on_abandoned_that_raises(shared: Path, caplog: pytest.LogCaptureF
     assert "on_abandoned raised an exception for job 1" in caplog.text
 
 
-async def test_a_handler_that_exits_beside_others(shared: Path) -> None:
-    """What is cut off in the middle when a handler exits is reported, or its submitter told."""
-    reported: list[AbandonedJob] = []
-    async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
-        for _ in range(3):
-            await pool.submit(null(), data=b"forever")
-        await until(lambda: len(lines(shared / "began")) == 3)
-        await pool.submit(null(), data=b"exit")
-        await until(lambda: pool.statistics().deaths == 1)
-        found = await at_rest(pool)
-        assert found.handled == 0
-        assert found.failed + found.abandoned == 4
-        assert found.abandoned == len(reported)
-
-
-async def test_a_handler_that_exits(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """SystemExit out of a handler ends its worker, which is replaced."""
+async def test_submit_with_handler_that_exits(shared: Path) -> None:
+    """SystemExit out of a handler is the failure of its job; its worker and other jobs go on."""
     async with open_worker_pool(DO, workers=1) as pool:
-        await pool.submit(null(), data=b"exit")
-        await until(lambda: pool.statistics().restarts == 1)
-        assert await pool.call() == b"nothing to do"
-        check_sums(await at_rest(pool))
-    assert "SystemExit: 3" in capfd.readouterr().err
+        before = pids(pool)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(pool.call, data=b"forever"))
+            await until(lambda: len(lines(shared / "began")) == 1)
+            await pool.submit(null(), data=b"exit")
+            await until(lambda: pool.statistics().failed == 1)
+            with pytest.raises(HandlerError) as caught:
+                await pool.call(data=b"exit")
+            assert "SystemExit: 3" in caught.value.traceback
+            assert lines(shared / "ended") == []
+            nursery.cancel_scope.cancel()
+        found = await at_rest(pool)
+        assert (found.deaths, found.abandoned, pids(pool)) == (0, 0, before)
 
 
 ################################################################
@@ -331,11 +326,11 @@ async def test_a_worker_cannot_be_started_for_want_of_memory(
     """What the system lacks for a new worker does not count as a crash, however often."""
     real, tries = _process.start, list[int]()
 
-    def start(order: dict[str, Any]) -> _process.WorkerProcess:
+    def start(config: WorkerConfig) -> _process.WorkerProcess:
         tries.append(1)
         if len(tries) < 5:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return real(order)
+        return real(config)
 
     async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
         monkeypatch.setattr(_process, "start", start)

@@ -5,7 +5,8 @@ accept loop on top of it, and ``serve_statistics`` says how they are doing.
 """
 
 from ._config import WorkerPoolOptions as WorkerPoolOptions
-from ._job import Job as Job
+from ._endpoints import Submittable as Submittable
+from ._job import Job as Job, WorkerInfo as WorkerInfo
 from ._pending import JobReceipt as JobReceipt
 from ._pool import WorkerPool as WorkerPool, open_worker_pool as open_worker_pool
 from ._server import (
@@ -26,6 +27,8 @@ __all__ = [
     "JobReceipt",
     "Latency",
     "PoolStatistics",
+    "Submittable",
+    "WorkerInfo",
     "WorkerPool",
     "WorkerPoolOptions",
     "WorkerServer",

@@ -1,30 +1,39 @@
-"""What a worker's interpreter runs first: it is given the pool's import path, and the rest.
+"""The program that a worker's interpreter runs. It is never imported.
 
-The rule of this file: nothing of the package is imported before the path is the pool's. It is
-run as a program, never imported.
+Invariant: nothing of the package is imported before the import path is the one of the pool.
 """
+
+import os
+import sys
+
+if sys.path[:1] == [os.path.dirname(__file__)]:
+    # The directory of this program. Its _queue is not the one of the standard library.
+    del sys.path[0]
 
 import json
 import socket
-import sys
 
 
-def boot() -> None:
-    """Read the order on the socket that the pool has left open, and become its worker.
+def main() -> None:
+    """Read the configuration, and become a worker.
 
-    The arguments are the descriptors of the socket and of the board, and the handler's name.
+    The arguments are the numbers of three inherited file descriptors (the connection, the
+    completion log, the configuration), and the import string of the handler, which is there for
+    those who look at a list of processes.
     """
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    board = int(sys.argv[2])
-    size = int.from_bytes(sock.recv(4, socket.MSG_WAITALL), "big")
-    order = json.loads(sock.recv(size, socket.MSG_WAITALL))
-    sys.path[:] = order["path"]
-    from trio_unixconn.pool._worker import work  # noqa: PLC0415 - as the rule says
+    connection, log, config = map(int, sys.argv[1:4])
+    # It says that this process has not come this far.
+    os.environ.pop("TRIO_UNIXCONN_WORKER", None)
+    with open(config, "rb") as file:
+        message, _, setup_data = file.read().partition(b"\n")
+    fields = json.loads(message)
+    sys.path[:] = fields["path"]
+    from trio_unixconn.pool._worker import run_worker  # noqa: PLC0415
 
-    # As a user's program would have it; what is in argv is of no interest to a handler.
-    sys.argv[:] = [order["handler"]]
-    sys.exit(work(sock, board, order))
+    # As in a program of the user.
+    sys.argv[:] = sys.argv[4:]
+    sys.exit(run_worker(socket.socket(fileno=connection), log, fields, setup_data))
 
 
 if __name__ == "__main__":
-    boot()
+    main()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import operator
-import os
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import attrs
 
+from ._cpus import available_cpus
 from ._import_string import parse_import_string
+from ._worker_config import (
+    WorkerConfig,
+    check_cpu_affinity,
+    check_environment,
+    check_nice,
+    check_resource_limits,
+    check_setup_data,
+    resolve_executable,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Mapping, Sequence
 
+    from .._buffers import Buffer
     from ._statistics import AbandonedJob
 
 
@@ -21,23 +33,27 @@ class WorkerPoolOptions(TypedDict, total=False):
 
     workers: int | None
     setup: str | None
+    setup_data: Buffer
     max_in_flight: int
     max_queue: int
     max_attempts: int
     max_jobs: int | None
     start_timeout: float
+    handler_timeout: float | None
     hang_timeout: float
     drain_timeout: float
     crash_limit: int
     on_abandoned: Callable[[AbandonedJob], None] | None
+    executable: str | os.PathLike[str] | None
+    environment: Mapping[str, str | None]
+    cpu_affinity: Sequence[int] | None
+    nice: int
+    resource_limits: Mapping[str | int, tuple[int, int]]
+    kill_process_group: bool
 
 
-def available_cpus() -> int:
-    """Return how many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
+# How many jobs a worker can have finished without having reported it, whatever max_in_flight is.
+_MAX_LOG_SIZE: Final = 2**20
 
 
 def _or_available_cpus(workers: int | None) -> int:
@@ -91,6 +107,11 @@ def _callable(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise TypeError(f"{attribute.name} must be callable, got {type(value).__name__}")
 
 
+def _bool(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{attribute.name} must be a bool, got {type(value).__name__}")
+
+
 _optional: Final = attrs.validators.optional
 
 
@@ -107,6 +128,9 @@ class PoolConfig:
         default=None, converter=_or_available_cpus, validator=_at_least_one, kw_only=True
     )
     setup: str | None = attrs.field(default=None, validator=_optional(_import_string), kw_only=True)
+    setup_data: bytes = attrs.field(
+        default=b"", converter=check_setup_data, kw_only=True, repr=False
+    )
     max_in_flight: int = attrs.field(default=1000, validator=_at_least_one, kw_only=True)
     max_queue: int = attrs.field(default=1000, validator=_at_least_one, kw_only=True)
     max_attempts: int = attrs.field(default=3, validator=_at_least_one, kw_only=True)
@@ -114,9 +138,44 @@ class PoolConfig:
         default=None, validator=_optional(_at_least_one), kw_only=True
     )
     start_timeout: float = attrs.field(default=60, validator=_positive_seconds, kw_only=True)
+    handler_timeout: float | None = attrs.field(
+        default=None, validator=_optional(_positive_seconds), kw_only=True
+    )
     hang_timeout: float = attrs.field(default=10, validator=_positive_seconds, kw_only=True)
     drain_timeout: float = attrs.field(default=30, validator=_non_negative_seconds, kw_only=True)
     crash_limit: int = attrs.field(default=5, validator=_at_least_one, kw_only=True)
     on_abandoned: Callable[[AbandonedJob], None] | None = attrs.field(
         default=None, validator=_optional(_callable), kw_only=True
     )
+    executable: str = attrs.field(default=None, converter=resolve_executable, kw_only=True)
+    environment: dict[str, str | None] = attrs.field(
+        factory=dict[str, "str | None"], converter=check_environment, kw_only=True, repr=False
+    )
+    cpu_affinity: tuple[int, ...] | None = attrs.field(
+        default=None, converter=check_cpu_affinity, kw_only=True
+    )
+    nice: int = attrs.field(default=0, converter=check_nice, kw_only=True)
+    resource_limits: tuple[tuple[int, int, int], ...] = attrs.field(
+        factory=dict[str, "tuple[int, int]"], converter=check_resource_limits, kw_only=True
+    )
+    kill_process_group: bool = attrs.field(default=False, validator=_bool, kw_only=True)
+
+    def worker_config(self, index: int) -> WorkerConfig:
+        """Return what the worker of a slot is started with."""
+        finite = self.hang_timeout < math.inf
+        cpus = self.cpu_affinity
+        return WorkerConfig(
+            handler=self.handler,
+            executable=self.executable,
+            index=index,
+            log_size=min(self.max_in_flight, _MAX_LOG_SIZE),
+            heartbeat_interval=self.hang_timeout / 5 if finite else 1.0,
+            handler_timeout=self.handler_timeout,
+            setup=self.setup,
+            setup_data=self.setup_data,
+            environment=self.environment,
+            cpu=None if cpus is None else cpus[index % len(cpus)],
+            nice=self.nice,
+            resource_limits=self.resource_limits,
+            kill_process_group=self.kill_process_group,
+        )

@@ -1,4 +1,8 @@
-"""What can be submitted to a pool, and what a handler gets for it: two inverse functions.
+"""Streams and files on their way to a worker: detached from a program, attached in another.
+
+A program submits a socket, stream, connection or file. ``detach_endpoint`` takes the file
+descriptor out of it, and says what it is. In the worker, ``attach_endpoint`` makes a stream or file
+of the two again.
 
 Invariant: a file descriptor of which no stream or file can be made is closed.
 
@@ -15,7 +19,7 @@ import socket as stdlib_socket
 import ssl
 from functools import partial
 from io import FileIO
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Protocol, TypeAlias
 
 import trio
 
@@ -26,6 +30,7 @@ from .._connection import UnixConnection
 from .._fds import check_open, fileno
 from .._fdtypes import (
     DescriptorKind,
+    describe,
     is_memory,
     kind_of,
     open_checked_file,
@@ -41,25 +46,46 @@ from . import _protocol
 
 
 class EndpointKind(enum.IntEnum):
-    """What the file descriptor of a job is, which says what its handler gets."""
+    """What the file descriptor of a job is open on, and so what a handler gets."""
 
+    #: There is none: the handler gets None.
     NONE = _protocol.NO_DESCRIPTOR
+    #: A TCP socket of IPv4.
     TCP = 1
+    #: A TCP socket of IPv6.
     TCP6 = 2
+    #: A Unix stream socket.
     UNIX = 3
+    #: Any other stream socket, or a file.
     OTHER = 4
+    #: A Unix stream socket that must not receive file descriptors.
     UNIX_WITHOUT_DESCRIPTORS = 5
 
 
-#: What can be submitted: a descriptor, or an object that owns one.
-Submitted = Any
+class ClosableFile(Protocol):
+    """An object that owns a file descriptor: a Python file, or one that behaves like it."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+        ...
+
+    def close(self) -> object:
+        """Close the file."""
+        ...
+
+
+#: What can be submitted to a pool: a file descriptor, or an object that owns one.
+Submittable: TypeAlias = (
+    "int | UnixConnection | trio.SocketStream | trio.socket.SocketType | stdlib_socket.socket "
+    "| ClosableFile"
+)
 
 _FAMILIES: Final = {
     stdlib_socket.AF_INET: EndpointKind.TCP,
     stdlib_socket.AF_INET6: EndpointKind.TCP6,
     _kernel.AF_UNIX: EndpointKind.UNIX,
 }
-# What is neither read nor written.
+# Files that can be neither read nor written.
 _NO_FILES: Final = {
     DescriptorKind.DIRECTORY,
     DescriptorKind.SYMBOLIC_LINK,
@@ -71,10 +97,10 @@ _MODES: Final = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}
 
 
 def checked_data(data: Buffer) -> bytes:
-    """Return the bytes that go with a job.
+    """Return the bytes that travel with a job.
 
     Raises:
-      TypeError, ValueError: no buffer, or more than MAX_DATA bytes.
+      TypeError, ValueError: not a contiguous buffer, or more than MAX_DATA bytes.
     """
     with bytes_of(data) as view:
         if len(view) > _protocol.MAX_DATA:
@@ -85,101 +111,104 @@ def checked_data(data: Buffer) -> bytes:
         return bytes(view)
 
 
-async def detach_endpoint(what: Submitted) -> tuple[int, EndpointKind]:
-    """Take a descriptor out of what was submitted, which is closed or detached by that.
+async def detach_endpoint(source: Submittable) -> tuple[int, EndpointKind]:
+    """Take the file descriptor out of ``source``, which is closed or detached by that.
 
-    No file server is asked in the trio thread: a file is flushed and closed in another one. Only
-    for a file this is a checkpoint. If it is cancelled while a file server does not answer, the
+    No file server is asked in the trio thread: a file is flushed and closed in another one. This
+    is a checkpoint only for a file. If it is cancelled while a file server does not answer, the
     file is closed nevertheless, in that thread.
 
     Returns:
-      The descriptor, which the caller owns, and its kind.
+      The file descriptor, which the caller owns, and its kind.
 
     Raises:
-      TypeError, ValueError, OSError, WrongDescriptorKindError: nothing that a handler can be
-        given; it is as it was.
+      TypeError, ValueError, OSError, WrongDescriptorKindError: no handler can get it; it is
+        unchanged.
       ReadAheadError: a connection, or its socket, that has read messages ahead; likewise.
     """
-    if isinstance(what, UnixConnection):
-        refuses = isinstance(what._receiver, RefusingReceiver)  # noqa: SLF001 - of one package
-        return (
-            what.detach(),
-            EndpointKind.UNIX_WITHOUT_DESCRIPTORS if refuses else EndpointKind.UNIX,
-        )
-    if isinstance(what, trio.SocketStream):
-        what = what.socket
-    if isinstance(what, trio.socket.SocketType):
-        raw = raw_socket(what)
+    if isinstance(source, UnixConnection):
+        # Before it is detached, which makes it forget that.
+        is_refusing = isinstance(source._receiver, RefusingReceiver)  # noqa: SLF001 - one package
+        kind = EndpointKind.UNIX_WITHOUT_DESCRIPTORS if is_refusing else EndpointKind.UNIX
+        return source.detach(), kind
+    if isinstance(source, trio.SocketStream):
+        source = source.socket
+    if isinstance(source, trio.socket.SocketType):
+        raw = raw_socket(source)
         kind = _kind_of(raw.fileno())
         trio.lowlevel.notify_closing(raw)
-        return what.detach(), kind
-    if isinstance(what, ssl.SSLSocket):
+        return source.detach(), kind
+    if isinstance(source, ssl.SSLSocket):
         raise TypeError(
-            "an SSLSocket cannot be handed over: what it knows of the encryption is in this "
-            "process; submit the plain socket, and have the handler wrap it"
+            "cannot submit an SSLSocket: the state of its encryption is in this process; submit "
+            "the plain socket, and wrap it in the handler"
         )
-    if isinstance(what, stdlib_socket.socket):
-        kind = _kind_of(what.fileno())
-        return what.detach(), kind
-    number = fileno(what)
-    check_open([number])
-    kind = _kind_of(number)
-    if isinstance(what, int):
-        return number, kind
-    if not callable(getattr(what, "close", None)):
+    if isinstance(source, stdlib_socket.socket):
+        kind = _kind_of(source.fileno())
+        return source.detach(), kind
+    fd = fileno(source)
+    check_open([fd])
+    kind = _kind_of(fd)
+    if isinstance(source, int):
+        return fd, kind
+    if not callable(getattr(source, "close", None)):
         raise TypeError(
-            f"the pool takes ownership, and {type(what).__name__} has no close(); submit a "
-            "duplicate of its file descriptor (os.dup)"
+            "the pool takes ownership of the file descriptor, but "
+            f"{type(source).__name__} has no close() method; submit a duplicate (os.dup)"
         )
-    if is_memory(number):
-        return _out_of_file(what, number), kind
+    if is_memory(fd):
+        return _duplicate_and_close(source, fd), kind
     return await call_in_file_thread(
-        partial(_out_of_file, what, number), discard=lambda fd: close_fds([fd])
+        partial(_duplicate_and_close, source, fd), discard=lambda copy: close_fds([copy])
     ), kind
 
 
-def _out_of_file(what: Any, number: int) -> int:
-    """Duplicate the descriptor of an object, and close the object."""
-    if isinstance(what, (io.BufferedIOBase, io.TextIOBase)):
-        # What is in its buffer belongs in front of what the worker writes.
-        what.flush()
-    fd = os.dup(number)
+def _duplicate_and_close(file: ClosableFile, fd: int) -> int:
+    """Return a duplicate of the file descriptor of an object, which is closed."""
+    if isinstance(file, (io.BufferedIOBase, io.TextIOBase)):
+        # What is in its buffer belongs before what the worker writes.
+        file.flush()
+    copy = os.dup(fd)
     try:
-        what.close()
+        file.close()
     except BaseException:
-        close_fds([fd])
+        close_fds([copy])
         raise
-    return fd
+    return copy
 
 
 def _kind_of(fd: int) -> EndpointKind:
     if fd < 0:
-        raise ValueError("a descriptor that is open is due, but this one is closed")
+        raise ValueError("expected an open socket, got a closed one")
     check_handover([fd])
     kind = kind_of(fd)
     if kind is DescriptorKind.SOCKET:
-        return _kind_of_socket(fd, kind)
+        return _kind_of_socket(fd)
     if kind in _NO_FILES:
         raise WrongDescriptorKindError(
-            f"a stream socket, or a file to read or write, is due; a {kind.value} is neither", kind
+            f"expected a stream socket, or a file to read or write, got {describe(kind)}", kind
         )
     if fcntl.fcntl(fd, fcntl.F_GETFL) & _O_PATH:
         raise WrongDescriptorKindError(
-            f"a file to read or write is due; this {kind.value} was opened only as a path (O_PATH)",
+            f"expected a file open for reading or writing, got {describe(kind)} opened with O_PATH",
             kind,
         )
     return EndpointKind.OTHER
 
 
-def _kind_of_socket(fd: int, kind: DescriptorKind) -> EndpointKind:
+def _kind_of_socket(fd: int) -> EndpointKind:
+    kind = DescriptorKind.SOCKET
     sock = stdlib_socket.socket(fileno=fd)
     try:
         if sock.type != stdlib_socket.SOCK_STREAM:
-            raise WrongDescriptorKindError("a stream socket is due, not one of another type", kind)
+            name = getattr(sock.type, "name", sock.type)
+            raise WrongDescriptorKindError(f"expected a stream socket, got a {name} socket", kind)
         option = _kernel.SO_ACCEPTCONN
         if option is not None and sock.getsockopt(_kernel.SOL_SOCKET, option):
             raise WrongDescriptorKindError(
-                "a connected socket is due, but this one listens; submit what it accepts", kind
+                "expected a connected socket, got a listening one; submit the connections that it "
+                "accepts",
+                kind,
             )
         return _FAMILIES.get(sock.family, EndpointKind.OTHER)
     finally:
@@ -187,14 +216,17 @@ def _kind_of_socket(fd: int, kind: DescriptorKind) -> EndpointKind:
 
 
 async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
-    """Return a stream or file that owns ``fd``. Only for a file this is a checkpoint.
+    """Return a stream or file that owns ``fd``. This is a checkpoint only for a file.
+
+    Nothing here waits for a peer or a file server: making a stream asks the kernel for the names of
+    the socket, and a file is opened in a thread.
 
     Raises:
-      OSError, WrongDescriptorKindError: nothing can be made of it; it is closed.
+      OSError, WrongDescriptorKindError: no stream or file can be made of it; it is closed.
     """
     try:
         if kind in (EndpointKind.TCP, EndpointKind.TCP6):
-            # Told what it is, Python need not ask the kernel; trio sets TCP_NODELAY.
+            # Python asks the kernel for what it is not told. trio sets TCP_NODELAY.
             family = stdlib_socket.AF_INET if kind == EndpointKind.TCP else stdlib_socket.AF_INET6
             sock = stdlib_socket.socket(
                 family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
@@ -213,7 +245,7 @@ async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | 
 
 def _open_file(fd: int, mode: str, kind: DescriptorKind) -> IO[Any]:
     if mode == "r+b" and not _has_position(fd):
-        # One buffer for both is for what can be rewound: no terminal, no pipe.
+        # One buffer for both directions needs a position: a terminal or a pipe has none.
         return open(fd, mode, buffering=0)
     return open_checked_file(fd, mode, kind)
 

@@ -1,7 +1,7 @@
-"""What a user names as ``"package.module:name"``, imported and looked at.
+"""Import strings: handlers and setups that a user names as ``"package.module:name"``.
 
-The rule of this file: what cannot be what was asked for is refused when a worker starts, not
-when the first job comes.
+Invariant: an object that cannot be a handler or a setup is rejected when the worker starts, not
+when its first job arrives.
 
 Source: https://packaging.python.org/specifications/entry-points/ (object references)
 """
@@ -11,7 +11,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 
 
 def parse_import_string(reference: str, name: str) -> None:
@@ -42,10 +50,10 @@ def parse_import_string(reference: str, name: str) -> None:
 
 
 def import_from_string(reference: str) -> Any:
-    """Import what is named.
+    """Import an object.
 
     Raises:
-      ImportError, AttributeError: it is not there.
+      ImportError, AttributeError: there is no such module or object.
       Anything that the module raises.
     """
     module, _, names = reference.partition(":")
@@ -55,11 +63,12 @@ def import_from_string(reference: str) -> Any:
     return found
 
 
-def load_handler(reference: str) -> Any:
+def import_handler(reference: str) -> Any:
     """Import a handler.
 
     Raises:
-      TypeError: it is no async function.
+      TypeError: it is not an async function.
+      All that :func:`import_from_string` raises.
     """
     handler = import_from_string(reference)
     inner = handler
@@ -68,19 +77,42 @@ def load_handler(reference: str) -> Any:
     if not inspect.iscoroutinefunction(inner) and not inspect.iscoroutinefunction(
         getattr(inner, "__call__", None)  # noqa: B004 - of an object with an async __call__
     ):
-        raise TypeError(f"the handler {reference} must be async: async def f(stream, job)")
+        raise TypeError(
+            f"handler {reference} must be an async function (async def f(stream, job)), got "
+            f"{type(handler).__name__}"
+        )
     return handler
 
 
-def load_setup(reference: str) -> Any:
-    """Import what is run around a worker's life.
+def import_setup(reference: str) -> tuple[Callable[..., Any], bool]:
+    """Import a setup.
+
+    Returns:
+      The function, and whether it takes an argument.
 
     Raises:
-      TypeError: it cannot be called.
+      TypeError: it cannot be called, or needs more than one argument.
+      All that :func:`import_from_string` raises.
     """
     setup = import_from_string(reference)
+    expected = (
+        f"setup {reference} must be a function that returns an async context manager, and takes "
+        "no argument or a WorkerInfo"
+    )
     if not callable(setup):
-        raise TypeError(
-            f"the setup {reference} must be a function that returns an async context manager"
-        )
-    return setup
+        raise TypeError(f"{expected}, got {type(setup).__name__}")
+    try:
+        parameters = inspect.signature(setup).parameters.values()
+    except ValueError:
+        # Some functions in C have no signature.
+        return setup, False
+    required = [
+        parameter
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}
+    ]
+    if len(required) > 1 or any(each.kind not in _POSITIONAL for each in required):
+        names = ", ".join(parameter.name for parameter in required)
+        raise TypeError(f"{expected}, got one that requires {names}")
+    return setup, bool(required)

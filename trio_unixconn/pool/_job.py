@@ -1,28 +1,23 @@
-"""What a handler gets: a job, and a stream or file made of the descriptor that came with it.
+"""What the functions of a user get in a worker: Job for handlers, WorkerInfo for a setup.
 
-The rule of this file: a descriptor that nothing can be made of is closed, and the job fails
-with the reason.
-
-Sources: fcntl(2) (F_GETFL), unix(7)
+Source: socket(7) (SO_LINGER)
 """
 
 from __future__ import annotations
 
-import os
+import socket as stdlib_socket
+import struct
 from contextlib import suppress
 from io import IOBase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
 
 from .. import _memfd
-from .._closing import close_object
+from .._closing import close_fds, close_object
 from .._connection import UnixConnection
-from .._fdtypes import (
-    DescriptorKind,
-    is_memory,
-)
+from .._fdtypes import DescriptorKind, is_memory
 from .._file_thread import call_in_file_thread, ignore
 from .._memfd import Seals
 from .._owner import DescriptorOwner
@@ -31,20 +26,36 @@ from ..errors import UnsafeBufferError
 if TYPE_CHECKING:
     from .._credentials import Credentials
 
-_FILES = frozenset(DescriptorKind) - {DescriptorKind.SOCKET}
-_MODES = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}
+# l_onoff and l_linger. Source: socket(7)
+_LINGER: Final = struct.Struct("ii")
+
+
+@attrs.frozen
+class WorkerInfo:
+    """The worker that a setup runs in. A setup gets it if it takes an argument.
+
+    Attributes:
+      index: the number of the worker's slot in the pool: 0 for the first. The worker that replaces
+        this one has the same index.
+      pid: the process id of the worker.
+      data: the bytes that were given to the pool as ``setup_data``.
+    """
+
+    index: int
+    pid: int
+    data: bytes = attrs.field(repr=False)
 
 
 @attrs.define(eq=False)
 class Job(DescriptorOwner):
-    """What a handler is told beside its stream.
+    """What a handler gets together with its stream.
 
     Attributes:
-      id: the pool's number for it, as in :class:`JobReceipt`.
+      id: the pool's number for the job, as in :class:`JobReceipt`.
       data: the bytes that were submitted with it.
-      state: what the worker's ``setup`` yielded; None without one.
-      draining: set when the worker is to end, for handlers that can come to an end sooner: one
-        that waits for the next request of a client need not wait any longer.
+      state: what the ``setup`` of the worker yielded; None without one.
+      draining: set when the worker is going to exit, for handlers that can finish sooner: one that
+        waits for the next request of a client can stop waiting.
     """
 
     id: int
@@ -55,13 +66,13 @@ class Job(DescriptorOwner):
 
     @property
     def peer(self) -> Credentials | tuple[Any, ...] | None:
-        """Who is at the other end of the stream.
+        """The peer of the stream.
 
-        Of a Unix socket the peer's credentials, vouched for by the kernel; of a TCP socket its
-        address; None of a file, or of a job without a descriptor.
+        For a Unix socket the credentials of the peer, which the kernel guarantees. For a TCP socket
+        the address of the peer. None for a file, or for a job without a file descriptor.
 
         Raises:
-          OSError: the peer of a TCP socket is gone (ENOTCONN).
+          OSError: the peer of a TCP socket has closed or reset the connection (ENOTCONN).
         """
         stream = self._stream
         if isinstance(stream, UnixConnection):
@@ -72,20 +83,21 @@ class Job(DescriptorOwner):
         return None
 
     def map_buffer(self, max_bytes: int, *, seals: Seals = Seals.ALL) -> memoryview:
-        """Map the job's file, which must be sealed memory, as ``receive_buffer`` does.
+        """Map the file of the job, which must be a sealed memfd, as ``receive_buffer`` does.
 
         Args:
-          max_bytes: the largest size that is accepted.
-          seals: the seals that the memory must have; ``Seals.SHRINK`` is one of them. Without
+          max_bytes: the maximum size of the memfd.
+          seals: the seals that the memfd must have; ``Seals.SHRINK`` is required. Without
             ``Seals.WRITE`` the bytes can change at any time.
 
         Returns:
-          A read-only view; the mapping ends with it, and with what was made from it. The file
-          may be closed before.
+          A read-only view. The memory is mapped until the view, and all that was made from it, are
+          garbage collected. The file can be closed before.
 
         Raises:
-          UnsafeBufferError: the file is not sealed memory, or larger than ``max_bytes``.
-          TypeError, ValueError: ``seals`` are not Seals with ``Seals.SHRINK``.
+          UnsafeBufferError: the file is not a memfd with these seals, or larger than
+            ``max_bytes``.
+          TypeError, ValueError: ``seals`` is not Seals, or lacks ``Seals.SHRINK``.
           OSError: EMFILE.
         """
         _memfd.check_seals(seals)
@@ -98,11 +110,11 @@ class Job(DescriptorOwner):
 
 
 async def close_file(file: IOBase) -> None:
-    """Close a file, in a thread if it may have a server; closing twice is allowed.
+    """Close a file, in a thread if it can have a file server; closing twice is allowed.
 
-    A cancellation leaves the thread behind if that server does not answer.
+    If this is cancelled while that server does not answer, the thread is abandoned.
     """
-    # ValueError: the handler has detached it. OSError: about data that it has written.
+    # ValueError: the handler has detached it. OSError: an error of an earlier write.
     with suppress(OSError, ValueError):
         if file.closed:
             return
@@ -119,4 +131,15 @@ def close_now(stream: Any) -> None:
     if isinstance(stream, UnixConnection):
         stream._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
     elif stream is not None:
-        stream.socket.close()
+        sock = stream.socket
+        if sock.fileno() >= 0 and _can_linger(sock):
+            trio.lowlevel.notify_closing(sock)
+            close_fds([sock.detach()])
+        else:
+            sock.close()
+
+
+def _can_linger(sock: trio.socket.SocketType) -> bool:
+    """Whether close(2) of a socket waits until its peer has received everything (SO_LINGER)."""
+    option = sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, _LINGER.size)
+    return all(_LINGER.unpack(option))

@@ -19,7 +19,7 @@ from trio.lowlevel import enable_ki_protection
 from .._owner import DescriptorOwner
 from ..errors import JobRefusedError, PoolClosedError
 from ._config import PoolConfig, checked_timeout
-from ._endpoints import EndpointKind, Submitted, checked_data, detach_endpoint
+from ._endpoints import EndpointKind, Submittable, checked_data, detach_endpoint
 from ._handle import HandleState
 from ._pending import JobReceipt, JobState, PendingJob
 from ._process import FdReserve
@@ -52,7 +52,7 @@ class WorkerPool(DescriptorOwner):
 
     @enable_ki_protection
     async def submit(
-        self, source: Submitted, *, data: Buffer = b"", worker: int | None = None
+        self, source: Submittable, *, data: Buffer = b"", worker: int | None = None
     ) -> JobReceipt:
         """Hand a stream, socket, file or file descriptor to the least busy worker.
 
@@ -91,7 +91,7 @@ class WorkerPool(DescriptorOwner):
     @enable_ki_protection
     async def call(
         self,
-        source: Submitted | None = None,
+        source: Submittable | None = None,
         *,
         data: Buffer = b"",
         worker: int | None = None,
@@ -116,7 +116,7 @@ class WorkerPool(DescriptorOwner):
         return answer
 
     async def _run_job(
-        self, source: Submitted | None, data: Buffer, worker: int | None, *, wants_answer: bool
+        self, source: Submittable | None, data: Buffer, worker: int | None, *, wants_answer: bool
     ) -> Any:
         self._check_run()
         self._queue.check_open()
@@ -306,15 +306,21 @@ async def open_worker_pool(
 
     Args:
       handler: ``"package.module:name"`` of an async function of a stream and a job.
-      workers: how many; one for each processor that this process may use if left out.
+      workers: the number of workers; default: the number of CPUs that this process can use, by
+        its affinity and the CPU quota of its cgroups.
       setup: ``"package.module:name"`` of a function that returns an async context manager, in
-        which each worker lives; what it yields is ``job.state``.
+        which each worker runs; what it yields is ``job.state``. If the function requires an
+        argument, it gets a :class:`WorkerInfo`.
+      setup_data: bytes that the setup gets as ``WorkerInfo.data``, for what must not be in the
+        environment or in a file.
       max_in_flight: how many jobs each worker handles at a time.
       max_queue: how many jobs may wait in the pool; then ``submit`` waits.
       max_attempts: how many workers may die, or lack descriptors, before they acknowledge a job,
         until it is given up.
       max_jobs: a worker is replaced when it has taken so many, or a few more.
       start_timeout: seconds that a worker may take to be ready.
+      handler_timeout: seconds that a handler may take; then it is cancelled, and its job fails.
+        Default: no limit.
       hang_timeout: seconds after which a worker that says nothing is killed and replaced. A
         handler that computes for as long without a checkpoint is such a one. ``math.inf`` for
         never.
@@ -323,6 +329,19 @@ async def open_worker_pool(
         a job, or having lived for ten seconds, the pool ends.
       on_abandoned: called for each job that was being handled when its worker died; such jobs
         are also logged, under ``trio_unixconn.pool``, and counted.
+      executable: the Python interpreter that runs the workers; default: this one, with its
+        options (``-I``, ``-O``, ``-X``, ``-W`` and so on). Required in a frozen program.
+      environment: variables to set in the workers, in addition to those of this process and in
+        place of those with the same name; None removes a variable.
+      cpu_affinity: numbers of CPUs. Worker i runs only on ``cpu_affinity[i % len(cpu_affinity)]``.
+        Default: the affinity of this process.
+      nice: what is added to the nice value of the workers.
+      resource_limits: maps limits, by name (``"RLIMIT_NOFILE"``) or number, to pairs of soft and
+        hard limit; -1 is unlimited. As the CPUs and the nice value, they are set before the
+        handler is imported.
+      kill_process_group: kill the process group of a worker when the worker has ended, in whatever
+        way, and with it the processes that its handlers have started and not ended. A process that
+        has left the group (``start_new_session``) is not killed. Default: such processes go on.
 
     Raises:
       TypeError, ValueError: something that cannot be; nothing was started.

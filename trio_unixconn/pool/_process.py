@@ -1,72 +1,101 @@
-"""A worker's process: a fresh interpreter, started, waited for, and killed.
+"""A worker's process: a fresh interpreter that is started, waited for, and killed.
 
-The rule of this file: whoever starts one also reaps it, whatever happens in between.
+Invariant: a process that was started is reaped by its WorkerProcess, and its number is not used
+after that.
 
-Sources: pidfd_open(2), signal(7), https://docs.python.org/3/library/subprocess.html
+Sources: pidfd_open(2), waitid(2) (WNOWAIT), signal(7), setsid(2),
+https://docs.python.org/3/library/subprocess.html
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket as stdlib_socket
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
 from .._connection import UnixConnection
+from .._memfd import Seals
 from .._owner import DescriptorOwner
-from ._completion_log import CompletionLog, create_log
+from ._completion_log import CompletionLog, create_memory_file
+from ._worker_config import WORKER_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from ._worker_config import WorkerConfig
+
 _BOOTSTRAP: Final = str(Path(__file__).with_name("_bootstrap.py"))
+# Standard input, output and error.
+_STANDARD_FDS: Final = range(3)
+# The options -X that subprocess does not know, and that say how a program behaves, not how this
+# process was started.
+_KEPT_XOPTIONS: Final = ("int_max_str_digits", "no_debug_ranges", "pycache_prefix", "cpu_count")
 
 
 class WorkerProcess(DescriptorOwner):
-    """A process, and the connection to it.
+    """The process of a worker, and the connection to it.
 
     Attributes:
-      conn: this side's end; the other is the process's only.
-      log: the jobs that it has finished.
-      pid: its number.
+      conn: the pool's end of the connection.
+      log: the jobs that the worker has finished.
+      pid: its process id.
     """
 
     def __init__(
-        self, popen: subprocess.Popen[bytes], conn: UnixConnection, log: CompletionLog
+        self,
+        popen: subprocess.Popen[bytes],
+        conn: UnixConnection,
+        log: CompletionLog,
+        *,
+        kill_group: bool = False,
     ) -> None:
         self._popen = popen
         self.conn = conn
         self.log = log
         self.pid: int = popen.pid
-        self._pidfd = _pidfd_of(popen.pid)
+        self._kill_group = kill_group
+        self._pidfd = _open_pidfd(popen.pid)
 
     async def wait(self) -> int:
         """Wait until it has ended, and reap it.
 
         Returns:
-          Its exit status; negative, the signal that killed it.
+          Its exit status; the negative number of a signal if that killed it.
         """
-        if self._popen.returncode is not None:
-            # The number may be another's by now.
-            return self._popen.returncode
-        if self._pidfd < 0:
-            return await trio.to_thread.run_sync(self._popen.wait, abandon_on_cancel=True)
-        await trio.lowlevel.wait_readable(self._pidfd)
-        return self._popen.wait()
+        popen = self._popen
+        if popen.returncode is None:
+            if self._pidfd >= 0:
+                await trio.lowlevel.wait_readable(self._pidfd)
+            else:
+                await trio.to_thread.run_sync(_wait_for_exit, popen.pid, abandon_on_cancel=True)
+        # Another task may have waited, too.
+        if popen.returncode is None:
+            # No other process or group gets its number before it is reaped.
+            if self._kill_group:
+                self._kill_process_group()
+            popen.wait()
+        return cast("int", popen.returncode)
 
     def kill(self) -> None:
-        """Kill it, if it has not been reaped."""
+        """Kill it, unless it has been reaped."""
+        if self._kill_group and self._popen.returncode is None:
+            self._kill_process_group()
         self._popen.kill()
 
+    def _kill_process_group(self) -> None:
+        # EPERM: those that are left belong to another user. macOS says it of zombies, too.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def close(self) -> None:
-        """Close what belongs to it, once it has been reaped."""
+        """Close what belongs to it, after it has been reaped."""
         self.conn._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
         self.log.close()
         pidfd, self._pidfd = self._pidfd, -1
@@ -74,49 +103,108 @@ class WorkerProcess(DescriptorOwner):
             os.close(pidfd)
 
 
-def _pidfd_of(pid: int) -> int:
+def _open_pidfd(pid: int) -> int:
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
-        # Not Linux, before 5.3, or no descriptor is free.
+        # Not Linux, before 5.3, or EMFILE.
         return -1
 
 
-def start(order: dict[str, Any]) -> WorkerProcess:
-    """Start a worker with its order, which :mod:`._boot` reads.
+def _wait_for_exit(pid: int) -> None:
+    """Wait in a thread until a child process has ended, without reaping it."""
+    # ChildProcessError: another task has waited, too, and has reaped it.
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
-    Not in a thread: what prctl(2) has the kernel tell the worker is the death of the thread
-    that started it. It takes a millisecond or two.
+
+def start(config: WorkerConfig) -> WorkerProcess:
+    """Start a worker.
+
+    This is not done in a thread: prctl(2) sends a worker a signal when the thread that started it
+    ends. It takes one or two milliseconds. Nothing here waits for the worker: the configuration
+    is in a file.
 
     Raises:
-      OSError: EMFILE, ENOMEM, EAGAIN; nothing is left behind.
+      OSError: EMFILE, ENOMEM, EAGAIN, ENOENT; nothing is left behind.
     """
     with ExitStack() as stack:
+        # In place of the standard ones that are closed: a file descriptor of the pool with such a
+        # number would be the standard output or error of the worker, or get what is written there.
+        standard = _open_standard_fds(stack)
         ours, theirs = stdlib_socket.socketpair()
         stack.callback(theirs.close)
         failed = stack.enter_context(ExitStack())
-        failed.callback(ours.close)
-        board_fd = create_log(order["log"])
-        stack.callback(os.close, board_fd)
-        board = CompletionLog(board_fd)
-        failed.callback(board.close)
-        inherited = [theirs.fileno(), board_fd]
-        body = json.dumps({**order, "path": sys.path, "pool": os.getpid()}).encode()
-        ours.sendall(len(body).to_bytes(4, "big") + body)
-        popen = subprocess.Popen(  # noqa: S603 - this interpreter, and a file of ours
-            # The handler's name is for who looks at a list of processes.
-            [sys.executable, _BOOTSTRAP, *map(str, inherited), order["handler"]],
+        conn = UnixConnection.from_stdlib_socket(ours)
+        failed.callback(conn._close_now)  # noqa: SLF001 - as aclose(), without its checkpoint
+        log = CompletionLog(config.log_size)
+        failed.callback(log.close)
+        config_fd = create_memory_file(config.encode(), Seals.ALL)
+        stack.callback(os.close, config_fd)
+        inherited = [theirs.fileno(), log.fd, config_fd]
+        popen = subprocess.Popen(  # noqa: S603 - a Python interpreter, and our own program
+            [
+                config.executable,
+                *_interpreter_options(),
+                _BOOTSTRAP,
+                *map(str, inherited),
+                config.handler,
+            ],
             stdin=subprocess.DEVNULL,
+            stdout=standard[1],
+            stderr=standard[2],
             pass_fds=inherited,
-            # What a terminal sends is for the pool's process only.
+            env=_environment_of(config),
+            # A terminal signals the process group of the pool.
             start_new_session=True,
         )
         failed.pop_all()
-    return WorkerProcess(popen, UnixConnection.from_stdlib_socket(ours), board)
+        return WorkerProcess(popen, conn, log, kill_group=config.kill_process_group)
+
+
+def _open_standard_fds(stack: ExitStack) -> list[int | None]:
+    """Open /dev/null under those of the numbers 0, 1 and 2 that are closed, until the stack ends.
+
+    Returns:
+      For each number what a worker gets in its place: DEVNULL if a program that this process
+      starts would not inherit it; None if it would.
+    """
+    found: list[int | None] = []
+    for number in _STANDARD_FDS:
+        try:
+            is_inherited = os.get_inheritable(number)
+        except OSError:
+            is_inherited = False
+            # The lowest number that is free: this one.
+            stack.callback(os.close, os.open(os.devnull, os.O_RDWR))
+        found.append(None if is_inherited else subprocess.DEVNULL)
+    return found
+
+
+def _interpreter_options() -> list[str]:
+    """Return the options of this interpreter: -I, -E, -s, -P, -O, -B, -W, -X and so on.
+
+    Some of them are a boundary: an isolated program must not start workers that are not.
+    """
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does
+    for name in _KEPT_XOPTIONS:
+        value = sys._xoptions.get(name)  # noqa: SLF001 - documented, for all its underscore
+        if value is not None:
+            options += ["-X", name if value is True else f"{name}={value}"]
+    return options
+
+
+def _environment_of(config: WorkerConfig) -> dict[str, str]:
+    variables: dict[str, str | None] = {
+        **os.environ,
+        **config.environment,
+        WORKER_VARIABLE: str(os.getpid()),
+    }
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def describe_exit(status: int) -> str:
-    """Say how a process ended."""
+    """Return how a process ended, for an error message."""
     if status >= 0:
         return f"exited with status {status}"
     try:
@@ -125,22 +213,22 @@ def describe_exit(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-# What starting a worker takes: two sockets, its board and the map of that, and three of
-# subprocess; then its pidfd.
-_RESERVED: Final = 8
+# What starting a worker takes: up to three standard ones, two sockets, the log, the configuration,
+# and three of subprocess; then its pidfd.
+_RESERVE_SIZE: Final = 10
 
 
 class FdReserve(DescriptorOwner):
-    """Descriptors that are in use for nothing."""
+    """File descriptors that are kept open so that a worker can be started when no other is free."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
         self.fill()
 
     def fill(self) -> None:
-        """Take as many as are due, if they are there."""
+        """Open as many as are missing, as far as some are free."""
         fds = self._fds
-        while len(fds) < _RESERVED:
+        while len(fds) < _RESERVE_SIZE:
             try:
                 fds.append(os.dup(fds[0]) if fds else os.open(os.devnull, os.O_RDONLY))
             except OSError:
@@ -148,7 +236,7 @@ class FdReserve(DescriptorOwner):
 
     @contextmanager
     def released(self) -> Generator[None, None, None]:
-        """Give them up in this block, which must not wait."""
+        """Close them in this block, which must not wait."""
         self.close()
         try:
             yield
@@ -156,6 +244,6 @@ class FdReserve(DescriptorOwner):
             self.fill()
 
     def close(self) -> None:
-        """Give them up."""
+        """Close them."""
         while self._fds:
             os.close(self._fds.pop())

@@ -38,9 +38,6 @@ INITIAL_BACKOFF: Final = 0.05
 MAX_BACKOFF: Final = 10.0
 _LONG_LIFE: Final = 10.0
 _LONGEST_REST: Final = 1.0
-# How many jobs a worker can have finished without having said so, whatever it may have in flight:
-# "as many as you like" is no size for a file.
-_MOST_NOTED: Final = 2**20
 # What workers have to clean up in, when the pool's block was left by an exception.
 _SHORT_END: Final = 1.0
 
@@ -204,15 +201,9 @@ class Supervisor(DescriptorOwner):
           WorkerStartError: it is gone; with an OSError as its cause, it never was there.
         """
         options = self.options
-        order = {
-            "handler": options.handler,
-            "setup": options.setup,
-            "log": min(options.max_in_flight, _MOST_NOTED),
-            "beat": options.hang_timeout / 5 if options.hang_timeout < math.inf else 1.0,
-        }
         try:
             with self._reserve.released():
-                process = _process.start(order)
+                process = _process.start(options.worker_config(index))
         except OSError as exc:
             raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
         handle = WorkerHandle(index, process, self, self.counters)

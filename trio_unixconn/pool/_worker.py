@@ -1,17 +1,28 @@
-"""A worker: receives jobs, says that it has taken them, runs the handler on each.
+"""A worker: it receives jobs, acknowledges them, and runs the handler on each.
 
-The rule of this file: no handler begins before the pool has been told that its job was taken,
-and what the pool was told is taken is handled. So when a worker dies, the pool knows of each
-job whether its handler can have begun.
+Invariant: no handler begins before the pool has been told that its job was taken, and a job of
+which the pool was told so is handled. When a worker dies, the pool knows of each job whether its
+handler can have begun.
 
-Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7)
+A handler is a task of its own, and whatever it raises, SystemExit and KeyboardInterrupt included,
+is the failure of its job, and of no other. Nothing that it raises leaves the task.
+
+A worker starts as a usual Python program would. It inherits signals that the pool's process blocks
+or ignores, as each new process does, and restores the defaults: the programs that its handlers
+start would inherit them, too. SIGINT gets a handler that does nothing, because a terminal sends it
+to the pool's process, which decides when workers exit. Python resets a handler in a program that is
+started, but not SIG_IGN.
+
+Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7), pthread_sigmask(3)
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import resource
 import select
 import signal
 import sys
@@ -27,93 +38,165 @@ import trio
 from .._closing import close_fds
 from .._connection import UnixConnection
 from .._frames import Frame, FrameDecoder, encode_frame
+from .._version import __version__
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _protocol
-from ._completion_log import CompletionLog
+from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_endpoint
-from ._import_string import load_handler, load_setup
-from ._job import Job, close_file, close_now
+from ._import_string import import_handler, import_setup
+from ._job import Job, WorkerInfo, close_file, close_now
+from ._worker_config import WorkerConfig
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
 
 _PR_SET_PDEATHSIG: Final = 1
-_READ: Final = 65536
-# After how many rounds of trio's scheduler a worker asks for more: in the first its handlers
-# begin, in the second those go on that found their data there.
+_CHUNK_SIZE: Final = 65536
+# The signals that Python ignores when it starts.
+_IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
+# How many rounds of trio's scheduler a worker waits before it asks for more jobs. In the first one
+# its handlers begin, in the second one those continue that found their data there.
 _ROUNDS: Final = 2
-# What a worker without a pool has to finish its jobs in, and after which it is gone, whatever
-# its handlers do: together less than a second.
+# After the death of its pool, a worker has this time to finish its jobs, and exits after the
+# second one whatever its handlers do. Together less than a second.
 _ORPHAN_DRAIN: Final = 0.5
-_ORPHAN_END: Final = 0.75
+_ORPHAN_EXIT: Final = 0.75
+# The maximum length of a traceback, in bytes. What a handler raises can have a text of any length.
+MAX_TRACEBACK: Final = 65536
 
 
-def work(sock: stdlib_socket.socket, board: int, order: dict[str, Any]) -> int:
-    """Be a worker until the pool says that it is enough, or is gone; return the exit status."""
-    # A terminal sends it to everyone in front of it; when workers end is the pool's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
-    threading.Thread(target=_watch, args=(sock, _pidfd_of(order["pool"])), daemon=True).start()
-    _check_parent(order["pool"])
-    try:
-        handler = load_handler(order["handler"])
-        setup = load_setup(order["setup"]) if order["setup"] else None
-    except BaseException:  # noqa: BLE001 - whatever it is, the pool shows it
-        return _failed(sock)
-    notes = CompletionLog(board)
-    os.close(board)
-    # A handler's children have no use for it.
+def run_worker(
+    sock: stdlib_socket.socket, log_fd: int, message: dict[str, Any], setup_data: bytes
+) -> int:
+    """Run a worker until its pool drains it, or is gone.
+
+    Args:
+      sock: the connection to the pool.
+      log_fd: the completion log.
+      message: what :meth:`WorkerConfig.encode` has written.
+      setup_data: the bytes after it.
+
+    Returns:
+      The exit status.
+    """
+    # Programs that the handler's module starts must not inherit it.
     sock.set_inheritable(False)
-    return trio.run(_run, sock, notes, order, handler, setup)
+    log = CompletionLogWriter(log_fd)
+    _restore_signals()
+    pool_pid = message["pool_pid"]
+    _exit_with_parent()
+    threading.Thread(
+        target=_watch_pool, args=(sock, _open_pidfd(pool_pid)), name="pool watch", daemon=True
+    ).start()
+    _check_parent(pool_pid)
+    if message["version"] != __version__:
+        # Another version was installed since the pool's process started. It sees that, and says
+        # so; the configuration may be another one by now.
+        return _send_last(sock, _protocol.pack_ready())
+    config = WorkerConfig(**message["config"], setup_data=setup_data)
+    try:
+        _apply_limits(config)
+        handler = import_handler(config.handler)
+        setup = import_setup(config.setup) if config.setup is not None else None
+    except BaseException as exc:  # noqa: BLE001 - SystemExit, too, keeps the worker from starting
+        return _send_failed(sock, exc)
+    return trio.run(_serve, sock, log, config, handler, setup)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel tell this process when its parent, the pool's, is gone (Linux)."""
+def _restore_signals() -> None:
+    """Give each signal the disposition that it has in a Python program by default."""
+    for number in signal.valid_signals():
+        if number not in _IGNORED_BY_PYTHON and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda _, __: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _exit_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the pool's process has died (Linux)."""
     if sys.platform == "linux":  # pragma: no branch - others are not run here
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _pidfd_of(pool: int) -> int | None:
+def _open_pidfd(pid: int) -> int | None:
     try:
-        return os.pidfd_open(pool)
+        return os.pidfd_open(pid)
     except (AttributeError, OSError):  # pragma: no cover - in a worker, which has them here
-        # Not Linux, before 5.3, or it is gone.
+        # Not Linux, before 5.3, or the process is gone.
         return None
 
 
-def _check_parent(pool: int) -> None:
-    if os.getppid() != pool:  # pragma: no cover - such an end leaves no data
-        # It was gone before anything here could have been told of it.
+def _check_parent(pool_pid: int) -> None:
+    if os.getppid() != pool_pid:  # pragma: no cover - such an exit leaves no data
+        # It died before prctl(2) was called.
         os._exit(1)
 
 
-def _watch(sock: stdlib_socket.socket, pool: int | None) -> None:
-    """End this process soon after the pool is gone; a thread, for handlers that never wait."""
+def _watch_pool(sock: stdlib_socket.socket, pidfd: int | None) -> None:
+    """Exit soon after the pool's process has died; a thread, for handlers that never wait."""
     poll = select.poll()
-    # Nothing but the other end's close.
+    # Only the close of the other end.
     poll.register(sock.fileno(), 0)
-    if pool is not None:
-        poll.register(pool, select.POLLIN)
+    if pidfd is not None:
+        poll.register(pidfd, select.POLLIN)
     poll.poll()
-    # A child of the pool's process may hold the other end open.
+    # A child process of the pool's process can hold the other end open.
     with contextlib.suppress(OSError):
         sock.shutdown(SHUT_RD)
-    time.sleep(_ORPHAN_END)
+    time.sleep(_ORPHAN_EXIT)
     os._exit(1)
 
 
-def _failed(sock: stdlib_socket.socket) -> int:
-    text = traceback.format_exc().encode(errors="replace")[: _protocol.MAX_DATA]
+def _apply_limits(config: WorkerConfig) -> None:
+    """Set what the options of the pool say of a worker's process.
+
+    Raises:
+      OSError, ValueError: the system does not permit it.
+    """
+    if config.cpu is not None:
+        os.sched_setaffinity(0, {config.cpu})
+    if config.nice:
+        os.nice(config.nice)
+    for number, soft, hard in config.resource_limits:
+        resource.setrlimit(number, (soft, hard))
+
+
+def _send_failed(sock: stdlib_socket.socket, exc: BaseException) -> int:
+    return _send_last(sock, encode_frame(_protocol.FAILED, format_error(exc)))
+
+
+def _send_last(sock: stdlib_socket.socket, frame: bytes) -> int:
+    """Send a frame, blocking, as the last act of this process; return its exit status."""
     with contextlib.suppress(OSError):
         sock.setblocking(True)
-        sock.sendall(encode_frame(_protocol.FAILED, text))
+        sock.sendall(frame)
     return 1
 
 
-async def _run(
+def format_error(exc: BaseException) -> bytes:
+    """Return a traceback of limited length."""
+    try:
+        text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+    except BaseException as error:  # noqa: BLE001 - whatever the exception's own methods raise
+        text = f"{type(exc).__name__} (no traceback: formatting it raised {type(error).__name__})\n"
+    return _shorten(text.encode(errors="backslashreplace"))
+
+
+def _shorten(text: bytes) -> bytes:
+    """Return the begin and the end of a text that is too long."""
+    if len(text) <= MAX_TRACEBACK:
+        return text
+    half = MAX_TRACEBACK // 2
+    return b"%b\n... %d bytes omitted ...\n%b" % (text[:half], len(text) - 2 * half, text[-half:])
+
+
+async def _serve(
     sock: stdlib_socket.socket,
-    board: CompletionLog,
-    order: dict[str, Any],
+    log: CompletionLogWriter,
+    config: WorkerConfig,
     handler: Any,
     setup: Any,
 ) -> int:
@@ -122,237 +205,269 @@ async def _run(
     ready = False
     try:
         if setup is not None:
-            context = setup()
+            function, takes_info = setup
+            info = WorkerInfo(config.index, os.getpid(), config.setup_data)
+            context = function(info) if takes_info else function()
         async with context as state:
-            # The kernel forgets it when a process becomes another user.
-            _end_with_parent()
-            worker = _Worker(conn, board, handler, state, order["beat"])
+            # The kernel cancels it when a process becomes another user.
+            _exit_with_parent()
+            worker = _Worker(conn, log, config, handler, state)
             await conn.send_all(_protocol.pack_ready())
             ready = True
             await worker.run()
-    except BaseException:
+    except BaseException as exc:
         if ready:
             raise
-        return _failed(conn._receiver.raw)  # noqa: SLF001 - blocking now, as its last act
+        return _send_failed(conn._receiver.raw, exc)  # noqa: SLF001 - blocking from now on
     await conn.aclose()
     return 0
 
 
+def _contains_cancelled(exc: BaseException) -> bool:
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.split(trio.Cancelled)[0] is not None
+    return isinstance(exc, trio.Cancelled)
+
+
 class _Worker:
-    """One worker, once it is ready."""
+    """A worker that is ready."""
 
     def __init__(
-        self, conn: UnixConnection, board: CompletionLog, handler: Any, state: Any, beat: float
+        self,
+        conn: UnixConnection,
+        log: CompletionLogWriter,
+        config: WorkerConfig,
+        handler: Any,
+        state: Any,
     ) -> None:
         self._conn = conn
-        self._note = board.add
+        self._log_finished = log.add
         self._handler = handler
+        self._handler_timeout = math.inf
+        if config.handler_timeout is not None:
+            self._handler_timeout = config.handler_timeout
+        self._heartbeat_interval = config.heartbeat_interval
         self._state = state
-        self._beat = beat
-        # What is to be told to the pool: whole frames, and numbers of jobs that are done.
-        self._out: list[bytes] = []
+        # What the pool is to be sent: whole frames, and the ids of jobs that are done.
+        self._outgoing: list[bytes] = []
         self._done: list[int] = []
         self._wants_more = False
-        self._sending = False
+        self._is_sending = False
         self._sent = trio.lowlevel.ParkingLot()
-        self._something = trio.lowlevel.ParkingLot()
-        # Of the jobs whose answers are awaited, which the pool may cancel.
+        self._has_outgoing = trio.lowlevel.ParkingLot()
+        # Those of calls, which the pool can cancel.
         self._scopes: dict[int, trio.CancelScope] = {}
         self._deadline = trio.CancelScope()
         self._draining = trio.Event()
 
     async def run(self) -> None:
-        """Serve until the pool says that it is enough, or is gone."""
+        """Handle jobs until the pool drains this worker, or is gone."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._heed_signals, name="trio_unixconn.pool signals")
-            nursery.start_soon(self._send_news, name="trio_unixconn.pool news")
-            nursery.start_soon(self._send_beats, name="trio_unixconn.pool heartbeat")
+            nursery.start_soon(self._watch_sigterm, name="trio_unixconn.pool signals")
+            nursery.start_soon(self._flush_loop, name="trio_unixconn.pool flush")
+            nursery.start_soon(self._send_heartbeats, name="trio_unixconn.pool heartbeat")
             with self._deadline:
                 async with trio.open_nursery() as handlers:
-                    # It goes on while handlers finish, as the pool may have less patience by then.
+                    # It continues while handlers finish: a second DRAIN can leave them less time.
                     nursery.start_soon(self._receive, handlers, name="trio_unixconn.pool receive")
                     await self._draining.wait()
             with contextlib.suppress(UnixConnectionError):
-                await self._tell()
+                await self._flush()
             nursery.cancel_scope.cancel()
 
-    def _end_in(self, timeout: float) -> None:
-        # The first time that is up counts.
+    def _drain(self, timeout: float) -> None:
+        # Of several deadlines the first one counts.
         self._deadline.deadline = min(self._deadline.deadline, trio.current_time() + timeout)
         self._draining.set()
 
     async def _receive(self, handlers: trio.Nursery) -> None:
-        # An error: the pool could not be told what was taken.
+        # An error: the pool could not be told that jobs were taken.
         with contextlib.suppress(UnixConnectionError):
             await self._receive_until_end(handlers)
         # The pool is gone.
-        self._end_in(_ORPHAN_DRAIN)
+        self._drain(_ORPHAN_DRAIN)
 
     async def _receive_until_end(self, handlers: trio.Nursery) -> None:
         decoder = FrameDecoder()
         while True:
             fds: list[int] | None
             try:
-                message = await self._conn.receive_message(_READ)
+                message = await self._conn.receive_message(_CHUNK_SIZE)
                 data, fds = message.data, message.fds.steal_fds()
             except DescriptorsTruncatedError as exc:
-                # No slot was free for them, and what arrived is closed.
+                # EMFILE: no number was free for them. Those that arrived are closed.
                 data, fds = exc.data, None
             except UnixConnectionError:
                 data, fds = b"", []
             if not data:
                 return
             for frame in decoder.feed(data, fds):
-                await self._obey(handlers, frame)
+                await self._handle_frame(handlers, frame)
 
-    async def _obey(self, handlers: trio.Nursery, frame: Frame) -> None:
+    async def _handle_frame(self, handlers: trio.Nursery, frame: Frame) -> None:
         kind, body, fds = frame
         if kind == _protocol.JOBS:
-            await self._take(handlers, body, fds)
+            await self._take_batch(handlers, body, fds)
         elif kind == _protocol.CANCEL:
-            for each in _protocol.unpack_job_ids(body):
-                if each in self._scopes:
-                    self._scopes[each].cancel()
+            for job_id in _protocol.unpack_job_ids(body):
+                scope = self._scopes.get(job_id)
+                if scope is not None:
+                    # So that it does not look as if it had run out of time.
+                    scope.deadline = math.inf
+                    scope.cancel()
         elif kind == _protocol.DRAIN:
-            self._end_in(_protocol.unpack_seconds(body))
+            self._drain(_protocol.unpack_seconds(body))
         else:
-            raise _protocol.ProtocolError(f"a frame of kind {kind} came")
+            raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
 
-    async def _take(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
+    async def _take_batch(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
         batch, jobs = _protocol.unpack_jobs(body)
         if fds is None or self._draining.is_set():
             close_fds(fds or [])
-            self._out.append(_protocol.pack_batch_id(_protocol.REFUSED, batch))
-            await self._tell()
+            self._outgoing.append(_protocol.pack_batch_id(_protocol.REFUSED, batch))
+            await self._flush()
             return
-        self._out.append(_protocol.pack_batch_id(_protocol.TAKEN, batch))
+        if len(fds) != sum(job.kind != EndpointKind.NONE for job in jobs):
+            close_fds(fds)
+            raise _protocol.ProtocolError(f"unexpected number of file descriptors: {len(fds)}")
+        self._outgoing.append(_protocol.pack_batch_id(_protocol.TAKEN, batch))
         try:
-            await self._tell()
+            await self._flush()
         except BaseException:
-            # The pool is gone before it knew: nobody will say what became of them.
+            # The pool is gone, and was not told. These jobs are not handled.
             close_fds(fds)
             raise
-        coming = iter(fds)
+        remaining = iter(fds)
         for job in jobs:
-            fd = next(coming) if job.kind != EndpointKind.NONE else -1
+            fd = next(remaining) if job.kind != EndpointKind.NONE else -1
             if job.wants_answer:
-                # Before it runs, as the pool may have it cancelled at once.
+                # Before its task runs, as the pool can cancel it at once.
                 self._scopes[job.id] = trio.CancelScope()
-            handlers.start_soon(self._handle, job, fd, name="trio_unixconn.pool handler")
-        # Only when all tasks have run, and so nobody computes, is there room for more.
+            handlers.start_soon(self._run_job, job, fd, name="trio_unixconn.pool handler")
+        # When all tasks have run, and so none computes, this worker can accept more.
         for _ in range(_ROUNDS):
             await trio.lowlevel.checkpoint()
         self._wants_more = True
-        self._something.unpark()
+        self._has_outgoing.unpark()
 
-    async def _handle(self, sent: _protocol.SentJob, fd: int) -> None:
-        number, _, wants_answer, _ = sent
+    async def _run_job(self, job: _protocol.SentJob, fd: int) -> None:
+        scope = self._scopes[job.id] if job.wants_answer else trio.CancelScope()
+        if not scope.cancel_called:
+            scope.deadline = trio.current_time() + self._handler_timeout
+        result: Any = None
         try:
-            if wants_answer:
-                await self._answer(sent, fd)
+            with scope:
+                result = await self._call_handler(job, fd)
+            if not scope.cancelled_caught:
+                self._finish_job(job, result)
+            elif scope.deadline == math.inf:
+                self._fail_job(job.id, b"handler was cancelled because its call was cancelled")
             else:
-                await self._call_handler(sent, fd)
-                self._note(number)
-                self._done.append(number)
-        except Exception:  # noqa: BLE001 - the pool logs it, or raises it
-            self._say(number, traceback.format_exc())
-        except BaseException as exc:
-            why = "was cancelled: the worker ended" if isinstance(exc, trio.Cancelled) else ""
-            # Not noted: it was cut off in the middle, and if this cannot be told any more, the
-            # pool is to report it.
-            self._tell_of(number, f"the handler {why or traceback.format_exc()}")
-            raise
+                text = b"handler did not finish within %g s (handler_timeout)"
+                self._fail_job(job.id, text % self._handler_timeout)
+        except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
+            self._fail_with(job.id, exc)
         finally:
-            if wants_answer:
-                del self._scopes[number]
-            self._something.unpark()
+            self._scopes.pop(job.id, None)
+            self._has_outgoing.unpark()
 
-    async def _call_handler(self, sent: _protocol.SentJob, fd: int) -> Any:
+    async def _call_handler(self, job: _protocol.SentJob, fd: int) -> Any:
         """Call the handler; its stream is closed, and a file written, when this returns."""
-        number, kind, _, data = sent
         stream: Any = None
-        if kind != EndpointKind.NONE:
-            stream = await attach_endpoint(kind, fd)
+        if job.kind != EndpointKind.NONE:
+            stream = await attach_endpoint(job.kind, fd)
         try:
             return await self._handler(
-                stream, Job(number, data, self._state, self._draining, stream)
+                stream, Job(job.id, job.data, self._state, self._draining, stream)
             )
         finally:
-            if kind == EndpointKind.OTHER and isinstance(stream, IOBase):
+            if job.kind == EndpointKind.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
-                # An error is about data that was sent before; it is closed.
+                # An error is about data that was sent before. The socket is closed.
                 with contextlib.suppress(OSError):
                     close_now(stream)
 
-    async def _answer(self, sent: _protocol.SentJob, fd: int) -> None:
-        number = sent.id
-        scope = self._scopes[number]
-        answer: Any = None
-        with scope:
-            answer = await self._call_handler(sent, fd)
-        if scope.cancelled_caught:
-            self._say(number, "the handler was cancelled, because the call was")
-        elif not isinstance(answer, bytes):
-            self._say(number, f"the handler returned {answer!r}, where bytes were due")
-        elif len(answer) > _protocol.MAX_DATA:
-            self._say(number, f"the handler returned {len(answer)} bytes; send sealed memory")
+    def _finish_job(self, job: _protocol.SentJob, result: Any) -> None:
+        if not job.wants_answer:
+            self._log_finished(job.id)
+            self._done.append(job.id)
+        elif not isinstance(result, bytes):
+            self._fail_job(job.id, b"handler must return bytes, got %b" % _name_of_type(result))
+        elif len(result) > _protocol.MAX_DATA:
+            self._fail_job(
+                job.id,
+                b"handler must return at most %d bytes, got %d; pass larger data as a sealed memfd"
+                % (_protocol.MAX_DATA, len(result)),
+            )
         else:
-            self._out.append(_protocol.pack_job_result(_protocol.ANSWER, number, answer))
+            self._outgoing.append(_protocol.pack_job_result(_protocol.ANSWER, job.id, result))
 
-    def _say(self, number: int, text: str) -> None:
-        self._note(number)
-        self._tell_of(number, text)
+    def _fail_with(self, job_id: int, exc: BaseException) -> None:
+        """Report that a handler has raised."""
+        if _contains_cancelled(exc) and trio.current_effective_deadline() <= trio.current_time():
+            # This worker is ending. The job is not logged as finished: it was interrupted, and if
+            # the pool does not get this report, it has to report the job as abandoned.
+            self._queue_error(job_id, b"handler was cancelled because its worker is exiting")
+        else:
+            self._fail_job(job_id, format_error(exc))
 
-    def _tell_of(self, number: int, text: str) -> None:
-        said = text.encode(errors="backslashreplace")[: _protocol.MAX_DATA]
-        self._out.append(_protocol.pack_job_result(_protocol.ERROR, number, said))
+    def _fail_job(self, job_id: int, text: bytes) -> None:
+        self._log_finished(job_id)
+        self._queue_error(job_id, text)
 
-    async def _send_news(self) -> None:
+    def _queue_error(self, job_id: int, text: bytes) -> None:
+        self._outgoing.append(_protocol.pack_job_result(_protocol.ERROR, job_id, text))
+
+    async def _flush_loop(self) -> None:
         while True:
-            if not self._out and not self._done and not self._wants_more:
-                await self._something.park()
-                # What other handlers have to tell now goes along: each message has the pool run.
+            if not self._outgoing and not self._done and not self._wants_more:
+                await self._has_outgoing.park()
+                # What other handlers report now is sent together: each message wakes the pool.
                 await trio.lowlevel.checkpoint()
             try:
-                await self._tell()
+                await self._flush()
             except UnixConnectionError:
-                # The receiving side notices, too.
+                # The receiving task gets an error, too.
                 await trio.sleep_forever()
 
-    async def _tell(self) -> None:
-        """Send all that there is to tell; when this returns, it has been sent."""
-        while self._sending:
+    async def _flush(self) -> None:
+        """Send everything that is queued; when this returns, it has been sent."""
+        while self._is_sending:
             await self._sent.park()
         if self._done:
-            self._out.append(_protocol.pack_job_ids(_protocol.DONE, self._done))
+            self._outgoing.append(_protocol.pack_job_ids(_protocol.DONE, self._done))
             self._done.clear()
         if self._wants_more:
-            self._out.append(encode_frame(_protocol.MORE))
+            self._outgoing.append(encode_frame(_protocol.MORE))
             self._wants_more = False
-        if not self._out:
+        if not self._outgoing:
             return
-        news = b"".join(self._out)
-        self._out.clear()
-        self._sending = True
+        data = b"".join(self._outgoing)
+        self._outgoing.clear()
+        self._is_sending = True
         try:
-            # Half a frame would be the end of everything.
+            # The pool could not decode what follows a part of a frame.
             with trio.CancelScope(shield=True):
-                await self._conn.send_all(news)
+                await self._conn.send_all(data)
         finally:
-            self._sending = False
+            self._is_sending = False
             self._sent.unpark_all()
 
-    async def _send_beats(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await trio.sleep(self._beat)
-            self._out.append(encode_frame(_protocol.BEAT))
-            self._something.unpark()
+            await trio.sleep(self._heartbeat_interval)
+            self._outgoing.append(encode_frame(_protocol.BEAT))
+            self._has_outgoing.unpark()
 
-    async def _heed_signals(self) -> None:
+    async def _watch_sigterm(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
-                # From the kernel, when the pool is gone, or from somebody who wants another
-                # worker here. The pool says when: jobs may be on their way.
-                self._out.append(encode_frame(_protocol.LEAVING))
-                self._something.unpark()
+                # From the kernel after the death of the pool, or from an operator. The pool decides
+                # when this worker exits, because jobs may be on their way.
+                self._outgoing.append(encode_frame(_protocol.LEAVING))
+                self._has_outgoing.unpark()
+
+
+def _name_of_type(value: object) -> bytes:
+    return type(value).__name__.encode(errors="backslashreplace")

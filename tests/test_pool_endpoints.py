@@ -1,4 +1,4 @@
-"""What can be submitted to a pool, and who owns it then."""
+"""detach_endpoint and attach_endpoint: what can be submitted to a pool, and who owns it then."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def itself(pair: socket.socket) -> Any:
     return pair
 
 
-@pytest.mark.parametrize("form", [raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket])
-async def test_forms_of_a_socket(form: Callable[[socket.socket], Any]) -> None:
-    """A socket is taken in any form, and is not the caller's any more."""
+@pytest.mark.parametrize("make", [raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket])
+async def test_submit_socket(make: Callable[[socket.socket], Any]) -> None:
+    """A socket can be submitted as any object that owns one, which is detached."""
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         client, theirs = ends()
-        what = form(theirs)
-        await pool.submit(what)
-        if isinstance(what, int):
+        source = make(theirs)
+        await pool.submit(source)
+        if isinstance(source, int):
             with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(what)
+                os.fstat(source)
         else:
-            assert getattr(what, "socket", what).fileno() == -1
+            assert getattr(source, "socket", source).fileno() == -1
         async with client.stream:
-            # No copy is open here: the end comes when the worker's is closed.
+            # No copy is open here: the stream ends when the worker closes its own.
             assert (await client.told())["type"] == "UnixConnection"
 
 
 @pytest.mark.parametrize("refuses", [None, "refuses"])
-async def test_whether_descriptors_are_welcome(refuses: str | None) -> None:
-    """A connection that takes no descriptors takes none in the worker either."""
+async def test_submit_connection_without_descriptors(refuses: str | None) -> None:
+    """A connection that receives no file descriptors receives none in the worker either."""
     async with open_worker_pool("pool_handlers:receive", workers=1) as pool:
         client, theirs = ends()
         answers: list[bytes] = []
@@ -89,8 +89,8 @@ async def test_whether_descriptors_are_welcome(refuses: str | None) -> None:
         assert answers == [b"refused" if refuses else b"received"]
 
 
-async def test_forms_of_a_file(tmp_path: Path) -> None:
-    """A file is taken as an object, too: it is flushed and closed."""
+async def test_submit_file_object(tmp_path: Path) -> None:
+    """A file object is flushed and closed, and the worker goes on where it was."""
     path = tmp_path / "file"
     async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
         with open(path, "w") as text:
@@ -112,7 +112,7 @@ async def test_forms_of_a_file(tmp_path: Path) -> None:
 
 
 class Unclosable:
-    """Has a descriptor, but nothing to close it by."""
+    """Has a file descriptor, and no close() method."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -128,8 +128,8 @@ class Failing(Unclosable):
         raise OSError("cannot be closed")
 
 
-async def test_what_is_refused(tmp_path: Path) -> None:
-    """What no handler can have is refused, and left as it was."""
+async def test_submit_rejects_source(tmp_path: Path) -> None:
+    """An object that no handler can get is rejected, and unchanged."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listening,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram,
@@ -140,7 +140,7 @@ async def test_what_is_refused(tmp_path: Path) -> None:
         ) as encrypted,
     ):
         full = open("/dev/full", "wb")  # noqa: SIM115 - it cannot be closed without an error
-        folder = os.open(tmp_path, os.O_RDONLY)
+        directory = os.open(tmp_path, os.O_RDONLY)
         path = os.open(os.devnull, os.O_PATH)
         full.write(b"x")
         closed = socket.socket()
@@ -149,17 +149,25 @@ async def test_what_is_refused(tmp_path: Path) -> None:
         await gone.aclose()
         await other.aclose()
         cases: list[tuple[Any, type[Exception], str]] = [
-            (listening, WrongDescriptorKindError, "this one listens"),
-            (trio.socket.from_stdlib_socket(listening), WrongDescriptorKindError, "listens"),
-            (datagram, WrongDescriptorKindError, "a stream socket is due"),
-            (encrypted, TypeError, "an SSLSocket cannot be handed over"),
-            (epoll, WrongDescriptorKindError, "anonymous inode"),
-            (folder, WrongDescriptorKindError, "directory"),
-            (path, WrongDescriptorKindError, "only as a path"),
+            (listening, WrongDescriptorKindError, "got a listening one"),
+            (
+                trio.socket.from_stdlib_socket(listening),
+                WrongDescriptorKindError,
+                "got a listening one",
+            ),
+            (
+                datagram,
+                WrongDescriptorKindError,
+                "expected a stream socket, got a SOCK_DGRAM socket",
+            ),
+            (encrypted, TypeError, "cannot submit an SSLSocket"),
+            (epoll, WrongDescriptorKindError, "got an anonymous inode"),
+            (directory, WrongDescriptorKindError, "got a directory"),
+            (path, WrongDescriptorKindError, "opened with O_PATH"),
             (Unclosable(null.fileno()), TypeError, r"Unclosable has no close\(\)"),
             (Failing(null.fileno()), OSError, "cannot be closed"),
             (full, OSError, "No space left"),
-            (closed, ValueError, "closed"),
+            (closed, ValueError, "expected an open socket, got a closed one"),
             (gone, trio.ClosedResourceError, "closed"),
             (999_999, OSError, "is closed"),
             (-1, ValueError, "negative integer"),
@@ -168,9 +176,9 @@ async def test_what_is_refused(tmp_path: Path) -> None:
             (object(), TypeError, "expected a file descriptor"),
         ]
         async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
-            for what, error, said in cases:
-                with pytest.raises(error, match=said):
-                    await pool.submit(what)
+            for source, error, text in cases:
+                with pytest.raises(error, match=text):
+                    await pool.submit(source)
             with pytest.raises(TypeError, match="bytes"):
                 await pool.submit(null, data="text")  # type: ignore[arg-type]
             with pytest.raises(ValueError, match="at most 16777216 bytes, got 16777217"):
@@ -179,16 +187,16 @@ async def test_what_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match="the index of a worker, below 1"):
                     await pool.submit(null, worker=to)
             assert pool.statistics().submitted == 0
-        for fd in (listening, datagram, encrypted, epoll, null, full, folder, path):
+        for fd in (listening, datagram, encrypted, epoll, null, full, directory, path):
             assert os.fstat(fd if isinstance(fd, int) else fd.fileno())
         with suppress(OSError):
             full.close()
-        os.close(folder)
+        os.close(directory)
         os.close(path)
 
 
-async def test_nothing_leaks() -> None:
-    """After many jobs of all kinds there are as many descriptors as before, on both sides."""
+async def test_submit_leaks_no_fds() -> None:
+    """After many jobs of all kinds both sides have as many file descriptors as before."""
     async with open_worker_pool("pool_handlers:do", workers=1) as pool:
         await pool.call(data=b"pid")
         (pid,) = pids(pool)

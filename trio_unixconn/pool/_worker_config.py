@@ -1,0 +1,227 @@
+"""What a worker process is started with, and the checks of the options that it is made from.
+
+Source: setrlimit(2), sched_setaffinity(2), nice(2)
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+
+import attrs
+
+from .. import _kernel
+from .._buffers import bytes_of
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .._buffers import Buffer
+
+#: Set in the environment of a process that is started as a worker. The bootstrap, which only a
+#: Python interpreter runs, removes it.
+WORKER_VARIABLE: Final = "TRIO_UNIXCONN_WORKER"
+
+
+@attrs.frozen
+class WorkerConfig:
+    """What one worker is started with; all of it is checked already.
+
+    Attributes:
+      handler: the import string of the handler.
+      executable: the Python interpreter.
+      index: the number of the worker's slot in the pool.
+      log_size: the size of its completion log.
+      heartbeat_interval: the seconds between two heartbeats.
+      handler_timeout: the seconds that a handler may take; None for no limit.
+      setup: the import string of the setup, or None.
+      setup_data: the bytes that the setup gets.
+      environment: the variables that are set, or with None removed, in the worker.
+      cpu: the only CPU that it runs on; None for those of the pool's process.
+      nice: what is added to its nice value.
+      resource_limits: number, soft limit and hard limit of each resource that is limited.
+      kill_process_group: whether its process group is killed when it has ended.
+    """
+
+    handler: str
+    executable: str
+    index: int = 0
+    log_size: int = 1
+    heartbeat_interval: float = 1.0
+    handler_timeout: float | None = None
+    setup: str | None = None
+    setup_data: bytes = attrs.field(default=b"", repr=False)
+    environment: Mapping[str, str | None] = attrs.field(factory=dict[str, "str | None"], repr=False)
+    cpu: int | None = None
+    nice: int = 0
+    resource_limits: Sequence[tuple[int, int, int]] = ()
+    kill_process_group: bool = False
+
+    def encode(self) -> bytes:
+        """Return what the bootstrap reads: JSON on one line, and then the data of the setup.
+
+        The JSON is an object with ``path``, which the bootstrap needs, ``version`` and ``pool_pid``
+        in all versions of this package: the bootstrap may be a newer one than this module.
+        """
+        config = attrs.asdict(self, recurse=False)
+        data = config.pop("setup_data")
+        # For this side only, and the variables may be secret.
+        del config["environment"]
+        message = {
+            "path": import_path(sys.path),
+            "version": __version__,
+            "pool_pid": os.getpid(),
+            "config": config,
+        }
+        return json.dumps(message).encode() + b"\n" + bytes(data)
+
+
+def import_path(path: Iterable[object]) -> list[str]:
+    """Return ``sys.path`` as JSON can have it.
+
+    Paths (``os.PathLike``) become strings. Other objects are left out, as an import skips them.
+    """
+    return [os.fsdecode(item) for item in path if isinstance(item, (str, bytes, os.PathLike))]
+
+
+def resolve_executable(executable: str | os.PathLike[str] | None) -> str:
+    """Return the Python interpreter that runs the workers: ``executable``, or this one.
+
+    Raises:
+      TypeError, ValueError: it is not a path, no program, or omitted where it is required.
+      RuntimeError: this process was itself started as a worker.
+    """
+    if WORKER_VARIABLE in os.environ:
+        # Otherwise each process would start the next one.
+        raise RuntimeError(
+            f"this process was started as a worker by process {os.environ[WORKER_VARIABLE]}, but "
+            f"{sys.executable or 'its program'} is not a Python interpreter; set executable= to one"
+        )
+    if executable is None:
+        if getattr(sys, "frozen", False):
+            raise ValueError(
+                "executable is required in a frozen program (sys.frozen), because sys.executable "
+                "is not a Python interpreter; set it to one that can import the handler"
+            )
+        if not sys.executable:
+            raise ValueError(
+                "executable is required, because sys.executable is not known; set it to a Python "
+                "interpreter that can import the handler"
+            )
+        return sys.executable
+    if not isinstance(executable, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"executable must be a path, got {type(executable).__name__}")
+    found = shutil.which(os.fsdecode(executable))
+    if found is None:
+        raise ValueError(f"executable must be a Python interpreter, got {executable!r}")
+    return found
+
+
+def check_environment(environment: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return a copy of the variables of a worker.
+
+    Raises:
+      TypeError, ValueError: not a mapping of strings to strings or None, or one that cannot be in
+        an environment.
+    """
+    if not isinstance(environment, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"environment must be a mapping, got {type(environment).__name__}")
+    variables: Mapping[Any, Any] = environment
+    for name, value in variables.items():
+        if not isinstance(name, str) or not (value is None or isinstance(value, str)):
+            raise TypeError(
+                f"environment must map str to str or None, got {type(name).__name__} to "
+                f"{type(value).__name__}"
+            )
+        if not name or "=" in name or "\0" in name or "\0" in (value or ""):
+            raise ValueError(f"environment contains an invalid variable: {name!r}")
+    return dict(environment)
+
+
+def check_cpu_affinity(cpus: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the CPUs that the workers are distributed over.
+
+    Raises:
+      TypeError, ValueError: not a sequence of CPU numbers, or an empty one.
+      NotSupportedError: the platform has no sched_setaffinity.
+    """
+    if cpus is None:
+        return None
+    _kernel.required(getattr(os, "sched_setaffinity", None), "sched_setaffinity")
+    try:
+        found = tuple(_integer("cpu_affinity", cpu) for cpu in cpus)
+    except TypeError as exc:
+        raise TypeError(f"cpu_affinity must be a sequence of CPU numbers: {exc}") from None
+    if not found or min(found) < 0:
+        raise ValueError(f"cpu_affinity must contain CPU numbers, got {found}")
+    return found
+
+
+def check_resource_limits(
+    limits: Mapping[str | int, tuple[int, int]],
+) -> tuple[tuple[int, int, int], ...]:
+    """Return number, soft limit and hard limit of each resource.
+
+    Raises:
+      TypeError, ValueError: not a mapping of resources to pairs of limits.
+    """
+    if not isinstance(limits, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"resource_limits must be a mapping, got {type(limits).__name__}")
+    return tuple(_check_resource_limit(name, pair) for name, pair in limits.items())
+
+
+def _check_resource_limit(name: str | int, pair: tuple[int, int]) -> tuple[int, int, int]:
+    if isinstance(name, str):
+        found = getattr(resource, name, None) if name.startswith("RLIMIT_") else None
+        if found is None:
+            raise ValueError(
+                "resource_limits: expected the name of a limit of the resource module, such as "
+                f"'RLIMIT_NOFILE', got {name!r}"
+            )
+        number: int = found
+    else:
+        number = _integer("resource_limits: the number of a limit", name)
+    try:
+        soft, hard = (_integer("limit", limit) for limit in pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"resource_limits: expected a pair of ints (soft, hard) for {name!r}, got {pair!r}"
+        ) from None
+    if min(soft, hard) < -1 or (hard != -1 and not 0 <= soft <= hard):
+        raise ValueError(
+            f"resource_limits: the soft limit of {name!r} must not exceed the hard limit, got "
+            f"{soft} and {hard}"
+        )
+    return number, soft, hard
+
+
+def check_setup_data(data: Buffer) -> bytes:
+    """Return the bytes of any contiguous buffer.
+
+    Raises:
+      TypeError: not one.
+    """
+    with bytes_of(data, "setup_data") as view:
+        return bytes(view)
+
+
+def check_nice(nice: int) -> int:
+    """Return what is added to the nice value.
+
+    Raises:
+      TypeError: not an int.
+    """
+    return _integer("nice", nice)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return operator.index(value)
