@@ -209,9 +209,11 @@ class JobQueue(DescriptorOwner):
             self._give(best, [common.popitem(last=False)[1]])
         else:
             self._share_out(ready)
-        self._wake_submitters(self._common, None)
-        for worker, lane in list(self._pinned.items()):
-            self._wake_submitters(lane, worker)
+        if self._common.submitters:
+            self._wake_submitters(self._common, None)
+        if self._pinned:
+            for worker, lane in list(self._pinned.items()):
+                self._wake_submitters(lane, worker)
 
     def _share_out(self, ready: Sequence[WorkerHandle]) -> None:
         """Give many jobs to workers: an equal share to each, the least busy one first."""
