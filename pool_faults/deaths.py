@@ -129,7 +129,7 @@ async def stopped_workers(sizes: Sizes, seed: int) -> list[Figure]:
         found = await server.leftovers()
         ledger = await server.finish()
         records = Records.of(server.records)
-        said = server.log().count("has not been heard of")
+        said = server.log().count("no heartbeat for")
     strangers = [job for job, pid in ledger["reported"] if pid not in pids]
     return [
         equal("workers stopped", len(pids), sizes.rounds),

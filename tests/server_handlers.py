@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -45,11 +44,6 @@ async def hold(stream: Any, _: Job) -> None:
     """Report that the connection is being handled, and never return."""
     await stream.send_all(b"held")
     await trio.sleep_forever()
-
-
-async def die(_stream: Any, _job: Job) -> None:
-    """Kill the worker."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def fail(_stream: Any, _job: Job) -> None:

@@ -67,8 +67,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 ################################################################
 
 
-async def test_killed_before_it_acknowledges(shared: Path) -> None:
-    """Jobs of a worker that dies before it has them go to others, and are handled once."""
+async def test_submit_to_a_worker_that_is_killed_before_it_acknowledges(shared: Path) -> None:
+    """Jobs of a worker that dies before it acknowledges them are handled once, by others."""
     async with open_worker_pool(HOLD, workers=2) as pool:
         victim, other = pids(pool)
         os.kill(victim, signal.SIGSTOP)
@@ -98,8 +98,8 @@ async def test_killed_before_it_acknowledges(shared: Path) -> None:
     assert len(lines(shared / "began")) == 8
 
 
-async def test_bound_to_one_that_dies(shared: Path) -> None:
-    """A job for one worker, which dies before it has it, goes to its successor."""
+async def test_submit_worker_that_dies_goes_to_its_successor(shared: Path) -> None:
+    """A pinned job whose worker dies before it acknowledges it goes to the next worker."""
     async with open_worker_pool(HOLD, workers=2) as pool, trio.open_nursery() as nursery:
         victim = pids(pool)[1]
         os.kill(victim, signal.SIGSTOP)
@@ -119,7 +119,9 @@ async def test_bound_to_one_that_dies(shared: Path) -> None:
         await client.end()
 
 
-async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_on_abandoned_reports_what_a_killed_worker_handled(
+    shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What a worker was handling when it died is reported, each job once, and nothing else."""
     reported: list[AbandonedJob] = []
     async with open_worker_pool(HOLD, workers=2, on_abandoned=reported.append) as pool:
@@ -150,14 +152,14 @@ async def test_killed_while_it_handles(shared: Path, caplog: pytest.LogCaptureFi
         assert found.handled == 6 - len(due)
         assert len(reported) == len(due)
         assert set(reported) == due
-    said = [each for each in caplog.messages if "was being handled when its worker died" in each]
+    said = [each for each in caplog.messages if "was abandoned" in each]
     assert len(said) == len(due)
     assert all("was killed by SIGKILL" in each for each in said)
-    assert any("worker 0" in each and "another is started" in each for each in caplog.messages)
+    assert any("worker 0" in each and "another one is started" in each for each in caplog.messages)
 
 
-async def test_finished_but_not_told(shared: Path) -> None:
-    """A job that was finished when its worker died, but not told of, was not being handled."""
+async def test_on_abandoned_does_not_report_finished_jobs(shared: Path) -> None:
+    """A job that was finished when its worker died, but not reported, was not abandoned."""
     reported: list[AbandonedJob] = []
     async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
         await pool.submit(null(), data=b"finish and die")
@@ -166,8 +168,8 @@ async def test_finished_but_not_told(shared: Path) -> None:
         assert (found.handled, found.abandoned, reported) == (1, 0, [])
 
 
-async def test_killed_at_random_under_load() -> None:
-    """Each job is handled, or was reported, whenever its worker was killed; none is both."""
+async def test_submit_while_workers_are_killed_at_random() -> None:
+    """Each job is handled or abandoned, whenever its worker is killed; none is both."""
     reported: list[AbandonedJob] = []
     receipts: dict[int, JobReceipt] = {}
     told: dict[int, bytes] = {}
@@ -247,8 +249,8 @@ async def test_submit_with_handler_that_exits(shared: Path) -> None:
 ################################################################
 
 
-async def test_no_descriptor_free_in_one_worker(shared: Path) -> None:
-    """A worker that cannot receive a descriptor refuses the job, and another gets it."""
+async def test_submit_to_one_worker_without_free_descriptors(shared: Path) -> None:
+    """A worker that cannot receive a file descriptor refuses the job; another one gets it."""
     async with open_worker_pool(HOLD, workers=2, setup="pool_handlers:one_is_poor") as pool:
         poor = {each.index: each.pid for each in pool.statistics().workers}
         before = {pid: open_in(pid) for pid in poor.values()}
@@ -275,8 +277,8 @@ async def call_nothing(pool: WorkerPool) -> None:
         await pool.call()
 
 
-async def test_no_descriptor_free_anywhere(shared: Path) -> None:
-    """A job that no worker can receive is given up after so many tries, with the reason."""
+async def test_submit_to_workers_without_free_descriptors(shared: Path) -> None:
+    """A job that no worker can receive is rejected after max_attempts, with the reason."""
     async with open_worker_pool(
         HOLD, workers=1, setup="pool_handlers:one_is_poor", max_attempts=4
     ) as pool:
@@ -292,8 +294,8 @@ async def test_no_descriptor_free_anywhere(shared: Path) -> None:
     assert lines(shared / "began") == []
 
 
-async def test_one_descriptor_free(shared: Path) -> None:
-    """Many jobs that come at once go through a worker with room for one, one after the other."""
+async def test_call_with_one_free_descriptor_in_the_worker(shared: Path) -> None:
+    """Many jobs go through a worker with one free file descriptor, one after the other."""
     async with (
         open_worker_pool(DO, workers=1, setup="pool_handlers:poor", max_attempts=50) as pool,
         trio.open_nursery() as nursery,
@@ -306,8 +308,10 @@ async def test_one_descriptor_free(shared: Path) -> None:
         assert pool.statistics().deaths == 0
 
 
-async def test_no_descriptor_free_here(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
-    """A pool holds back the descriptors that a new worker takes; without them it tries again."""
+async def test_restart_of_a_worker_without_free_descriptors_here(
+    monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    """A pool reserves the file descriptors of a new worker; without them it retries."""
     async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
         with free_descriptors(0):
             os.kill(pids(pool)[0], signal.SIGKILL)
@@ -320,10 +324,10 @@ async def test_no_descriptor_free_here(monkeypatch: pytest.MonkeyPatch, no_pause
         assert await pool.call() == b"nothing to do"
 
 
-async def test_a_worker_cannot_be_started_for_want_of_memory(
+async def test_crash_limit_does_not_count_a_lack_of_memory(
     monkeypatch: pytest.MonkeyPatch, no_pauses: None
 ) -> None:
-    """What the system lacks for a new worker does not count as a crash, however often."""
+    """What this process lacks for a new worker does not count as a crash, however often."""
     real, tries = _process.start, list[int]()
 
     def start(config: WorkerConfig) -> _process.WorkerProcess:
@@ -339,8 +343,8 @@ async def test_a_worker_cannot_be_started_for_want_of_memory(
     assert len(tries) == 5
 
 
-async def test_no_descriptor_free_to_send_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that cannot be sent, for want of a descriptor to hold it by, is sent later."""
+async def test_call_without_a_free_descriptor_to_send_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that cannot be sent, for want of a file descriptor, is sent later."""
     real, tries = UnixConnection.send_message, list[int]()
 
     async def send_message(self: UnixConnection, *arguments: Any, **options: Any) -> None:
@@ -380,8 +384,10 @@ async def test_an_error_in_the_pool_ends_one_worker(
 ################################################################
 
 
-async def test_a_worker_that_is_stopped(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that says nothing is killed; what it had not taken is handled by another."""
+async def test_hang_timeout_kills_a_stopped_worker(
+    shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker without a heartbeat is killed; another one handles its unacknowledged jobs."""
     async with open_worker_pool(HOLD, workers=1, hang_timeout=SOON) as pool:
         (pid,) = pids(pool)
         with watched([pid]) as pidfds:
@@ -391,12 +397,12 @@ async def test_a_worker_that_is_stopped(shared: Path, caplog: pytest.LogCaptureF
             await ended(pidfds)
         found = await at_rest(pool)
         assert (found.handled, found.retried, found.deaths) == (1, 1, 1)
-    assert any("has not been heard of for" in each for each in caplog.messages)
+    assert any("no heartbeat for" in each for each in caplog.messages)
     assert any(f"(pid {pid}) hung for" in each for each in caplog.messages)
 
 
-async def test_a_handler_that_computes_for_ever(shared: Path) -> None:
-    """A handler without a checkpoint is a hang: its job was being handled, and is reported."""
+async def test_hang_timeout_kills_a_worker_that_computes(shared: Path) -> None:
+    """A handler without a checkpoint is a hang: its job is reported as abandoned."""
     reported: list[AbandonedJob] = []
     async with open_worker_pool(
         DO, workers=1, on_abandoned=reported.append, hang_timeout=SOON
@@ -409,14 +415,16 @@ async def test_a_handler_that_computes_for_ever(shared: Path) -> None:
         assert reported == [AbandonedJob(1, 0, pid, data=b"compute")]
 
 
-async def test_hangs_are_not_looked_for() -> None:
-    """With an infinite timeout nobody is killed for saying nothing."""
+async def test_hang_timeout_infinite() -> None:
+    """With an infinite hang_timeout no worker is killed for its silence."""
     async with open_worker_pool(DO, workers=1, hang_timeout=math.inf) as pool:
         assert await pool.call() == b"nothing to do"
 
 
-async def test_a_pool_that_was_stopped_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the pool's own process did not run, what its workers said is heard first."""
+async def test_hang_timeout_while_the_pool_itself_was_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the pool's process was stopped, it reads what its workers sent first."""
     async with open_worker_pool(DO, workers=2, hang_timeout=0.2) as pool:
         before = pids(pool)
         # As if it had been suspended.
@@ -479,10 +487,10 @@ async def test_a_worker_that_hangs_up() -> None:
 ################################################################
 
 
-async def test_a_crash_loop(
+async def test_crash_limit_ends_the_pool(
     shared: Path, no_pauses: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When workers die one after the other the pool ends, with what each died of."""
+    """After crash_limit crashes in a row the pool ends, with what each worker died of."""
     refused: list[JobRefusedError] = []
     async with trio.open_nursery() as nursery:
 
@@ -491,7 +499,7 @@ async def test_a_crash_loop(
                 await pool.submit(null())
             refused.append(caught.value)
 
-        with pytest.raises(ExceptionGroup, match="3 workers in turn died, or could not") as caught:
+        with pytest.raises(ExceptionGroup, match="3 consecutive workers crashed") as caught:
             async with open_worker_pool(
                 DO, workers=1, setup="pool_handlers:only_once", crash_limit=3
             ) as pool:
@@ -507,16 +515,18 @@ async def test_a_crash_loop(
     assert any("exited with status 9" in each for each in caplog.messages)
 
 
-async def test_workers_that_die_soon(no_pauses: None) -> None:
-    """Workers that are ready and die at once are a crash loop, too."""
-    with pytest.raises(ExceptionGroup, match="4 workers in turn") as caught:
+async def test_crash_limit_counts_workers_that_die_idle(no_pauses: None) -> None:
+    """Workers that are ready and die without a job count, too."""
+    with pytest.raises(ExceptionGroup, match="4 consecutive workers") as caught:
         async with open_worker_pool(DO, workers=2, setup="pool_handlers:dies_soon", crash_limit=4):
             await trio.sleep_forever()
     assert {type(each) for each in caught.value.exceptions} <= {WorkerDiedError, WorkerStartError}
 
 
-async def test_no_crash_loop(no_pauses: None, shared: Path) -> None:
-    """Workers that finish a job before they die are of use, however many die."""
+async def test_crash_limit_does_not_count_workers_that_handled_jobs(
+    no_pauses: None, shared: Path
+) -> None:
+    """Workers that handle a job before they die never end the pool."""
     async with open_worker_pool(DO, workers=1, crash_limit=2) as pool:
         for _ in range(4):
             assert await pool.call() == b"nothing to do"
@@ -525,16 +535,18 @@ async def test_no_crash_loop(no_pauses: None, shared: Path) -> None:
         assert pool.statistics().deaths == 4
 
 
-async def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pause before a worker is started grows with those that died, up to a limit."""
-    pauses = [_supervisor.backoff_after(failures) for failures in range(2000)]
-    assert pauses[:5] == [0.0, 0.05, 0.1, 0.2, 0.4]
+async def test_backoff_after_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause before a worker is started grows with consecutive deaths, up to a limit."""
+    pauses = [_supervisor.backoff_after(deaths) for deaths in range(2000)]
+    assert pauses[:6] == [0.0, 0.0, 0.05, 0.1, 0.2, 0.4]
     assert pauses == sorted(pauses)
     assert pauses[-1] == 10
 
 
-async def test_logging_level(caplog: pytest.LogCaptureFixture) -> None:
-    """A pool that has nothing to complain about logs nothing."""
+async def test_open_worker_pool_logs_nothing_if_all_is_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A pool without problems logs nothing at INFO or above."""
     with caplog.at_level(logging.INFO, logger="trio_unixconn.pool"):
         async with open_worker_pool(DO, workers=1) as pool:
             await pool.call()

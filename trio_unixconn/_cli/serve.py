@@ -79,7 +79,8 @@ def serve(
         typer.Option(metavar="SECONDS", help="Handlers are cancelled so long after a drain began."),
     ] = 30,
     crash_limit: Annotated[
-        int, typer.Option(help="End when so many workers in turn could not live.")
+        int,
+        typer.Option(help="End after so many consecutive workers crashed without a job."),
     ] = 5,
     stats_socket: Annotated[
         str | None,

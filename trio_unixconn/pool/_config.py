@@ -38,6 +38,8 @@ class WorkerPoolOptions(TypedDict, total=False):
     max_queue: int
     max_attempts: int
     max_jobs: int | None
+    max_age: float | None
+    max_memory: int | None
     start_timeout: float
     handler_timeout: float | None
     hang_timeout: float
@@ -135,6 +137,12 @@ class PoolConfig:
     max_queue: int = attrs.field(default=1000, validator=_at_least_one, kw_only=True)
     max_attempts: int = attrs.field(default=3, validator=_at_least_one, kw_only=True)
     max_jobs: int | None = attrs.field(
+        default=None, validator=_optional(_at_least_one), kw_only=True
+    )
+    max_age: float | None = attrs.field(
+        default=None, validator=_optional(_positive_seconds), kw_only=True
+    )
+    max_memory: int | None = attrs.field(
         default=None, validator=_optional(_at_least_one), kw_only=True
     )
     start_timeout: float = attrs.field(default=60, validator=_positive_seconds, kw_only=True)

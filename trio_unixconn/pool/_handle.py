@@ -236,7 +236,9 @@ class WorkerHandle(DescriptorOwner):
             with trio.move_on_at(limit + grace) as scope:
                 await self._changed.park()
             if scope.cancelled_caught:
-                self.kill(f"did not exit within {grace:g} s after its last job or its deadline")
+                reason = f"did not exit within {grace:g} s after its last job or its deadline"
+                logger.warning("%r: %s, killing it", self, reason)
+                self.kill(reason)
                 await self.gone.wait()
 
     def _send_soon(self, item: bytes | None) -> None:

@@ -317,16 +317,25 @@ async def open_worker_pool(
       max_queue: how many jobs may wait in the pool; then ``submit`` waits.
       max_attempts: how many workers may die, or lack descriptors, before they acknowledge a job,
         until it is given up.
-      max_jobs: a worker is replaced when it has taken so many, or a few more.
-      start_timeout: seconds that a worker may take to be ready.
+      max_jobs: a worker is replaced after it has accepted so many jobs. This and the next two vary
+        by 10 % at random from worker to worker, so that not all are replaced at once. If a new
+        worker cannot start, the old one goes on, and it is tried again later.
+      max_age: a worker is replaced when it is so old, in seconds.
+      max_memory: a worker is replaced when its resident set is larger, in bytes. This includes
+        pages that it shares with other processes. It is looked at about once a second, in workers
+        that are at least ten seconds old.
+      start_timeout: the time in seconds in which a worker must be ready. As many workers start at a
+        time as there are processors, at least two. The time of each begins when its process does.
       handler_timeout: seconds that a handler may take; then it is cancelled, and its job fails.
         Default: no limit.
       hang_timeout: seconds after which a worker that says nothing is killed and replaced. A
         handler that computes for as long without a checkpoint is such a one. ``math.inf`` for
         never.
       drain_timeout: seconds that jobs may take to finish in when a worker, or all, are to end.
-      crash_limit: when so many workers in turn have died at one place without having finished
-        a job, or having lived for ten seconds, the pool ends.
+      crash_limit: the pool ends when so many consecutive workers of one index have crashed. Only
+        those count that died before they were ready, or while they had no job. A worker that dies
+        with jobs is always replaced. A job that is handled, or a life of ten seconds, clears the
+        count. The pauses before a start grow from 50 ms to ten seconds.
       on_abandoned: called for each job that was being handled when its worker died; such jobs
         are also logged, under ``trio_unixconn.pool``, and counted.
       executable: the Python interpreter that runs the workers; default: this one, with its

@@ -294,9 +294,14 @@ class JobQueue(DescriptorOwner):
     def reject_pinned(self, workers: int) -> None:
         """Reject jobs that are pinned to workers of an index of ``workers`` or more."""
         for worker in [each for each in self._pinned if each >= workers]:
-            lane = self._pinned[worker]
+            self.reject_pinned_to(worker, f"there is no worker {worker}")
+
+    def reject_pinned_to(self, worker: int, why: str) -> None:
+        """Reject jobs that are pinned to one worker."""
+        lane = self._pinned.get(worker)
+        if lane is not None:
             jobs, lane.jobs = lane.jobs, OrderedDict()
-            self.reject(jobs.values(), f"there is no worker {worker}")
+            self.reject(jobs.values(), why)
             self._wake_submitters(lane, worker)
 
     ################################################################

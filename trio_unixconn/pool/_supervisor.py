@@ -1,31 +1,90 @@
-"""Supervisor: the lives of the workers, and what becomes of jobs when one ends.
+"""Supervisor: keeps a live worker in each slot of the pool, and ends them all in the end.
 
-The rule of this file: a slot in the pool has a worker that takes jobs, or one is being started
-for it; the old one leaves when the new one is there.
+A pool has slots, numbered from 0. A slot has one worker at a time. The states of a slot::
+
+     open(), scale()
+         |
+         |    +----- a new worker is ready -----+
+         v    v                                 |
+       RUNNING ------ the worker dies ----> RESTARTING ---+
+        |   ^                                ^    ^       | the new worker
+        |   |                                |    +-------+ cannot start
+        |   +-- the new worker is ready:     |
+        |   |   the old one leaves           |
+        |   |                                |
+        |   +-- the new one cannot start:    |
+        v   |   the old one goes on          |
+      REPLACING ---- neither of them lives --+
+
+      any state --> RETIRED: scaled away, or not needed for the rest of a drain
+
+RUNNING: the worker accepts jobs. REPLACING: it still does, while its successor is started, because
+of ``restart``, SIGTERM, ``max_jobs``, ``max_age``, ``max_memory``, or many refused batches.
+RESTARTING: the worker has died, and another one is started after a pause. A slot is busy in the
+last two states: the task that made it busy is the only one that changes it. Other tasks wait for
+``changed``, or write ``replace_reason``, which is read when the slot is RUNNING again and at each
+tick of the watch. What outlives a worker belongs to its slot: consecutive crashes, the next pause,
+and, by the index, pinned jobs.
+
+Crashes. A client must not be able to end the service with a request that kills its worker. A
+handler that cannot be imported must not be started again and again. So a death counts towards
+``crash_limit`` only if the worker had no job: it was not ready yet, or it was idle. A worker that
+dies with jobs is always replaced. In both cases the pauses grow. A job that is handled clears the
+count and the pause, and so does a worker that lives for LONG_LIFE. Nothing counts that goes wrong
+while the old worker lives, nor a lack of file descriptors or memory in this process.
+
+Bulkheads. An error in one slot stays there. The task of a busy slot and the tasks of a worker log
+what they do not expect, and treat it as a crash of that slot. Only ``crash_limit`` ends the pool,
+and only for a slot that is needed: not for one that was scaled away, nor in a drain in which other
+workers can do the rest.
+
+Changes at the same time. ``restart`` and ``scale`` hold one lock. ``drain`` does not wait for it.
+It closes the queue, so that later changes fail, and cancels the change that holds the lock, which
+then ends the workers that it has started and raises PoolClosedError. After ``_shut_down`` no
+process is started, so ``alive`` only shrinks, and a drain returns when all in it have ended.
+
+``restart`` starts a worker for each slot before an old one leaves. If one of them cannot start, the
+others leave, and all old workers go on: two versions of a program never stay side by side. For a
+moment there are twice as many processes, which need twice the memory.
+
+Clocks. The watch looks at all of them: silence, ``start_timeout``, ``max_age``, and once a second
+``max_memory``. A gap in its own clock means that the machine was suspended or that this process was
+stopped. Then the workers were stopped, too, or what they have sent is still unread, and all clocks
+start again. The limits of a worker's life vary at random by JITTER, so that workers that were
+started together are not replaced together.
+
+Invariant: a task in the pool's nursery raises only Cancelled, and is protected from
+KeyboardInterrupt.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
+import random
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from .._owner import DescriptorOwner
 from ..errors import WorkerStartError
 from . import _process
+from ._cpus import available_cpus
+from ._endpoints import EndpointKind
 from ._handle import HandleState, WorkerHandle
 from ._queue import JobQueue
-from ._statistics import AbandonedJob, Counters
+from ._statistics import AbandonedJob, Counters, memory_of
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Generator, Iterable
 
     from ._config import PoolConfig
     from ._pending import PendingJob
@@ -33,142 +92,307 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
-# A worker that has lived so long, or has finished a job, does not count as one that cannot.
+#: The pauses before a slot's next worker is started, in seconds. The first one is started at once.
 INITIAL_BACKOFF: Final = 0.05
 MAX_BACKOFF: Final = 10.0
-_LONG_LIFE: Final = 10.0
-_LONGEST_REST: Final = 1.0
-# What workers have to clean up in, when the pool's block was left by an exception.
-_SHORT_END: Final = 1.0
+#: A worker that has lived for so many seconds clears the crashes of its slot. A younger one is not
+#: replaced because of its memory, or a limit that is too low would replace it all the time.
+LONG_LIFE: Final = 10.0
+#: The maximum pause in seconds after a worker has refused a batch.
+MAX_REST: Final = 1.0
+#: The number of batches that a worker may refuse in a row.
+MAX_REFUSALS: Final = 10
+#: The part of start_timeout after which a worker that starts does not keep others from starting.
+START_SHARE: Final = 0.5
+#: The time in seconds that handlers have to clean up after an exception in the pool's block.
+ABORT_GRACE: Final = 1.0
+#: The time in seconds between two looks at the clocks, and at the memory of workers.
+TICK: Final = 1.0
+JITTER: Final = 0.1
+
+_POOL_ENDED: Final = "the pool ended first"
+_NOT_NEEDED: Final = "was no longer needed"
+_POOL_ERROR: Final = "was killed after an error in the pool"
+_SIGTERM: Final = "received SIGTERM"
+
+
+class SlotState(enum.Enum):
+    """The states of a slot."""
+
+    RUNNING = "running"
+    REPLACING = "replacing"
+    RESTARTING = "restarting"
+    RETIRED = "retired"
 
 
 @attrs.define(eq=False)
 class Slot:
-    """A slot in the pool.
+    """A slot of the pool, and what outlives its workers.
 
     Attributes:
-      failures: why its workers died, since one of them was of any use.
-      busy: whether a worker is being started or replaced here; then ``changed`` says when that
-        has come to an end.
-      again: when a worker that is well may be replaced, if the last new one could not start.
+      index: its index in the pool.
+      handle: its worker, or the last one if that has died.
+      state: see the module.
+      changed: set when the slot is not busy.
+      scope: the scope of the task that has made it busy.
+      restarts: the number of workers that it had before.
+      deaths: the number of starts or workers in a row that have failed; for the next pause.
+      failures: those of them that count towards ``crash_limit``.
+      replace_reason: why the worker is to be replaced; None if it is not.
+      retry_at: when that may be tried again, after a new worker could not start.
+      max_jobs, expires_at, max_memory: the limits of the present worker, which differ a little.
+      refusals: the number of batches that the present worker has refused in a row.
+      rest: how long it rests after the next refusal, in seconds.
     """
 
     index: int
     handle: WorkerHandle
-    restarts: int = 0
-    failures: list[Exception] = attrs.field(factory=list[Exception])
-    busy: bool = False
+    state: SlotState = SlotState.RUNNING
     changed: trio.Event = attrs.field(factory=trio.Event)
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    restarts: int = 0
+    deaths: int = 0
+    failures: list[Exception] = attrs.field(factory=list[Exception])
+    replace_reason: str | None = None
+    retry_at: float = -math.inf
+    max_jobs: float = math.inf
+    expires_at: float = math.inf
+    max_memory: float = math.inf
+    refusals: int = 0
     rest: float = INITIAL_BACKOFF
-    again: float = -math.inf
 
-    def begin(self) -> None:
-        """A worker is being started here from now on."""
-        if not self.busy:
-            self.busy = True
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task starts a worker for it."""
+        return self.state in {SlotState.REPLACING, SlotState.RESTARTING}
+
+    def become(self, state: SlotState) -> None:
+        """Change the state. RETIRED is the last one."""
+        if self.state is SlotState.RETIRED:
+            return
+        self.state = state
+        if self.is_busy:
             self.changed = trio.Event()
-
-    def end(self) -> None:
-        """That has come to an end."""
-        self.busy = False
-        self.changed.set()
+            self.scope = trio.CancelScope()
+        else:
+            self.changed.set()
 
 
-def backoff_after(failures: int) -> float:
+def backoff_after(deaths: int) -> float:
     """Return how long to wait before another worker is started, in seconds."""
-    if not failures:
+    if deaths <= 1:
         return 0.0
-    # Behind that nothing grows but a number that soon is none for a float.
-    return min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(failures - 1, 10))
+    # A larger exponent would overflow in the end.
+    return min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(deaths - 2, 10))
+
+
+def max_starting() -> int:
+    """Return how many workers may start at a time: more would only make all of them slow."""
+    return max(2, available_cpus())
+
+
+def _vary(limit: float | None) -> float:
+    """Return a limit for one worker."""
+    if limit is None:
+        return math.inf
+    return limit * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - this is no secret
 
 
 class Supervisor(DescriptorOwner):
-    """Who looks after the workers of a pool.
+    """Starts, watches, replaces and ends the workers of a pool.
 
     Attributes:
-      options: what it was asked for.
-      dispatcher: the jobs that wait.
+      options: the options of the pool.
+      counters: what the pool counts.
+      queue: the jobs that no worker has.
       slots: the slots of the pool, by index.
-      alive: all whose processes are there, also such as are being started.
-      failure: why it ended itself, if it did.
-      pump: hands over what can be handed over.
+      alive: the workers whose processes exist, and for those that start, since when.
+      failure: the exception with which the pool has ended by itself.
+      dispatch: gives queued jobs to workers that can accept them.
     """
 
     def __init__(self, options: PoolConfig, nursery: trio.Nursery, reserve: FdReserve) -> None:
         self.options: PoolConfig = options
         self._nursery = nursery
         self._reserve = reserve
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         self.queue: JobQueue = JobQueue(
             options.max_in_flight, options.max_queue, options.max_attempts, self.counters
         )
         self.slots: list[Slot] = []
-        self._draining: set[WorkerHandle] = set()
-        self.alive: set[WorkerHandle] = set()
-        # Whether workers that die are not replaced any more.
-        self._over = False
+        self.alive: dict[WorkerHandle, float] = {}
         self.failure: Exception | None = None
-        # Changes of who is in the pool, one after the other.
-        self._changing = trio.Lock()
-        self._idle = trio.lowlevel.ParkingLot()
         self.dispatch: Callable[[], None] = self.queue.dispatch
+        self._shutting_down = False
+        # Held by restart() and scale(). The scope is that of the one which holds it.
+        self._changing = trio.Lock()
+        self._change = trio.CancelScope()
+        self._starting = trio.Semaphore(max_starting())
+        self._idle = trio.lowlevel.ParkingLot()
+        # Workers that were told to leave, that were killed because of a clock, that got SIGTERM.
+        self._leaving: set[WorkerHandle] = set()
+        self._overdue: set[WorkerHandle] = set()
+        self._terminated: set[WorkerHandle] = set()
 
     def handles(self) -> Iterable[WorkerHandle]:
-        """Return the workers that have a slot, and those that are leaving."""
+        """Return the workers of the slots, and those that are leaving."""
         yield from (slot.handle for slot in self.slots)
-        yield from self._draining
+        yield from self._leaving
 
     ################################################################
-    # Who is in the pool
+    # Begin and end
     ################################################################
 
-    async def restart(self) -> None:
-        """As :meth:`WorkerPool.restart`."""
-        async with self._changing:
-            self.queue.check_open()
-            for slot in list(self.slots):
-                while slot.busy:
-                    # What is being started there may have imported the old handler already.
-                    await slot.changed.wait()
-                self.queue.check_open()
-                await self._replace(slot)
+    @enable_ki_protection
+    async def open(self) -> None:
+        """Start the workers, and the watch.
 
-    async def scale(self, workers: int) -> None:
-        """As :meth:`WorkerPool.scale`."""
-        async with self._changing:
-            self.queue.check_open()
-            new = range(len(self.slots), workers)
-            await self._fill(new)
-            while len(self.slots) > workers:
-                slot = self.slots.pop()
-                self.queue.workers.pop(slot.index, None)
-                self._leave(slot.handle)
-            self.reject_pinned()
+        Raises:
+          WorkerStartError: a worker could not start; the others are ended.
+        """
+        self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
+        await self._fill(range(self.options.workers))
 
-    def reject_pinned(self) -> None:
-        """Reject jobs that are pinned to a worker that there is not any more."""
-        self.queue.reject_pinned(len(self.slots))
-
+    @enable_ki_protection
     async def drain(self, timeout: float | None = None) -> None:
-        """As :meth:`WorkerPool.drain`; ``drain_timeout`` if none is given."""
+        """See :meth:`WorkerPool.drain`."""
         timeout = self.options.drain_timeout if timeout is None else timeout
         self.queue.close("the pool is draining and accepts no more jobs")
-        begin = trio.current_time()
-        with trio.move_on_after(timeout):
+        self._change.cancel()
+        deadline = trio.current_time() + timeout
+        with trio.move_on_at(deadline):
             while len(self.queue) or any(handle.batch for handle in self.handles()):
                 await self._idle.park()
-        self._over = True
-        self.queue.clear("the pool ended")
-        left = max(0.0, begin + timeout - trio.current_time())
+        self._shut_down()
+        await self._end_all(max(0.0, deadline - trio.current_time()))
+
+    @enable_ki_protection
+    async def abort(self) -> None:
+        """Cancel the handlers, and end the workers after ABORT_GRACE at the latest."""
+        self.queue.close("the pool is closed")
+        self._shut_down()
+        with trio.CancelScope(shield=True):
+            await self._end_all(0.0, ABORT_GRACE)
+
+    def kill(self) -> None:
+        """Kill the workers that are left."""
+        for handle in self.alive:
+            handle.kill(_NOT_NEEDED)
+
+    def _shut_down(self) -> None:
+        """Start no worker any more, and reject the jobs that no worker has."""
+        self._shutting_down = True
+        self._change.cancel()
+        for slot in self.slots:
+            slot.scope.cancel()
+        self.queue.clear(_POOL_ENDED)
+
+    async def _end_all(self, timeout: float, grace: float | None = None) -> None:
+        """End all workers, even those that are just being started, and wait for that."""
+
+        @enable_ki_protection
+        async def end(handle: WorkerHandle) -> None:
+            if handle.state is HandleState.STARTING:
+                handle.kill(_NOT_NEEDED)
+                await handle.gone.wait()
+            else:
+                await handle.leave(timeout, grace)
+
         async with trio.open_nursery() as nursery:
-            for handle in list(self.handles()):
-                nursery.start_soon(handle.leave, left)
+            for handle in list(self.alive):
+                nursery.start_soon(end, handle)
+
+    def _fail(self, failure: Exception) -> None:
+        """End the pool with an exception."""
+        self.failure = failure
+        self.queue.close("the pool has ended because its workers crashed")
+        # At once, for submitters in the pool's block that are shielded from the cancellation.
+        self._shut_down()
+        self._nursery.cancel_scope.cancel()
+
+    ################################################################
+    # Changes of the slots
+    ################################################################
+
+    @contextmanager
+    def _until_closed(self) -> Generator[None, None, None]:
+        """Run a change of the pool, which a drain cancels.
+
+        Raises:
+          PoolClosedError: the pool accepts no more jobs.
+        """
+        self.queue.check_open()
+        with trio.CancelScope() as self._change:
+            yield
+        if self._change.cancelled_caught:
+            self.queue.check_open()
+
+    @enable_ki_protection
+    async def restart(self) -> None:
+        """See :meth:`WorkerPool.restart`."""
+        async with self._changing:
+            with self._until_closed():
+                await self._replace_all()
+
+    async def _replace_all(self) -> None:
+        errors: list[WorkerStartError] = []
+        claimed: list[Slot] = []
+        started: dict[Slot, WorkerHandle] = {}
+
+        @enable_ki_protection
+        async def start(slot: Slot) -> None:
+            while slot.is_busy:
+                # A worker that is being started may have imported the old handler.
+                await slot.changed.wait()
+            slot.become(SlotState.REPLACING)
+            claimed.append(slot)
+            try:
+                started[slot] = await self._start(slot.index)
+            except WorkerStartError as exc:
+                errors.append(exc)
+                nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for slot in self.slots:
+                    nursery.start_soon(start, slot)
+            self.queue.check_open()
+            # Those that were ready first may have died while others were started.
+            errors += [
+                WorkerStartError(str(handle.error))
+                for handle in started.values()
+                if handle.state is HandleState.ENDED
+            ]
+            if errors:
+                raise WorkerStartError(
+                    f"restart failed, all old workers go on: {errors[0].args[0]}",
+                    errors[0].traceback,
+                ) from errors[0]
+        except BaseException:
+            for handle in started.values():
+                self._leave(handle)
+            for slot in claimed:
+                self._release(slot)
+            raise
+        for slot, handle in started.items():
+            self._install(slot, handle)
+
+    @enable_ki_protection
+    async def scale(self, workers: int) -> None:
+        """See :meth:`WorkerPool.scale`."""
+        async with self._changing:
+            with self._until_closed():
+                await self._fill(range(len(self.slots), workers))
+                while len(self.slots) > workers:
+                    self._retire(self.slots.pop())
+                self.reject_pinned()
 
     async def _fill(self, indexes: range) -> None:
-        """Start workers for new slots, all at a time."""
+        """Start workers for new slots."""
         errors: list[Exception] = []
         handles: dict[int, WorkerHandle] = {}
 
+        @enable_ki_protection
         async def fill(index: int) -> None:
             try:
                 handles[index] = await self._start(index)
@@ -183,331 +407,422 @@ class Supervisor(DescriptorOwner):
                     nursery.start_soon(fill, index)
             if errors:
                 raise errors[0]
-            # A drain may have begun meanwhile.
             self.queue.check_open()
         except BaseException:
             for handle in handles.values():
                 self._leave(handle)
             raise
-        # In order, and without gaps: an index is a position.
+        # In order and without gaps: the index is the position.
         for index in indexes:
-            self.slots.append(Slot(index, handles[index]))
-            self._welcome(self.slots[-1], handles[index])
+            slot = Slot(index, handles[index])
+            self.slots.append(slot)
+            self._activate(slot)
+
+    def _retire(self, slot: Slot) -> None:
+        slot.become(SlotState.RETIRED)
+        slot.scope.cancel()
+        self.queue.workers.pop(slot.index, None)
+        self._leave(slot.handle)
+
+    def reject_pinned(self) -> None:
+        """Reject jobs that are pinned to workers that do not exist any more."""
+        self.queue.reject_pinned(len(self.slots))
+
+    def _slot_of(self, handle: WorkerHandle) -> Slot | None:
+        """Return the slot of a worker; None if it has none, or no more."""
+        slot = self.slots[handle.index] if handle.index < len(self.slots) else None
+        return slot if slot is not None and slot.handle is handle else None
+
+    ################################################################
+    # One worker
+    ################################################################
 
     async def _start(self, index: int) -> WorkerHandle:
         """Start a worker, and wait until it is ready.
 
         Raises:
-          WorkerStartError: it is gone; with an OSError as its cause, it never was there.
+          WorkerStartError: it has ended. If an OSError is its cause, there was no process.
         """
-        options = self.options
-        try:
-            with self._reserve.released():
-                process = _process.start(options.worker_config(index))
-        except OSError as exc:
-            raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
-        handle = WorkerHandle(index, process, self, self.counters)
-        self.alive.add(handle)
-        self._nursery.start_soon(handle.run, name=f"trio_unixconn.pool worker {index}")
-        try:
-            with trio.move_on_after(options.start_timeout):
+        async with self._starting:
+            # The pool may have shut down in the last step, which cancels all that start workers.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            handle = self._start_process(index)
+            # A worker that takes so long may wait for something. Others may start meanwhile.
+            limit = START_SHARE * self.options.start_timeout
+            with _kill_on_error(handle), trio.move_on_after(limit):
                 await handle.ready.wait()
+        with _kill_on_error(handle):
+            await handle.ready.wait()
             if handle.started_at < math.inf:
                 return handle
-            if handle.error is None:
-                handle.kill(f"was not ready after {options.start_timeout} seconds")
-            # Mostly it ends by itself; but what it has imported may have threads that do not.
+            # Usually it exits by itself, but what it has imported may have threads that do not.
             await handle.leave(0.0)
-        except BaseException:
-            handle.kill("was no longer needed")
-            raise
         assert handle.error is not None  # noqa: S101 - it has ended
         raise handle.error
 
-    def _welcome(self, slot: Slot, handle: WorkerHandle) -> None:
-        """Let the worker that a slot has now take jobs."""
-        if handle.state is HandleState.ENDED:
-            # It was ready, and died before it came to that.
-            self._lost(slot, handle)
-            return
-        self.queue.workers[slot.index] = handle
-        self.dispatch()
-
-    async def _replace(self, slot: Slot) -> None:
-        slot.begin()
+    def _start_process(self, index: int) -> WorkerHandle:
         try:
-            new = await self._start(slot.index)
-        except BaseException:
-            slot.end()
-            if slot.handle.state is HandleState.ENDED:
-                # The old one died meanwhile.
-                self._revive_soon(slot)
-            raise
-        slot.end()
-        old = slot.handle
-        self._settle(slot, new)
-        # If not, the slot is gone, or the pool is ending: then others see to it that the old one
-        # finishes what it has.
-        if slot.handle is new:
-            self._leave(old)
+            with self._reserve.released():
+                process = _process.start(self.options.worker_config(index))
+        except OSError as exc:
+            raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
+        handle = WorkerHandle(index, process, self, self.counters)
+        self.alive[handle] = trio.current_time()
+        self._spawn(f"worker {index}", handle, handle.run)
+        return handle
 
     def _leave(self, handle: WorkerHandle) -> None:
-        """Have a worker finish what it has, and end, while everything else goes on."""
-        if self._over:
-            # Nobody would wait for that, and the nursery may be closed.
-            handle.kill("was no longer needed")
-        elif handle.state is not HandleState.ENDED:
-            self._draining.add(handle)
-            handle.drain(self.options.drain_timeout)
-            self._nursery.start_soon(handle.leave, self.options.drain_timeout)
-
-    def _revive_soon(self, slot: Slot) -> None:
-        if not slot.busy and self._has(slot):
-            slot.begin()
-            self._nursery.start_soon(
-                self._revive, slot, name=f"trio_unixconn.pool restart {slot.index}"
-            )
-
-    async def _revive(self, slot: Slot) -> None:
-        """Start a worker in the slot of one that died, after a growing pause."""
-        handle = None
-        tries = len(slot.failures)
-        try:
-            while len(slot.failures) < self.options.crash_limit:
-                await trio.sleep(backoff_after(tries))
-                if not self._has(slot):
-                    return
-                tries += 1
-                handle = await self._try_again(slot)
-                if handle is not None:
-                    break
-        finally:
-            slot.end()
-        if handle is not None:
-            self._settle(slot, handle)
-        else:
-            self._end(
-                ExceptionGroup(
-                    f"{len(slot.failures)} workers in turn died, or could not start, before "
-                    "they finished a job",
-                    slot.failures,
-                )
-            )
-
-    async def _try_again(self, slot: Slot) -> WorkerHandle | None:
-        try:
-            return await self._start(slot.index)
-        except WorkerStartError as exc:
-            logger.error("%s", exc)  # noqa: TRY400 - its text has the worker's traceback
-            # That this process has no descriptor free, say, is not the worker's fault.
-            if not isinstance(exc.__cause__, OSError):
-                slot.failures.append(exc)
-            return None
-
-    def _has(self, slot: Slot) -> bool:
-        return not self._over and slot in self.slots
-
-    def _settle(self, slot: Slot, handle: WorkerHandle) -> None:
-        """Let a worker have its slot, if that is still there."""
-        if not self._has(slot):
-            self._leave(handle)
+        """Have a worker finish its jobs and exit, without waiting for that."""
+        if handle.state is HandleState.ENDED:
             return
-        slot.handle = handle
-        slot.restarts += 1
-        self.counters.restarts += 1
-        self._welcome(slot, handle)
+        if self._shutting_down:
+            # The drain may have ended all others already.
+            handle.kill(_NOT_NEEDED)
+            return
+        self._leaving.add(handle)
+        timeout = self.options.drain_timeout
+        handle.drain(timeout)
+        self._spawn(f"leave {handle.index}", handle, handle.leave, timeout)
 
-    def _end(self, failure: Exception) -> None:
-        self.failure = failure
-        self.queue.close("the pool has ended because its workers crashed")
-        self._nursery.cancel_scope.cancel()
+    def _spawn(
+        self,
+        name: str,
+        handle: WorkerHandle,
+        function: Callable[..., Awaitable[object]],
+        *args: object,
+    ) -> None:
+        """Start a task that belongs to a worker."""
+        self._nursery.start_soon(
+            self._contain, handle, function, *args, name=f"trio_unixconn.pool {name}"
+        )
 
-    async def _watch(self) -> None:
-        """Kill workers that do not say that they live."""
-        timeout = self.options.hang_timeout
-        pause = timeout / 5
-        while True:
-            before = trio.current_time()
-            await trio.sleep(pause)
-            now = trio.current_time()
-            if now - before > 2 * pause:
-                # This process was not running either, and what they said is still unread.
-                continue
-            for handle in list(self.handles()):
-                if handle.state is not HandleState.ENDED and now - handle.last_heard > timeout:
-                    logger.warning(
-                        "worker %d (pid %d) has not been heard of for %.1f seconds, and is killed",
-                        handle.index,
-                        handle.pid,
-                        now - handle.last_heard,
-                    )
-                    handle.kill(f"hung for {now - handle.last_heard:.1f} seconds")
+    @enable_ki_protection
+    async def _contain(
+        self, handle: WorkerHandle, function: Callable[..., Awaitable[object]], *args: object
+    ) -> None:
+        try:
+            await function(*args)
+        except Exception:
+            logger.exception("%r: error in the pool, killing the worker", handle)
+            handle.kill(_POOL_ERROR)
 
     ################################################################
-    # What its workers say
+    # One slot
+    ################################################################
+
+    def _activate(self, slot: Slot) -> None:
+        """Let the new worker of a slot have jobs."""
+        handle = slot.handle
+        if handle.state is HandleState.ENDED:
+            # It died after it was ready.
+            self._on_crash(slot)
+            return
+        options = self.options
+        slot.max_jobs = max(1, round(_vary(options.max_jobs))) if options.max_jobs else math.inf
+        slot.expires_at = handle.started_at + _vary(options.max_age)
+        slot.max_memory = _vary(options.max_memory)
+        self.queue.workers[slot.index] = handle
+        self.dispatch()
+        if handle in self._terminated:
+            self._replace_soon(slot, _SIGTERM)
+
+    def _install(self, slot: Slot, handle: WorkerHandle) -> None:
+        """Give a slot a new worker; the old one leaves if it lives."""
+        if slot.state is SlotState.RETIRED or self._shutting_down:
+            self._leave(handle)
+            return
+        old, slot.handle = slot.handle, handle
+        slot.restarts += 1
+        self.counters.restarts += 1
+        slot.replace_reason = None
+        slot.refusals = 0
+        slot.rest = INITIAL_BACKOFF
+        slot.become(SlotState.RUNNING)
+        self._activate(slot)
+        self._leave(old)
+
+    def _begin(
+        self, slot: Slot, state: SlotState, function: Callable[[Slot], Awaitable[None]]
+    ) -> None:
+        """Make a slot busy."""
+        # At once, before another task can do the same.
+        slot.become(state)
+        self._nursery.start_soon(
+            self._work_on, slot, function, name=f"trio_unixconn.pool restart {slot.index}"
+        )
+
+    @enable_ki_protection
+    async def _work_on(self, slot: Slot, function: Callable[[Slot], Awaitable[None]]) -> None:
+        try:
+            with slot.scope:
+                await function(slot)
+        except Exception as exc:
+            logger.exception("worker %d: error in the pool, restarting it", slot.index)
+            slot.deaths += 1
+            slot.failures.append(exc)
+            slot.handle.kill(_POOL_ERROR)
+        if slot.is_busy:
+            self._release(slot)
+
+    def _release(self, slot: Slot) -> None:
+        """Make a slot RUNNING, and start whatever was put off meanwhile."""
+        slot.become(SlotState.RUNNING)
+        if slot.handle.state is HandleState.ENDED:
+            self._restart_soon(slot)
+        elif slot.replace_reason is not None:
+            self._replace_soon(slot, slot.replace_reason)
+
+    def _replace_soon(self, slot: Slot, reason: str) -> None:
+        """Replace a worker that lives, now or when its slot is not busy any more."""
+        if not self.queue.is_open():
+            return
+        if slot.replace_reason is None:
+            slot.replace_reason = reason
+            logger.info("%r: %s, replacing it", slot.handle, reason)
+        if (
+            slot.state is SlotState.RUNNING
+            and slot.handle.state is HandleState.READY
+            and trio.current_time() >= slot.retry_at
+        ):
+            self._begin(slot, SlotState.REPLACING, self._replace)
+
+    async def _replace(self, slot: Slot) -> None:
+        try:
+            handle = await self._start(slot.index)
+        except WorkerStartError as exc:
+            # Its text has the worker's traceback.
+            logger.error("%s; the old one goes on", exc)  # noqa: TRY400
+            slot.retry_at = trio.current_time() + MAX_BACKOFF
+        else:
+            self._install(slot, handle)
+
+    def _on_crash(self, slot: Slot) -> None:
+        """Count the death of a worker that was not asked to end, and start another one."""
+        handle = slot.handle
+        assert handle.error is not None  # noqa: S101 - it has ended
+        self.counters.deaths += 1
+        logger.warning("%s; another one is started", handle.error)
+        if trio.current_time() - handle.started_at >= LONG_LIFE:
+            slot.deaths = 0
+            slot.failures.clear()
+        slot.deaths += 1
+        if not handle.died_with_jobs:
+            slot.failures.append(handle.error)
+        if slot.state is SlotState.RUNNING:
+            self._restart_soon(slot)
+
+    def _restart_soon(self, slot: Slot) -> None:
+        """Start a worker in a slot whose worker has ended, unless the slot is not needed."""
+        if self._shutting_down or slot.state is SlotState.RETIRED:
+            return
+        is_hopeless = len(slot.failures) >= self.options.crash_limit
+        if not self.queue.is_open() and not (
+            len(self.queue) and not (is_hopeless and self._has_ready_worker())
+        ):
+            # The rest of a drain is done by others.
+            slot.become(SlotState.RETIRED)
+            self.queue.reject_pinned_to(slot.index, f"worker {slot.index} cannot be started")
+            self.notify_if_idle()
+        elif is_hopeless:
+            count = len(slot.failures)
+            text = f"{count} consecutive workers crashed or failed to start"
+            self._fail(ExceptionGroup(text, slot.failures))
+        else:
+            self._begin(slot, SlotState.RESTARTING, self._restart)
+
+    def _has_ready_worker(self) -> bool:
+        return any(slot.handle.state is HandleState.READY for slot in self.slots)
+
+    async def _restart(self, slot: Slot) -> None:
+        await trio.sleep(backoff_after(slot.deaths))
+        try:
+            handle = await self._start(slot.index)
+        except WorkerStartError as exc:
+            # Its text has the worker's traceback.
+            logger.error("%s", exc)  # noqa: TRY400
+            slot.deaths += 1
+            # It is not the worker's fault that this process has no file descriptor or memory.
+            if not isinstance(exc.__cause__, OSError):
+                slot.failures.append(exc)
+        else:
+            self._install(slot, handle)
+
+    ################################################################
+    # The watch
+    ################################################################
+
+    @enable_ki_protection
+    async def _watch(self) -> None:
+        """Look at all clocks, and about once a second at the memory of the workers."""
+        shortest = min(self.options.hang_timeout, self.options.start_timeout)
+        tick = min(TICK, shortest / 5)
+        look_at_memory = trio.current_time() + TICK
+        while True:
+            before = trio.current_time()
+            await trio.sleep(tick)
+            now = trio.current_time()
+            try:
+                if now - before > tick + shortest / 4:
+                    self._restart_clocks(now)
+                self._check_clocks(now)
+                self._check_limits(now, with_memory=now >= look_at_memory)
+            except Exception:
+                logger.exception("error in the watch of the pool, which goes on")
+            if now >= look_at_memory:
+                look_at_memory = now + TICK
+
+    def _restart_clocks(self, now: float) -> None:
+        """Forgive all silence: the machine was suspended, or this process did not run."""
+        for handle in self.alive:
+            self.alive[handle] = handle.last_heard = now
+
+    def _check_clocks(self, now: float) -> None:
+        """Kill workers that hang."""
+        options = self.options
+        for handle, started in list(self.alive.items()):
+            silence = now - handle.last_heard
+            if handle in self._overdue:
+                continue
+            if handle.state is HandleState.STARTING:
+                if now - started > options.start_timeout:
+                    self._overdue.add(handle)
+                    handle.kill(f"was not ready after {options.start_timeout:g} s")
+            elif silence > options.hang_timeout and (
+                # A worker that has finished its last job sends no heartbeats while it exits.
+                handle.state is HandleState.READY or handle.jobs_in_hand
+            ):
+                self._overdue.add(handle)
+                logger.warning("%r: no heartbeat for %.1f s, killing it", handle, silence)
+                handle.kill(f"hung for {silence:.1f} s")
+
+    def _check_limits(self, now: float, *, with_memory: bool) -> None:
+        """Replace workers that have reached a limit, or that could not be replaced before."""
+        for slot in self.slots:
+            handle = slot.handle
+            if handle.state is not HandleState.READY:
+                continue
+            if slot.replace_reason is not None:
+                self._replace_soon(slot, slot.replace_reason)
+            elif now >= slot.expires_at:
+                self._replace_soon(slot, f"older than {now - handle.started_at:.0f} s (max_age)")
+            elif with_memory and slot.max_memory < math.inf:
+                memory = memory_of(handle.pid)
+                if memory > slot.max_memory and now - handle.started_at >= LONG_LIFE:
+                    self._replace_soon(slot, f"resident set of {memory} bytes (max_memory)")
+
+    ################################################################
+    # HandleOwner
     ################################################################
 
     def requeue(self, jobs: list[PendingJob], cause: Exception, *, counts: bool) -> None:
-        """Have jobs that a worker has not taken tried by another."""
+        """Have jobs that a worker has not acknowledged tried by another one."""
         self.queue.requeue(jobs, cause, counts=counts)
         self.reject_pinned()
         self.dispatch()
         self.notify_if_idle()
 
     def reject(self, jobs: list[PendingJob], why: str) -> None:
-        """Have jobs given up that cannot be sent to any worker."""
+        """Reject jobs that no worker can have."""
         self.queue.reject(jobs, why)
         self.notify_if_idle()
 
-    def on_refused(self, handle: WorkerHandle) -> None:
-        """Give a worker that has no descriptor free time to close some."""
+    def on_acknowledged(self, handle: WorkerHandle, count: int) -> None:
+        """Count the jobs, and replace the worker if it has had its share."""
+        self.counters.acknowledged += count
+        # The pool's copies of their file descriptors are closed.
+        self._reserve.fill()
         slot = self._slot_of(handle)
         if slot is not None:
-            self._nursery.start_soon(self._rest, slot, handle)
-
-    async def _rest(self, slot: Slot, handle: WorkerHandle) -> None:
-        pause, slot.rest = slot.rest, min(2 * slot.rest, _LONGEST_REST)
-        await trio.sleep(pause)
-        handle.resting = False
-        self.dispatch()
-
-    def on_acknowledged(self, handle: WorkerHandle, count: int) -> None:
-        """Count jobs that were taken."""
-        self.counters.acknowledged += count
-        # The pool's copies are closed.
-        self._reserve.fill()
-        most = self.options.max_jobs
-        if most is not None and handle.accepted >= most and handle.state is HandleState.READY:
-            self._renew(handle)
+            if slot.refusals:
+                jobs = list(handle.in_flight.values())[-count:]
+                if any(job.kind != EndpointKind.NONE for job in jobs):
+                    slot.refusals = 0
+            if handle.accepted >= slot.max_jobs and slot.replace_reason is None:
+                self._replace_soon(slot, f"it has accepted {handle.accepted} jobs (max_jobs)")
         self.notify_if_idle()
 
     def on_finished(self, handle: WorkerHandle, count: int) -> None:
-        """Count jobs whose handler has returned."""
+        """Clear the crashes of a slot whose worker has handled a job."""
         slot = self._slot_of(handle)
         if slot is not None and count:
+            slot.deaths = 0
             slot.failures.clear()
             slot.rest = INITIAL_BACKOFF
         self.dispatch()
 
     def on_failed(self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool) -> None:
-        """Count a job whose handler has raised, and log it unless its caller is told."""
+        """Log the traceback of a handler, unless its caller gets it."""
         if not awaited:
-            logger.error(
-                "worker %d (pid %d): job %d failed\n%s",
-                handle.index,
-                handle.pid,
-                job_id,
-                text.rstrip(),
-            )
+            logger.error("%r: job %d failed\n%s", handle, job_id, text.rstrip())
         self.dispatch()
 
-    def on_abandoned(self, handle: WorkerHandle, jobs: list[PendingJob]) -> None:
-        """Report the jobs that a worker was handling when it died."""
-        for job in jobs:
+    def on_refused(self, handle: WorkerHandle) -> None:
+        """Let a worker without a free file descriptor rest; replace it if that does not help."""
+        if handle.refusals == 1:
             logger.warning(
-                "job %d was being handled when its worker died: %s", job.id, handle.error
+                "%r: refuses jobs, which are retried, for want of a free file descriptor "
+                "(RLIMIT_NOFILE)",
+                handle,
             )
-            if self.options.on_abandoned is not None:
-                try:
-                    self.options.on_abandoned(
-                        AbandonedJob(
-                            job.id,
-                            handle.index,
-                            handle.pid,
-                            job.peer,
-                            job.data,
-                            trio.current_time() - job.acknowledged_at,
-                        )
-                    )
-                except Exception:
-                    logger.exception("on_abandoned raised an exception for job %d", job.id)
+        slot = self._slot_of(handle)
+        if slot is not None:
+            slot.refusals += 1
+            if slot.refusals >= MAX_REFUSALS and not handle.in_flight:
+                self._replace_soon(slot, f"it refused {slot.refusals} batches in a row")
+            pause, slot.rest = slot.rest, min(2 * slot.rest, MAX_REST)
+            self._spawn(f"rest {handle.index}", handle, self._rest, handle, pause)
+
+    async def _rest(self, handle: WorkerHandle, pause: float) -> None:
+        await trio.sleep(pause)
+        handle.resting = False
+        self.dispatch()
 
     def on_leaving(self, handle: WorkerHandle) -> None:
-        """Replace a worker that somebody has asked to end (SIGTERM)."""
+        """Replace a worker that got SIGTERM, even if its slot is busy at the moment."""
         if handle.state is HandleState.READY:
-            logger.info(
-                "worker %d (pid %d) was asked to end, and is replaced", handle.index, handle.pid
-            )
-            self._renew(handle)
-
-    def _renew(self, handle: WorkerHandle) -> None:
-        slot = self._slot_of(handle)
-        if (
-            self.queue.is_open()
-            and slot is not None
-            and not slot.busy
-            and trio.current_time() >= slot.again
-        ):
-            # At once: others may ask for it before the task begins.
-            slot.begin()
-            self._nursery.start_soon(
-                self._replace_logged, slot, name=f"trio_unixconn.pool restart {slot.index}"
-            )
-
-    async def _replace_logged(self, slot: Slot) -> None:
-        try:
-            await self._replace(slot)
-        except WorkerStartError as exc:
-            logger.error("%s; the old one goes on", exc)  # noqa: TRY400 - as above
-            slot.again = trio.current_time() + MAX_BACKOFF
+            # For _activate, if other workers must be ready before this one gets its slot.
+            self._terminated.add(handle)
+            slot = self._slot_of(handle)
+            if slot is not None:
+                self._replace_soon(slot, _SIGTERM)
 
     def on_exit(self, handle: WorkerHandle) -> None:
-        """Have a worker that died replaced."""
+        """Restart the slot of a worker that died."""
         self._reserve.fill()
-        self.alive.discard(handle)
-        self._draining.discard(handle)
+        self.alive.pop(handle, None)
+        for handles in (self._leaving, self._overdue, self._terminated):
+            handles.discard(handle)
         if self.queue.workers.get(handle.index) is handle:
             del self.queue.workers[handle.index]
-        self.notify_if_idle()
         slot = self._slot_of(handle)
-        if slot is not None and not self._over:
-            self._lost(slot, handle)
+        if slot is not None and not self._shutting_down:
+            self._on_crash(slot)
+        self.notify_if_idle()
 
-    def _lost(self, slot: Slot, handle: WorkerHandle) -> None:
-        assert handle.error is not None  # noqa: S101 - it has ended
-        self.counters.deaths += 1
-        logger.warning("%s; another is started", handle.error)
-        if not handle.handled and trio.current_time() - handle.started_at < _LONG_LIFE:
-            slot.failures.append(handle.error)
-        else:
-            slot.failures.clear()
-        self._revive_soon(slot)
-
-    def _slot_of(self, handle: WorkerHandle) -> Slot | None:
-        """Return the slot that a worker has; None if it has left it."""
-        slot = self.slots[handle.index] if handle.index < len(self.slots) else None
-        return slot if slot is not None and slot.handle is handle else None
+    def on_abandoned(self, handle: WorkerHandle, jobs: list[PendingJob]) -> None:
+        """Report the jobs that a worker was handling when it died, each on its own."""
+        report = self.options.on_abandoned
+        for job in jobs:
+            logger.warning("job %d was abandoned: %s", job.id, handle.error)
+            if report is not None:
+                seconds = trio.current_time() - job.acknowledged_at
+                try:
+                    report(
+                        AbandonedJob(job.id, handle.index, handle.pid, job.peer, job.data, seconds)
+                    )
+                except BaseException:
+                    logger.exception("on_abandoned raised an exception for job %d", job.id)
 
     def notify_if_idle(self) -> None:
-        """Let a drain check whether any job is left."""
+        """Let a drain look whether a job is left."""
         if self._idle:
             self._idle.unpark_all()
 
-    ################################################################
-    # Its begin and its end
-    ################################################################
 
-    async def open(self) -> None:
-        """Start the workers and the tasks that watch them.
-
-        Raises:
-          WorkerStartError: a worker could not start; the others are stopped.
-        """
-        await self._fill(range(self.options.workers))
-        if self.options.hang_timeout < math.inf:
-            self._nursery.start_soon(self._watch, name="trio_unixconn.pool watch")
-
-    def kill(self) -> None:
-        """Kill whoever is still there, such as workers that were just being started."""
-        for handle in self.alive:
-            handle.kill("was no longer needed")
-
-    async def abort(self) -> None:
-        """End the workers at once: their handlers are cancelled, and have a moment for that."""
-        self.queue.close("the pool is closed")
-        self._over = True
-        self.queue.clear("the pool ended")
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for handle in list(self.handles()):
-                    nursery.start_soon(handle.leave, 0.0, _SHORT_END)
+@contextmanager
+def _kill_on_error(handle: WorkerHandle) -> Generator[None, None, None]:
+    try:
+        yield
+    except BaseException:
+        handle.kill(_NOT_NEEDED)
+        raise

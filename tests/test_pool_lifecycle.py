@@ -1,4 +1,4 @@
-"""The life of a pool: drains, restarts, other sizes, signals, and its end."""
+"""drain(), restart(), scale(), signals, and the end of a pool."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ DO = "pool_handlers:do"
 HOLD = "pool_handlers:hold"
 
 
-def has(pool: WorkerPool, restarts: int) -> bool:
+def has_restarted(pool: WorkerPool, restarts: int) -> bool:
     return pool.statistics().restarts >= restarts
 
 
 ################################################################
-# Drains
+# Drain
 ################################################################
 
 
-async def test_a_drain_finishes_what_there_is(shared: Path) -> None:
-    """A drain takes no more jobs, and lets handlers finish, and jobs that wait be handled."""
+async def test_drain_finishes_all_jobs(shared: Path) -> None:
+    """A drain rejects new jobs, lets handlers finish, and has queued jobs handled."""
     async with open_worker_pool(
         HOLD, workers=1, setup="pool_handlers:noted", max_in_flight=1
     ) as pool:
@@ -91,7 +91,7 @@ async def test_a_drain_finishes_what_there_is(shared: Path) -> None:
                 await pool.restart()
             with pytest.raises(PoolClosedError):
                 await pool.scale(3)
-            # It is as it was.
+            # The rejected socket is untouched.
             assert theirs.fileno() != -1
             theirs.close()
             await client.end()
@@ -104,13 +104,13 @@ async def test_a_drain_finishes_what_there_is(shared: Path) -> None:
         found = pool.statistics()
         assert (found.handled, found.abandoned, found.deaths) == (2, 0, 0)
         check_sums(found)
-        # Once more is nothing more.
+        # A second drain does nothing.
         await pool.drain()
     assert len(lines(shared / "ended")) == 1
 
 
-async def test_a_drain_with_a_deadline(shared: Path) -> None:
-    """At the deadline handlers are cancelled, and clean up; their callers are told."""
+async def test_drain_timeout_cancels_handlers(shared: Path) -> None:
+    """At the deadline handlers are cancelled and clean up; their callers are told."""
     async with open_worker_pool(DO, workers=2) as pool, trio.open_nursery() as nursery:
         failed: list[HandlerError] = []
 
@@ -132,8 +132,8 @@ async def test_a_drain_with_a_deadline(shared: Path) -> None:
         check_sums(found)
 
 
-async def test_a_drain_of_less_patience(shared: Path) -> None:
-    """A call that is cancelled, and a drain with less patience, reach workers that drain."""
+async def test_drain_twice_with_a_shorter_timeout(shared: Path) -> None:
+    """A cancelled call, and a second drain with a shorter timeout, reach workers that drain."""
     async with open_worker_pool(DO, workers=1, drain_timeout=math.inf) as pool:
         async with trio.open_nursery() as nursery:
             scope = trio.CancelScope()
@@ -156,33 +156,33 @@ async def test_a_drain_of_less_patience(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("timeout", [-1, math.nan])
-async def test_a_drain_with_no_deadline_at_all(timeout: float) -> None:
-    """A timeout that is no length of time is refused, and the pool goes on."""
+async def test_drain_rejects_invalid_timeout(timeout: float) -> None:
+    """An invalid timeout is rejected, and the pool goes on."""
     async with open_worker_pool(DO, workers=1) as pool:
-        with pytest.raises(ValueError, match="timeout must be non-negative"):
+        with pytest.raises(ValueError, match="timeout must be non-negative, got"):
             await pool.drain(timeout)
         assert await pool.call() == b"nothing to do"
 
 
-async def test_a_drain_that_a_handler_does_not_heed(
+async def test_drain_kills_a_worker_that_does_not_exit(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that does not end in time is killed, and what it was at is reported."""
+    """A worker that does not exit in time is killed, and its jobs are reported."""
     monkeypatch.setattr("trio_unixconn.pool._handle.EXIT_GRACE", 0.2)
     reported: list[AbandonedJob] = []
     async with open_worker_pool(DO, workers=1, on_abandoned=reported.append) as pool:
         (pid,) = pids(pool)
         async with client_of(pool, data=b"compute") as client:
             await client.line()
-            monkeypatch.setattr(_supervisor, "_SHORT_END", 0.2)
+            monkeypatch.setattr(_supervisor, "ABORT_GRACE", 0.2)
             await pool.drain(0)
     assert reported == [AbandonedJob(1, 0, pid, data=b"compute")]
 
 
-async def test_a_drain_while_a_worker_is_stopped(
+async def test_drain_rejects_jobs_of_a_stopped_worker(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that a stopped worker was sent is given up at the end, and its submitter told."""
+    """At the end of a drain, a job that a stopped worker was sent is rejected."""
     monkeypatch.setattr("trio_unixconn.pool._handle.EXIT_GRACE", 0.2)
     refused: list[JobRefusedError] = []
     async with open_worker_pool(DO, workers=1) as pool, trio.open_nursery() as nursery:
@@ -200,8 +200,8 @@ async def test_a_drain_while_a_worker_is_stopped(
         check_sums(pool.statistics())
 
 
-async def test_a_worker_dies_during_a_drain(shared: Path) -> None:
-    """A drain has jobs handled by a new worker if the one that had to die did."""
+async def test_drain_restarts_a_worker_for_queued_jobs(shared: Path) -> None:
+    """If the only worker dies during a drain, a new one handles the queued jobs."""
     async with open_worker_pool(DO, workers=1, max_in_flight=1) as pool:
         answers: list[bytes] = []
         async with trio.open_nursery() as nursery:
@@ -219,8 +219,8 @@ async def test_a_worker_dies_during_a_drain(shared: Path) -> None:
         assert len(answers) == 3
 
 
-async def test_a_drain_while_a_worker_is_replaced(shared: Path) -> None:
-    """A drain lets the old worker finish, though its replacement is not ready yet."""
+async def test_drain_while_max_jobs_replaces_a_worker(shared: Path) -> None:
+    """A drain lets the old worker finish though its replacement is not ready; restart() is told."""
     async with (
         open_worker_pool(HOLD, workers=1, setup="pool_handlers:waiting", max_jobs=1) as pool,
         trio.open_nursery() as nursery,
@@ -249,8 +249,8 @@ async def test_a_drain_while_a_worker_is_replaced(shared: Path) -> None:
     assert (found.handled, found.abandoned) == (1, 0)
 
 
-async def test_scale_up_during_a_drain(shared: Path) -> None:
-    """Workers that are ready only when the pool drains are not kept, and who asked is told."""
+async def test_scale_up_raises_when_a_drain_begins(shared: Path) -> None:
+    """Workers that are not ready when a drain begins are ended, and scale() raises."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
         async with trio.open_nursery() as nursery:
             told = trio.Event()
@@ -263,26 +263,25 @@ async def test_scale_up_during_a_drain(shared: Path) -> None:
             nursery.start_soon(scale)
             await until(lambda: len(lines(shared / "waits")) == 2)
             await pool.drain()
-            (shared / "go on").touch()
+            assert children() == {}
             await told.wait()
-        await until(lambda: children() == {})
         assert len(pool.statistics().workers) == 1
 
 
-async def test_a_setup_that_fails_at_its_end(capfd: pytest.CaptureFixture[str]) -> None:
-    """A setup that raises when its worker ends is shown by the worker, and hurts nobody else."""
+async def test_setup_that_raises_at_its_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """A setup that raises while its worker exits is shown on stderr, and the pool goes on."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:failing_at_the_end") as pool:
         assert await pool.call() == b"nothing to do"
     assert "LookupError: the setup says no at the end" in capfd.readouterr().err
 
 
 ################################################################
-# The end of the block
+# The end of the block of open_worker_pool()
 ################################################################
 
 
-async def test_left_by_an_exception(shared: Path) -> None:
-    """An exception ends the workers, whose handlers clean up, and comes out as it is."""
+async def test_open_worker_pool_left_by_an_exception(shared: Path) -> None:
+    """An exception ends the workers, whose handlers clean up, and is raised unchanged."""
     error = KeyError("of the block")
     with pytest.raises(KeyError) as caught:
         async with open_worker_pool(DO, workers=2, setup="pool_handlers:noted") as pool:
@@ -296,7 +295,7 @@ async def test_left_by_an_exception(shared: Path) -> None:
         await pool.submit(0)
 
 
-async def test_left_by_a_cancellation(shared: Path) -> None:
+async def test_open_worker_pool_left_by_a_cancellation(shared: Path) -> None:
     """A cancellation ends the workers, whatever they do, and stays a cancellation."""
     with trio.CancelScope() as scope:
         async with open_worker_pool(DO, workers=2) as pool:
@@ -308,9 +307,11 @@ async def test_left_by_a_cancellation(shared: Path) -> None:
     assert lines(shared / "ended") == ["1"]
 
 
-async def test_left_while_a_handler_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handler that never comes to a checkpoint does not keep the block."""
-    monkeypatch.setattr(_supervisor, "_SHORT_END", 0.1)
+async def test_open_worker_pool_left_while_a_handler_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A handler without a checkpoint does not delay the end of the block."""
+    monkeypatch.setattr(_supervisor, "ABORT_GRACE", 0.1)
     with pytest.raises(ZeroDivisionError):
         async with (
             open_worker_pool(DO, workers=1) as pool,
@@ -320,8 +321,8 @@ async def test_left_while_a_handler_computes(monkeypatch: pytest.MonkeyPatch) ->
             raise ZeroDivisionError
 
 
-async def test_cancelled_during_the_drain(shared: Path) -> None:
-    """A drain at the end of the block can be cancelled; then handlers are, too."""
+async def test_open_worker_pool_cancelled_during_its_drain(shared: Path) -> None:
+    """The drain at the end of the block can be cancelled; then handlers are cancelled, too."""
     with trio.CancelScope() as scope:
         async with open_worker_pool(DO, workers=1) as pool:
             await pool.submit(null(), data=b"forever")
@@ -330,8 +331,8 @@ async def test_cancelled_during_the_drain(shared: Path) -> None:
     assert scope.cancelled_caught
 
 
-async def test_submitters_outside_of_the_block(shared: Path) -> None:
-    """Who waits for a job outside of the block is told when the pool has ended."""
+async def test_submit_outside_of_the_block_of_the_pool(shared: Path) -> None:
+    """A task that waits for a job outside of the block gets an error when the pool has ended."""
     async with trio.open_nursery() as nursery:
         told: list[str] = []
 
@@ -353,7 +354,7 @@ async def test_submitters_outside_of_the_block(shared: Path) -> None:
 
 
 ################################################################
-# Restarts
+# Restart
 ################################################################
 
 
@@ -365,17 +366,17 @@ async def handler(stream, job):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module that can be written anew."""
+    """Return the path of a module, which a test can change."""
     monkeypatch.syspath_prepend(tmp_path)
-    # Two versions in one second would be one.
+    # Two versions that are written in one second have the same time.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     path = tmp_path / "pool_versions.py"
     path.write_text(MODULE.format(version=1))
     return path
 
 
-async def test_restart(module: Path) -> None:
-    """A restart replaces all workers, by such that import what the handler is now."""
+async def test_restart_imports_the_handler_again(module: Path) -> None:
+    """A restart replaces all workers with ones that import the present handler."""
     async with open_worker_pool("pool_versions:handler", workers=2) as pool:
         old = pids(pool)
         assert await pool.call(worker=1) == b"version 1"
@@ -392,7 +393,7 @@ async def test_restart(module: Path) -> None:
 
 
 async def test_restart_under_load(shared: Path) -> None:
-    """No job is lost, refused or handled twice while workers are replaced."""
+    """No job is lost, rejected or handled twice while workers are replaced."""
     receipts: list[JobReceipt] = []
     over = trio.Event()
 
@@ -416,8 +417,8 @@ async def test_restart_under_load(shared: Path) -> None:
     assert len(lines(shared / "began")) == len(set(lines(shared / "began"))) == len(receipts)
 
 
-async def test_old_workers_finish(shared: Path) -> None:
-    """A connection that an old worker has is not cut off, however long it takes."""
+async def test_restart_lets_old_workers_finish(shared: Path) -> None:
+    """A connection of an old worker is not cut off, however long it takes."""
     async with open_worker_pool(HOLD, workers=1) as pool, client_of(pool) as client:
         (old,) = pids(pool)
         assert await client.line() == [old, 1]
@@ -434,8 +435,8 @@ async def test_old_workers_finish(shared: Path) -> None:
             await ended(pidfds)
 
 
-async def test_a_restart_that_fails(module: Path) -> None:
-    """When a new worker cannot start, the old ones go on."""
+async def test_restart_that_fails_keeps_old_workers(module: Path) -> None:
+    """If a new worker cannot start, the old ones go on."""
     async with open_worker_pool("pool_versions:handler", workers=2) as pool:
         before = pids(pool)
         module.write_text("1 / 0")
@@ -449,8 +450,8 @@ async def test_a_restart_that_fails(module: Path) -> None:
         assert await pool.call() == b"version 2"
 
 
-async def test_a_restart_behind_another_start(shared: Path, module: Path) -> None:
-    """A worker that is just being started may have the old code, and is replaced, too."""
+async def test_restart_replaces_a_worker_that_is_starting(shared: Path, module: Path) -> None:
+    """A worker that is being started may have the old code, so it is replaced, too."""
     async with (
         open_worker_pool("pool_versions:handler", workers=1, setup="pool_handlers:waiting") as pool,
         trio.open_nursery() as nursery,
@@ -461,12 +462,12 @@ async def test_a_restart_behind_another_start(shared: Path, module: Path) -> Non
         nursery.start_soon(pool.restart)
         await wait_all_tasks_blocked()
         (shared / "go on").touch()
-        await until(lambda: has(pool, 2))
+        await until(lambda: has_restarted(pool, 2))
         assert await pool.call() == b"version 2"
 
 
-async def test_the_old_one_dies_while_the_new_one_fails(shared: Path, module: Path) -> None:
-    """A worker that dies while its successor fails to start is replaced all the same."""
+async def test_restart_that_fails_after_the_old_worker_died(shared: Path, module: Path) -> None:
+    """A worker that dies while its successor fails to start is restarted all the same."""
     async with open_worker_pool(
         "pool_versions:handler", workers=1, setup="pool_handlers:waiting"
     ) as pool:
@@ -485,8 +486,8 @@ async def test_the_old_one_dies_while_the_new_one_fails(shared: Path, module: Pa
         assert await pool.call() == b"version 1"
 
 
-async def test_a_restart_that_is_cancelled(shared: Path) -> None:
-    """A restart that is cancelled leaves the old worker, and nothing of the new one."""
+async def test_restart_that_is_cancelled(shared: Path) -> None:
+    """A cancelled restart keeps the old worker, and ends the new one."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
         before = pids(pool)
         with trio.CancelScope() as scope:
@@ -499,12 +500,12 @@ async def test_a_restart_that_is_cancelled(shared: Path) -> None:
 
 
 ################################################################
-# Other sizes
+# Scale
 ################################################################
 
 
-async def test_scale(shared: Path) -> None:
-    """A pool grows, and shrinks; those that leave finish what they have."""
+async def test_scale_up_and_down(shared: Path) -> None:
+    """A pool grows and shrinks; workers that leave finish their jobs."""
     async with open_worker_pool(HOLD, workers=1) as pool:
         (first,) = pids(pool)
         await pool.scale(3)
@@ -528,7 +529,7 @@ async def test_scale(shared: Path) -> None:
 
 
 async def test_scale_that_fails(shared: Path) -> None:
-    """When new workers cannot start, or not all of them, there are as many as before."""
+    """If new workers cannot start, or some of them, there are as many as before."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_at_most") as pool:
         before = pids(pool)
         with pytest.raises(WorkerStartError):
@@ -536,8 +537,9 @@ async def test_scale_that_fails(shared: Path) -> None:
         await until(lambda: set(children()) == set(before) and pids(pool) == before)
 
 
-async def test_scale_that_is_cancelled(shared: Path) -> None:
-    """A scale that is cancelled leaves no worker that belongs to nobody."""
+async def test_scale_that_is_cancelled(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled scale leaves no worker without a slot."""
+    monkeypatch.setattr(_supervisor, "max_starting", lambda: 8)
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_are_ready") as pool:
         before = pids(pool)
         with trio.CancelScope() as scope:
@@ -549,20 +551,20 @@ async def test_scale_that_is_cancelled(shared: Path) -> None:
         await until(lambda: set(children()) == set(before))
 
 
-async def test_one_dies_while_another_is_awaited(shared: Path) -> None:
-    """A new worker that dies before all new ones are there is replaced, and counted."""
+async def test_scale_up_while_a_new_worker_dies(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new worker that dies before all new ones are ready is restarted, and counted."""
+    monkeypatch.setattr(_supervisor, "max_starting", lambda: 8)
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:two_are_ready") as pool:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pool.scale, 3)
             await until(lambda: len(lines(shared / "waits")) == 1)
             await until(lambda: len(lines(shared / "ready")) == 2)
             with watched([int(lines(shared / "ready")[1])]) as pidfds:
-                await until(lambda: len(pool._supervisor.alive) == 3)
-                await until(
-                    lambda: (
-                        sum(link.state is HandleState.READY for link in pool._supervisor.alive) == 2
-                    )
-                )
+                alive = pool._supervisor.alive
+                await until(lambda: len(alive) == 3)
+                await until(lambda: sum(each.state is HandleState.READY for each in alive) == 2)
                 os.kill(int(lines(shared / "ready")[1]), signal.SIGKILL)
                 await ended(pidfds)
             await until(lambda: len(pool._supervisor.alive) == 2)
@@ -572,8 +574,8 @@ async def test_one_dies_while_another_is_awaited(shared: Path) -> None:
         assert pool.statistics().deaths == 1
 
 
-async def test_a_worker_is_ready_when_all_leave(shared: Path) -> None:
-    """A worker that is ready only when the pool drains already is not kept."""
+async def test_drain_ends_a_worker_that_is_starting(shared: Path) -> None:
+    """A worker that is not ready when the drain has no queued job is ended."""
     async with open_worker_pool(HOLD, workers=1, setup="pool_handlers:waiting") as pool:
         (shared / "go on").touch()
         await pool.scale(2)
@@ -590,8 +592,8 @@ async def test_a_worker_is_ready_when_all_leave(shared: Path) -> None:
             await client.end()
 
 
-async def test_who_leaves_has_no_descriptor_free(shared: Path) -> None:
-    """A worker that refuses a job while it leaves is not waited for; the job is given up."""
+async def test_scale_down_a_worker_without_free_descriptors(shared: Path) -> None:
+    """A worker that refuses a job while it leaves is not waited for; the job is rejected."""
     async with open_worker_pool(DO, workers=2, setup="pool_handlers:destitute") as pool:
         async with trio.open_nursery() as nursery:
             victim = pids(pool)[1]
@@ -608,8 +610,8 @@ async def test_who_leaves_has_no_descriptor_free(shared: Path) -> None:
         check_sums(await at_rest(pool))
 
 
-async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:
-    """Jobs for a worker that is not there any more are given up, wherever they are."""
+async def test_scale_down_rejects_pinned_jobs(shared: Path) -> None:
+    """Jobs that are pinned to a worker that leaves are rejected, wherever they are."""
     refused: list[str] = []
     async with (
         open_worker_pool(HOLD, workers=2, max_in_flight=1, max_queue=2) as pool,
@@ -625,7 +627,7 @@ async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:
         victim = pids(pool)[1]
         os.kill(victim, signal.SIGSTOP)
         for _, theirs in pairs:
-            # One is sent, two are in the queue, one waits for room.
+            # One is sent, two are queued, one waits for a slot in the queue.
             nursery.start_soon(submit, theirs)
             await wait_all_tasks_blocked()
         await pool.scale(1)
@@ -638,8 +640,8 @@ async def test_scale_down_with_jobs_for_who_leaves(shared: Path) -> None:
         check_sums(await at_rest(pool))
 
 
-async def test_scale_down_while_a_worker_is_started(shared: Path) -> None:
-    """A worker that was being started for a place that is gone by then leaves at once."""
+async def test_scale_down_ends_a_worker_that_is_starting(shared: Path) -> None:
+    """A worker that is being started for a slot is ended when the slot is scaled away."""
     async with open_worker_pool(DO, workers=1, setup="pool_handlers:waiting") as pool:
         (shared / "go on").touch()
         await pool.scale(2)
@@ -652,28 +654,32 @@ async def test_scale_down_while_a_worker_is_started(shared: Path) -> None:
         await until(lambda: set(children()) == {first} and pids(pool) == [first])
 
 
-async def test_scale_down_between_two_tries(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a place that is gone no worker is tried again."""
+async def test_scale_down_during_a_pause_before_a_restart(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker is started for a slot that is scaled away."""
     monkeypatch.setattr(_supervisor, "INITIAL_BACKOFF", 0.3)
     async with open_worker_pool(DO, workers=2) as pool:
+        # The second restart in a row begins with a pause.
+        pool._supervisor.slots[1].deaths = 1
         os.kill(pids(pool)[1], signal.SIGKILL)
         await until(lambda: pool.statistics().deaths == 1)
         starts = counted(monkeypatch, _process, "start")
         await pool.scale(1)
-        place = pool._supervisor.slots[0]
+        slot = pool._supervisor.slots[0]
         assert await pool.call() == b"nothing to do"
         await trio.lowlevel.checkpoint()
-        await until(lambda: not revives())
+        await until(lambda: not restarting_tasks())
         assert starts == []
-        assert pool._supervisor.slots == [place]
+        assert pool._supervisor.slots == [slot]
 
 
-def revives() -> list[str]:
-    """Return the names of the tasks that start workers anew."""
+def restarting_tasks() -> list[str]:
+    """Return the names of the tasks that restart workers."""
     found: list[str] = []
 
     def look(task: trio.lowlevel.Task) -> None:
-        if "restart" in task.name:
+        if task.name.startswith("trio_unixconn.pool restart"):
             found.append(task.name)
         for nursery in task.child_nurseries:
             for child in nursery.child_tasks:
@@ -686,54 +692,14 @@ def revives() -> list[str]:
 
 
 ################################################################
-# Recycling
-################################################################
-
-
-async def test_recycling(shared: Path) -> None:
-    """A worker that has had its number of jobs is replaced; no job is lost by that."""
-    seen: set[bytes] = set()
-    async with open_worker_pool(DO, workers=1, max_jobs=5) as pool:
-        for _ in range(60):
-            seen.add(await pool.call(data=b"pid"))
-            if len(seen) > 2:
-                break
-            await until(lambda: not pool._supervisor.slots[0].busy)
-        found = await at_rest(pool)
-        assert found.restarts >= 2
-        assert found.handled == found.submitted
-        assert found.deaths == 0
-    assert len(seen) > 2
-
-
-async def test_recycling_that_fails(
-    module: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """When a successor cannot start, the old one goes on, and not each job tries it again."""
-    async with open_worker_pool("pool_versions:handler", workers=1, max_jobs=1) as pool:
-        starts = counted(monkeypatch, _process, "start")
-        module.write_text("1 / 0")
-        for _ in range(5):
-            assert await pool.call() == b"version 1"
-            await until(lambda: not pool._supervisor.slots[0].busy)
-        assert len(starts) == 1
-        (message,) = caplog.messages
-        assert "ZeroDivisionError" in message
-        assert message.endswith("; the old one goes on")
-        module.write_text(MODULE.format(version=2))
-        pool._supervisor.slots[0].again = -math.inf
-        assert await pool.call() == b"version 1"
-        await until(lambda: has(pool, 1))
-        assert await pool.call() == b"version 2"
-
-
-################################################################
 # Signals
 ################################################################
 
 
-async def test_sigterm_to_a_worker(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that gets SIGTERM is replaced first, and finishes what it has."""
+async def test_sigterm_to_a_worker_replaces_it(
+    shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that gets SIGTERM is replaced first, and finishes its jobs."""
     caplog.set_level("INFO", logger="trio_unixconn.pool")
     async with open_worker_pool(HOLD, workers=1) as pool, client_of(pool) as client:
         (old,) = pids(pool)
@@ -741,7 +707,7 @@ async def test_sigterm_to_a_worker(shared: Path, caplog: pytest.LogCaptureFixtur
         with watched([old]) as pidfds:
             for _ in range(3):
                 os.kill(old, signal.SIGTERM)
-            await until(lambda: has(pool, 1))
+            await until(lambda: has_restarted(pool, 1))
             async with client_of(pool) as other:
                 assert (await other.line())[0] != old
             os.kill(old, signal.SIGTERM)
@@ -753,11 +719,11 @@ async def test_sigterm_to_a_worker(shared: Path, caplog: pytest.LogCaptureFixtur
         found = await at_rest(pool)
         assert (found.deaths, found.abandoned, found.handled) == (0, 0, 2)
         assert found.restarts == 1
-    assert any("was asked to end, and is replaced" in each for each in caplog.messages)
+    assert any("received SIGTERM, replacing it" in each for each in caplog.messages)
 
 
-async def test_sigint_to_a_worker() -> None:
-    """What a terminal sends to all is not for the workers, who are not in its foreground."""
+async def test_sigint_to_a_worker_is_ignored() -> None:
+    """SIGINT of a terminal does not reach the workers, which have their own session."""
     async with open_worker_pool(DO, workers=1) as pool:
         (pid,) = pids(pool)
         os.kill(pid, signal.SIGINT)
@@ -777,8 +743,8 @@ def interrupted() -> None:
 
 
 @pytest.mark.usefixtures("default_sigint")
-def test_keyboard_interrupt() -> None:
-    """A KeyboardInterrupt in the pool's process ends the workers, and comes out."""
+def test_open_worker_pool_raises_keyboard_interrupt() -> None:
+    """KeyboardInterrupt in the pool's process ends the workers, and is raised."""
     with pytest.raises(KeyboardInterrupt):
         interrupted()
 
@@ -813,8 +779,10 @@ async def driver(*arguments: str) -> AsyncGenerator[tuple[trio.Process, list[int
 @pytest.mark.parametrize(
     "arguments", [(HOLD, "2"), (DO, "2", "compute")], ids=["waiting", "computing"]
 )
-async def test_the_pool_is_killed(arguments: tuple[str, ...], shared: Path) -> None:
-    """When the pool's process is killed its workers end, whatever their handlers do."""
+async def test_workers_exit_after_the_pool_was_killed(
+    arguments: tuple[str, ...], shared: Path
+) -> None:
+    """If the pool's process is killed, its workers exit, whatever their handlers do."""
     async with driver(*arguments) as (process, workers):
         with watched(workers) as pidfds:
             assert not any(map(has_ended, pidfds))
@@ -822,8 +790,8 @@ async def test_the_pool_is_killed(arguments: tuple[str, ...], shared: Path) -> N
             await ended(pidfds)
 
 
-async def test_killed_with_a_job_on_its_way(shared: Path) -> None:
-    """A worker that was sent a job by a pool that is gone by then ends, and does not handle it."""
+async def test_worker_drops_a_job_of_a_killed_pool(shared: Path) -> None:
+    """A worker that was sent a job by a pool that was killed exits, and does not handle it."""
     async with driver(HOLD, "1", "unused") as (process, workers):
         with watched(workers) as pidfds:
             os.kill(workers[0], signal.SIGSTOP)
@@ -832,8 +800,8 @@ async def test_killed_with_a_job_on_its_way(shared: Path) -> None:
             await ended(pidfds)
 
 
-def test_the_pool_was_gone_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker whose pool was gone before it began ends at once."""
+def test_worker_exits_if_the_pool_was_killed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose pool had ended before it began exits at once."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     _worker._check_parent(os.getppid())
     with pytest.raises(SystemExit) as caught:
