@@ -17,7 +17,7 @@ import trio
 import typer
 from cli import ended, run, run_in_this_process, started, wait_for_socket
 
-from trio_unixconn._cli import passing, running
+from trio_unixconn._cli import _console, passing
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -120,7 +120,7 @@ def test_every_order(order: tuple[int, ...], folder: Path) -> None:
     """Wherever descriptors are, each gets its place."""
     text = (
         "import os\n"
-        "from trio_unixconn._cli.execution import become\n"
+        "from trio_unixconn._cli._activation import become\n"
         f"order = {order}\n"
         "for number in order:\n"
         f"    name = os.path.join({str(folder)!r}, str(number))\n"
@@ -144,7 +144,7 @@ def test_no_room() -> None:
     """Descriptors for which no place is free are a clear line."""
     text = (
         "import resource, typer\n"
-        "from trio_unixconn._cli.execution import become\n"
+        "from trio_unixconn._cli._activation import become\n"
         "soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))\n"
         "try: become(['true'], [0], [])\n"
@@ -484,7 +484,7 @@ def test_interrupted_before_anything_runs(capsys: pytest.CaptureFixture[str]) ->
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as caught:
-        running.run(interrupted)
+        _console.run(interrupted)
     assert caught.value.exit_code == 130
     assert capsys.readouterr().err == "trio-unixconn: interrupted\n"
 
@@ -501,8 +501,8 @@ def test_several_mistakes() -> None:
             nursery.start_soon(mistaken)
 
     with pytest.raises(BaseException) as caught:
-        running.run(twice)
-    assert len(list(running._causes(caught.value))) == 2
+        _console.run(twice)
+    assert len(list(_console._causes(caught.value))) == 2
 
 
 def test_where_nothing_is_shown() -> None:

@@ -24,7 +24,7 @@ import pyte
 import pytest
 from cli import COMMAND, ended, run, run_in_this_process, started
 
-from trio_unixconn._cli.reloading import directories_of
+from trio_unixconn._cli.serve.reload import directories_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

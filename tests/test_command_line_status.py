@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from statistics_samples import STATISTICS, worker
 
-from trio_unixconn._cli.log import LogLines
-from trio_unixconn._cli.status import Sample, Sampler, Status
-from trio_unixconn._cli.table import render
+from trio_unixconn._cli.serve.log import LogLines
+from trio_unixconn._cli.serve.status import Sample, Sampler, Status
+from trio_unixconn._cli.serve.table import render
 
 
 def sample(time: float, *handled: int, accepted: int = 0, gone: int = 0) -> Sample:

@@ -8,7 +8,8 @@ from __future__ import annotations
 try:
     import typer
 
-    from ._cli import demo, doctor, passing, peer, serve
+    from ._cli import demo, doctor, passing, peer
+    from ._cli.serve.command import serve
 except ImportError as _exc:
     raise SystemExit(
         f"trio-unixconn: the command line needs the extra 'cli' ({_exc}); "
@@ -27,7 +28,7 @@ app.command()(doctor.doctor)
 app.command()(peer.peer)
 app.command()(passing.send_fd)
 app.command()(passing.receive_fd)
-app.command()(serve.serve)
+app.command()(serve)
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .printing import fail, printable, say, say_json
-from .running import run
+from ._console import fail, printable, run, say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .printing import fail, printable, say, say_json
+from ._console import fail, printable, say, say_json
 
 if TYPE_CHECKING:
     from .._doctor.report import Examination

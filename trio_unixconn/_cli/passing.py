@@ -23,11 +23,8 @@ from .._fdtypes import kind_of
 from .._listener import open_unix_listener
 from .._policy import PeerPolicy
 from ..errors import EndOfStreamError
-from .execution import FIRST, become, check_command
-from .inherited import is_inherited
-from .naming import address_of
-from .printing import fail, say
-from .running import run, seconds, too_slow
+from ._activation import FIRST, become, check_command, is_inherited
+from ._console import address_of, fail, run, say, seconds, too_slow
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence

@@ -16,9 +16,7 @@ import typer
 from .. import _kernel
 from .._client import open_unix_connection
 from ..errors import UnixConnectionError
-from .naming import address_of
-from .printing import argument_of, say, say_json
-from .running import described, run, seconds, too_slow
+from ._console import address_of, argument_of, described, run, say, say_json, seconds, too_slow
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

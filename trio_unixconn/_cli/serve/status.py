@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 if TYPE_CHECKING:
-    from ..pool import PoolStatistics, WorkerStatistics
+    from ...pool import PoolStatistics, WorkerStatistics
 
 # A rate is of so many seconds, as far as there are samples: one second of a slow service jumps
 # between 0 and 1, and a minute says nothing about now.

@@ -1,25 +1,27 @@
-"""Running what a command does, until it is done or a signal ends it.
+"""What all commands share: names of sockets, output, and how a command runs and ends.
 
-Invariant: a command cleans up before it exits, with a line and an exit status; only a bug in this
-library is a traceback.
+Invariant: results go to standard output and errors to standard error; neither contains control
+characters for a terminal. A command cleans up before it exits, with a line and an exit status; only
+a bug in this library is a traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import math
 import signal
-from typing import TYPE_CHECKING, Final, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import trio
+import typer
 
+from .._address import UnixSocketAddress
 from ..errors import UnixConnectionError, WorkerStartError
-from .printing import argument_of, complain, fail
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
-
-    from .._address import UnixSocketAddress
 
 T = TypeVar("T")
 
@@ -28,6 +30,78 @@ _OF_TRIO: Final = "Exceptions from Trio nursery"
 _SIGNALS: Final[list[signal.Signals]] = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+
+
+################################################################
+# Names of sockets
+################################################################
+
+
+def address_of(text: str) -> UnixSocketAddress:
+    """Read a path, ``@name`` for an abstract name, or a URI that begins with ``unix:``.
+
+    A file whose own name begins like that is ``./@name``.
+    """
+    try:
+        if text.startswith("@"):
+            address = UnixSocketAddress.abstract(text[1:])
+        elif text.lower().startswith("unix:"):
+            address = UnixSocketAddress.from_uri(text)
+        else:
+            address = UnixSocketAddress.path(text)
+        if not address.get_path_len():
+            raise ValueError(f"{text!r} is an abstract name without a character")
+    except ValueError as exc:
+        fail(str(exc), status=2)
+    return address
+
+
+################################################################
+# Output
+################################################################
+
+
+def say(line: str) -> None:
+    """Print a line, unfolded, so that grep and cut work on it."""
+    print(printable(line))  # noqa: T201 - a command line's work
+
+
+def say_json(value: Any) -> None:
+    """Print for machines."""
+    print(json.dumps(value, indent=1))  # noqa: T201 - the output of the command
+
+
+def complain(text: str) -> None:
+    """Print what another process says went wrong, in its own lines."""
+    for line in text.splitlines():
+        print(printable(line), file=sys.stderr)  # noqa: T201 - the output of the command
+
+
+def fail(*lines: str, status: int = 1) -> NoReturn:
+    """Say what went wrong, and end."""
+    for line in lines:
+        print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - the output of the command
+    raise typer.Exit(status)
+
+
+def argument_of(address: UnixSocketAddress) -> str:
+    """Return an address as the commands take it: a path, or ``@name``.
+
+    It is not escaped: JSON keeps every character, and all else is printed with :func:`printable`.
+    """
+    return f"@{address.get_path()}" if address.get_is_abstract() else address.get_path()
+
+
+def printable(text: str) -> str:
+    """Show what a terminal would act on, and what is no text, as escapes."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+################################################################
+# Running and ending
+################################################################
 
 
 class Signalled(BaseException):

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .naming import address_of
-from .printing import fail
-from .running import run
+from .._console import address_of, fail, run
 
 if TYPE_CHECKING:
-    from ..pool import WorkerPoolOptions
+    from ...pool import WorkerPoolOptions
 
 
 def serve(
@@ -102,9 +100,9 @@ def serve(
     one ends at once. Exit status 0 after a drain.
     """
     # --help needs none of it.
-    from ..pool._config import PoolConfig  # noqa: PLC0415
+    from ...pool._config import PoolConfig  # noqa: PLC0415
     from .binds import read_bind  # noqa: PLC0415
-    from .serving import Order, is_terminal, serve_until_told  # noqa: PLC0415
+    from .service import ServeConfig, is_terminal, serve_until_told  # noqa: PLC0415
 
     options: WorkerPoolOptions = {
         "workers": workers,
@@ -126,7 +124,7 @@ def serve(
     if reload:
         # Python takes a compiled file for current if its source has the same size and second.
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    order = Order(
+    config = ServeConfig(
         handler=handler,
         binds=[read_bind(each) for each in bind],
         mode=_mode(mode),
@@ -135,7 +133,7 @@ def serve(
         reload=reload,
         table=is_terminal() and not plain,
     )
-    run(partial(serve_until_told, order), heeds_signals=True)
+    run(partial(serve_until_told, config), heeds_signals=True)
 
 
 def _put_current_directory_on_path() -> None:

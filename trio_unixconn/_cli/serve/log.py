@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from .printing import printable
+from .._console import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

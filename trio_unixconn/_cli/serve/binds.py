@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from .. import _kernel
-from .._listener import UnixListener, open_unix_listener
-from .inherited import from_systemd, is_inherited
-from .naming import address_of
-from .printing import argument_of, fail
+from ... import _kernel
+from ..._listener import UnixListener, open_unix_listener
+from .._activation import from_systemd, is_inherited
+from .._console import address_of, argument_of, fail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._address import UnixSocketAddress
+    from ..._address import UnixSocketAddress
 
     Listener = trio.SocketListener | UnixListener
 

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .printing import printable
+from .._console import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

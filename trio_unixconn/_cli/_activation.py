@@ -1,7 +1,8 @@
-"""Becoming another program that gets descriptors, as systemd starts one.
+"""File descriptors from 3 on: those passed to this process, and programs that get some.
 
-Invariant: the program gets standard input, output and error, the file descriptors from 3 on, in
-order, and no other. Its signal handlers are those that a shell would have left.
+Invariant: only file descriptors that were passed to this process are taken, never its own. A
+program gets standard input, output and error, the file descriptors from 3 on, in order, and no
+other. Its signal handlers are those that a shell would have left.
 
 Sources: sd_listen_fds(3), execve(2), dup2(2), signal(7); of Python, PEP 446 and the
 ``restore_signals`` of subprocess
@@ -16,7 +17,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from .printing import fail
+from ._console import fail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,43 @@ _NOT_FOUND: Final = 127
 _NOT_STARTED: Final = 126
 # systemd's word for a descriptor without a name.
 UNNAMED: Final = "unknown"
+
+################################################################
+# File descriptors of this process
+################################################################
+
+
+def is_inherited(number: int) -> bool:
+    """Whether a descriptor is open, and was before this process began."""
+    try:
+        # What this process has opened itself is not inheritable (PEP 446).
+        return os.get_inheritable(number)
+    except (OSError, OverflowError):
+        return False
+
+
+def from_systemd() -> list[int]:
+    """Return the descriptors that systemd, or a program that imitates it, has passed.
+
+    The variables that say so are removed: they are about this process, not about its children.
+
+    Raises:
+      ValueError: none were passed to this process.
+    """
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not count.isdecimal() or int(count) == 0:
+        raise ValueError("no sockets were passed (LISTEN_FDS)")
+    if pid != str(os.getpid()):
+        raise ValueError(
+            f"the sockets were passed to process {pid!r} (LISTEN_PID), and this is {os.getpid()}"
+        )
+    return list(range(FIRST, FIRST + int(count)))
+
+
+################################################################
+# Another program
+################################################################
 
 
 def check_command(command: Sequence[str]) -> None:

@@ -18,22 +18,22 @@ import trio
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from .._listener import open_unix_listener
-from .._version import __version__
-from ..errors import WorkerStartError
-from ..pool import WorkerServer, serve_statistics, serve_with_workers
+from ..._listener import open_unix_listener
+from ..._version import __version__
+from ...errors import WorkerStartError
+from ...pool import WorkerServer, serve_statistics, serve_with_workers
+from .._console import Signalled, heard_signals
 from .binds import name_of, open_all
 from .log import LogLines, log_to, logger
-from .running import Signalled, heard_signals
 from .status import Sample, Sampler
 from .table import render
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
 
-    from .._address import UnixSocketAddress
-    from .._listener import UnixListener
-    from ..pool import WorkerPoolOptions
+    from ..._address import UnixSocketAddress
+    from ..._listener import UnixListener
+    from ...pool import WorkerPoolOptions
     from .binds import Bind
 
 # Seconds between two pictures of the table.
@@ -42,7 +42,7 @@ _HUP: Final = getattr(signal, "SIGHUP", None)
 
 
 @attrs.frozen(kw_only=True)
-class Order:
+class ServeConfig:
     """What was asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Order:
     table: bool
 
 
-async def serve_until_told(order: Order) -> None:
+async def serve_until_told(config: ServeConfig) -> None:
     """Serve until a signal asks for a drain, and the drain has ended.
 
     Raises:
@@ -69,18 +69,18 @@ async def serve_until_told(order: Order) -> None:
       OSError: it cannot listen where it should.
       WorkerStartError, ExceptionGroup: as of :func:`open_worker_pool`.
     """
-    console = Console() if order.table else None
+    console = Console() if config.table else None
     lines = log_to(console)
-    logger.info("trio-unixconn %s serves %s (pid %d)", __version__, order.handler, os.getpid())
+    logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
     try:
-        await _Service(order, console, lines).run()
+        await _Service(config, console, lines).run()
     finally:
         lines.flush()
 
 
 class _Service:
-    def __init__(self, order: Order, console: Console | None, lines: LogLines) -> None:
-        self._order = order
+    def __init__(self, config: ServeConfig, console: Console | None, lines: LogLines) -> None:
+        self._config = config
         self._console = console
         self._lines = lines
         self._begun = trio.current_time()
@@ -97,7 +97,7 @@ class _Service:
             if self._console is not None:
                 nursery.start_soon(self._show, self._console)
             stats = await self._open_stats(stack)
-            listeners = await open_all(self._order.binds, self._order.mode)
+            listeners = await open_all(self._config.binds, self._config.mode)
             self._addresses = [name_of(each) for each in listeners]
             for name in self._addresses:
                 logger.info("listening at %s", name)
@@ -105,7 +105,7 @@ class _Service:
                 # The server owns the listeners from here on, whether it starts or not.
                 server: WorkerServer = await serving.start(
                     partial(
-                        serve_with_workers, self._order.handler, listeners, **self._order.options
+                        serve_with_workers, self._config.handler, listeners, **self._config.options
                     )
                 )
                 self._server = server
@@ -129,7 +129,7 @@ class _Service:
         )
 
     async def _open_stats(self, stack: AsyncExitStack) -> UnixListener | None:
-        address = self._order.stats_socket
+        address = self._config.stats_socket
         if address is None:
             return None
         listener = await open_unix_listener(address, receive_descriptors=False)
@@ -181,7 +181,7 @@ class _Service:
     async def _stay_up_to_date(self, server: WorkerServer) -> None:
         with self._while_open:
             async with trio.open_nursery() as nursery:
-                if self._order.reload:
+                if self._config.reload:
                     nursery.start_soon(self._watch)
                 async for why in self._requests:
                     await self._restart(server, why)
@@ -196,9 +196,9 @@ class _Service:
             logger.info("restarted: %s", _workers(server))
 
     async def _watch(self) -> None:
-        from .reloading import directories_of, watch  # noqa: PLC0415 - for development only
+        from .reload import directories_of, watch  # noqa: PLC0415 - for development only
 
-        directories = directories_of(self._order.handler)
+        directories = directories_of(self._config.handler)
         logger.info("watching %s", ", ".join(directories))
         await watch(
             directories, lambda names: self._ask_for_restart(f"changed: {', '.join(names)}")
@@ -223,12 +223,12 @@ class _Service:
     def _picture(self, sampler: Sampler) -> RenderableType:
         server = self._server
         if server is None:
-            return f"{self._order.handler}, starting"
+            return f"{self._config.handler}, starting"
         now = trio.current_time()
         sample = Sample(now, server.statistics(), server.accepted, server.denied)
         return render(
             sampler.take(sample),
-            title=self._order.handler,
+            title=self._config.handler,
             addresses=self._addresses,
             uptime=now - self._begun,
             drains=self._while_open.cancel_called,

@@ -1,0 +1,1 @@
+"""``trio-unixconn serve``: a server whose connections are handled by worker processes."""
