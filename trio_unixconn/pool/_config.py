@@ -47,10 +47,10 @@ class WorkerPoolOptions(TypedDict, total=False):
     crash_limit: int
     on_abandoned: Callable[[AbandonedJob], None] | None
     executable: str | os.PathLike[str] | None
-    environment: Mapping[str, str | None]
+    environment: Mapping[str, str | None] | None
     cpu_affinity: Sequence[int] | None
     nice: int
-    resource_limits: Mapping[str | int, tuple[int, int]]
+    resource_limits: Mapping[str | int, tuple[int, int]] | None
     kill_process_group: bool
 
 
@@ -157,14 +157,14 @@ class PoolConfig:
     )
     executable: str = attrs.field(default=None, converter=resolve_executable, kw_only=True)
     environment: dict[str, str | None] = attrs.field(
-        factory=dict[str, "str | None"], converter=check_environment, kw_only=True, repr=False
+        default=None, converter=check_environment, kw_only=True, repr=False
     )
     cpu_affinity: tuple[int, ...] | None = attrs.field(
         default=None, converter=check_cpu_affinity, kw_only=True
     )
     nice: int = attrs.field(default=0, converter=check_nice, kw_only=True)
     resource_limits: tuple[tuple[int, int, int], ...] = attrs.field(
-        factory=dict[str, "tuple[int, int]"], converter=check_resource_limits, kw_only=True
+        default=None, converter=check_resource_limits, kw_only=True
     )
     kill_process_group: bool = attrs.field(default=False, validator=_bool, kw_only=True)
 

@@ -68,7 +68,7 @@ def _cgroup_directories(groups: list[list[str]], mounts: list[list[str]]) -> Ite
             is_v1 = kind == "cgroup" and "cpu" in controllers and "cpu" in names.split(",")
             if not (is_v2 or is_v1):
                 continue
-            below = posixpath.relpath(path, root)
+            below: str = posixpath.relpath(path, root)
             # A cgroup outside of what is mounted cannot be read.
             while not below.startswith(".."):
                 yield posixpath.normpath(posixpath.join(point, below))

@@ -76,8 +76,12 @@ class ClosableFile(Protocol):
 
 #: What can be submitted to a pool: a file descriptor, or an object that owns one.
 Submittable: TypeAlias = (
-    "int | UnixConnection | trio.SocketStream | trio.socket.SocketType | stdlib_socket.socket "
-    "| ClosableFile"
+    int
+    | UnixConnection
+    | trio.SocketStream
+    | trio.socket.SocketType
+    | stdlib_socket.socket
+    | ClosableFile
 )
 
 _FAMILIES: Final = {

@@ -83,7 +83,7 @@ class WorkerPool(DescriptorOwner):
             they acknowledged it; or the pool ended before; or there is no worker of this index
             any more.
         """
-        if source is None:
+        if source is None:  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError("source must be a stream, socket, file or file descriptor, got None")
         receipt: JobReceipt = await self._run_job(source, data, worker, wants_answer=False)
         return receipt

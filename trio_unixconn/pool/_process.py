@@ -27,7 +27,7 @@ from ._completion_log import CompletionLog, create_memory_file
 from ._worker_config import WORKER_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from ._worker_config import WorkerConfig
 
@@ -186,7 +186,9 @@ def _interpreter_options() -> list[str]:
 
     Some of them are a boundary: an isolated program must not start workers that are not.
     """
-    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does
+    # Private, but made for this: multiprocessing calls it, too.
+    flags: Callable[[], list[str]] = getattr(subprocess, "_args_from_interpreter_flags")  # noqa: B009 - no type checker knows it
+    options = flags()
     for name in _KEPT_XOPTIONS:
         value = sys._xoptions.get(name)  # noqa: SLF001 - documented, for all its underscore
         if value is not None:

@@ -31,7 +31,7 @@ import time
 import traceback
 from io import IOBase
 from socket import SHUT_RD
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -225,7 +225,8 @@ async def _serve(
 
 def _contains_cancelled(exc: BaseException) -> bool:
     if isinstance(exc, BaseExceptionGroup):
-        return exc.split(trio.Cancelled)[0] is not None
+        group = cast("BaseExceptionGroup[BaseException]", exc)
+        return group.subgroup(trio.Cancelled) is not None
     return isinstance(exc, trio.Cancelled)
 
 

@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, cast
 
 import attrs
 
@@ -88,7 +88,11 @@ def import_path(path: Iterable[object]) -> list[str]:
 
     Paths (``os.PathLike``) become strings. Other objects are left out, as an import skips them.
     """
-    return [os.fsdecode(item) for item in path if isinstance(item, (str, bytes, os.PathLike))]
+    return [
+        os.fsdecode(cast("str", item))
+        for item in path
+        if isinstance(item, (str, bytes, os.PathLike))
+    ]
 
 
 def resolve_executable(executable: str | os.PathLike[str] | None) -> str:
@@ -124,13 +128,15 @@ def resolve_executable(executable: str | os.PathLike[str] | None) -> str:
     return found
 
 
-def check_environment(environment: Mapping[str, str | None]) -> dict[str, str | None]:
+def check_environment(environment: Mapping[str, str | None] | None) -> dict[str, str | None]:
     """Return a copy of the variables of a worker.
 
     Raises:
       TypeError, ValueError: not a mapping of strings to strings or None, or one that cannot be in
         an environment.
     """
+    if environment is None:
+        return {}
     if not isinstance(environment, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"environment must be a mapping, got {type(environment).__name__}")
     variables: Mapping[Any, Any] = environment
@@ -165,13 +171,15 @@ def check_cpu_affinity(cpus: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def check_resource_limits(
-    limits: Mapping[str | int, tuple[int, int]],
+    limits: Mapping[str | int, tuple[int, int]] | None,
 ) -> tuple[tuple[int, int, int], ...]:
     """Return number, soft limit and hard limit of each resource.
 
     Raises:
       TypeError, ValueError: not a mapping of resources to pairs of limits.
     """
+    if limits is None:
+        return ()
     if not isinstance(limits, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"resource_limits must be a mapping, got {type(limits).__name__}")
     return tuple(_check_resource_limit(name, pair) for name, pair in limits.items())
