@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -15,6 +18,8 @@ from trio_unixconn import UnixConnection
 from trio_unixconn.errors import UnixConnectionError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from trio_unixconn.pool import Job
 
 
@@ -44,6 +49,19 @@ async def hold(stream: Any, _: Job) -> None:
     """Report that the connection is being handled, and never return."""
     await stream.send_all(b"held")
     await trio.sleep_forever()
+
+
+async def die_when_told(stream: Any, _job: Job) -> None:
+    """Kill the worker when the client has sent something."""
+    await stream.receive_some()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@asynccontextmanager
+async def only_once() -> AsyncGenerator[None, None]:
+    """Let the first worker start; all others fail."""
+    Path(os.environ["SETUP_ONCE"]).touch(exist_ok=False)
+    yield
 
 
 async def fail(_stream: Any, _job: Job) -> None:

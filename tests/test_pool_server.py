@@ -1,4 +1,4 @@
-"""serve_with_workers: connections are accepted here and handled by workers; none is turned away."""
+"""serve_with_workers: this process accepts connections, workers handle them, none is lost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +22,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_unixconn import (
     ConnectionClosedError,
+    HandlerError,
     PeerPolicy,
+    PoolClosedError,
     UnixListener,
     WorkerStartError,
     _bind,
@@ -28,11 +32,16 @@ from trio_unixconn import (
     open_unix_listener,
 )
 from trio_unixconn._accept import ACCEPT_RETRY_DELAY
-from trio_unixconn.pool import PoolStatistics, WorkerServer, _server, serve_with_workers
+from trio_unixconn.pool import (
+    AbandonedJob,
+    PoolStatistics,
+    WorkerServer,
+    _server,
+    serve_with_workers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from pathlib import Path
 
     from trio_unixconn import PeerIdentity
 
@@ -42,11 +51,14 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 
+HERE = Path(__file__).parent
+
+
 @asynccontextmanager
 async def serving(
     handler: str, *listeners: Listener, **options: Any
 ) -> AsyncGenerator[WorkerServer, None]:
-    """Serve with one worker; behind the block it drains."""
+    """Serve with one worker; drain at the end of the block."""
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             server: WorkerServer = await nursery.start(
@@ -80,7 +92,7 @@ def connected(listener: Listener) -> socket.socket:
 
 
 async def answer(client: socket.socket, sent: bytes = b"x") -> bytes:
-    """Send, end the stream, and return all that comes."""
+    """Send, end the stream, and return everything that is received."""
 
     def talk() -> bytes:
         with client:
@@ -88,7 +100,7 @@ async def answer(client: socket.socket, sent: bytes = b"x") -> bytes:
             client.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: client.recv(65536), b""))
 
-    # A thread of its own: whoever comes behind it may be waited for.
+    # A thread of its own: it may wait for the answer to another client.
     return await trio.to_thread.run_sync(talk, limiter=trio.CapacityLimiter(1))
 
 
@@ -97,8 +109,8 @@ async def answer(client: socket.socket, sent: bytes = b"x") -> bytes:
 ################################################################
 
 
-async def test_tcp_and_unix_at_a_time(tmp_path: Path) -> None:
-    """Each listener's connections come to the handler as streams of their kind."""
+async def test_serve_with_workers_of_tcp_and_unix(tmp_path: Path) -> None:
+    """The handler gets a stream of the kind of the listener."""
     listeners: list[Listener] = [
         await tcp(),
         await tcp("::1"),
@@ -116,8 +128,8 @@ async def test_tcp_and_unix_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-async def test_another_family(tmp_path: Path) -> None:
-    """A stream socket that is neither TCP nor a UnixListener's is found out by the worker."""
+async def test_serve_with_workers_of_a_socket_listener_of_unix(tmp_path: Path) -> None:
+    """A trio.SocketListener of a Unix socket works; the worker finds out the kind."""
     sock = trio.socket.socket(socket.AF_UNIX)
     await sock.bind(str(tmp_path / "s"))
     sock.listen()
@@ -126,8 +138,8 @@ async def test_another_family(tmp_path: Path) -> None:
         assert json.loads(await answer(connected(listener)))["type"] == "UnixConnection"
 
 
-async def test_a_listener_of_a_descriptor(tmp_path: Path) -> None:
-    """A UnixListener that was made from a descriptor is served, and its path stays."""
+async def test_serve_with_workers_of_from_fd(tmp_path: Path) -> None:
+    """A UnixListener of a file descriptor is served, and its path stays."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "s"))
         sock.listen()
@@ -137,8 +149,10 @@ async def test_a_listener_of_a_descriptor(tmp_path: Path) -> None:
     assert (tmp_path / "s").exists()
 
 
-async def test_a_denying_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whom the listener's policy denies is closed, logged, counted, and never handed over."""
+async def test_serve_with_workers_policy_denies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A denied connection is closed, logged and counted, and no worker gets it."""
     listener = await open_unix_listener(tmp_path / "s", policy=PeerPolicy(uids=[12345]))
     async with serving("echo", listener) as server:
         async with await open_unix_connection(tmp_path / "s") as conn:
@@ -148,8 +162,8 @@ async def test_a_denying_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "denied" in caplog.text
 
 
-async def test_an_admitting_policy(tmp_path: Path) -> None:
-    """A check that waits holds up nobody else, and whom it admits is handled."""
+async def test_serve_with_workers_policy_admits(tmp_path: Path) -> None:
+    """A check that waits delays no other connection, and a drain waits for it."""
     go_on = trio.Event()
     asked: list[int] = []
 
@@ -168,15 +182,14 @@ async def test_an_admitting_policy(tmp_path: Path) -> None:
         assert await answer(connected(listener), b"second") == b"second"
         await first.send_all(b"first")
         assert server.statistics().submitted == 1
-        # A drain waits for it, too.
         server.drain()
         go_on.set()
         assert await first.receive_some() == b"first"
     assert server.statistics().handled == 2
 
 
-async def test_no_room_for_those_that_are_asked_about(tmp_path: Path) -> None:
-    """Connections that a policy is asked about have their places in the queue."""
+async def test_max_queue_counts_connections_that_a_policy_is_asked_about(tmp_path: Path) -> None:
+    """Connections that a policy is being asked about have slots of the queue."""
     go_on = trio.Event()
 
     async def check(_: PeerIdentity) -> bool:
@@ -195,8 +208,8 @@ async def test_no_room_for_those_that_are_asked_about(tmp_path: Path) -> None:
 
 
 @passrights
-async def test_descriptors_are_refused_also_in_the_worker(tmp_path: Path) -> None:
-    """A listener without receive_descriptors gives connections that take none."""
+async def test_serve_with_workers_keeps_receive_descriptors(tmp_path: Path) -> None:
+    """Connections of a listener with receive_descriptors=False reject them in the worker."""
     listener = await open_unix_listener(tmp_path / "s", receive_descriptors=False)
     async with serving("tell", listener):
         client = connected(listener)
@@ -206,12 +219,12 @@ async def test_descriptors_are_refused_also_in_the_worker(tmp_path: Path) -> Non
 
 
 ################################################################
-# Full, and out of descriptors
+# Slots of the queue
 ################################################################
 
 
-async def test_a_full_queue_stops_accepting() -> None:
-    """While the workers have no room, clients wait in the listener's queue."""
+async def test_max_queue_stops_accepting() -> None:
+    """While the queue of the pool is full, clients wait in the queue of the listener."""
     listener = await tcp()
     async with serving("hold", listener, max_in_flight=1, max_queue=2) as server:
         clients = [connected(listener) for _ in range(8)]
@@ -225,8 +238,167 @@ async def test_a_full_queue_stops_accepting() -> None:
         server.drain(timeout=0)
 
 
-async def test_without_free_descriptors(caplog: pytest.LogCaptureFixture) -> None:
-    """While no descriptor is free the server waits, says so once, and goes on then."""
+# A program that accepts a connection from a listener that it has inherited.
+ACCEPT = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).accept()"
+
+
+@asynccontextmanager
+async def full_queue(
+    *listeners: Listener, **options: Any
+) -> AsyncGenerator[tuple[WorkerServer, list[socket.socket]], None]:
+    """Serve with one job in flight and one in the queue, from the first listener.
+
+    Each of them ends when its client, of which there is a list, is closed.
+    """
+    async with serving("echo", *listeners, max_in_flight=1, max_queue=1, **options) as server:
+        clients = [connected(listeners[0]) for _ in range(2)]
+        await until(lambda: (server.accepted, server.statistics().queued) == (2, 1))
+        yield server, clients
+        for client in clients:
+            client.close()
+
+
+async def test_max_queue_with_a_denied_peer_and_a_tcp_listener(tmp_path: Path) -> None:
+    """A slot that a denied peer does not use goes to the listener that waits next."""
+    unix = await open_unix_listener(tmp_path / "s", policy=PeerPolicy(uids=[12345]))
+    listener = await tcp()
+    async with full_queue(listener, unix) as (server, clients):
+        # In the order in which their listeners wait for a slot.
+        denied = connected(unix)
+        await wait_all_tasks_blocked()
+        waiting = connected(listener)
+        await wait_all_tasks_blocked()
+        assert server.accepted == 2
+        clients[0].close()
+        await until(lambda: server.accepted == 4)
+        assert server.denied == 1
+        assert await trio.to_thread.run_sync(denied.recv, 1) == b""
+        denied.close()
+        clients[1].close()
+        assert await answer(waiting, b"not stopped") == b"not stopped"
+
+
+async def test_max_queue_with_a_connection_that_another_process_accepts() -> None:
+    """A slot whose connection another process has accepted goes to the next listener."""
+    shared, listener = await tcp(), await tcp()
+    async with full_queue(listener, shared) as (server, clients):
+        connected(shared).close()
+        await wait_all_tasks_blocked()
+        waiting = connected(listener)
+        await wait_all_tasks_blocked()
+        # The server was woken for it, and waits for a slot.
+        fd = shared.socket.fileno()
+        await trio.run_process([sys.executable, "-c", ACCEPT, str(fd)], pass_fds=[fd])
+        clients[0].close()
+        await until(lambda: server.accepted == 3)
+        clients[1].close()
+        assert await answer(waiting, b"not stopped") == b"not stopped"
+        assert server.accepted == 3
+
+
+async def test_max_queue_is_free_while_accept_backs_off(caplog: pytest.LogCaptureFixture) -> None:
+    """A listener holds no slot while accept(2) has no free file descriptor."""
+    listener = await tcp()
+    async with serving("echo", listener, max_queue=1) as server:
+        with free_descriptors(1):
+            client = connected(listener)
+            await until(lambda: "cannot accept connections" in caplog.text)
+            for _ in range(3):
+                # The handler has no stream, and raises. The pool had a slot for the job.
+                with pytest.raises(HandlerError):
+                    await server.pool.call()
+            assert server.accepted == 0
+        assert await answer(client, b"at last") == b"at last"
+
+
+async def test_drain_of_server_while_listeners_wait_for_a_slot(tmp_path: Path) -> None:
+    """A drain that begins while every listener waits for a slot handles all connections."""
+    listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
+    async with full_queue(*listeners) as (server, clients):
+        waiting = [connected(each) for _ in range(3) for each in listeners]
+        await wait_all_tasks_blocked()
+        server.drain()
+        await wait_all_tasks_blocked()
+        assert server.accepted == 2
+        for client in clients:
+            client.close()
+        async with trio.open_nursery() as nursery:
+
+            async def check(client: socket.socket, text: bytes) -> None:
+                assert await answer(client, text) == text
+
+            for number, client in enumerate(waiting):
+                nursery.start_soon(check, client, b"%d" % number)
+    assert server.accepted == server.statistics().handled == 8
+
+
+async def test_drain_of_server_accepts_from_all_listeners(tmp_path: Path) -> None:
+    """A drain takes turns: a long queue of one listener does not keep the others open."""
+    listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
+    async with full_queue(*listeners) as (server, clients):
+        waiting = [connected(listeners[0]) for _ in range(5)]
+        client = connected(listeners[1])
+        await wait_all_tasks_blocked()
+        server.drain()
+        # Its path is removed although connections of the first listener are not accepted yet.
+        await until(lambda: not (tmp_path / "s").exists())
+        assert server.accepted == 2
+        for each in clients:
+            each.close()
+        # The second listener waited for a slot, too.
+        waiting[0].close()
+        assert await answer(client, b"in turn") == b"in turn"
+        for each in waiting:
+            each.close()
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+async def test_drain_of_pool_ends_the_server(tmp_path: Path, *, is_full: bool) -> None:
+    """WorkerPool.drain ends the server: jobs are handled, and the listeners are closed."""
+    listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
+    async with full_queue(*listeners) as (server, clients):
+        waiting = [connected(each) for each in listeners] if is_full else []
+        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.pool.drain)
+            await wait_all_tasks_blocked()
+            if not is_full:
+                waiting += [connected(each) for each in listeners]
+            for client in clients:
+                client.sendall(b"x")
+                client.shutdown(socket.SHUT_WR)
+                assert await trio.to_thread.run_sync(client.recv, 2) == b"x"
+            # Connections that no worker can get anymore are reset.
+            for client in waiting:
+                with suppress(ConnectionResetError):
+                    assert await trio.to_thread.run_sync(client.recv, 1) == b""
+                client.close()
+    assert server.statistics().handled == 2
+    assert [each.socket.fileno() for each in listeners] == [-1, -1]
+    assert not (tmp_path / "s").exists()
+
+
+async def test_drain_of_pool_while_the_server_drains() -> None:
+    """WorkerPool.drain during WorkerServer.drain closes listeners that wait for a slot."""
+    listener = await tcp()
+    async with full_queue(listener) as (server, clients):
+        waiting = connected(listener)
+        await wait_all_tasks_blocked()
+        server.drain()
+        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.pool.drain)
+            await until(lambda: listener.socket.fileno() == -1)
+            for client in clients:
+                client.close()
+        waiting.close()
+    assert server.statistics().handled == 2
+
+
+async def test_serve_with_workers_without_free_descriptors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While no file descriptor is free, the server logs that once, retries, and goes on."""
     listener = await tcp()
     async with serving("echo", listener) as server:
         with free_descriptors(1):
@@ -253,8 +425,8 @@ def test_max_queue_size_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _server._max_queue_size() == socket.SOMAXCONN + 1
 
 
-async def test_a_drain_without_free_descriptors(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever waits while no descriptor is free is not turned away by a drain."""
+async def test_drain_of_server_without_free_descriptors(caplog: pytest.LogCaptureFixture) -> None:
+    """A drain handles a connection that waits until a file descriptor is free."""
     listener = await tcp()
     async with serving("echo", listener) as server:
         client = connected(listener)
@@ -269,8 +441,8 @@ async def test_a_drain_without_free_descriptors(caplog: pytest.LogCaptureFixture
 ################################################################
 
 
-async def test_a_drain_handles_what_waited(tmp_path: Path) -> None:
-    """Whoever was in a listener's queue when the drain began is answered; nobody is reset."""
+async def test_drain_of_server_handles_queues_of_listeners(tmp_path: Path) -> None:
+    """Connections in the queues of the listeners are handled; none is reset."""
     listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
     async with serving("echo", *listeners, max_in_flight=2, max_queue=3) as server:
         clients = [connected(each) for each in listeners for _ in range(30)]
@@ -287,8 +459,8 @@ async def test_a_drain_handles_what_waited(tmp_path: Path) -> None:
         await open_unix_connection(tmp_path / "s")
 
 
-async def test_a_drain_of_a_queue_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more are handled than can have waited, so that clients cannot put the end off."""
+async def test_drain_of_server_of_a_queue_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more are handled than the queue can hold, so that clients cannot delay the end."""
     monkeypatch.setattr(_server, "_max_queue_size", lambda: 2)
     monkeypatch.setattr(_server, "MAX_BATCH", 1)
     listener = await tcp()
@@ -299,12 +471,12 @@ async def test_a_drain_of_a_queue_that_never_ends(monkeypatch: pytest.MonkeyPatc
         # The handlers wait for them.
         for client in clients:
             client.close()
-    # One at a time: perhaps some before the drain, and two behind its beginning.
+    # One at a time: perhaps some before the drain, and two after it began.
     assert server.accepted < 5
 
 
-async def test_the_deadline_of_a_drain_while_there_is_no_room(tmp_path: Path) -> None:
-    """Handlers that never end do not put it off, though clients wait in every queue."""
+async def test_drain_of_server_timeout_while_the_queue_is_full(tmp_path: Path) -> None:
+    """The deadline ends handlers and closes listeners with connections in every queue."""
     listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
     async with serving("hold", *listeners, max_in_flight=1, max_queue=1) as server:
         clients = [connected(each) for each in listeners for _ in range(4)]
@@ -319,8 +491,8 @@ async def test_the_deadline_of_a_drain_while_there_is_no_room(tmp_path: Path) ->
         client.close()
 
 
-async def test_the_deadline_of_a_drain_while_a_policy_is_asked(tmp_path: Path) -> None:
-    """A check that never ends does not put it off; the connection is closed."""
+async def test_drain_of_server_timeout_while_a_policy_is_asked(tmp_path: Path) -> None:
+    """The deadline ends a check that waits, and its connection is closed."""
     asked = trio.Event()
 
     async def check(_: PeerIdentity) -> bool:
@@ -337,20 +509,38 @@ async def test_the_deadline_of_a_drain_while_a_policy_is_asked(tmp_path: Path) -
     client.close()
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan")])
-async def test_a_timeout_that_cannot_be(timeout: float) -> None:
-    """A negative timeout, or one that is no number, is refused, and the server goes on."""
+@pytest.mark.parametrize(
+    ("timeout", "error", "match"),
+    [
+        (-1, ValueError, "timeout must be non-negative, got -1"),
+        (float("nan"), ValueError, "timeout must be non-negative, got nan"),
+        ("1", TypeError, "timeout must be a number of seconds, got str"),
+    ],
+)
+async def test_drain_of_server_with_an_invalid_timeout(
+    timeout: Any, error: type[Exception], match: str
+) -> None:
+    """An invalid timeout is an error, and the server goes on."""
     listener = await tcp()
     async with serving("echo", listener) as server:
-        with pytest.raises(ValueError, match="timeout must be non-negative"):
+        with pytest.raises(error, match=match):
             server.drain(timeout)
         assert await answer(connected(listener), b"still here") == b"still here"
 
 
-async def test_a_path_that_cannot_be_removed(
+async def test_drain_of_server_in_a_thread() -> None:
+    """A call from a thread is an error, and the server goes on."""
+    listener = await tcp()
+    async with serving("echo", listener) as server:
+        with pytest.raises(RuntimeError, match="another thread"):
+            await trio.to_thread.run_sync(server.drain)
+        assert await answer(connected(listener), b"still here") == b"still here"
+
+
+async def test_drain_of_server_with_a_path_that_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It stays, which is logged, and the drain comes to its end."""
+    """The path stays, which is logged, and the drain ends."""
     listener = await open_unix_listener(tmp_path / "s")
 
     def cannot(_: object) -> None:
@@ -363,12 +553,54 @@ async def test_a_path_that_cannot_be_removed(
 
 
 ################################################################
+# Addresses of peers
+################################################################
+
+
+async def abandoned_of(listener: Listener, client: socket.socket) -> AbandonedJob:
+    """Return what is reported of a connection whose worker dies."""
+    abandoned: list[AbandonedJob] = []
+    async with serving("die_when_told", listener, on_abandoned=abandoned.append):
+        client.connect(listener.socket.getsockname())
+        client.sendall(b"x")
+        await until(lambda: bool(abandoned))
+    (job,) = abandoned
+    return job
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_abandoned_job_peer_of_tcp(host: str) -> None:
+    """AbandonedJob.peer of a TCP connection is the address that the client has."""
+    listener = await tcp(host)
+    with socket.socket(listener.socket.family) as client:
+        job = await abandoned_of(listener, client)
+        assert job.peer == client.getsockname()
+    assert job.data == b""
+    assert job.seconds >= 0
+
+
+@pytest.mark.parametrize("has_policy", [False, True])
+@pytest.mark.parametrize("is_named", [False, True])
+async def test_abandoned_job_peer_of_unix(
+    tmp_path: Path, *, has_policy: bool, is_named: bool
+) -> None:
+    """AbandonedJob.peer of a Unix connection is the name of the client, or empty."""
+    policy = PeerPolicy.same_user() if has_policy else None
+    listener = await open_unix_listener(tmp_path / "s", policy=policy)
+    with socket.socket(socket.AF_UNIX) as client:
+        if is_named:
+            client.bind(str(tmp_path / "client"))
+        job = await abandoned_of(listener, client)
+    assert job.peer == (str(tmp_path / "client") if is_named else "")
+
+
+################################################################
 # Other ends
 ################################################################
 
 
-async def test_cancelled(tmp_path: Path) -> None:
-    """Cancelling ends handlers, workers and listeners, and leaves nothing behind."""
+async def test_serve_with_workers_cancelled(tmp_path: Path) -> None:
+    """A cancellation ends handlers, workers and listeners; nothing is left."""
     listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
     async with trio.open_nursery() as nursery:
         server: WorkerServer = await nursery.start(
@@ -385,8 +617,8 @@ async def test_cancelled(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-async def test_a_listener_that_somebody_closes() -> None:
-    """It ends the server with an error that says so."""
+async def test_serve_with_workers_of_a_listener_that_other_code_closes() -> None:
+    """The server ends with an error about it."""
     listener = await tcp()
     with pytest.RaisesGroup(
         pytest.RaisesExc(ConnectionClosedError, match="other code"), flatten_subgroups=True
@@ -397,8 +629,8 @@ async def test_a_listener_that_somebody_closes() -> None:
             await trio.sleep_forever()
 
 
-async def test_a_listener_that_somebody_closes_while_there_is_no_room() -> None:
-    """It is found when there is room again."""
+async def test_serve_with_workers_of_a_listener_closed_while_the_queue_is_full() -> None:
+    """The server finds it out when a slot is free."""
     listener = await tcp()
     with pytest.RaisesGroup(
         pytest.RaisesExc(ConnectionClosedError, match="other code"), flatten_subgroups=True
@@ -413,8 +645,8 @@ async def test_a_listener_that_somebody_closes_while_there_is_no_room() -> None:
             await trio.sleep_forever()
 
 
-async def test_a_listener_that_somebody_closes_in_a_drain() -> None:
-    """There is nothing left to accept then, and the drain comes to its end."""
+async def test_drain_of_server_of_a_listener_that_other_code_closes() -> None:
+    """Nothing is left to accept, and the drain ends."""
     listener = await tcp()
     async with serving("echo", listener) as server:
         await wait_all_tasks_blocked()
@@ -422,8 +654,8 @@ async def test_a_listener_that_somebody_closes_in_a_drain() -> None:
         await listener.aclose()
 
 
-async def test_a_listener_that_is_closed_before_it_was_waited_for() -> None:
-    """Its task ends in silence if a drain has begun by then."""
+async def test_serve_with_workers_of_a_listener_closed_before_it_is_waited_for() -> None:
+    """That is an error unless a drain has begun."""
     listener = await tcp()
     pool: Any = None
     server = WorkerServer(pool, [listener])
@@ -436,48 +668,93 @@ async def test_a_listener_that_is_closed_before_it_was_waited_for() -> None:
         await server._accept_from(listener, acceptor, asking)
 
 
-async def test_a_check_that_fails(tmp_path: Path) -> None:
-    """An exception out of a policy's check ends the server with it."""
+async def test_serve_with_workers_policy_check_raises(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception of a check is logged, its connection is closed, and the server goes on."""
+    errors = [ZeroDivisionError("a bug"), BaseExceptionGroup("of a nursery", [ValueError("two")])]
 
     async def check(_: PeerIdentity) -> bool:
-        raise ZeroDivisionError
+        if errors:
+            raise errors.pop(0)
+        return True
 
     listener = await open_unix_listener(tmp_path / "s", policy=PeerPolicy(check=check))
-    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+    async with serving("echo", listener, max_queue=1) as server:
+        for _ in range(2):
+            with connected(listener) as client:
+                assert await trio.to_thread.run_sync(client.recv, 1) == b""
+        assert await answer(connected(listener), b"third") == b"third"
+        assert (server.accepted, server.denied, listener.denied) == (3, 2, 0)
+    assert caplog.text.count("a check of the policy crashed") == 2
+    assert str(tmp_path / "s") in caplog.text
+    assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("in_group", [False, True])
+async def test_serve_with_workers_policy_check_exits(tmp_path: Path, *, in_group: bool) -> None:
+    """SystemExit and similar out of a check end the server, as they end any program."""
+
+    async def check(_: PeerIdentity) -> bool:
+        if in_group:
+            raise BaseExceptionGroup("of a nursery", [SystemExit(3), ValueError()])
+        raise SystemExit(3)
+
+    listener = await open_unix_listener(tmp_path / "s", policy=PeerPolicy(check=check))
+    with pytest.RaisesGroup(SystemExit, flatten_subgroups=True, allow_unwrapped=True):
         async with serving("echo", listener):
             connected(listener).close()
             await trio.sleep_forever()
 
 
-async def test_workers_that_cannot_live(caplog: pytest.LogCaptureFixture) -> None:
-    """A crash loop ends the server with its causes, and closes the listener."""
-    listener = await tcp()
+async def test_crash_limit_while_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Workers that cannot start end the server with the causes, and close the listeners.
+
+    Two listeners wait for a slot meanwhile.
+    """
+    monkeypatch.setenv("SETUP_ONCE", str(tmp_path / "begun"))
+    listeners: list[Listener] = [await tcp(), await open_unix_listener(tmp_path / "s")]
     with pytest.raises(BaseExceptionGroup) as caught:
-        async with serving("hold", listener, crash_limit=1) as server:
-            # Without a job: one that kills its worker never ends the server.
-            os.kill(server.statistics().workers[0].pid, signal.SIGKILL)
+        async with serving(
+            "die_when_told",
+            *listeners,
+            setup="server_handlers:only_once",
+            crash_limit=1,
+            max_in_flight=1,
+            max_queue=1,
+        ) as server:
+            clients = [connected(each) for _ in range(2) for each in listeners]
+            await until(lambda: server.accepted == 2)
+            await wait_all_tasks_blocked()
+            clients[0].sendall(b"x")
+            clients[1].sendall(b"x")
             await trio.sleep_forever()
-    assert "1 consecutive workers crashed" in repr(caught.value)
-    assert listener.socket.fileno() == -1
+    assert not caught.group_contains(PoolClosedError)
+    assert [each.socket.fileno() for each in listeners] == [-1, -1]
+    assert not (tmp_path / "s").exists()
     assert "SIGKILL" in caplog.text
+    for client in clients:
+        client.close()
 
 
-async def test_a_handler_that_cannot_be_imported(tmp_path: Path) -> None:
-    """The workers' error is raised, and the listeners are closed."""
+async def test_serve_with_workers_of_a_handler_that_cannot_be_imported(tmp_path: Path) -> None:
+    """The error of the workers is raised, and the listeners are closed."""
     listener = await open_unix_listener(tmp_path / "s")
     with pytest.raises(WorkerStartError, match="nothing_there"):
         await serve_with_workers("nothing_there:handler", [listener], workers=1)
     assert not (tmp_path / "s").exists()
 
 
-async def test_no_listeners() -> None:
-    """At least one is due."""
+async def test_serve_with_workers_without_listeners() -> None:
+    """An empty list of listeners is a ValueError."""
     with pytest.raises(ValueError, match="at least one listener"):
         await serve_with_workers("server_handlers:echo", [])
 
 
-async def test_no_listener() -> None:
-    """What is no listener is a TypeError, and the others stay the caller's."""
+async def test_serve_with_workers_rejects_a_socket() -> None:
+    """Something else than a listener is a TypeError; the caller still owns the listeners."""
     wrong: Any = socket.socket()
     async with AsyncExitStack() as stack:
         listener = await stack.enter_async_context(await tcp())
@@ -487,15 +764,15 @@ async def test_no_listener() -> None:
     wrong.close()
 
 
-async def test_a_wrong_option() -> None:
-    """An option that cannot be is a ValueError, and the listeners are closed."""
+async def test_serve_with_workers_with_an_invalid_option() -> None:
+    """An invalid option is a ValueError, and the listeners are closed."""
     listener = await tcp()
     with pytest.raises(ValueError, match="workers must be at least 1"):
         await serve_with_workers("server_handlers:echo", [listener], workers=0)
     assert listener.socket.fileno() == -1
 
 
-async def test_workers_are_changed_while_serving() -> None:
+async def test_restart_and_scale_of_pool_while_serving() -> None:
     """The pool of a server restarts and scales, and no connection fails meanwhile."""
     listener = await tcp()
     async with serving("echo", listener) as server:
@@ -505,3 +782,100 @@ async def test_workers_are_changed_while_serving() -> None:
         assert await answer(connected(listener), b"x") == b"x"
         await until(lambda: len(server.statistics().workers) == 2)
         assert before not in {each.pid for each in server.statistics().workers}
+
+
+################################################################
+# KeyboardInterrupt
+################################################################
+
+# Serve at two paths; print the process ID of the worker, and the accepted connections.
+PROGRAM = """
+import signal
+import sys
+from functools import partial
+
+import trio
+
+from trio_unixconn import open_unix_listener
+from trio_unixconn.pool import serve_with_workers
+
+
+class Started:
+    server = None
+
+    def started(self, server):
+        self.server = server
+
+
+async def report(status):
+    while status.server is None:
+        await trio.sleep(0.001)
+    if where == "drain":
+        # Nothing is handled yet; clients are in the queues of the listeners.
+        status.server.drain()
+    while status.server.accepted < 2:
+        await trio.sleep(0.001)
+    print(status.server.statistics().workers[0].pid, flush=True)
+
+
+async def main():
+    listeners = [await open_unix_listener(f"{directory}/{name}") for name in "ab"]
+    print("listening", flush=True)
+    sys.stdin.readline()
+    status = Started()
+    serve = partial(
+        serve_with_workers, "server_handlers:hold", listeners,
+        workers=1, max_in_flight=1, max_queue=1, task_status=status,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report, status)
+        if where == "child task":
+            nursery.start_soon(serve)
+        else:
+            await serve()
+
+
+directory, where = sys.argv[1:]
+# A signal that is ignored is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["main task", "child task", "drain"])
+def test_serve_with_workers_keyboard_interrupt(tmp_path: Path, where: str) -> None:
+    """SIGINT ends a server whose listeners wait for slots; no worker and no path is left."""
+    clients: list[socket.socket] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        for name in "aabb":
+            clients.append(socket.socket(socket.AF_UNIX))
+            clients[-1].connect(str(tmp_path / name))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        pid = int(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    # Trio raises it in the group of a nursery.
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert "Error" not in errors
+    assert "TrioInternalError" not in errors
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    for client in clients:
+        client.settimeout(30)
+        with suppress(ConnectionResetError):
+            while client.recv(10):
+                pass
+        client.close()

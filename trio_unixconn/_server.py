@@ -177,7 +177,7 @@ class UnixServer(DescriptorOwner):
                 with trio.CancelScope(shield=True):
                     await conn.aclose()
         except BaseException as exc:
-            crash, rest = _crash_and_rest(exc) if self._logs_errors else (None, exc)
+            crash, rest = crash_and_rest(exc) if self._logs_errors else (None, exc)
             if crash is not None:
                 self.crashed += 1
                 logger.exception(
@@ -204,7 +204,7 @@ class UnixServer(DescriptorOwner):
         return False
 
 
-def _crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException | None]:
+def crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException | None]:
     """Separate a handler's own exceptions from Cancelled, KeyboardInterrupt and similar."""
     if isinstance(exc, Exception):
         return exc, None

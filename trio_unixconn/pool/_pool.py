@@ -271,6 +271,11 @@ def config_of(pool: WorkerPool) -> PoolConfig:
     return pool._supervisor.options  # noqa: SLF001 - this file's class
 
 
+def check_run(pool: WorkerPool) -> None:
+    """Raise RuntimeError unless this is the thread and the trio.run of a pool."""
+    pool._check_run()  # noqa: SLF001 - this file's class
+
+
 def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: EndpointKind) -> None:
     """Queue accepted sockets for which the caller has reserved slots.
 

@@ -1,15 +1,22 @@
 """serve_with_workers: this process accepts connections, worker processes handle them.
 
-Invariant: the pool owns every accepted connection. While its queue is full no connection is
-accepted, and clients wait in the listeners' queues.
+A listener reserves slots of the pool's queue before it accepts connections, and keeps a slot for
+each connection that a policy is being asked about. A slot that it does not use, because a peer was
+denied, because another process has accepted the connection, or because accept(2) has failed, is
+released, and the next waiting task gets it. While accept(2) backs off, it holds no slot.
+
+Invariant: each accepted connection has a slot of the queue. While the queue is full no connection
+is accepted, and clients wait in the listeners' queues.
 
 Sources: accept(2), listen(2), trio.serve_listeners
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import socket as stdlib_socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
@@ -27,10 +34,12 @@ from .._listener import (
     remove_path,
 )
 from .._owner import DescriptorOwner
+from .._server import crash_and_rest
 from .._sockopts import raw_socket
-from ..errors import ConnectionClosedError
+from ..errors import ConnectionClosedError, PoolClosedError
+from ._config import checked_timeout
 from ._endpoints import EndpointKind
-from ._pool import config_of, open_worker_pool, put_accepted, queue_of
+from ._pool import check_run, config_of, open_worker_pool, put_accepted, queue_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,11 +50,13 @@ if TYPE_CHECKING:
     from ._pool import WorkerPool
     from ._statistics import PoolStatistics
 
+logger: Final = logging.getLogger("trio_unixconn.pool")
+
 AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
 
 # The maximum number of connections that are accepted before other tasks run.
 MAX_BATCH: Final = 256
-_FORMS: Final = {
+_KINDS: Final = {
     stdlib_socket.AF_INET: EndpointKind.TCP,
     stdlib_socket.AF_INET6: EndpointKind.TCP6,
     _kernel.AF_UNIX: EndpointKind.UNIX,
@@ -60,7 +71,8 @@ class WorkerServer(DescriptorOwner):
       pool: its workers, for :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale`.
       listeners: the listeners that it accepts connections from; closed by a drain.
       accepted: the number of accepted connections.
-      denied: how many of those the policy of a :class:`UnixListener` has denied.
+      denied: how many of those the policy of a :class:`UnixListener` has denied. That includes
+        those for which a check of the policy has raised an exception, which is logged.
     """
 
     pool: WorkerPool
@@ -87,10 +99,12 @@ class WorkerServer(DescriptorOwner):
             that no worker has accepted are closed. Default: the pool's ``drain_timeout``.
 
         Raises:
-          ValueError: a timeout that is negative or not a number.
+          TypeError, ValueError: not a number, or negative; the server goes on.
+          RuntimeError: this is not the thread, or not the trio.run, of the pool.
         """
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be non-negative, got {timeout}")
+        check_run(self.pool)
+        if timeout is not None:
+            checked_timeout(timeout)
         if not self._accepting.cancel_called:
             timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
             self._deadline = trio.current_time() + timeout
@@ -114,10 +128,10 @@ class WorkerServer(DescriptorOwner):
                         )
                     task_status.started(self)
             # A drain has cancelled that. Everything else ends it with an exception. What follows
-            # waits for free workers and for checks of policies.
+            # waits for free slots and for checks of policies.
             asking.cancel_scope.deadline = self._deadline
             for listener, acceptor in self._each():
-                await self._accept_last(listener, acceptor, asking)
+                asking.start_soon(self._accept_last, listener, acceptor, asking)
         # If the deadline has passed, some are still open.
         await _close(self.listeners)
         await self.pool.drain(max(0.0, self._deadline - trio.current_time()))
@@ -125,9 +139,15 @@ class WorkerServer(DescriptorOwner):
     def _each(self) -> list[tuple[AnyListener, Acceptor]]:
         return list(zip(self.listeners, self._acceptors, strict=True))
 
+    @enable_ki_protection
     async def _accept_from(
         self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> None:
+        """Accept connections until a drain begins.
+
+        Raises:
+          ConnectionClosedError: other code has closed the listener.
+        """
         raw = raw_socket(listener.socket)
         # Trio would keep an entry for file descriptor -1 if it had to wait for that.
         while raw.fileno() != -1:
@@ -138,10 +158,16 @@ class WorkerServer(DescriptorOwner):
             # Connections that arrive meanwhile join the batch. With the same in the worker, that is
             # 3 % more connections per second.
             await trio.lowlevel.checkpoint()
-            await self._accept_pending(listener, acceptor, asking)
+            try:
+                await self._accept_pending(listener, acceptor, asking)
+            except PoolClosedError:
+                # Other code drains the pool, which then has the deadline; or the pool has ended,
+                # and cancels this.
+                self._accepting.cancel()
         if not self._accepting.cancel_called:
             raise ConnectionClosedError("other code has closed this listener")
 
+    @enable_ki_protection
     async def _accept_last(
         self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> None:
@@ -152,11 +178,13 @@ class WorkerServer(DescriptorOwner):
         # Clients may go on connecting until it is closed. So no more are accepted than the queue
         # can have held.
         left = _max_queue_size()
-        while left > 0 and raw.fileno() != -1:
-            count = await self._accept_pending(listener, acceptor, asking)
-            if not count:
-                break
-            left -= count
+        # Other code may drain the pool meanwhile.
+        with suppress(PoolClosedError):
+            while left > 0 and raw.fileno() != -1:
+                count = await self._accept_pending(listener, acceptor, asking)
+                if not count:
+                    break
+                left -= count
         await _close([listener])
 
     @enable_ki_protection
@@ -169,6 +197,10 @@ class WorkerServer(DescriptorOwner):
 
         Returns:
           Their number. 0 means that the queue was empty.
+
+        Raises:
+          PoolClosedError: the pool accepts no more jobs; no connection was accepted.
+          OSError: accepting can never succeed again.
         """
         raw = raw_socket(listener.socket)
         queue = queue_of(self.pool)
@@ -193,24 +225,40 @@ class WorkerServer(DescriptorOwner):
     ) -> None:
         self.accepted += len(accepted)
         if isinstance(listener, UnixListener) and has_policy(listener):
+            address = listener.get_local_address() if accepted else None
             for fd, name in accepted:
-                asking.start_soon(self._ask, listener, fd, name)
+                asking.start_soon(self._ask, listener, address, fd, name)
         elif accepted:
             put_accepted(self.pool, accepted, _kind_of(listener))
 
     @enable_ki_protection
-    async def _ask(self, listener: UnixListener, fd: int, name: str | bytes) -> None:
+    async def _ask(
+        self, listener: UnixListener, address: object, fd: int, name: str | bytes
+    ) -> None:
         """Pass a connection to the pool if the listener's policy admits its peer."""
-        accepted: list[tuple[int, str | bytes]] = []
+        admitted: list[Accepted] = []
         try:
             async with make_connection(listener, fd, name) as conn:
                 if await admits(listener, conn):
-                    accepted.append((conn.detach(), name))
+                    admitted.append((conn.detach(), name))
                 else:
                     self.denied += 1
+        except BaseException as exc:
+            crash, rest = crash_and_rest(exc)
+            if crash is not None:
+                self.denied += 1
+                logger.exception(
+                    "%s: a check of the policy crashed, the connection is closed",
+                    address,
+                    exc_info=crash,
+                )
+            if rest is exc:
+                raise
+            if rest is not None:
+                raise rest from None
         finally:
-            if accepted:
-                put_accepted(self.pool, accepted, _kind_of(listener))
+            if admitted:
+                put_accepted(self.pool, admitted, _kind_of(listener))
             else:
                 queue_of(self.pool).release()
 
@@ -222,18 +270,26 @@ def _acceptor(listener: AnyListener) -> Acceptor:
     return Acceptor(raw, repr(raw.getsockname()))
 
 
+@enable_ki_protection
 async def _close(listeners: Sequence[AnyListener]) -> None:
-    """Close listeners; if a path cannot be removed, that is logged."""
-    for listener in listeners:
-        if isinstance(listener, UnixListener):
-            await remove_path(listener)
-        await close_listening_socket(listener.socket)
+    """Close listeners, whatever happens meanwhile; an error about a path is logged."""
+
+    # In tasks, so that a KeyboardInterrupt, which is raised in the main task, ends none of them.
+    async def close(listener: AnyListener) -> None:
+        with trio.CancelScope(shield=True):
+            if isinstance(listener, UnixListener):
+                await remove_path(listener)
+            await close_listening_socket(listener.socket)
+
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(close, listener)
 
 
 def _kind_of(listener: AnyListener) -> EndpointKind:
     if isinstance(listener, UnixListener) and not receives_descriptors(listener):
         return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
-    return _FORMS.get(listener.socket.family, EndpointKind.OTHER)
+    return _KINDS.get(listener.socket.family, EndpointKind.OTHER)
 
 
 def _max_queue_size() -> int:
@@ -269,19 +325,21 @@ async def serve_with_workers(
       handler: ``"package.module:name"``; see :func:`open_worker_pool`.
       listeners: those of ``trio.open_tcp_listeners``, :func:`open_unix_listener` and similar
         functions. The server owns them afterwards. The policy of a :class:`UnixListener` is asked
-        in this process.
+        in this process, in a task for each connection. If a check of it raises an exception, that
+        is logged, the connection is closed, and the server goes on.
       options: the keyword arguments of :func:`open_worker_pool`.
 
     Returns:
-      At the end of a drain. ``nursery.start`` returns a :class:`WorkerServer` when the workers are
-      ready.
+      At the end of :meth:`WorkerServer.drain`, or of :meth:`WorkerPool.drain`, which does not
+      handle the connections in the listeners' queues. ``nursery.start`` returns a
+      :class:`WorkerServer` when the workers are ready.
 
     Raises:
       TypeError: not a listener; the caller still owns all of them.
       TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
         listeners are closed.
-      ExceptionGroup: the exceptions of a policy's check, or of accepting
-        (:class:`ConnectionClosedError`, if other code has closed a listener).
+      ExceptionGroup: of accepting (:class:`ConnectionClosedError`, if other code has closed a
+        listener).
     """
     listeners = list(listeners)
     if not listeners:
