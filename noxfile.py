@@ -98,8 +98,14 @@ def oldest(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", "-m", "not once", *NOT_CORE, "tests", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def model(session: nox.Session) -> None:
+    """Check the models of protocols with spin, which must be installed; ``--only``, ``--trace``."""
+    session.run(sys.executable, "tests/model/check.py", *session.posargs, external=True)
+
+
+@nox.session(name="model-soak")
+def model_soak(session: nox.Session) -> None:
     """Compare a connection with the model of its stream for 20,000 programs: ten minutes."""
     install(session, "tests")
     session.run(
