@@ -133,7 +133,7 @@ def parse(output: str, seconds: float) -> Result:
             process = begin[1]
         elif statement := _UNREACHED.match(line):
             unreached.add(Statement(process, int(statement[3]), int(statement[2])))
-    fault = re.search(r"^pan:\d+: (.*?) \(at depth \d+\)$", output, re.MULTILINE)
+    fault = re.search(r"^pan:\d+: (.*?) \(at depth -?\d+\)$", output, re.MULTILINE)
     return Result(
         states=int(number(r"^ *([\d.e+]+) states, stored")),
         depth=int(number(r"depth reached (\d+)")),
