@@ -24,6 +24,7 @@ import pyte
 import pytest
 from cli import COMMAND, ended, run, run_in_this_process, started
 
+from trio_unixconn._cli.serve import command
 from trio_unixconn._cli.serve.reload import directories_of
 
 if TYPE_CHECKING:
@@ -403,6 +404,16 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
         (["--bind", "unix:s", "--mode", "7777"], "expected permission bits in octal"),
         (["--bind", "unix:s", "--workers", "0"], "workers must be at least 1, got 0"),
         (["--bind", "unix:s", "--hang-timeout", "0"], "hang_timeout must be more than 0"),
+        (["--bind", "unix:s", "--max-age", "0"], "max_age must be more than 0"),
+        (["--bind", "unix:s", "--max-memory", "0"], "max_memory must be at least 1, got 0"),
+        (["--bind", "unix:s", "--max-memory", "5T"], "--max-memory: expected bytes, such as"),
+        (["--bind", "unix:s", "--max-memory", "M"], "--max-memory: expected bytes, such as"),
+        (["--bind", "unix:s", "--max-memory", ""], "--max-memory: expected bytes, such as"),
+        (["--bind", "unix:s", "--handler-timeout", "-1"], "handler_timeout must be more than 0"),
+        (
+            ["--bind", "unix:s", "--executable", "nothing"],
+            "executable must be a Python interpreter",
+        ),
         (["--bind", "unix:s", "--setup", "app.x"], "package.module:name"),
         (["--bind", "unix:s", "--stats-socket", "unix:x"], "expected the URI of one Unix socket"),
         ([], "--bind"),
@@ -420,6 +431,47 @@ def test_serve_rejects_wrong_arguments(
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert [path.name for path in project.iterdir()] == ["app.py"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500", 500), ("3k", 3072), ("500M", 500 << 20), ("2G", 2 << 30)]
+)
+def test_serve_passes_options_to_the_pool(
+    project: Path, text: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of the pool arrive as open_worker_pool has them; --max-memory accepts suffixes."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda main, **_: found.extend(main.args))
+    arguments = ["--max-memory", text, "--max-age", "60", "--handler-timeout", "2.5"]
+    arguments += ["--executable", sys.executable, "--kill-process-group", "--max-jobs", "7"]
+    done = run_in_this_process("serve", "app:once", "--bind", "unix:s", *arguments)
+    assert done.returncode == 0
+    (config,) = found
+    assert config.options["max_memory"] == size
+    assert config.options["max_age"] == 60
+    assert config.options["handler_timeout"] == 2.5
+    assert config.options["executable"] == sys.executable
+    assert config.options["kill_process_group"] is True
+    assert config.options["max_jobs"] == 7
+
+
+def test_serve_replaces_an_old_worker_and_cancels_a_slow_handler(project: Path) -> None:
+    """--max-age, --handler-timeout and --executable act on the workers."""
+    python = project / "python"
+    python.write_text(f'#!/bin/sh\necho "started by $0"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with serving(
+        *(project, "hold", "--max-age", "0.2", "--handler-timeout", "0.2"),
+        *("--executable", str(python)),
+    ) as served:
+        assert any(f"started by {python}" in line for line in served.lines)
+        with connected(str(project / "s")) as client:
+            assert rest_of(client) == b"held"
+        served.line("max_age")
+        text = "".join(served.lines) + served.drained()
+    assert "handler did not finish within 0.2 s (handler_timeout)" in text
 
 
 def test_a_handler_without_a_module(project: Path) -> None:

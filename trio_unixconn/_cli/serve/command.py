@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -16,6 +16,8 @@ from .._console import address_of, fail, run
 
 if TYPE_CHECKING:
     from ...pool import WorkerPoolOptions
+
+_SUFFIXES: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def serve(
@@ -61,11 +63,35 @@ def serve(
     ] = 3,
     max_jobs: Annotated[
         int | None,
-        typer.Option(help="Replace a worker when it has taken so many (default: never)."),
+        typer.Option(
+            help="Replace a worker after so many connections, varied by 10 % (default: never)."
+        ),
+    ] = None,
+    max_age: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Replace a worker that is so old, varied likewise (default: never).",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Replace a worker whose resident memory is larger, varied likewise; with a suffix "
+            "K, M or G for powers of 1024 (default: never).",
+        ),
     ] = None,
     start_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="A worker is to be ready by then.")
     ] = 60,
+    handler_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Cancel a handler that takes longer; its connection is closed (default: never).",
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float,
         typer.Option(
@@ -80,6 +106,20 @@ def serve(
         int,
         typer.Option(help="End after so many consecutive workers crashed without a job."),
     ] = 5,
+    executable: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The Python interpreter of the workers; default: that of this command.",
+        ),
+    ] = None,
+    kill_process_group: Annotated[
+        bool,
+        typer.Option(
+            "--kill-process-group",
+            help="When a worker has ended, kill the processes that its handlers have started.",
+        ),
+    ] = False,
     stats_socket: Annotated[
         str | None,
         typer.Option(
@@ -95,9 +135,10 @@ def serve(
 ) -> None:
     """Accept connections, and have worker processes handle them.
 
-    SIGHUP restarts the workers one at a time, so that they import the handler
-    afresh. SIGTERM and SIGINT drain: what was accepted is finished. A second
-    one ends at once. Exit status 0 after a drain.
+    SIGHUP replaces the workers with new ones, which import the handler again.
+    The old ones exit when all new ones are ready. SIGTERM and SIGINT drain:
+    what was accepted is finished. A second one ends at once. Exit status 0
+    after a drain.
     """
     # --help needs none of it.
     from ...pool._config import PoolConfig  # noqa: PLC0415
@@ -111,10 +152,15 @@ def serve(
         "max_queue": max_queue,
         "max_attempts": max_attempts,
         "max_jobs": max_jobs,
+        "max_age": max_age,
+        "max_memory": None if max_memory is None else _size(max_memory),
         "start_timeout": start_timeout,
+        "handler_timeout": handler_timeout,
         "hang_timeout": hang_timeout,
         "drain_timeout": drain_timeout,
         "crash_limit": crash_limit,
+        "executable": executable,
+        "kill_process_group": kill_process_group,
     }
     try:
         PoolConfig(handler, **options)
@@ -141,6 +187,16 @@ def _put_current_directory_on_path() -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
+
+
+def _size(text: str) -> int:
+    """Return a number of bytes; as in systemd's MemoryMax=, a suffix stands for a power of 1024."""
+    number, suffix = text[:-1], text[-1:].upper()
+    if suffix not in _SUFFIXES:
+        number, suffix = text, ""
+    if not (number.isascii() and number.isdigit()):
+        fail(f"--max-memory: expected bytes, such as 500000000 or 500M, got {text}", status=2)
+    return int(number) * _SUFFIXES[suffix]
 
 
 def _mode(text: str) -> int:

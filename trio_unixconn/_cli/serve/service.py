@@ -187,7 +187,7 @@ class _Service:
                     await self._restart(server, why)
 
     async def _restart(self, server: WorkerServer, why: str) -> None:
-        logger.info("%s: restarting the workers, one at a time", why)
+        logger.info("%s: restarting the workers", why)
         try:
             await server.pool.restart()
         except WorkerStartError as exc:
