@@ -1,4 +1,4 @@
-"""serve_statistics: what a pool does, for whoever asks at a Unix socket."""
+"""serve_statistics: the statistics of a pool, for clients of a Unix socket."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """What has statistics."""
+    """An object with statistics."""
 
     def statistics(self) -> PoolStatistics:
         return STATISTICS
@@ -67,12 +67,12 @@ async def asked_at(
 
 
 async def ask(path: Path, *sent: bytes, ends: bool = False) -> bytes:
-    """Send that in pieces, and return all that comes."""
+    """Send a request in pieces, and return the answer."""
     answer = b""
     async with await open_unix_connection(path) as conn:
         for each in sent:
             await conn.send_all(each)
-            # Otherwise they come as one.
+            # Otherwise they are received as one.
             await wait_all_tasks_blocked(0.01)
         if ends:
             await conn.send_eof()
@@ -164,7 +164,7 @@ def test_as_prometheus_has_one_series_for_a_worker() -> None:
     assert found["trio_unixconn_worker_age_seconds"].samples[0].value == 6.5
 
 
-def test_every_counter_is_exposed() -> None:
+def test_as_prometheus_exposes_every_counter() -> None:
     """No attribute of the statistics is forgotten."""
     exposed = {each[0] for each in (*_stats_server._POOL, *_stats_server._LATENCIES)}
     assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers"}
@@ -184,7 +184,7 @@ def test_latency_quantile() -> None:
 
 
 ################################################################
-# Asking
+# Requests
 ################################################################
 
 
@@ -200,36 +200,38 @@ def test_latency_quantile() -> None:
         ([b"\n"], False),
     ],
 )
-async def test_json_at_the_socket(tmp_path: Path, sent: list[bytes], *, ends: bool) -> None:
-    """The document comes for the word, for nothing, and for silence."""
+async def test_serve_statistics_answers_json(
+    tmp_path: Path, sent: list[bytes], *, ends: bool
+) -> None:
+    """The answer to the word json, to nothing, and to silence is the document."""
     async with asked_at(tmp_path / "s"):
         document = json.loads(await ask(tmp_path / "s", *sent, ends=ends))
     assert document["accepted"] == 120
     assert document["workers"][0]["pid"] == 100
 
 
-async def test_prometheus_at_the_socket(tmp_path: Path) -> None:
-    """The other word gets the other format."""
+async def test_serve_statistics_answers_prometheus(tmp_path: Path) -> None:
+    """The answer to the word prometheus is Prometheus's text format."""
     async with asked_at(tmp_path / "s"):
         found = families((await ask(tmp_path / "s", b"prometheus\n")).decode())
     assert found["trio_unixconn_pool_jobs_handled"].samples[0].value == 80
 
 
-async def test_of_a_pool(tmp_path: Path) -> None:
-    """A pool without a server has the same, but no connections."""
+async def test_serve_statistics_of_a_pool(tmp_path: Path) -> None:
+    """A pool without a server has no counters of connections."""
     async with asked_at(tmp_path / "s", Pool()):
         assert "accepted" not in json.loads(await ask(tmp_path / "s", b"json\n"))
 
 
-async def test_an_unknown_word(tmp_path: Path) -> None:
-    """It is said what there is."""
+async def test_serve_statistics_of_an_unknown_word(tmp_path: Path) -> None:
+    """The answer to another word says what is expected."""
     async with asked_at(tmp_path / "s"):
         answer = await ask(tmp_path / "s", b"xml\n")
         assert answer == b"expected json, prometheus or an HTTP request\n"
 
 
 def parsed(raw: bytes, method: str = "GET") -> tuple[h11.Response, str]:
-    """Read an answer as a client does that knows HTTP."""
+    """Parse an answer as an HTTP client does."""
     http = h11.Connection(h11.CLIENT)
     http.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     http.send(h11.EndOfMessage())
@@ -248,8 +250,8 @@ def request(target: str, method: str = "GET") -> bytes:
     return f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
 
-async def test_http(tmp_path: Path) -> None:
-    """GET / is the document, GET /metrics the other format, and the connection ends."""
+async def test_serve_statistics_answers_http(tmp_path: Path) -> None:
+    """GET / is the document, GET /metrics is Prometheus's text format; then the stream ends."""
     path = tmp_path / "s"
     async with asked_at(path):
         response, text = parsed(await ask(path, request("/")))
@@ -278,8 +280,8 @@ async def test_http(tmp_path: Path) -> None:
         (b"y" * 20_000, 431),
     ],
 )
-async def test_http_that_cannot_be(tmp_path: Path, sent: bytes, status: int) -> None:
-    """Whatever else is asked for is answered with the status that says why."""
+async def test_serve_statistics_rejects_http(tmp_path: Path, sent: bytes, status: int) -> None:
+    """The answer to another request is the status that says why."""
     async with (
         asked_at(tmp_path / "s"),
         await open_unix_connection(tmp_path / "s") as conn,
@@ -290,7 +292,7 @@ async def test_http_that_cannot_be(tmp_path: Path, sent: bytes, status: int) -> 
             async for data in conn:
                 answer += data
         except ConnectionBrokenError:
-            # Not all was read.
+            # The server has not read everything.
             assert status == 431
         response, text = parsed(answer)
         assert response.status_code == status
@@ -299,15 +301,15 @@ async def test_http_that_cannot_be(tmp_path: Path, sent: bytes, status: int) -> 
             assert dict(response.headers)[b"allow"] == b"GET, HEAD"
 
 
-async def test_half_a_request(tmp_path: Path) -> None:
-    """A client that ends its stream in the middle of a request is told that."""
+async def test_serve_statistics_of_half_a_request(tmp_path: Path) -> None:
+    """The answer to a stream that ends in the middle of a request is status 400."""
     async with asked_at(tmp_path / "s"):
         raw = await ask(tmp_path / "s", b"GET / HTTP/1.1\r\nHost", ends=True)
     assert parsed(raw)[0].status_code == 400
 
 
-async def test_curl(tmp_path: Path) -> None:
-    """The client curl gets both."""
+async def test_serve_statistics_answers_curl(tmp_path: Path) -> None:
+    """The program curl gets both pages."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     path = tmp_path / "s"
@@ -325,12 +327,12 @@ async def test_curl(tmp_path: Path) -> None:
 
 
 ################################################################
-# Who asks, and how long
+# Which clients, and for how long
 ################################################################
 
 
-async def test_only_who_may(tmp_path: Path) -> None:
-    """Another policy than that of the same user can be given; it denies without an answer."""
+async def test_serve_statistics_policy(tmp_path: Path) -> None:
+    """A policy replaces the default one; a denied client gets no answer."""
     path = tmp_path / "s"
     async with asked_at(path, policy=PeerPolicy(uids=[12345]), mode=0o666) as unix_server:
         assert path.stat().st_mode & 0o777 == 0o666
@@ -338,8 +340,10 @@ async def test_only_who_may(tmp_path: Path) -> None:
         assert unix_server.denied == 1
 
 
-async def test_the_same_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a policy only the user of this process may ask, also behind a listener's mode."""
+async def test_serve_statistics_default_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default only the user of this process is answered, whatever the mode of the path."""
     path = tmp_path / "s"
     monkeypatch.setattr(PeerPolicy, "same_user", lambda: PeerPolicy(uids=[12345]))
     listener = await open_unix_listener(path, mode=0o666, receive_descriptors=False)
@@ -348,16 +352,20 @@ async def test_the_same_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not path.exists()
 
 
-async def test_who_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that begins a question and never ends it is closed."""
+async def test_serve_statistics_of_a_slow_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection of a client that does not finish its request is closed."""
     monkeypatch.setattr(_stats_server, "EXCHANGE_TIMEOUT", 0.1)
     async with asked_at(tmp_path / "s") as unix_server:
         assert await ask(tmp_path / "s", b"GET / HTTP/1.1\r\n") == b""
         await until(lambda: unix_server.connections == 0)
 
 
-async def test_who_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that does not wait for its answer is no error of ours."""
+async def test_serve_statistics_of_a_client_that_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that closes its connection before the answer is no error."""
     monkeypatch.setattr(_stats_server, "as_json", lambda *_: "x" * 2**24)
     async with asked_at(tmp_path / "s") as unix_server:
         async with await open_unix_connection(tmp_path / "s") as conn:
@@ -367,15 +375,17 @@ async def test_who_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert unix_server.crashed == 0
 
 
-async def test_without_h11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said which extra is missing, before anybody can ask."""
+async def test_serve_statistics_without_h11(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the missing extra, before the path exists."""
     monkeypatch.setitem(sys.modules, "h11", None)
     with pytest.raises(ImportError, match=r"pip install 'trio_unixconn\[cli\]'"):
         await serve_statistics(server(), tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
-def test_the_pool_needs_no_extra() -> None:
+def test_import_of_pool_needs_no_extra() -> None:
     """Importing the pool imports nothing of the extra."""
     program = (
         "import sys; sys.modules['h11'] = sys.modules['watchfiles'] = None; "
