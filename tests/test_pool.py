@@ -119,7 +119,7 @@ async def test_a_worker_that_dies_while_it_starts(shared: Path) -> None:
 
 async def test_a_worker_that_is_never_ready() -> None:
     """A worker that takes too long is killed."""
-    with pytest.raises(WorkerStartError, match=r"was not ready after 0\.5 seconds, and was killed"):
+    with pytest.raises(WorkerStartError, match=r"was not ready after 0\.5 s, and was killed"):
         async with open_worker_pool(
             CALLS, workers=2, setup="pool_handlers:never_ready", start_timeout=0.5
         ):

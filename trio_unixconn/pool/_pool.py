@@ -373,8 +373,10 @@ async def open_worker_pool(
                 await supervisor.drain()
             except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
                 raised = exc
-                await supervisor.abort()
-            supervisor.kill()
+                try:
+                    await supervisor.abort()
+                except KeyboardInterrupt as again:
+                    raised = again
             nursery.cancel_scope.cancel()
     if supervisor.failure is not None:
         raise supervisor.failure

@@ -167,9 +167,7 @@ class Slot:
         return self.state in {SlotState.REPLACING, SlotState.RESTARTING}
 
     def become(self, state: SlotState) -> None:
-        """Change the state. RETIRED is the last one."""
-        if self.state is SlotState.RETIRED:
-            return
+        """Change the state."""
         self.state = state
         if self.is_busy:
             self.changed = trio.Event()
@@ -268,16 +266,21 @@ class Supervisor(DescriptorOwner):
 
     @enable_ki_protection
     async def abort(self) -> None:
-        """Cancel the handlers, and end the workers after ABORT_GRACE at the latest."""
+        """Cancel the handlers, and end the workers after ABORT_GRACE at the latest.
+
+        Raises:
+          KeyboardInterrupt: it was raised while this waited; the workers were killed.
+        """
         self.queue.close("the pool is closed")
         self._shut_down()
         with trio.CancelScope(shield=True):
-            await self._end_all(0.0, ABORT_GRACE)
-
-    def kill(self) -> None:
-        """Kill the workers that are left."""
-        for handle in self.alive:
-            handle.kill(_NOT_NEEDED)
+            try:
+                await self._end_all(0.0, ABORT_GRACE)
+            except BaseException:  # noqa: BLE001 - see below
+                # The scope is shielded, and errors are contained: nothing else can be raised.
+                for handle in self.alive:
+                    handle.kill(_NOT_NEEDED)
+                raise KeyboardInterrupt from None
 
     def _shut_down(self) -> None:
         """Start no worker any more, and reject the jobs that no worker has."""
@@ -300,7 +303,7 @@ class Supervisor(DescriptorOwner):
 
         async with trio.open_nursery() as nursery:
             for handle in list(self.alive):
-                nursery.start_soon(end, handle)
+                nursery.start_soon(self._contain, handle, end, handle)
 
     def _fail(self, failure: Exception) -> None:
         """End the pool with an exception."""
@@ -528,9 +531,6 @@ class Supervisor(DescriptorOwner):
 
     def _install(self, slot: Slot, handle: WorkerHandle) -> None:
         """Give a slot a new worker; the old one leaves if it lives."""
-        if slot.state is SlotState.RETIRED or self._shutting_down:
-            self._leave(handle)
-            return
         old, slot.handle = slot.handle, handle
         slot.restarts += 1
         self.counters.restarts += 1
