@@ -43,14 +43,16 @@ SIGNALS = ("SigBlk", "SigIgn")
 ################################################################
 
 
-def signal_sets(pid: int | str) -> dict[str, set[int]]:
+def signal_sets(status: str) -> dict[str, list[int]]:
     """Return the blocked and ignored signals of a process. Source: proc_pid_status(5)."""
-    found: dict[str, set[int]] = {}
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    found: dict[str, list[int]] = {}
+    for line in status.splitlines():
         name, _, mask = line.partition(":")
         if name in SIGNALS:
-            number = int(mask, 16)
-            found[name] = {bit + 1 for bit in range(64) if number >> bit & 1}
+            # Without those that the C library keeps for itself.
+            found[name] = [
+                each for each in signal.valid_signals() if int(mask, 16) >> (each - 1) & 1
+            ]
     return found
 
 
@@ -67,11 +69,6 @@ def describe_file(fd: int) -> str:
 async def look(stream: object, job: Job) -> bytes:
     """Say what this process was started with."""
     child = subprocess.run(["cat", "/proc/self/status"], capture_output=True, check=True)
-    of_child = {
-        name.decode(): int(mask, 16)
-        for name, _, mask in (line.partition(b":") for line in child.stdout.splitlines())
-        if name.decode() in SIGNALS
-    }
     flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] not in "_n"}
     return json.dumps(
         {
@@ -83,8 +80,8 @@ async def look(stream: object, job: Job) -> bytes:
             "executable": sys.executable,
             "environment": {name: os.environ.get(name) for name in ("A", "B", "HOME")},
             "mark": WORKER_VARIABLE in os.environ,
-            "signals": {name: sorted(found) for name, found in signal_sets("self").items()},
-            "signals of child": of_child,
+            "signals": signal_sets(Path("/proc/self/status").read_text()),
+            "signals of child": signal_sets(child.stdout.decode()),
             "files": [describe_file(fd) for fd in range(3)],
             "sid": os.getsid(0) == os.getpid(),
             "cpus": sorted(os.sched_getaffinity(0)),
@@ -184,7 +181,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     # What Python ignores itself.
     assert set(found["signals"]["SigIgn"]) == {signal.SIGPIPE, signal.SIGXFSZ}
     assert found["signals"]["SigBlk"] == []
-    assert found["signals of child"] == {"SigIgn": 0, "SigBlk": 0}
+    assert found["signals of child"] == {"SigIgn": [], "SigBlk": []}
 
 
 async def test_sigint_does_not_end_worker() -> None:
