@@ -205,6 +205,24 @@ def test_start_with_closed_standard_fds(closed: tuple[int, ...], tmp_path: Path)
     assert "closed" not in found["files"]
 
 
+async def test_start_does_not_use_numbers_of_standard_fds() -> None:
+    """If standard input is closed, no file descriptor of the pool gets its number."""
+    kept = os.dup(0)
+    os.close(0)
+    try:
+        process = _process.start(sleeper())
+        assert describe_file(0) == "closed"
+        assert process.log.fd > 2
+        assert process.conn.socket.fileno() > 2
+    finally:
+        os.dup2(kept, 0, inheritable=True)
+        os.close(kept)
+    process.kill()
+    with trio.fail_after(30):
+        await process.wait()
+    process.close()
+
+
 def test_start_with_socket_as_standard_output(tmp_path: Path) -> None:
     """A file of the pool's process that is not inherited is not a worker's standard output."""
     before = "import socket; os.close(1); kept = socket.socketpair(); assert kept[0].fileno() == 1"
@@ -212,8 +230,8 @@ def test_start_with_socket_as_standard_output(tmp_path: Path) -> None:
 
 
 def test_start_with_paths_in_import_path(tmp_path: Path) -> None:
-    """A Path in sys.path is a directory for a worker; what is no path at all is left out."""
-    before = "import pathlib; sys.path += [pathlib.Path('/some/where'), None, b'/else']"
+    """A Path or bytes in sys.path is a directory for a worker."""
+    before = "import pathlib; sys.path += [pathlib.Path('/some/where'), b'/else']"
     path = look_from_program(tmp_path, before)["path"]
     assert path[-2:] == ["/some/where", "/else"]
     assert path[0] == str(HERE)

@@ -379,6 +379,7 @@ async def test_call_handler_with_socket_that_lingers() -> None:
             await worker.send_jobs(2, job(2), fds=[])
             answer = await worker.receive(_protocol.ANSWER)
             assert _protocol.unpack_job_result(answer) == (2, b"lives")
+            await worker.drain()
 
 
 ################################################################

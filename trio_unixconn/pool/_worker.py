@@ -353,8 +353,8 @@ class _Worker:
 
     async def _run_job(self, job: _protocol.SentJob, fd: int) -> None:
         scope = self._scopes[job.id] if job.wants_answer else trio.CancelScope()
-        if not scope.cancel_called:
-            scope.deadline = trio.current_time() + self._handler_timeout
+        # No CANCEL can have come before: the receiving task has waited until this task runs.
+        scope.deadline = trio.current_time() + self._handler_timeout
         result: Any = None
         try:
             with scope:
