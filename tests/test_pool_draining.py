@@ -1,4 +1,4 @@
-"""A handler is told that its worker is to end."""
+"""job.draining: a handler knows that its worker drains."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trio_unixconn.pool import open_worker_pool
 pytestmark = pytest.mark.usefixtures("no_child_left")
 
 
-async def test_a_handler_knows_that_its_worker_is_to_end() -> None:
-    """job.draining is set when the pool drains, so that what waits for it comes to an end."""
+async def test_draining_is_set_when_the_pool_drains() -> None:
+    """job.draining is set when the pool drains, so that a handler can stop waiting."""
     async with (
         open_worker_pool("pool_handlers:until_draining", workers=1) as pool,
         client_of(pool) as client,

@@ -1,4 +1,4 @@
-"""Workers that die, hang, or have no descriptor free: no job is lost, none is handled twice."""
+"""Workers that die, hang, or have no free file descriptor: each job is handled at most once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SOON = 1.0
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start workers without a pause between."""
+    """Start workers without a pause."""
     monkeypatch.setattr(_supervisor, "MAX_BACKOFF", 0.0)
 
 
@@ -81,7 +81,7 @@ async def test_submit_to_a_worker_that_is_killed_before_it_acknowledges(shared: 
         async with trio.open_nursery() as nursery:
             for _, theirs in pairs:
                 nursery.start_soon(submit, theirs)
-            # The first is with the one that is stopped; the others go to who is not.
+            # The stopped worker has the first one. The others go to the other worker.
             await until(lambda: len(receipts) == 7)
             assert pool.statistics().workers[0].in_flight == 1
             os.kill(victim, signal.SIGKILL)
@@ -132,7 +132,7 @@ async def test_on_abandoned_reports_what_a_killed_worker_handled(
             await client.line()
             clients.append(client)
         victim = pids(pool)[0]
-        # One is done before.
+        # One of its jobs is finished before.
         done = next(each for each in clients if each.receipt and each.receipt.pid == victim)
         await done.end()
         await until(lambda: pool.statistics().handled == 1)
@@ -193,7 +193,7 @@ async def test_submit_while_workers_are_killed_at_random() -> None:
                 nursery.start_soon(client, number)
                 victim = pool._supervisor.slots[number // 20 % 2].handle
                 if number % 20 == 0 and victim.state is HandleState.READY:
-                    # By what knows whether it was reaped.
+                    # Not os.kill: the process may have been reaped.
                     victim.process.kill()
                     deaths += 1
                 await trio.lowlevel.checkpoint()
@@ -265,14 +265,14 @@ async def test_submit_to_one_worker_without_free_descriptors(shared: Path) -> No
         assert found.retried >= 1
         assert (found.handled, found.deaths) == (4, 0)
         assert {pid: open_in(pid) for pid in poor.values()} == before
-        # Without a descriptor a job needs none.
+        # A job without a file descriptor needs none in the worker.
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(call_nothing, pool)
 
 
 async def call_nothing(pool: WorkerPool) -> None:
-    # Its handler has begun, and fails where it needs a stream, or a descriptor to note that.
+    # Its handler fails where it needs a stream, or a file descriptor to write a file.
     with pytest.raises(HandlerError, match=r"NoneType|Errno 24"):
         await pool.call()
 
@@ -427,7 +427,7 @@ async def test_hang_timeout_while_the_pool_itself_was_stopped(
     """After the pool's process was stopped, it reads what its workers sent first."""
     async with open_worker_pool(DO, workers=2, hang_timeout=0.2) as pool:
         before = pids(pool)
-        # As if it had been suspended.
+        # As if this process had been suspended.
         real, slept = trio.sleep, list[float]()
 
         async def sleep(seconds: float) -> None:
@@ -443,16 +443,16 @@ async def test_hang_timeout_while_the_pool_itself_was_stopped(
 
 
 @pytest.mark.parametrize("what", [b"nonsense", b"strange batch", b"strange answer"])
-async def test_a_worker_that_talks_nonsense(what: bytes) -> None:
-    """A worker that says what no worker says is killed and replaced."""
+async def test_call_of_a_worker_that_violates_the_protocol(what: bytes) -> None:
+    """A worker that sends a frame that the protocol does not allow is killed and replaced."""
     async with open_worker_pool(DO, workers=1) as pool:
         with pytest.raises(WorkerDiedError, match=r"violated the protocol .* killed by"):
             await pool.call(data=what)
         assert await pool.call() == b"nothing to do"
 
 
-async def test_a_worker_that_is_deaf(shared: Path) -> None:
-    """A job that cannot be sent to a worker any more goes to another."""
+async def test_call_of_a_worker_that_stops_receiving(shared: Path) -> None:
+    """A job that cannot be sent to its worker is sent to another one."""
     async with open_worker_pool(DO, workers=1) as pool:
         (pid,) = pids(pool)
         await pool.submit(null(), data=b"turn deaf")
@@ -474,8 +474,8 @@ async def test_a_worker_that_is_deaf(shared: Path) -> None:
         assert (found.retried, found.failed, found.deaths) == (1, 1, 1)
 
 
-async def test_a_worker_that_hangs_up() -> None:
-    """A worker that lives on, but cannot be heard any more, is one that hangs."""
+async def test_call_of_a_worker_that_closes_its_end() -> None:
+    """A worker that closes its end and lives on is killed and replaced."""
     async with open_worker_pool(DO, workers=1, hang_timeout=SOON) as pool:
         with pytest.raises(WorkerDiedError, match="hung for"):
             await pool.call(data=b"hang up")
@@ -505,7 +505,7 @@ async def test_crash_limit_ends_the_pool(
             ) as pool:
                 os.kill(pids(pool)[0], signal.SIGKILL)
                 await until(lambda: pool.statistics().workers[0].state == "starting")
-                # Waits outside of the block, which does not keep it.
+                # It waits outside of the block, which does not end it.
                 nursery.start_soon(submit, pool)
                 await trio.sleep_forever()
         await until(lambda: bool(refused))
