@@ -102,6 +102,14 @@ def job(number: int, kind: int = EndpointKind.NONE, data: bytes = b"") -> _proto
     return _protocol.SentJob(number, kind, wants_answer=True, data=data)
 
 
+async def test_run_worker_logs_answered_calls() -> None:
+    """A call is in the completion log before its answer is sent, in case that is lost."""
+    async with puppet(DO) as worker:
+        await worker.send_jobs(1, job(7), fds=[])
+        await worker.receive(_protocol.ANSWER)
+        assert worker.process.log.entries() == {0, 7}
+
+
 async def test_run_worker_exchanges_frames() -> None:
     """A worker acknowledges a batch, asks for more, answers, and exits when it is drained."""
     async with puppet(DO, heartbeat_interval=0.05) as worker:

@@ -402,6 +402,8 @@ class _Worker:
                 % (_protocol.MAX_DATA, len(result)),
             )
         else:
+            # If the answer does not reach the pool, the job was handled nevertheless.
+            self._log_finished(job.id)
             self._outgoing.append(_protocol.pack_job_result(_protocol.ANSWER, job.id, result))
 
     def _fail_with(self, job_id: int, exc: BaseException) -> None:
