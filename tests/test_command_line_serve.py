@@ -414,6 +414,7 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
             ["--bind", "unix:s", "--executable", "nothing"],
             "executable must be a Python interpreter",
         ),
+        (["--bind", "unix:s", "--nice", "low"], "--nice"),
         (["--bind", "unix:s", "--setup", "app.x"], "package.module:name"),
         (["--bind", "unix:s", "--stats-socket", "unix:x"], "expected the URI of one Unix socket"),
         ([], "--bind"),
@@ -446,6 +447,7 @@ def test_serve_passes_options_to_the_pool(
     monkeypatch.setattr(command, "run", lambda main, **_: found.extend(main.args))
     arguments = ["--max-memory", text, "--max-age", "60", "--handler-timeout", "2.5"]
     arguments += ["--executable", sys.executable, "--kill-process-group", "--max-jobs", "7"]
+    arguments += ["--nice", "-3"]
     done = run_in_this_process("serve", "app:once", "--bind", "unix:s", *arguments)
     assert done.returncode == 0
     (config,) = found
@@ -455,18 +457,21 @@ def test_serve_passes_options_to_the_pool(
     assert config.options["executable"] == sys.executable
     assert config.options["kill_process_group"] is True
     assert config.options["max_jobs"] == 7
+    assert config.options["nice"] == -3
 
 
 def test_serve_replaces_an_old_worker_and_cancels_a_slow_handler(project: Path) -> None:
-    """--max-age, --handler-timeout and --executable act on the workers."""
+    """--max-age, --handler-timeout, --executable and --nice act on the workers."""
     python = project / "python"
     python.write_text(f'#!/bin/sh\necho "started by $0"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     with serving(
         *(project, "hold", "--max-age", "0.2", "--handler-timeout", "0.2"),
-        *("--executable", str(python)),
+        *("--executable", str(python), "--nice", "3"),
     ) as served:
         assert any(f"started by {python}" in line for line in served.lines)
+        worker = int(served.lines[-1].split()[-1])
+        assert os.getpriority(os.PRIO_PROCESS, worker) == os.getpriority(os.PRIO_PROCESS, 0) + 3
         with connected(str(project / "s")) as client:
             assert rest_of(client) == b"held"
         served.line("max_age")

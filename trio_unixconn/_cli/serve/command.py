@@ -113,6 +113,12 @@ def serve(
             help="The Python interpreter of the workers; default: that of this command.",
         ),
     ] = None,
+    nice: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Add this to the nice value of the workers; negative only for root."
+        ),
+    ] = 0,
     kill_process_group: Annotated[
         bool,
         typer.Option(
@@ -160,6 +166,7 @@ def serve(
         "drain_timeout": drain_timeout,
         "crash_limit": crash_limit,
         "executable": executable,
+        "nice": nice,
         "kill_process_group": kill_process_group,
     }
     try:
