@@ -131,6 +131,15 @@ async def test_run_worker_exchanges_frames() -> None:
         assert await worker.process.wait() == 0
 
 
+async def test_watch_sigterm_right_after_ready() -> None:
+    """A SIGTERM at any time after READY does not kill a worker, but has it say LEAVING."""
+    for _ in range(5):
+        async with puppet(DO) as worker:
+            os.kill(worker.process.pid, signal.SIGTERM)
+            assert await worker.receive(_protocol.LEAVING) == b""
+            await worker.drain()
+
+
 async def test_run_worker_sends_its_versions() -> None:
     """READY says which protocol and which version of the package the worker has."""
     process = _process.start(WorkerConfig(DO, sys.executable))

@@ -52,6 +52,7 @@ if sys.version_info < (3, 11):
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
+    from collections.abc import AsyncIterator
 
 _PR_SET_PDEATHSIG: Final = 1
 _CHUNK_SIZE: Final = 65536
@@ -212,9 +213,11 @@ async def _serve(
             # The kernel cancels it when a process becomes another user.
             _exit_with_parent()
             worker = _Worker(conn, log, config, handler, state)
-            await conn.send_all(_protocol.pack_ready())
-            ready = True
-            await worker.run()
+            # From before READY: a SIGTERM at any time after it must not kill this worker.
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                await conn.send_all(_protocol.pack_ready())
+                ready = True
+                await worker.run(signals)
     except BaseException as exc:
         if ready:
             raise
@@ -261,10 +264,10 @@ class _Worker:
         self._deadline = trio.CancelScope()
         self._draining = trio.Event()
 
-    async def run(self) -> None:
+    async def run(self, signals: AsyncIterator[int]) -> None:
         """Handle jobs until the pool drains this worker, or is gone."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_sigterm, name="trio_unixconn.pool signals")
+            nursery.start_soon(self._watch_sigterm, signals, name="trio_unixconn.pool signals")
             nursery.start_soon(self._flush_loop, name="trio_unixconn.pool flush")
             nursery.start_soon(self._send_heartbeats, name="trio_unixconn.pool heartbeat")
             with self._deadline:
@@ -463,13 +466,12 @@ class _Worker:
             self._outgoing.append(encode_frame(_protocol.BEAT))
             self._has_outgoing.unpark()
 
-    async def _watch_sigterm(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            async for _ in signals:
-                # From the kernel after the death of the pool, or from an operator. The pool decides
-                # when this worker exits, because jobs may be on their way.
-                self._outgoing.append(encode_frame(_protocol.LEAVING))
-                self._has_outgoing.unpark()
+    async def _watch_sigterm(self, signals: AsyncIterator[int]) -> None:
+        async for _ in signals:
+            # From the kernel after the death of the pool, or from an operator. The pool decides
+            # when this worker exits, because jobs may be on their way.
+            self._outgoing.append(encode_frame(_protocol.LEAVING))
+            self._has_outgoing.unpark()
 
 
 def _name_of_type(value: object) -> bytes:
