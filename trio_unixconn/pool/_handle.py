@@ -264,18 +264,13 @@ class WorkerHandle(DescriptorOwner):
 
     @enable_ki_protection
     async def _run(self) -> None:
-        exited = trio.Event()
         received = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_loop, name=f"trio_unixconn.pool send {self.index}")
             nursery.start_soon(
-                self._receive_loop,
-                exited,
-                received,
-                name=f"trio_unixconn.pool receive {self.index}",
+                self._receive_loop, received, name=f"trio_unixconn.pool receive {self.index}"
             )
             await self.process.wait()
-            exited.set()
             # Read what it has sent before. A child of the worker may hold the other end open.
             with contextlib.suppress(OSError):
                 self.process.conn.socket.shutdown(trio.socket.SHUT_RD)
@@ -336,8 +331,8 @@ class WorkerHandle(DescriptorOwner):
                 else:
                     await self.process.conn.send_all(item)
             except UnixConnectionError:
-                # The worker has closed its end. The receiving task sees that, too.
-                await trio.sleep_forever()
+                # It has closed its end, and receives nothing any more. Usually it is exiting.
+                await self._stop_using()
 
     async def _send_batch(self) -> None:
         self._batch_id += 1
@@ -382,7 +377,7 @@ class WorkerHandle(DescriptorOwner):
     ################################################################
 
     @enable_ki_protection
-    async def _receive_loop(self, exited: trio.Event, received: trio.Event) -> None:
+    async def _receive_loop(self, received: trio.Event) -> None:
         try:
             await self._receive()
         except (ConnectionBrokenError, ConnectionClosedError):
@@ -394,13 +389,16 @@ class WorkerHandle(DescriptorOwner):
             logger.exception("%r: error in the pool, killing it", self)
             self.kill("was killed after an error in the pool")
         received.set()
-        # A worker that lives and does not talk to the pool any more is of no use.
+        await self._stop_using()
+
+    async def _stop_using(self) -> None:
+        """Kill a worker that has closed its connection, and does not exit."""
         if self.state is HandleState.READY:
             self.state = HandleState.DRAINING
-        with trio.move_on_after(EXIT_GRACE):
-            await exited.wait()
-        if not exited.is_set():
-            self._on_protocol_error("it closed its connection and did not exit")
+        # When it has exited, this task is cancelled.
+        await trio.sleep(EXIT_GRACE)
+        self._on_protocol_error("it closed its connection and did not exit")
+        await trio.sleep_forever()
 
     def _on_protocol_error(self, text: str) -> None:
         logger.error("%r: protocol error, killing it: %s", self, text)
@@ -481,7 +479,7 @@ class WorkerHandle(DescriptorOwner):
         return jobs
 
     def _on_more(self, _: bytes) -> None:
-        if self.batch:
+        if self.batch or self._wants_more:
             raise ProtocolError("worker asked for more before it acknowledged a batch")
         self._wants_more = True
         self._owner.dispatch()
