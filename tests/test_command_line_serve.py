@@ -461,22 +461,29 @@ def test_serve_passes_options_to_the_pool(
 
 
 def test_serve_replaces_an_old_worker_and_cancels_a_slow_handler(project: Path) -> None:
-    """--max-age, --handler-timeout, --executable and --nice act on the workers."""
+    """--max-age, --handler-timeout and --executable act on the workers."""
     python = project / "python"
     python.write_text(f'#!/bin/sh\necho "started by $0"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     with serving(
         *(project, "hold", "--max-age", "0.2", "--handler-timeout", "0.2"),
-        *("--executable", str(python), "--nice", "3"),
+        *("--executable", str(python)),
     ) as served:
         assert any(f"started by {python}" in line for line in served.lines)
-        worker = int(served.lines[-1].split()[-1])
-        assert os.getpriority(os.PRIO_PROCESS, worker) == os.getpriority(os.PRIO_PROCESS, 0) + 3
         with connected(str(project / "s")) as client:
             assert rest_of(client) == b"held"
         served.line("max_age")
         text = "".join(served.lines) + served.drained()
     assert "handler did not finish within 0.2 s (handler_timeout)" in text
+
+
+def test_serve_sets_the_nice_value_of_workers(project: Path) -> None:
+    """--nice is added to the nice value of the command."""
+    with serving(project, "once", "--nice", "3") as served:
+        worker = int(served.lines[-1].split()[-1])
+        command = os.getpriority(os.PRIO_PROCESS, served.process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, worker) == min(19, command + 3)
+        served.drained()
 
 
 def test_a_handler_without_a_module(project: Path) -> None:
