@@ -113,7 +113,7 @@ async def test_worker_cannot_truncate_log(no_child_left: None) -> None:
 
 @pytest.mark.usefixtures("maybe_without_memfd")
 def test_create_memory_file_of_any_size() -> None:
-    """The bytes are read from the beginning, by who opens the file descriptor as a file."""
+    """The bytes are read from the beginning, when the file descriptor is opened as a file."""
     data = os.urandom(300_000)
     with open(create_memory_file(data, Seals.ALL), "rb") as file:
         assert file.read() == data

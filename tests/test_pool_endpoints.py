@@ -1,4 +1,4 @@
-"""detach_endpoint and attach_endpoint: what can be submitted to a pool, and who owns it then."""
+"""detach_endpoint and attach_endpoint: what can be submitted to a pool, and its next owner."""
 
 from __future__ import annotations
 

@@ -401,7 +401,7 @@ async def test_kill_of_foreign_process_group(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("free", range(12))
 async def test_start_without_free_fds(free: int) -> None:
-    """EMFILE at any point of the start leaves no file descriptor and no process behind."""
+    """EMFILE at any point of the start leaves no file descriptor and no process."""
     with free_descriptors(free):
         try:
             process = _process.start(sleeper())

@@ -470,6 +470,6 @@ async def test_ready_too_late() -> None:
         await link.run()
     assert isinstance(link.error, WorkerStartError)
     assert link.ready.is_set()
-    # There is nobody to ask any more.
+    # The process has exited.
     link.drain(0)
     assert link.state is HandleState.ENDED

@@ -19,7 +19,7 @@ def main() -> None:
 
     The arguments are the numbers of three inherited file descriptors (the connection, the
     completion log, the configuration), and the import string of the handler, which is there for
-    those who look at a list of processes.
+    readers of a list of processes.
     """
     connection, log, config = map(int, sys.argv[1:4])
     # It says that this process has not come this far.

@@ -126,7 +126,7 @@ def start(config: WorkerConfig) -> WorkerProcess:
     is in a file.
 
     Raises:
-      OSError: EMFILE, ENOMEM, EAGAIN, ENOENT; nothing is left behind.
+      OSError: EMFILE, ENOMEM, EAGAIN, ENOENT; no process and no file descriptor is left.
     """
     with ExitStack() as stack:
         # In place of the standard ones that are closed: a file descriptor of the pool with such a
