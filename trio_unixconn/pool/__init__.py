@@ -1,7 +1,7 @@
-"""Worker pools: one process accepts or opens, many work.
+"""Worker pools: one process accepts connections or opens files, and many processes work on them.
 
-``open_worker_pool`` starts workers that receive descriptors; ``serve_with_workers`` is the
-accept loop on top of it, and ``serve_statistics`` says how they are doing.
+``open_worker_pool`` starts workers that receive file descriptors, ``serve_with_workers`` also
+accepts connections, and ``serve_statistics`` answers with the statistics of both.
 """
 
 from ._config import WorkerPoolOptions as WorkerPoolOptions

@@ -54,7 +54,7 @@ class WorkerPool(DescriptorOwner):
     async def submit(
         self, source: Submittable, *, data: Buffer = b"", worker: int | None = None
     ) -> JobReceipt:
-        """Hand a stream, socket, file or file descriptor to the least busy worker.
+        """Submit a stream, socket, file or file descriptor to the least busy worker.
 
         This takes ownership of ``source`` immediately, even if it later fails: the object is
         detached or closed, or, if it is an int, the number is not the caller's any more. The
@@ -97,7 +97,7 @@ class WorkerPool(DescriptorOwner):
         worker: int | None = None,
         timeout: float | None = None,
     ) -> bytes:
-        """Hand a job to a worker, and wait for what its handler returns, which is bytes.
+        """Submit a job to a worker, and wait for the bytes that its handler returns.
 
         As :meth:`submit`. Without a source, the stream of the handler is None. If this is cancelled
         after the handler was called, the handler is cancelled, and this returns when it has ended.
@@ -293,11 +293,11 @@ def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: En
 async def open_worker_pool(
     handler: str, **options: Unpack[WorkerPoolOptions]
 ) -> AsyncGenerator[WorkerPool, None]:
-    """Start worker processes that get descriptors, and run a handler on each.
+    """Start worker processes that receive file descriptors, and run a handler on each.
 
-    A worker is a fresh interpreter, with this one's import path, that imports the handler. All
-    are ready when the block is entered. At its end the pool drains; if the block is left by an
-    exception or a cancellation, handlers are cancelled and have a second to clean up in::
+    A worker is a fresh interpreter, with the import path of this one, that imports the handler. All
+    workers are ready when the block is entered. At its end the pool drains. If the block is left by
+    an exception or a cancellation, handlers are cancelled, and have a second to clean up::
 
         async with open_worker_pool("package.module:handler", workers=4) as pool:
             await pool.submit(stream)
@@ -318,38 +318,41 @@ async def open_worker_pool(
         argument, it gets a :class:`WorkerInfo`.
       setup_data: bytes that the setup gets as ``WorkerInfo.data``, for what must not be in the
         environment or in a file.
-      max_in_flight: how many jobs each worker handles at a time.
-      max_queue: how many jobs may wait in the pool; then ``submit`` waits.
-      max_attempts: how many workers may die, or lack descriptors, before they acknowledge a job,
-        until it is given up.
+      max_in_flight: the maximum number of jobs that each worker handles at a time.
+      max_queue: the maximum number of jobs in the queue of the pool; if it is full, ``submit``
+        waits. Jobs that are pinned to a worker have a queue of the same size for each worker.
+      max_attempts: the number of workers that may die before they acknowledge a job, or have no
+        free file descriptor for it, until the job is rejected.
       max_jobs: a worker is replaced after it has accepted so many jobs. This and the next two vary
         by 10 % at random from worker to worker, so that not all are replaced at once. If a new
-        worker cannot start, the old one goes on, and it is tried again later.
+        worker cannot start, the old one goes on, and that is retried later.
       max_age: a worker is replaced when it is so old, in seconds.
       max_memory: a worker is replaced when its resident set is larger, in bytes. This includes
-        pages that it shares with other processes. It is looked at about once a second, in workers
+        pages that it shares with other processes. It is compared about once a second, in workers
         that are at least ten seconds old.
       start_timeout: the time in seconds in which a worker must be ready. As many workers start at a
         time as there are processors, at least two. The time of each begins when its process does.
-      handler_timeout: seconds that a handler may take; then it is cancelled, and its job fails.
+      handler_timeout: the time in seconds after which a handler is cancelled, and its job fails.
         Default: no limit.
-      hang_timeout: seconds after which a worker that says nothing is killed and replaced. A
-        handler that computes for as long without a checkpoint is such a one. ``math.inf`` for
+      hang_timeout: the time in seconds after which a worker without a heartbeat is killed and
+        replaced. A handler that computes without a checkpoint stops the heartbeat. ``math.inf``:
         never.
-      drain_timeout: seconds that jobs may take to finish in when a worker, or all, are to end.
+      drain_timeout: the time in seconds in which a worker that leaves, or all workers of a drain,
+        must finish their jobs. Handlers that still run are cancelled then.
       crash_limit: the pool ends when so many consecutive workers of one index have crashed. Only
         those count that died before they were ready, or while they had no job. A worker that dies
         with jobs is always replaced. A job that is handled, or a life of ten seconds, clears the
         count. The pauses before a start grow from 50 ms to ten seconds.
-      on_abandoned: called for each job that was being handled when its worker died; such jobs
-        are also logged, under ``trio_unixconn.pool``, and counted.
+      on_abandoned: called with an :class:`AbandonedJob` for each job that was being handled when
+        its worker died. Such jobs are also logged, under ``trio_unixconn.pool``, and counted. An
+        exception out of it is logged.
       executable: the Python interpreter that runs the workers; default: this one, with its
         options (``-I``, ``-O``, ``-X``, ``-W`` and so on). Required in a frozen program.
       environment: variables to set in the workers, in addition to those of this process and in
         place of those with the same name; None removes a variable.
       cpu_affinity: numbers of CPUs. Worker i runs only on ``cpu_affinity[i % len(cpu_affinity)]``.
         Default: the affinity of this process.
-      nice: what is added to the nice value of the workers.
+      nice: this is added to the nice value of the workers.
       resource_limits: maps limits, by name (``"RLIMIT_NOFILE"``) or number, to pairs of soft and
         hard limit; -1 is unlimited. As the CPUs and the nice value, they are set before the
         handler is imported.
@@ -358,9 +361,12 @@ async def open_worker_pool(
         has left the group (``start_new_session``) is not killed. Default: such processes go on.
 
     Raises:
-      TypeError, ValueError: something that cannot be; nothing was started.
-      WorkerStartError: a worker could not be started; with its traceback.
-      ExceptionGroup: of the causes, when workers died again and again.
+      TypeError, ValueError: an invalid option; nothing was started.
+      RuntimeError: this process was itself started as a worker, because ``sys.executable`` is not a
+        Python interpreter.
+      NotSupportedError: ``cpu_affinity`` is not available on this platform.
+      WorkerStartError: a worker could not start; with its traceback.
+      ExceptionGroup: ``crash_limit`` was reached; with the causes.
     """
     config = PoolConfig(handler, **options)
     raised: BaseException | None = None
