@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import select
 import socket
 import ssl
+import struct
 import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ from trio_unixconn import (
 )
 from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import open_worker_pool
+from trio_unixconn.pool._endpoints import EndpointKind, detach_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -289,3 +292,26 @@ async def test_job_of_a_file_whose_close_fails() -> None:
         async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
             assert (await pool.call(os.dup(file.fd), data=b"x")).startswith(b"content")
             assert await pool.call(os.memfd_create("m"), data=b"x") == b""
+
+
+async def test_detach_endpoint_of_a_socket_with_linger() -> None:
+    """A TCP socket with SO_LINGER is of the kind that is closed in the closing thread."""
+    kinds: list[EndpointKind] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for linger in (0, 0), (1, 0), (1, 30):
+            with socket.create_connection(listener.getsockname()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", *linger))
+                fd, kind = await detach_endpoint(client)
+                kinds.append(kind)
+                os.close(fd)
+    assert kinds == [EndpointKind.TCP, EndpointKind.TCP, EndpointKind.OTHER]
+
+
+async def test_call_with_a_socket_with_linger() -> None:
+    """The handler gets the same stream for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+        async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
+            told = json.loads(await pool.call(client))
+    assert told["type"] == "SocketStream"

@@ -812,6 +812,24 @@ async def test_leave_of_an_idle_worker(
         assert workers[0].status == -signal.SIGKILL
 
 
+async def test_leave_after_a_gap(
+    monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """After this process has not run for some time, a worker has its grace again."""
+    async with fake_pool(monkeypatch, hang_timeout=1e6) as (pool, workers):
+        (worker,) = workers
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.drain, 20)
+            await wait_all_tasks_blocked()
+            for seconds in 1000, EXIT_GRACE - 0.1:
+                mock_clock.jump(seconds)
+                await wait_all_tasks_blocked()
+                assert worker.status is None
+            mock_clock.jump(0.2)
+            await worker.exited.wait()
+        assert worker.status == -signal.SIGKILL
+
+
 async def test_leave_of_a_worker_whose_handlers_go_on(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:

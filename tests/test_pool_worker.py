@@ -456,8 +456,8 @@ def test_exit_with_parent_elsewhere_than_linux(monkeypatch: pytest.MonkeyPatch) 
     _worker._exit_with_parent()
 
 
-async def test_ready_too_late() -> None:
-    """A worker that is ready when it was asked to leave was not ready."""
+async def test_run_of_a_worker_that_is_ready_after_drain() -> None:
+    """A worker that says that it is ready after it was drained counts as one that was not."""
     process = _process.start(WorkerConfig(DO, sys.executable))
 
     class Owner:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+# l_onoff and l_linger of a struct linger.
+_linger = struct.Struct("ii")
 
 _CONNECTED = "expected a connected Unix stream socket"
 _LISTENING = "expected a listening Unix stream socket"
@@ -150,3 +154,9 @@ def _check_kind(sock: trio.socket.SocketType | socket.socket, family: int, expec
 
 def _name_of(constant: int) -> str:
     return getattr(constant, "name", str(constant))
+
+
+def can_linger(sock: socket.socket | trio.socket.SocketType) -> bool:
+    """Whether close(2) of a socket waits until its peer has received everything (SO_LINGER)."""
+    option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _linger.size)
+    return all(_linger.unpack(option))

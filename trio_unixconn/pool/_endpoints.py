@@ -40,7 +40,7 @@ from .._fdtypes import (
 from .._file_thread import call_in_file_thread
 from .._guards import check_handover
 from .._receiver import RefusingReceiver
-from .._sockopts import raw_socket
+from .._sockopts import can_linger, raw_socket
 from ..errors import WrongDescriptorKindError
 from . import _protocol
 
@@ -50,9 +50,9 @@ class EndpointKind(enum.IntEnum):
 
     #: There is none: the handler gets None.
     NONE = _protocol.NO_DESCRIPTOR
-    #: A TCP socket of IPv4.
+    #: A TCP socket of IPv4, without SO_LINGER.
     TCP = 1
-    #: A TCP socket of IPv6.
+    #: A TCP socket of IPv6, without SO_LINGER.
     TCP6 = 2
     #: A Unix stream socket.
     UNIX = 3
@@ -214,6 +214,9 @@ def _kind_of_socket(fd: int) -> EndpointKind:
                 "accepts",
                 kind,
             )
+        # close(2) of such a socket can block, as that of a file.
+        if can_linger(sock):
+            return EndpointKind.OTHER
         return _FAMILIES.get(sock.family, EndpointKind.OTHER)
     finally:
         sock.detach()

@@ -68,6 +68,10 @@ SEND_RETRY_DELAY: Final = 0.05
 EXIT_GRACE: Final = 5.0
 
 
+#: A deadline that is noticed so many seconds late has passed while this process did not run.
+MAX_LATENESS: Final = 1.0
+
+
 class HandleState(enum.Enum):
     """The states of a worker."""
 
@@ -228,14 +232,21 @@ class WorkerHandle(DescriptorOwner):
         """
         grace = EXIT_GRACE if grace is None else grace
         begin = trio.current_time()
+        deadline = begin + timeout
         self.drain(timeout)
         while self.state is not HandleState.ENDED:
-            limit = begin + timeout
+            limit = deadline
             if not self.jobs_in_hand:
                 limit = min(limit, max(begin, self.idle_since))
             with trio.move_on_at(limit + grace) as scope:
                 await self._changed.park()
-            if scope.cancelled_caught:
+            late = trio.current_time() - (limit + grace)
+            if scope.cancelled_caught and late > MAX_LATENESS:
+                # This process did not run, and the worker may not have run either (a suspend,
+                # SIGSTOP), or what it has sent is still unread.
+                begin = trio.current_time()
+                deadline += late
+            elif scope.cancelled_caught:
                 reason = f"did not exit within {grace:g} s after its last job or its deadline"
                 logger.warning("%r: %s, killing it", self, reason)
                 self.kill(reason)

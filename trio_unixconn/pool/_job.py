@@ -5,11 +5,9 @@ Source: socket(7) (SO_LINGER)
 
 from __future__ import annotations
 
-import socket as stdlib_socket
-import struct
 from contextlib import suppress
 from io import IOBase
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -21,13 +19,11 @@ from .._fdtypes import DescriptorKind, is_memory
 from .._file_thread import call_in_file_thread, ignore
 from .._memfd import Seals
 from .._owner import DescriptorOwner
+from .._sockopts import can_linger
 from ..errors import UnsafeBufferError
 
 if TYPE_CHECKING:
     from .._credentials import Credentials
-
-# l_onoff and l_linger. Source: socket(7)
-_LINGER: Final = struct.Struct("ii")
 
 
 @attrs.frozen
@@ -132,14 +128,8 @@ def close_now(stream: Any) -> None:
         stream._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
     elif stream is not None:
         sock = stream.socket
-        if sock.fileno() >= 0 and _can_linger(sock):
+        if sock.fileno() >= 0 and can_linger(sock):
             trio.lowlevel.notify_closing(sock)
             close_fds([sock.detach()])
         else:
             sock.close()
-
-
-def _can_linger(sock: trio.socket.SocketType) -> bool:
-    """Whether close(2) of a socket waits until its peer has received everything (SO_LINGER)."""
-    option = sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, _LINGER.size)
-    return all(_LINGER.unpack(option))

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from ._statistics import Counters
 
-# close(2) of these can block if their peer chose so. That of a TCP socket cannot, unless this
-# process has set SO_LINGER.
+# close(2) of these can block if their peer chose so. That of an accepted TCP socket cannot, unless
+# its listener has SO_LINGER. A submitted one with SO_LINGER is OTHER.
 _FILES: Final = frozenset({EndpointKind.OTHER})
 _UNIX_SOCKETS: Final = frozenset({EndpointKind.UNIX, EndpointKind.UNIX_WITHOUT_DESCRIPTORS})
 
