@@ -482,11 +482,27 @@ async def test_drain_of_server_timeout_while_the_queue_is_full(tmp_path: Path) -
         clients = [connected(each) for each in listeners for _ in range(4)]
         await until(lambda: server.accepted == 2)
         server.drain(timeout=0.1)
-        # Only the first one counts.
+        # The first deadline stays.
         server.drain(timeout=1000)
     assert server.statistics().failed == 1
     assert [each.socket.fileno() for each in listeners] == [-1, -1]
     assert not (tmp_path / "s").exists()
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_drain_of_server_twice(*, waits: bool) -> None:
+    """A second call moves the deadline forward, while a listener waits or handlers run."""
+    listener = await tcp()
+    async with serving("hold", listener, max_in_flight=1, max_queue=1) as server:
+        clients = [connected(listener) for _ in range(3 if waits else 1)]
+        await until(lambda: server.accepted == (2 if waits else 1))
+        server.drain(timeout=1000)
+        await until(lambda: (listener.socket.fileno() == -1) is not waits)
+        await wait_all_tasks_blocked()
+        server.drain(timeout=0)
+    assert server.statistics().failed == 1
     for client in clients:
         client.close()
 
@@ -762,6 +778,25 @@ async def test_serve_with_workers_rejects_a_socket() -> None:
             await serve_with_workers("server_handlers:echo", [listener, wrong])
         assert listener.socket.fileno() != -1
     wrong.close()
+
+
+async def test_serve_with_workers_of_a_closed_listener() -> None:
+    """A closed listener is an error before a worker starts; the caller owns the others."""
+    async with AsyncExitStack() as stack:
+        listener = await stack.enter_async_context(await tcp())
+        closed = await tcp()
+        await closed.aclose()
+        with pytest.raises(ConnectionClosedError, match="this listener is closed"):
+            await serve_with_workers("server_handlers:echo", [listener, closed])
+        assert listener.socket.fileno() != -1
+
+
+async def test_serve_with_workers_of_a_listener_twice() -> None:
+    """The same listener twice is a ValueError, and the caller still owns it."""
+    async with await tcp() as listener:
+        with pytest.raises(ValueError, match="got one of them twice"):
+            await serve_with_workers("server_handlers:echo", [listener, listener])
+        assert listener.socket.fileno() != -1
 
 
 async def test_serve_with_workers_with_an_invalid_option() -> None:

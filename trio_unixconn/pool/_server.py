@@ -80,8 +80,8 @@ class WorkerServer(DescriptorOwner):
     accepted: int = 0
     denied: int = 0
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
-    # The deadline of a drain, in trio's time.
-    _deadline: float = attrs.field(default=math.inf, repr=False)
+    # Has the deadline of a drain.
+    _finishing: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _acceptors: list[Acceptor] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -92,7 +92,8 @@ class WorkerServer(DescriptorOwner):
         """Shut down gracefully: stop accepting connections and let running handlers finish.
 
         Connections that are in the listeners' queues are handled. After that
-        :func:`serve_with_workers` returns. A second call changes nothing.
+        :func:`serve_with_workers` returns. A second call can only move the deadline forward in
+        time, never back.
 
         Args:
           timeout: the time in seconds after which running handlers are cancelled, and connections
@@ -105,36 +106,37 @@ class WorkerServer(DescriptorOwner):
         check_run(self.pool)
         if timeout is not None:
             checked_timeout(timeout)
-        if not self._accepting.cancel_called:
-            timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
-            self._deadline = trio.current_time() + timeout
-            self._accepting.cancel()
+        timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
+        deadline = trio.current_time() + timeout
+        self._finishing.deadline = min(self._finishing.deadline, deadline)
+        self._accepting.cancel()
 
     def statistics(self) -> PoolStatistics:
         """Return the statistics of the pool."""
         return self.pool.statistics()
 
     async def _serve(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
-        async with trio.open_nursery() as asking:
-            with self._accepting:
-                async with trio.open_nursery() as accepting:
-                    for listener, acceptor in self._each():
-                        accepting.start_soon(
-                            self._accept_from,
-                            listener,
-                            acceptor,
-                            asking,
-                            name=f"trio_unixconn.pool {listener!r}",
-                        )
-                    task_status.started(self)
-            # A drain has cancelled that. Everything else ends it with an exception. What follows
-            # waits for free slots and for checks of policies.
-            asking.cancel_scope.deadline = self._deadline
-            for listener, acceptor in self._each():
-                asking.start_soon(self._accept_last, listener, acceptor, asking)
-        # If the deadline has passed, some are still open.
+        with self._finishing:
+            async with trio.open_nursery() as asking:
+                with self._accepting:
+                    async with trio.open_nursery() as accepting:
+                        for listener, acceptor in self._each():
+                            accepting.start_soon(
+                                self._accept_from,
+                                listener,
+                                acceptor,
+                                asking,
+                                name=f"trio_unixconn.pool {listener!r}",
+                            )
+                        task_status.started(self)
+                # A drain has cancelled that. Everything else ends it with an exception. What
+                # follows waits for free slots and for checks of policies.
+                for listener, acceptor in self._each():
+                    asking.start_soon(self._accept_last, listener, acceptor, asking)
+            await self.pool.drain(math.inf)
+        # If the deadline has passed, listeners are still open, and handlers run.
         await _close(self.listeners)
-        await self.pool.drain(max(0.0, self._deadline - trio.current_time()))
+        await self.pool.drain(0)
 
     def _each(self) -> list[tuple[AnyListener, Acceptor]]:
         return list(zip(self.listeners, self._acceptors, strict=True))
@@ -336,6 +338,8 @@ async def serve_with_workers(
 
     Raises:
       TypeError: not a listener; the caller still owns all of them.
+      ValueError: no listener, or one of them twice; likewise.
+      ConnectionClosedError: a closed listener; likewise.
       TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
         listeners are closed.
       ExceptionGroup: of accepting (:class:`ConnectionClosedError`, if other code has closed a
@@ -349,6 +353,10 @@ async def serve_with_workers(
             raise TypeError(
                 f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
             )
+        if listener.socket.fileno() == -1:
+            raise ConnectionClosedError("this listener is closed")
+    if len({id(listener) for listener in listeners}) < len(listeners):
+        raise ValueError("expected different listeners, got one of them twice")
     try:
         async with open_worker_pool(handler, **options) as pool:
             await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
