@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import random_pool
 import trio
 from audit import Figure, none
 from changes import drains, restarts, scaling, scarce, scarce_pool, terminated
@@ -166,9 +167,14 @@ def main() -> int:
     size.add_argument("--tiny", action="store_true", help="as little as can be, for tests")
     parser.add_argument("--only", choices=SCENES, action="append", help="this scene (repeatable)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--random", type=float, metavar="SECONDS", help="play only the random test, for so long"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--write", action="store_true", help=f"write {MARKDOWN.name}")
     given = parser.parse_args()
+    if given.random is not None:
+        return random_pool.main(["--random", str(given.random), "--seed", str(given.seed)])
     sizes = QUICK if given.quick else TINY if given.tiny else FULL
     console = Console(stderr=True)
     results: list[Result] = []
