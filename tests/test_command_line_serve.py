@@ -2,139 +2,45 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
-import pyte
 import pytest
 from cli import COMMAND, ended, run, run_in_this_process, started
+from serve_cli import (
+    APP,
+    SIGNALS,
+    Served,
+    Terminal,
+    answer,
+    connected,
+    hear_signals,
+    make_project,
+    rest_of,
+    serving,
+    until,
+)
 
 from trio_unixconn._cli.serve import command
 from trio_unixconn._cli.serve.reload import directories_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-APP = """
-import trio
-
-ANSWER = b"one"
-
-async def once(stream, job):
-    await stream.receive_some(100)
-    await stream.send_all(ANSWER)
-
-async def hold(stream, job):
-    await stream.send_all(b"held")
-    await stream.receive_some(100)
-    await stream.send_all(ANSWER)
-
-async def fail(stream, job):
-    await stream.receive_some(100)
-    raise RuntimeError("not today")
-"""
-
-
-def hear_signals() -> None:
-    """Whoever started these tests in the background may have had them ignored."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    from collections.abc import Generator
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Make a folder with a module of handlers, to stand in."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "app.py").write_text(APP)
-    return folder
-
-
-@attrs.define
-class Served:
-    """A server's process, and the lines that it has printed."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-    lines: list[str] = attrs.field(factory=list[str])
-
-    def line(self, text: str) -> str:
-        """Read until a line has that in it, and return it."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if text in line:
-                return line
-        raise AssertionError(("".join(self.lines), ended(self.process)))
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def drained(self) -> str:
-        """Have it drain, and return what it has printed since."""
-        self.send(signal.SIGTERM)
-        done = ended(self.process)
-        assert done.returncode == 0, done
-        assert done.stderr == ""
-        return str(done.stdout)
-
-
-@contextmanager
-def serving(
-    project: Path, handler: str, *arguments: str, **options: Any
-) -> Generator[Served, None, None]:
-    """Serve at ``s`` with one worker, from when it is ready on."""
-    # Compiled files are told from newer sources only by whole seconds and sizes.
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
-    with started(
-        *("serve", f"app:{handler}", "--bind", "unix:s", "--workers", "1", *arguments),
-        **{"cwd": project, "env": env, "preexec_fn": hear_signals, **options},
-    ) as process:
-        served = Served(process, project)
-        served.line("ready: ")
-        yield served
-
-
-def connected(address: Any) -> socket.socket:
-    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
-    client = socket.socket(socket.AF_UNIX if isinstance(address, (str, bytes)) else family)
-    client.settimeout(60)
-    client.connect(address)
-    return client
-
-
-def answer(address: Any) -> bytes:
-    """Send a byte, and return all that comes."""
-    with connected(address) as client:
-        client.sendall(b"x")
-        return rest_of(client)
-
-
-def rest_of(client: socket.socket) -> bytes:
-    return b"".join(iter(lambda: client.recv(65536), b""))
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """Make a directory with a module of handlers, to run a server in."""
+    return make_project(tmp_path)
 
 
 ################################################################
@@ -161,7 +67,7 @@ def test_several_binds(project: Path) -> None:
             assert answer(each) == b"one"
         assert (project / "abs").stat().st_mode & 0o777 == 0o640
         told = served.drained()
-    assert re.search(r"INFO: SIGTERM: draining, with \d in flight and 0 queued", told)
+    assert re.search(r"INFO: received SIGTERM, draining \d running and 0 queued jobs", told)
     assert "drained: 5 accepted, 0 denied, 5 handled, 0 failed, 0 abandoned, 0 rejected" in told
     assert sorted(path.name for path in project.iterdir()) == ["app.py"]
 
@@ -174,7 +80,7 @@ def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signal
         with first, second:
             assert first.recv(4) == b"held"
             served.send(number)
-            assert f"{number.name}: draining, with 1 in flight" in served.line("draining")
+            assert f"received {number.name}, draining 1 running" in served.line("draining")
             # One restart more or less makes no difference to who drains.
             served.send(signal.SIGHUP)
             for client in (first, second):
@@ -185,13 +91,16 @@ def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signal
     assert "drained: 2 accepted, 0 denied, 2 handled" in done.stdout
 
 
-def test_the_second_signal(project: Path) -> None:
-    """It ends at once, with the signal's exit status, though a handler is at work."""
+def test_serve_second_sigint_exits_immediately(project: Path) -> None:
+    """After a second, another signal ends it, with its exit status, though a handler is running."""
     with serving(project, "hold") as served, connected(str(project / "s")) as client:
         assert client.recv(4) == b"held"
         served.send(signal.SIGTERM)
         served.line("draining")
-        served.send(signal.SIGINT)
+        # Not before the signal counts as another one.
+        while served.process.poll() is None:
+            served.send(signal.SIGINT)
+            time.sleep(0.05)
         done = ended(served.process)
         assert done.returncode == 128 + signal.SIGINT
         assert done.stderr == "trio-unixconn: interrupted\n"
@@ -297,36 +206,6 @@ def test_restart(project: Path) -> None:
         served.line("restarted")
         assert answer(str(project / "s")) == b"the third"
         assert "3 accepted, 0 denied, 3 handled" in served.drained()
-
-
-def test_restarts_do_not_pile_up(project: Path) -> None:
-    """While one restart is under way and another waits, a third is that one."""
-    gate = project / "gate"
-    (project / "app.py").write_text(
-        APP + "\nimport os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"
-    )
-    with serving(project, "once") as served:
-        gate.touch()
-        # The first is under way when it says so; whether the next signals come as one is the
-        # kernel's to say.
-        served.send(signal.SIGHUP)
-        served.line("restarting")
-        os.set_blocking(served.process.stdout.fileno(), False)  # type: ignore[union-attr]
-        said = ""
-
-        def is_said() -> bool:
-            nonlocal said
-            served.send(signal.SIGHUP)
-            with suppress(BlockingIOError, TypeError):
-                said += os.read(served.process.stdout.fileno(), 4096).decode()  # type: ignore[union-attr]
-            return "a restart is waiting already" in said
-
-        until(is_said)
-        gate.unlink()
-        os.set_blocking(served.process.stdout.fileno(), True)  # type: ignore[union-attr]
-        served.line("restarted")
-        served.line("restarted")
-        served.drained()
 
 
 def test_a_worker_that_is_killed(project: Path) -> None:
@@ -666,62 +545,6 @@ def test_statistics(project: Path) -> None:
 ################################################################
 
 
-class Terminal:
-    """A terminal of 80 columns with a server in front of it."""
-
-    def __init__(self, project: Path, *arguments: str, **environment: str) -> None:
-        self.screen = pyte.HistoryScreen(80, 30, history=1000)
-        self._stream = pyte.ByteStream(self.screen)
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
-        env = {
-            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
-        }
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", "app:once", "--bind", "unix:s", "--workers", "2", *arguments],
-            cwd=project,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**env, "TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **environment},
-            preexec_fn=hear_signals,  # noqa: PLW1509
-        )
-        os.close(slave)
-
-    def read(self) -> bool:
-        """Read what comes; False at its end."""
-        if select.select([self._master], [], [], 0.05)[0]:
-            try:
-                data = os.read(self._master, 65536)
-            except OSError:
-                return False
-            self._stream.feed(data)
-        return True
-
-    def shows(self, *texts: str) -> str:
-        """Wait until those are on the screen; return all of it."""
-        until(lambda: self.read() and all(text in self.text() for text in texts))
-        return self.text()
-
-    def text(self) -> str:
-        before = [
-            "".join(line[column].data for column in range(80)).rstrip()
-            for line in self.screen.history.top
-        ]
-        return "\n".join([*before, *(line.rstrip() for line in self.screen.display)])
-
-    def end(self) -> str:
-        while self.read():
-            pass
-        assert self.process.wait(60) == 0
-        return self.text()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
 def test_the_table(project: Path) -> None:
     """A terminal shows the workers and the totals, with what is logged above, and the summary."""
     with closing(Terminal(project)) as terminal:
@@ -755,7 +578,7 @@ def test_the_table(project: Path) -> None:
     order = [
         "serves app:once",
         "restarting",
-        "SIGTERM: draining",
+        "SIGTERM, draining",
         "in flight  ",
         "drained: 3 accep",
     ]
@@ -764,12 +587,10 @@ def test_the_table(project: Path) -> None:
     assert not (project / "s").exists()
 
 
-@pytest.mark.parametrize(("arguments", "environment"), [(["--plain"], {}), ([], {"TERM": "dumb"})])
-def test_plain_lines_on_a_terminal(
-    project: Path, arguments: list[str], environment: dict[str, str]
-) -> None:
+@pytest.mark.parametrize(("arguments", "term"), [(["--plain"], "xterm"), ([], "dumb")])
+def test_plain_lines_on_a_terminal(project: Path, arguments: list[str], term: str) -> None:
     """With --plain, or on a terminal that can only print, there is no table."""
-    with closing(Terminal(project, *arguments, **environment)) as terminal:
+    with closing(Terminal(project, *arguments, TERM=term)) as terminal:
         terminal.shows("ready: workers ")
         terminal.process.send_signal(signal.SIGTERM)
         text = terminal.end()

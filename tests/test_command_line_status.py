@@ -1,16 +1,13 @@
-"""The status of a server: rates out of samples, a table for 80 columns, lines above it."""
+"""The status of a server: rates out of samples, and a table for 80 columns."""
 
 from __future__ import annotations
 
 import io
-import logging
 
 import attrs
-import pytest
 from rich.console import Console
 from statistics_samples import STATISTICS, worker
 
-from trio_unixconn._cli.serve.log import LogLines
 from trio_unixconn._cli.serve.status import Sample, Sampler, Status
 from trio_unixconn._cli.serve.table import render
 
@@ -141,53 +138,3 @@ def test_a_worker_that_has_no_memory_any_more() -> None:
     row = next(line.split() for line in text.splitlines() if " 100 " in line)
     assert row == ["0", "100", "ended", "1", "20", "0.0", "4", "-"]
     assert "memory -" in text
-
-
-################################################################
-# Lines above the table
-################################################################
-
-
-def record(text: str, level: int = logging.INFO) -> logging.LogRecord:
-    return logging.LogRecord("trio_unixconn", level, __file__, 1, text, None, None)
-
-
-def test_lines_wait_for_a_flush() -> None:
-    """They are printed together, as they are, without what would act on the terminal."""
-    file = io.StringIO()
-    lines = LogLines(Console(file=file, width=20))
-    lines.flush()
-    lines.emit(record("a line that is longer than twenty columns \x1b[31m"))
-    lines.emit(record("[bold]two\nlines", logging.ERROR))
-    assert file.getvalue() == ""
-    lines.flush()
-    one, two, three = file.getvalue().splitlines()
-    assert one.endswith("INFO: a line that is longer than twenty columns \\x1b[31m")
-    assert two.endswith("ERROR: [bold]two")
-    assert three == "lines"
-
-
-def test_too_many_lines() -> None:
-    """Of a flood only the beginning is printed, and how many were left out."""
-    file = io.StringIO()
-    lines = LogLines(Console(file=file, width=80))
-    for number in range(60):
-        lines.emit(record(f"line {number}"))
-    lines.flush()
-    printed = file.getvalue().splitlines()
-    assert len(printed) == 51
-    assert printed[-1] == "... and 10 more, of which --plain shows each"
-    lines.emit(record("another"))
-    lines.flush()
-    assert file.getvalue().endswith("another\n")
-
-
-@pytest.mark.parametrize("level", [logging.DEBUG])
-def test_what_is_not_for_users(level: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Records for developers are left out."""
-    lines = LogLines(None)
-    logger = logging.Logger("x")  # noqa: LOG001 - one that nobody else has
-    logger.addHandler(lines)
-    logger.log(level, "no")
-    logger.info("yes")
-    assert capsys.readouterr().out.endswith("INFO: yes\n")

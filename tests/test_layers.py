@@ -69,6 +69,7 @@ PACKAGES = {
         "serve.table",
         "serve.status",
         "serve.log",
+        "serve.output",
         "serve.__init__",
         "_activation",
         "_console",

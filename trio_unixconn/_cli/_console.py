@@ -21,15 +21,11 @@ from .._address import UnixSocketAddress
 from ..errors import UnixConnectionError, WorkerStartError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 T = TypeVar("T")
 
 _OF_TRIO: Final = "Exceptions from Trio nursery"
-# Windows has no SIGHUP.
-_SIGNALS: Final[list[signal.Signals]] = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 
 
 ################################################################
@@ -92,10 +88,15 @@ def argument_of(address: UnixSocketAddress) -> str:
     return f"@{address.get_path()}" if address.get_is_abstract() else address.get_path()
 
 
-def printable(text: str) -> str:
-    """Show what a terminal would act on, and what is no text, as escapes."""
+def printable(text: str, *, keep: str = "") -> str:
+    """Show what a terminal would act on, and what is no text, as escapes.
+
+    Args:
+      keep: characters that are left as they are.
+    """
     return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+        each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
+        for each in text
     )
 
 
@@ -112,39 +113,59 @@ class Signalled(BaseException):
         self.number = number
 
 
-def run(function: Callable[[], Awaitable[T]], *, heeds_signals: bool = False) -> T:
+def run(
+    function: Callable[[], Awaitable[T]],
+    *,
+    heeds_signals: bool = False,
+    write_error: Callable[[str], None] | None = None,
+) -> T:
     """Run an async function and return its result, or end with an exit status.
 
     1 for what a user can do something about, 128 and its number for a signal, as in a shell.
 
     Args:
       heeds_signals: whether the function does so itself; it raises :class:`Signalled` then.
+      write_error: prints lines to standard error. Default: print.
     """
     try:
         if heeds_signals:
             return trio.run(function)
         return trio.run(_until_signalled, function)
-    except BaseException as exc:
-        causes = list(_causes(exc))
-        for cause in causes:
-            if isinstance(cause, KeyboardInterrupt):
-                # It arrived before anything was running.
-                cause = Signalled(signal.SIGINT)  # noqa: PLW2901 - the same thing
-            if isinstance(cause, Signalled):
-                number = signal.Signals(cause.number)
-                said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-                fail(said, status=128 + number)
-        expected = (OSError, EOFError, trio.TooSlowError, UnixConnectionError)
-        if not all(isinstance(cause, expected) for cause in causes):
-            if len(causes) > 1:
-                raise
-            # Without the groups around it, and with what it says of its own origin.
-            raise causes[0] from causes[0].__cause__
-        # Workers mostly fail for the same reason.
-        tracebacks = [each.traceback for each in causes if isinstance(each, WorkerStartError)]
-        for text in dict.fromkeys(tracebacks):
-            complain(text.rstrip())
-        fail(*_headings(exc), *map(described, causes))
+    except BaseException as exc:  # noqa: BLE001 - raised again if it is a bug
+        lines, status = _explain(exc)
+        if write_error is None:
+            complain("\n".join(lines))
+        else:
+            write_error("\n".join(map(printable, lines)))
+        raise typer.Exit(status) from None
+
+
+def _explain(exc: BaseException) -> tuple[list[str], int]:
+    """Return what to print about an exception, and the exit status.
+
+    Raises:
+      BaseException: ``exc`` without groups, if it is a bug.
+    """
+    causes = list(_causes(exc))
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt):
+            # It arrived before anything was running.
+            cause = Signalled(signal.SIGINT)  # noqa: PLW2901 - the same thing
+        if isinstance(cause, Signalled):
+            number = signal.Signals(cause.number)
+            said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+            return [f"trio-unixconn: {said}"], 128 + number
+    expected = (OSError, EOFError, trio.TooSlowError, UnixConnectionError)
+    if not all(isinstance(cause, expected) for cause in causes):
+        if len(causes) > 1:
+            raise exc
+        # Without the groups around it, and with what it says of its own origin.
+        raise causes[0] from causes[0].__cause__
+    # Workers mostly fail for the same reason.
+    tracebacks = [each.traceback for each in causes if isinstance(each, WorkerStartError)]
+    lines = [line for text in dict.fromkeys(tracebacks) for line in text.rstrip().splitlines()]
+    errors = [*_headings(exc), *map(described, causes)]
+    return [*lines, *(f"trio-unixconn: {printable(line)}" for line in errors)], 1
 
 
 def described(exc: BaseException) -> str:
@@ -176,13 +197,15 @@ def too_slow(timeout: float, address: UnixSocketAddress) -> OSError:
     )
 
 
-def heard_signals() -> list[signal.Signals]:
-    """Return the signals that are to be heeded.
+def heard_signals(names: Iterable[str] = ("SIGINT", "SIGTERM", "SIGHUP")) -> list[signal.Signals]:
+    """Return the signals that are to be heeded, of those that this platform has.
 
     Signals that the parent process has ignored (nohup, or a shell for what it runs in the
-    background) stays ignored.
+    background) stay ignored.
     """
-    return [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    # Windows has no SIGHUP.
+    found: list[signal.Signals] = [getattr(signal, n) for n in names if hasattr(signal, n)]
+    return [each for each in found if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 async def _until_signalled(function: Callable[[], Awaitable[T]]) -> T:

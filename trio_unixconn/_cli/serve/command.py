@@ -5,6 +5,8 @@ Invariant: invalid arguments are rejected before anything is opened or started.
 
 from __future__ import annotations
 
+import enum
+import logging
 import os
 import sys
 from functools import partial
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
     from ...pool import WorkerPoolOptions
 
 _SUFFIXES: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class LogFormat(enum.Enum):
+    """A form of ``--log-format``."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(enum.Enum):
+    """A level of ``--log-level``."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 def serve(
@@ -106,6 +124,14 @@ def serve(
         int,
         typer.Option(help="End after so many consecutive workers crashed without a job."),
     ] = 5,
+    max_draining: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="A restart waits while so many old workers would be draining; default: twice as "
+            "many as there are workers.",
+        ),
+    ] = None,
     executable: Annotated[
         str | None,
         typer.Option(
@@ -136,8 +162,22 @@ def serve(
         bool, typer.Option("--reload", help="Restart the workers when Python files change.")
     ] = False,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Lines instead of a table, also on a terminal.")
+        bool, typer.Option("--plain", help="Lines instead of a table, even on a terminal.")
     ] = False,
+    log_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Append the log to this file, which SIGUSR1 opens again (default: standard "
+            "output).",
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines of text, or a JSON object in each line.")
+    ] = LogFormat.TEXT,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Log nothing that is less important.")
+    ] = LogLevel.INFO,
 ) -> None:
     """Accept connections, and have worker processes handle them.
 
@@ -149,8 +189,17 @@ def serve(
     # --help needs none of it.
     from ...pool._config import PoolConfig  # noqa: PLC0415
     from .binds import read_bind  # noqa: PLC0415
-    from .service import ServeConfig, is_terminal, serve_until_told  # noqa: PLC0415
+    from .output import open_missing_streams, print_error  # noqa: PLC0415
+    from .service import (  # noqa: PLC0415
+        ServeConfig,
+        catch_signals,
+        ignore_signals,
+        is_terminal,
+        serve_until_told,
+    )
 
+    open_missing_streams()
+    catch_signals()
     options: WorkerPoolOptions = {
         "workers": workers,
         "setup": setup,
@@ -170,7 +219,7 @@ def serve(
         "kill_process_group": kill_process_group,
     }
     try:
-        PoolConfig(handler, **options)
+        pool = PoolConfig(handler, **options)
     except ValueError as exc:
         fail(str(exc), status=2)
     _put_current_directory_on_path()
@@ -185,8 +234,15 @@ def serve(
         stats_socket=None if stats_socket is None else address_of(stats_socket),
         reload=reload,
         table=is_terminal() and not plain,
+        max_draining=2 * pool.workers if max_draining is None else max_draining,
+        log_file=log_file,
+        log_format=log_format.value,
+        log_level=getattr(logging, log_level.name),
     )
-    run(partial(serve_until_told, config), heeds_signals=True)
+    try:
+        run(partial(serve_until_told, config), heeds_signals=True, write_error=print_error)
+    finally:
+        ignore_signals()
 
 
 def _put_current_directory_on_path() -> None:

@@ -6,39 +6,48 @@ cannot start, do.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.live import Live
 
 from ..._listener import open_unix_listener
 from ..._version import __version__
-from ...errors import WorkerStartError
+from ...errors import PoolClosedError, WorkerStartError
 from ...pool import WorkerServer, serve_statistics, serve_with_workers
 from .._console import Signalled, heard_signals
 from .binds import name_of, open_all
-from .log import LogLines, log_to, logger
+from .log import Log, Screen, logger, start_log
 from .status import Sample, Sampler
 from .table import render
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
+    from types import FrameType
 
     from ..._address import UnixSocketAddress
     from ..._listener import UnixListener
     from ...pool import WorkerPoolOptions
     from .binds import Bind
+    from .log import LogFormat
 
 # Seconds between two pictures of the table.
 _REFRESH: Final = 0.25
-_HUP: Final = getattr(signal, "SIGHUP", None)
+# A terminal and a program around this one both send a signal: within so many seconds, a second one
+# is the same one.
+SAME_SIGNAL: Final = 1.0
+# Seconds between two looks at how many old workers are left.
+_DRAINING_CHECK: Final = 0.1
+_STOP: Final = ("SIGINT", "SIGTERM")
+_WITHOUT_EFFECT: Final = ("SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")
+SIGNALS: Final = (*_STOP, "SIGQUIT", "SIGHUP", *_WITHOUT_EFFECT)
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +59,8 @@ class ServeConfig:
       stats_socket: where the statistics are to be had.
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
+      max_draining: how many old workers may be draining while new ones start.
+      log_file, log_format, log_level: as of :class:`Log`.
     """
 
     handler: str
@@ -59,6 +70,10 @@ class ServeConfig:
     stats_socket: UnixSocketAddress | None
     reload: bool
     table: bool
+    max_draining: int
+    log_file: str | None
+    log_format: LogFormat
+    log_level: int
 
 
 async def serve_until_told(config: ServeConfig) -> None:
@@ -69,33 +84,40 @@ async def serve_until_told(config: ServeConfig) -> None:
       OSError: it cannot listen where it should.
       WorkerStartError, ExceptionGroup: as of :func:`open_worker_pool`.
     """
-    console = Console() if config.table else None
-    lines = log_to(console)
-    logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
+    log = start_log(
+        file=config.log_file,
+        form=config.log_format,
+        level=config.log_level,
+        table=config.table,
+    )
     try:
-        await _Service(config, console, lines).run()
+        logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
+        await _Service(config, log).run()
     finally:
-        lines.flush()
+        log.stop()
 
 
 class _Service:
-    def __init__(self, config: ServeConfig, console: Console | None, lines: LogLines) -> None:
+    def __init__(self, config: ServeConfig, log: Log) -> None:
         self._config = config
-        self._console = console
-        self._lines = lines
+        self._log = log
         self._begun = trio.current_time()
         self._addresses: list[str] = []
         self._server: WorkerServer | None = None
         # One that waits is enough: it brings in all that has changed until then.
         self._asked, self._requests = trio.open_memory_channel[str](1)
+        # How many workers there are to be, and when that was changed.
+        self._workers = 0
+        self._resize = trio.Event()
+        self._stopped_at = -math.inf
         # What makes sense as long as there are new connections.
         self._while_open = trio.CancelScope()
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
-            if self._console is not None:
-                nursery.start_soon(self._show, self._console)
+            if self._config.table:
+                nursery.start_soon(self._show)
             stats = await self._open_stats(stack)
             listeners = await open_all(self._config.binds, self._config.mode)
             self._addresses = [name_of(each) for each in listeners]
@@ -109,6 +131,7 @@ class _Service:
                     )
                 )
                 self._server = server
+                self._workers = _count(server)
                 logger.info("ready: %s", _workers(server))
                 if stats is not None:
                     nursery.start_soon(serve_statistics, server, stats)
@@ -144,7 +167,7 @@ class _Service:
     async def _heed_signals(
         self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        heard = heard_signals()
+        heard = heard_signals(SIGNALS)
         if not heard:
             task_status.started()
             return
@@ -154,18 +177,36 @@ class _Service:
 
     async def _heed(self, signals: AsyncIterable[int]) -> None:
         async for number in signals:
-            if number == _HUP:
-                self._ask_for_restart("SIGHUP")
-            elif self._server is None or self._while_open.cancel_called:
+            name = signal.Signals(number).name
+            if name in _STOP:
+                self._stop(number)
+            elif name == "SIGQUIT":
                 raise Signalled(number)
+            elif name == "SIGHUP":
+                self._ask_for_restart(name)
+            elif name == "SIGUSR1":
+                self._log.reopen()
+            elif name == "SIGUSR2":
+                logger.info("received SIGUSR2, which is reserved for upgrades: ignored")
             else:
-                self._drain(self._server, signal.Signals(number).name)
+                self._resize_by(1 if name == "SIGTTIN" else -1, name)
 
-    def _drain(self, server: WorkerServer, why: str) -> None:
+    def _stop(self, number: int) -> None:
+        now = trio.current_time()
+        if self._server is None:
+            raise Signalled(number)
+        if not self._while_open.cancel_called:
+            self._stopped_at = now
+            self._drain(self._server, signal.Signals(number).name)
+        elif now - self._stopped_at > SAME_SIGNAL:
+            raise Signalled(number)
+
+    def _drain(self, server: WorkerServer, name: str) -> None:
         pool = server.statistics()
         logger.info(
-            "%s: draining, with %d in flight and %d queued; a second signal ends at once",
-            why,
+            "received %s, draining %d running and %d queued jobs (signal again to exit "
+            "immediately)",
+            name,
             pool.in_flight,
             pool.queued,
         )
@@ -173,27 +214,72 @@ class _Service:
         server.drain()
 
     def _ask_for_restart(self, why: str) -> None:
+        if self._while_open.cancel_called:
+            logger.info("%s: draining, the workers are not restarted", why)
+            return
         try:
             self._asked.send_nowait(why)
         except trio.WouldBlock:
             logger.info("%s: a restart is waiting already", why)
+
+    def _resize_by(self, change: int, name: str) -> None:
+        if self._server is None or self._while_open.cancel_called:
+            logger.info("received %s: not serving, the number of workers stays", name)
+        elif self._workers + change < 1:
+            logger.info("received %s: the last worker stays", name)
+        else:
+            self._workers += change
+            logger.info("received %s: changing to %d workers", name, self._workers)
+            self._resize.set()
 
     async def _stay_up_to_date(self, server: WorkerServer) -> None:
         with self._while_open:
             async with trio.open_nursery() as nursery:
                 if self._config.reload:
                     nursery.start_soon(self._watch)
+                nursery.start_soon(self._keep_size, server)
                 async for why in self._requests:
                     await self._restart(server, why)
 
+    async def _keep_size(self, server: WorkerServer) -> None:
+        while True:
+            await self._resize.wait()
+            self._resize = trio.Event()
+            wanted = self._workers
+            try:
+                await server.pool.scale(wanted)
+            except (WorkerStartError, PoolClosedError) as exc:
+                self._workers = _count(server)
+                logger.error("cannot change to %d workers: %s", wanted, exc)
+            else:
+                logger.info("changed: %s", _workers(server))
+
     async def _restart(self, server: WorkerServer, why: str) -> None:
+        await self._wait_for_old_workers(server, why)
         logger.info("%s: restarting the workers", why)
         try:
             await server.pool.restart()
         except WorkerStartError as exc:
             logger.error("%s\nthe old workers go on", exc)
+        except PoolClosedError as exc:
+            # What has closed it ends the server, too.
+            logger.info("%s: %s", why, exc)
         else:
             logger.info("restarted: %s", _workers(server))
+
+    async def _wait_for_old_workers(self, server: WorkerServer, why: str) -> None:
+        """Wait until a restart leaves at most ``max_draining`` old workers."""
+        limit = self._config.max_draining
+
+        def too_many() -> bool:
+            draining = sum(each.state == "draining" for each in server.statistics().workers)
+            return draining > 0 and draining + _count(server) > limit
+
+        if too_many():
+            logger.info("%s: waiting for old workers to exit (--max-draining %d)", why, limit)
+        # The pool tells no task when a worker exits.
+        while too_many():  # noqa: ASYNC110
+            await trio.sleep(_DRAINING_CHECK)
 
     async def _watch(self) -> None:
         from .reload import directories_of, watch  # noqa: PLC0415 - for development only
@@ -208,17 +294,36 @@ class _Service:
     # The table
     ################################################################
 
-    async def _show(self, console: Console) -> None:
-        sampler = Sampler()
-        with Live(console=console, auto_refresh=False) as live:
+    async def _show(self) -> None:
+        try:
+            await self._show_until_gone()
+        except Exception:  # noqa: BLE001 - of rich, about this terminal
+            logger.exception("cannot show the table; from now on there are only lines")
+        finally:
+            self._log.leave_table()
+
+    async def _show_until_gone(self) -> None:
+        terminal, sampler = self._log.terminal, Sampler()
+        console = Console(file=Screen(self._log), force_terminal=True)  # type: ignore[arg-type]
+        with Live(
+            console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        ) as live:
             try:
-                while True:
-                    self._lines.flush()
-                    live.update(self._picture(sampler), refresh=True)
+                while not terminal.is_gone:
+                    # A terminal that is stalled (Ctrl-S) gets no more pictures.
+                    if terminal.is_idle:
+                        self._draw(live, sampler)
                     await trio.sleep(_REFRESH)
             finally:
-                self._lines.flush()
-                live.update(self._picture(sampler))
+                self._draw(live, sampler)
+
+    def _draw(self, live: Live, sampler: Sampler) -> None:
+        with suppress(OSError):
+            live.console.size = ConsoleDimensions(*os.get_terminal_size(self._log.terminal_fd))
+        if (lines := self._log.take()) is not None:
+            # As it is: not folded, which would be in the way of copying.
+            live.console.print(lines, soft_wrap=True)
+        live.update(self._picture(sampler), refresh=True)
 
     def _picture(self, sampler: Sampler) -> RenderableType:
         server = self._server
@@ -235,11 +340,37 @@ class _Service:
         )
 
 
+def _count(server: WorkerServer) -> int:
+    """Return the number of workers, without old ones that drain."""
+    return sum(each.state != "draining" for each in server.statistics().workers)
+
+
 def _workers(server: WorkerServer) -> str:
     ready = [each.pid for each in server.statistics().workers if each.state == "ready"]
     return f"workers {', '.join(map(str, ready))}"
 
 
+def _do_nothing(_: int, __: FrameType | None) -> None:
+    """Handle a signal that must not end the process."""
+
+
+def catch_signals() -> None:
+    """Have the signals that only change something end this process at no time.
+
+    Not before it listens to them, and not when it has ended to. A function, unlike SIG_IGN, is not
+    inherited by the workers.
+    """
+    for number in heard_signals(_WITHOUT_EFFECT):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _do_nothing)
+
+
+def ignore_signals() -> None:
+    """Ignore those signals from now on: Python removes other handlers before it exits."""
+    for number in heard_signals(_WITHOUT_EFFECT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def is_terminal() -> bool:
     """Whether a table can be shown on standard output."""
-    return sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown")
+    return os.isatty(1) and os.environ.get("TERM") not in (None, "dumb", "unknown")
