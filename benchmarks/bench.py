@@ -1,13 +1,12 @@
-"""How fast this library is, beside everybody else.
+"""Measure the speed of this library and of other implementations.
 
-All contestants of a case run in turn, A B C A B C, each as two processes of its own, after a
-run for warming up that does not count. What is shown is the median of the ratios within each
-turn, and their quartiles; times are shown beside it. Contestants that are not installed are
-named as missing.
+All implementations of a case run in turn, A B C A B C, each as two processes of its own, after a
+warm-up run. The tables show the median of the ratios within each turn, their quartiles, and the
+times. Implementations that are not installed are listed as missing.
 
-The exit status is 1 if a contestant failed, with --check if ours has got slower beside the
-others (what seems so is measured once more before it counts), and with --strict if a goal is
-missed; 0 otherwise, because whether a goal is met on a busy machine says little.
+The exit status is 1 if an implementation failed, with --check if trio_unixconn has got slower
+relative to the others (a suspected regression is measured again before it counts), and with
+--strict if a goal is missed. A missed goal is otherwise no error: on a busy machine it says little.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TypeVar
 
 import attrs
 from cases import CASES, Case
-from pairs import CONTESTANTS, Contestant, FailedError, MissingError, Pair
+from pairs import IMPLEMENTATIONS, FailedError, Implementation, MissingError, Pair
 from report import (
     Result,
     compare,
@@ -48,23 +47,23 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-FOLDER = Path(__file__).parent
-RESULT = FOLDER / "result.json"
-TABLES = FOLDER / "result.md"
+DIRECTORY = Path(__file__).parent
+RESULT = DIRECTORY / "result.json"
+TABLES = DIRECTORY / "result.md"
 ROUNDS, QUICK_ROUNDS = 15, 5
-# How often everybody is started afresh. Where a process happens to have its memory makes it up to
-# a tenth faster or slower for all its life; a ratio of two processes is in part that of their luck.
+# How often each implementation is started. The memory layout of a process makes it up to a tenth
+# faster or slower for all its life, so ratios of one start depend on chance.
 STARTS, QUICK_STARTS = 5, 1
-# How much worse a ratio may get before that is a regression.
+# A ratio that got worse by more than this factor is a regression.
 TOLERANCE = 1.10
-Anyone = TypeVar("Anyone", bound=Contestant)
+ImplementationT = TypeVar("ImplementationT", bound=Implementation)
 
 
 @attrs.define
 class Run:
-    """One run of the benchmark: who takes part, and what came of it so far."""
+    """One run of the benchmark: the implementations, and their results so far."""
 
-    folder: str
+    directory: str
     quick: bool
     rounds: int
     starts: int
@@ -73,21 +72,21 @@ class Run:
     failed: dict[str, str] = attrs.field(factory=dict)
     versions: dict[str, str] = attrs.field(factory=dict)
 
-    def start(self, contestants: list[Contestant]) -> None:
-        """Start who is installed."""
-        for contestant in contestants:
+    def start(self, implementations: list[Implementation]) -> None:
+        """Start the implementations that are installed."""
+        for implementation in implementations:
             try:
-                pair = Pair(contestant, self.folder)
+                pair = Pair(implementation, self.directory)
             except MissingError as exc:
-                self.missing[contestant.name] = str(exc)
+                self.missing[implementation.name] = str(exc)
             else:
                 self.pairs.append(pair)
-                self.versions[contestant.name] = pair.version
+                self.versions[implementation.name] = pair.version
         for pair in list(self.pairs):
             try:
                 pair.cases  # noqa: B018 - asked now, so that all start at once and none later
             except FailedError as exc:
-                self.failed[pair.contestant.name] = str(exc)
+                self.failed[pair.implementation.name] = str(exc)
                 pair.close()
                 self.pairs.remove(pair)
 
@@ -98,25 +97,28 @@ class Run:
         self.pairs.clear()
 
     def entries_of(self, case: Case) -> dict[str, tuple[int, str]]:
-        """Return who can run a case and in which ways: by name, the pair and the variant."""
+        """Return the pair and the variant of each entry in a case, by name."""
         return {
-            f"{pair.contestant.name}: {variant}" if variant else pair.contestant.name: (i, variant)
+            f"{pair.implementation.name}: {variant}" if variant else pair.implementation.name: (
+                i,
+                variant,
+            )
             for i, pair in enumerate(self.pairs)
             for variant in pair.cases.get(case.name, ())
         }
 
     def rounds_of(self, case: Case, start: int) -> int:
-        """Return how often a case is run by those who were started at one of the starts."""
+        """Return how often a case is run at one of the starts."""
         return len(range(start, min(self.rounds, case.rounds), self.starts))
 
     def turns(self, cases: list[Case]) -> int:
-        """Return how many runs there are in all, if nobody fails."""
+        """Return the total number of runs, if no implementation fails."""
         return sum(len(self.entries_of(case)) * min(self.rounds, case.rounds) for case in cases)
 
     def measure(
         self, case: Case, rounds: int, progress: Progress, task: TaskID
     ) -> dict[str, list[float]]:
-        """Run a case in turns; return the values of each who did not fail."""
+        """Run a case in turns; return the values of the entries that did not fail."""
         count = case.quick if self.quick else case.count
         entries = self.entries_of(case)
         values: dict[str, list[float]] = {name: [] for name in entries}
@@ -141,13 +143,13 @@ class Run:
         return values
 
     def _restart(self, i: int) -> None:
-        contestant = self.pairs[i].contestant
+        implementation = self.pairs[i].implementation
         self.pairs[i].close()
-        self.pairs[i] = Pair(contestant, self.folder)
+        self.pairs[i] = Pair(implementation, self.directory)
 
 
 def joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Return the values of those who failed in no part."""
+    """Return the values of the entries that failed in no part."""
     return {
         name: [value for part in parts for value in part[name]]
         for name in parts[0]
@@ -156,14 +158,14 @@ def joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
 
 
 def in_turn(names: Iterable[str], turn: int) -> list[str]:
-    """Return who runs behind whom: each turn begins with another, so that none is always last."""
+    """Return the order in a turn: each begins with another name, so that none is always last."""
     found = list(names)
     first = turn % len(found) if found else 0
     return found[first:] + found[:first]
 
 
 def machine() -> str:
-    """Return where this runs."""
+    """Return a description of this machine."""
     return (
         f"{platform.system()} {platform.release()}, {platform.machine()}, "
         f"{os.cpu_count()} processors"
@@ -171,7 +173,7 @@ def machine() -> str:
 
 
 def progress_bar() -> Progress:
-    """Return what shows how far it is, and is gone at the end."""
+    """Return a progress bar that disappears at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -181,8 +183,10 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick: bool) -> Result:
-    """Measure everything; return what came of it."""
+def run(
+    cases: list[Case], implementations: list[Implementation], rounds: int, *, quick: bool
+) -> Result:
+    """Measure everything; return the result."""
     result: Result = {
         "machine": machine(),
         "rounds": rounds,
@@ -191,12 +195,12 @@ def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick:
     }
     measured: dict[str, list[dict[str, list[float]]]] = {case.title: [] for case in cases}
     starts = QUICK_STARTS if quick else STARTS
-    with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
-        running = Run(folder, quick, rounds, starts)
+    with tempfile.TemporaryDirectory() as directory, progress_bar() as progress:
+        running = Run(directory, quick, rounds, starts)
         task = progress.add_task("", total=None)
         for start in range(starts):
             try:
-                running.start(contestants)
+                running.start(implementations)
                 progress.update(task, total=running.turns(cases))
                 for case in cases:
                     progress.update(task, description=case.title)
@@ -216,43 +220,56 @@ def run(cases: list[Case], contestants: list[Contestant], rounds: int, *, quick:
     return result
 
 
-def chosen(everyone: Sequence[Anyone], text: str) -> list[Anyone]:
-    """Return the contestants of the command line; ours is always among them."""
-    known = [each.key for each in everyone]
+def chosen(known_ones: Sequence[ImplementationT], text: str) -> list[ImplementationT]:
+    """Return the implementations that the argument names, and always trio_unixconn."""
+    known = [each.key for each in known_ones]
     keys = {"ours", *text.split(",")} if text else set(known)
     if unknown := keys - set(known):
         raise argparse.ArgumentTypeError(
-            f"no such contestant: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+            f"unknown implementation: {', '.join(sorted(unknown))}; expected {', '.join(known)}"
         )
-    return [each for each in everyone if each.key in keys]
+    return [each for each in known_ones if each.key in keys]
 
 
 def add_choices(
-    parser: argparse.ArgumentParser, everyone: Sequence[Contestant], rounds: int, quick_rounds: int
+    parser: argparse.ArgumentParser,
+    known_ones: Sequence[Implementation],
+    rounds: int,
+    quick_rounds: int,
 ) -> None:
-    """Add the arguments that say what is measured, how often, and what is done with it."""
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter: a minute, not ten")
-    parser.add_argument("--rounds", type=int, help=f"{rounds}, or with --quick {quick_rounds}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their title")
+    """Add the arguments that select what is measured and how often, and where results go."""
     parser.add_argument(
-        "--contestants",
-        type=partial(chosen, everyone),
-        default=everyone,
+        "--quick", action="store_true", help="fewer and shorter runs: one minute instead of ten"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help=f"default: {rounds}; with --quick: {quick_rounds}"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases with TEXT in their title"
+    )
+    parser.add_argument(
+        "--implementations",
+        type=partial(chosen, known_ones),
+        default=known_ones,
         metavar="A,B",
-        help=", ".join(each.key for each in everyone),
+        help=", ".join(each.key for each in known_ones),
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     parser.add_argument(
-        "--write", action="store_true", help="keep the result, and what the docs have of it"
+        "--write",
+        action="store_true",
+        help="replace the kept result, and the tables and pictures of the docs",
     )
-    parser.add_argument("--strict", action="store_true", help="a missed goal is an error")
+    parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
 
 
-def checked(parser: argparse.ArgumentParser, everyone: Sequence[Contestant]) -> argparse.Namespace:
+def checked(
+    parser: argparse.ArgumentParser, known_ones: Sequence[Implementation]
+) -> argparse.Namespace:
     """Read the command line."""
     given = parser.parse_args()
-    if given.write and (given.only or given.contestants is not everyone):
-        parser.error("--write keeps a whole result: without --only and --contestants")
+    if given.write and (given.only or given.implementations is not known_ones):
+        parser.error("--write cannot be combined with --only or --implementations")
     return given
 
 
@@ -261,23 +278,25 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_choices(parser, CONTESTANTS, ROUNDS, QUICK_ROUNDS)
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with a kept result")
+    add_choices(parser, IMPLEMENTATIONS, ROUNDS, QUICK_ROUNDS)
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="compare with the result in FILE"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=TOLERANCE,
         metavar="FACTOR",
-        help=f"by which ours may get slower before that is a regression; without it {TOLERANCE}",
+        help=f"a slowdown by more than FACTOR is a regression; default: {TOLERANCE}",
     )
-    given = checked(parser, CONTESTANTS)
+    given = checked(parser, IMPLEMENTATIONS)
     if given.tolerance < 1:
-        parser.error("--tolerance is a factor: 1.1 is 10 %")
+        parser.error(f"--tolerance must be at least 1, got {given.tolerance} (1.1 allows 10 %)")
     return given
 
 
 def main() -> int:
-    """Measure, show, and judge."""
+    """Measure, print the tables, and compare."""
     given = parsed()
     kept = json.loads(given.check.read_text()) if given.check else None
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
@@ -286,7 +305,7 @@ def main() -> int:
         for case in CASES
         if (case.quick if given.quick else case.count) and given.only in case.title
     ]
-    result = run(cases, given.contestants, rounds, quick=given.quick)
+    result = run(cases, given.implementations, rounds, quick=given.quick)
     console = Console(width=None if sys.stdout.isatty() else 140)
     show(result, console)
     verdicts = judge(result)
@@ -305,14 +324,14 @@ def main() -> int:
         found = compare(kept, result, given.tolerance)
         doubtful = {title for change in found.regressions for title in change.titles}
         if doubtful:
-            # A machine that was busy at that moment is no regression; one that stays is.
-            console.print(f"measured once more: {', '.join(sorted(doubtful))}", markup=False)
+            # The machine may have been busy: only a slowdown that is seen again is a regression.
+            console.print(f"measured again: {', '.join(sorted(doubtful))}", markup=False)
             cases = [case for case in cases if case.title in doubtful]
-            again = run(cases, given.contestants, rounds, quick=given.quick)
+            again = run(cases, given.implementations, rounds, quick=given.quick)
             found = confirmed(found, compare(kept, again, given.tolerance))
             wrong |= bool(again["failed"])
         show_comparison(found, given.tolerance, console)
-        # A check that compares nothing holds nothing.
+        # A check that compared nothing has failed.
         wrong |= bool(found.regressions) or not found.compared
     if given.strict:
         wrong |= any(verdict.is_met is False for verdict in verdicts)

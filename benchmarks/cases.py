@@ -1,7 +1,7 @@
-"""What is measured, how often, and what is due.
+"""The workloads of the benchmark, and its goals.
 
-The rule of this file: values only. A case is run by every contestant that can; a goal is a
-ratio of two of them in the same run.
+A case is run by every implementation that supports it. A goal is a ratio of two implementations in
+the same run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Case:
     """One thing to measure.
 
     Attributes:
-      name: what the contestants know it by.
-      size: bytes or descriptors a message, or connections beside.
-      count: of round trips, messages, buffers or connections in one run, when it is full.
-      quick: the same, when it is quick; 0 leaves the case out then.
-      unit: what one of them is.
-      group: the picture in which it is.
-      figure: what is compared: seconds of the left side, or a figure that the right one gives.
-      rounds: at most so many, because one takes long.
+      name: its key in the programs of the implementations.
+      size: bytes or descriptors per message, or the number of idle connections.
+      count: the number of round trips, messages, buffers or connections in a full run.
+      quick: the same in a quick run; 0 skips the case.
+      unit: one of these, in the headings of tables.
+      group: the picture that shows it.
+      figure: the value to compare: seconds of the left side, or a figure of the right side.
+      rounds: the maximum number of rounds, because one takes long.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Case:
 
     @property
     def alternates(self) -> bool:
-        """Whether only one side is at work at a time: then both have one processor.
+        """Whether only one side works at a time: then both run on one processor.
 
-        On two, what is measured is above all how long a virtual processor takes to wake up,
-        which varies by more than the contestants do. The kernel puts such pairs on one, too.
+        On two, the time that a virtual processor takes to wake up dominates, and it varies by
+        more than the implementations differ. The kernel also puts such pairs on one.
         """
         return "ping-pong" in self.name or self.name == IDLE
 
@@ -61,11 +61,11 @@ MEMORY = "memory of an idle connection"
 
 # The pictures, and their titles.
 GROUPS = {
-    "ping-pong": "There and back",
+    "ping-pong": "Round trips",
     "one-way": "Descriptors, one way",
-    "bytes": "Plain bytes, there and back",
+    "bytes": "Plain bytes, round trips",
     "buffers": "A large buffer",
-    "connections": "Accepting, and a crowd of idle connections",
+    "connections": "Accepting, and idle connections",
 }
 
 CASES = [
@@ -80,15 +80,24 @@ CASES = [
     Case(BYTES, 64, 3000, 400, "round trip", "64 bytes, ping-pong", "bytes"),
     Case(BYTES, 4 * KIB, 3000, 0, "round trip", "4 KiB, ping-pong", "bytes"),
     Case(BYTES, 64 * KIB, 2000, 300, "round trip", "64 KiB, ping-pong", "bytes"),
-    # As often when it is quick: the first of a run pays for sealing, and shows among a few.
+    # As many in a quick run: the first of a run pays for sealing, which shows among a few.
     Case(BUFFER, MIB, 50, 50, "buffer", "a buffer of 1 MiB", "buffers"),
     Case(BUFFER, 64 * MIB, 2, 0, "buffer", "a buffer of 64 MiB", "buffers", rounds=7),
     Case(BUFFER, 1024 * MIB, 1, 0, "buffer", "a buffer of 1 GiB", "buffers", rounds=3),
     Case(ACCEPT, 1, 1000, 150, "connection", ACCEPT, "connections"),
-    Case(IDLE, 1, 2000, 300, "round trip", "64 bytes, 1 idle beside", "connections", rounds=7),
-    Case(IDLE, 100, 2000, 0, "round trip", "64 bytes, 100 idle beside", "connections", rounds=7),
+    Case(IDLE, 1, 2000, 300, "round trip", "64 bytes, 1 idle connection", "connections", rounds=7),
     Case(
-        IDLE, 10000, 2000, 0, "round trip", "64 bytes, 10,000 idle beside", "connections", rounds=7
+        IDLE, 100, 2000, 0, "round trip", "64 bytes, 100 idle connections", "connections", rounds=7
+    ),
+    Case(
+        IDLE,
+        10000,
+        2000,
+        0,
+        "round trip",
+        "64 bytes, 10,000 idle connections",
+        "connections",
+        rounds=7,
     ),
     Case(MEMORY, 10000, 1, 0, "connection", MEMORY, "connections", figure="bytes", rounds=3),
 ]
@@ -96,9 +105,9 @@ CASES = [
 
 @attrs.frozen
 class Goal:
-    """A ratio that is due: of ``over`` to ``under``, at least or at most ``bound``.
+    """An expected ratio of ``over`` to ``under``: at least or at most ``bound``.
 
-    Each is a pair of a case's title and a contestant. Those of one case were measured in turns;
+    Each is the title of a case and an implementation. Those of one case were measured in turns;
     only the goal of many idle connections compares two cases, one measured after the other.
     """
 
@@ -120,9 +129,9 @@ ANYIO = "anyio on trio"
 UVLOOP = "anyio on uvloop"
 GIO = "PyGObject Gio"
 STREAM = f"{FLOOR}: trio.SocketStream"
-# What the goal of the one way case is about is receiving. So the sender is the standard
-# library's in both, and fds() alone is on the other end; with a sender of ours, which takes a
-# checkpoint for each descriptor, the sender's pace would be measured.
+# The goal of the one way case is about receiving. So the sender is that of the standard library in
+# both, and the receiver is fds(). Our sender takes a checkpoint for each descriptor, so its pace
+# would be measured.
 RECEIVED = f"{OURS}: fds() from a blocking sender"
 BURSTS = f"{OURS}: send_fds(per_message=1), fds()"
 
@@ -177,8 +186,8 @@ GOALS = [
     ),
     Goal(
         "latency with 10,000 idle connections / with 1",
-        ("64 bytes, 10,000 idle beside", OURS),
-        ("64 bytes, 1 idle beside", OURS),
+        ("64 bytes, 10,000 idle connections", OURS),
+        ("64 bytes, 1 idle connection", OURS),
         1.2,
     ),
 ]

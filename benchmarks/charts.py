@@ -1,6 +1,6 @@
-"""Pictures of a result: ``python benchmarks/charts.py`` draws those of result.json again.
+"""Draw the pictures of a result: ``python benchmarks/charts.py`` draws those of result.json.
 
-The rule of this file: the same result gives the same bytes.
+Invariant: the same result gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from report import human, is_ours
 
 RESULT = Path(__file__).parent / "result.json"
 PICTURES = Path(__file__).parent.parent / "docs" / "explanation" / "performance"
-# Orange beside grey differs in lightness too, so that it is seen by everyone, and in print.
+# Orange and grey differ in lightness too: visible in print, and to the colour-blind.
 OURS_COLOUR, OTHER_COLOUR, WHISKERS = "#e69f00", "#9aa5b1", "#333333"
 STYLE = {
     # Names of elements are random otherwise.
     "svg.hashsalt": "trio_unixconn",
-    # Text stays text, which every viewer has letters for.
+    # Text stays text, drawn with the fonts of the viewer.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -32,9 +32,9 @@ STYLE = {
 }
 
 
-def draw(result: dict[str, Any], folder: Path = PICTURES) -> list[Path]:
-    """Draw a picture for each group of cases; return where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw(result: dict[str, Any], directory: Path = PICTURES) -> list[Path]:
+    """Draw a picture for each group of cases; return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
         for group, title in GROUPS.items():
@@ -44,15 +44,15 @@ def draw(result: dict[str, Any], folder: Path = PICTURES) -> list[Path]:
                 if case.group == group and case.title in result["cases"]
             }
             if cases:
-                path = folder / f"{group}.svg"
+                path = directory / f"{group}.svg"
                 draw_group(title, cases, path)
                 written.append(path)
     return written
 
 
 def draw_group(title: str, cases: dict[str, Any], path: Path) -> None:
-    """Draw one picture: a field for each case, a bar for each contestant."""
-    sizes = [len(case["contestants"]) for case in cases.values()]
+    """Draw one picture: a field for each case, a bar for each implementation."""
+    sizes = [len(case["implementations"]) for case in cases.values()]
     figure, fields = plt.subplots(
         len(cases),
         1,
@@ -66,14 +66,14 @@ def draw_group(title: str, cases: dict[str, Any], path: Path) -> None:
         draw_case(field, name, case)
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
-    # The writer leaves blanks at line ends, which no file of the project has.
+    # The writer leaves blanks at the ends of lines; remove them.
     lines = [line.rstrip() for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines) + "\n")
 
 
 def draw_case(field: Any, title: str, case: dict[str, Any]) -> None:
     """Draw the bars of a case, the least first, with whiskers from quartile to quartile."""
-    rows = sorted(case["contestants"].items(), key=lambda item: -item[1]["median"])
+    rows = sorted(case["implementations"].items(), key=lambda item: -item[1]["median"])
     medians = [row["median"] for _, row in rows]
     whiskers = [
         [row["median"] - row["low"] for _, row in rows],
@@ -86,14 +86,14 @@ def draw_case(field: Any, title: str, case: dict[str, Any]) -> None:
         color=[OURS_COLOUR if is_ours(name) else OTHER_COLOUR for name, _ in rows],
         error_kw={"ecolor": WHISKERS, "elinewidth": 0.8, "capsize": 2},
     )
-    for place, (_, row) in enumerate(rows):
+    for y, (_, row) in enumerate(rows):
         label = human(row["median"], case["figure"])
         field.annotate(
-            label, (row["high"], place), (5, 0), textcoords="offset points", va="center", size=8
+            label, (row["high"], y), (5, 0), textcoords="offset points", va="center", size=8
         )
     for label, (name, _) in zip(field.get_yticklabels(), rows, strict=True):
         label.set_weight("bold" if is_ours(name) else "normal")
-    # Room for the longest bar's figure.
+    # Space for the figure of the longest bar.
     field.set_xlim(0, max(row["high"] for _, row in rows) * 1.15)
     field.set_xticks([])
     field.spines["bottom"].set_visible(False)

@@ -1,7 +1,6 @@
-"""Who takes part: how each is started, and how it is found out that one is missing.
+"""The implementations: how each is started, and why one is missing.
 
-The rule of this file: a contestant that cannot be started, or that fails, is named, with the
-reason.
+An implementation that cannot be started, or that fails, is reported with the reason.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ import trio_unixconn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-FOLDER = Path(__file__).parent / "contestants"
-# In seconds. Only what hangs takes so long.
-PATIENCE = 120
+DIRECTORY = Path(__file__).parent / "implementations"
+# In seconds. Only a process that hangs takes so long.
+TIMEOUT = 120
 
 
 class MissingError(Exception):
-    """This contestant is not installed; the text says what is missing."""
+    """An implementation is not installed; the text says what is missing."""
 
 
 class FailedError(Exception):
-    """This contestant died, or hung; the text says which, and its last words."""
+    """An implementation died or hung; the text says which, and has its last line of errors."""
 
 
 @attrs.frozen
 class Program:
-    """How a contestant is started.
+    """How an implementation is started.
 
     Attributes:
-      command: what comes before the side and the descriptor.
-      version: what it is made of.
-      arguments: what comes behind them.
+      command: the arguments before the side and the descriptor.
+      version: the versions of its parts.
+      arguments: the arguments after the side and the descriptor.
     """
 
     command: list[str]
@@ -56,13 +55,13 @@ class Program:
 
 
 @attrs.frozen
-class Contestant:
-    """One who takes part.
+class Implementation:
+    """One implementation that is measured.
 
     Attributes:
-      key: what it is called on the command line.
-      name: what it is called in the tables.
-      find: returns how it is started, given a folder to build in; raises MissingError.
+      key: its name on the command line.
+      name: its name in the tables.
+      find: returns its program, given a directory to build in; raises MissingError.
     """
 
     key: str
@@ -73,7 +72,7 @@ class Contestant:
 def installed(package: str) -> str:
     """Return a package's name and version; raise MissingError without it."""
     if package == OURS:
-        # It is what stands beside this folder, installed or not.
+        # The package next to this directory, installed or not.
         return f"{package} {trio_unixconn.__version__}"
     try:
         return f"{package} {importlib.metadata.version(package)}"
@@ -82,20 +81,20 @@ def installed(package: str) -> str:
 
 
 def python(
-    script: str, *arguments: str, packages: Iterable[str] = (), folder: Path = FOLDER
+    script: str, *arguments: str, packages: Iterable[str] = (), directory: Path = DIRECTORY
 ) -> Callable[[str], Program]:
-    """Return how a script is started under this Python, if the packages are there."""
+    """Return a function that finds a script for this Python, if the packages are installed."""
 
     def find(_: str) -> Program:
         found = [installed(package) for package in packages]
         version = ", ".join([*found, f"Python {sys.version.split()[0]}"])
-        return Program([sys.executable, str(folder / script)], version, arguments)
+        return Program([sys.executable, str(directory / script)], version, arguments)
 
     return find
 
 
 def system_python(_: str) -> Program:
-    """Return how PyGObject is started, which is the system's."""
+    """Return the program for PyGObject, which the system's Python has."""
     interpreter = "/usr/bin/python3"
     versions = (
         "import sys, gi; from gi.repository import GLib, Gio; "
@@ -109,15 +108,15 @@ def system_python(_: str) -> Program:
         )
     except (OSError, subprocess.CalledProcessError):
         raise MissingError("apt-get install python3-gi gir1.2-glib-2.0") from None
-    return Program([interpreter, str(FOLDER / "gio.py")], done.stdout.strip())
+    return Program([interpreter, str(DIRECTORY / "gio.py")], done.stdout.strip())
 
 
-def compiled(folder: str, source: Path = FOLDER / "limit.c") -> Program:
-    """Return how a program in C is started, after compiling it."""
+def compiled(directory: str, source: Path = DIRECTORY / "limit.c") -> Program:
+    """Compile a program in C, and return it."""
     compiler = shutil.which("cc")
     if compiler is None:
         raise MissingError("no C compiler (cc)")
-    program = os.path.join(folder, source.stem)
+    program = os.path.join(directory, source.stem)
     subprocess.run(
         [compiler, "-std=c11", "-Wall", "-Wextra", "-O2", "-o", program, source, "-lm"],
         check=True,
@@ -126,35 +125,37 @@ def compiled(folder: str, source: Path = FOLDER / "limit.c") -> Program:
     return Program([program], done.stdout.split("\n", 1)[0] + ", -O2")
 
 
-CONTESTANTS = [
-    Contestant("c", "C", compiled),
-    Contestant("stdlib", STDLIB, python("stdlib.py")),
-    Contestant("reduction", "multiprocessing.reduction", python("reduction.py")),
-    Contestant("floor", FLOOR, python("floor.py", packages=["trio"])),
-    Contestant("ours", OURS, python("ours.py", packages=[OURS, "trio"])),
-    Contestant("anyio-trio", ANYIO, python("with_anyio.py", "trio", packages=["anyio", "trio"])),
-    Contestant(
+IMPLEMENTATIONS = [
+    Implementation("c", "C", compiled),
+    Implementation("stdlib", STDLIB, python("stdlib.py")),
+    Implementation("reduction", "multiprocessing.reduction", python("reduction.py")),
+    Implementation("floor", FLOOR, python("floor.py", packages=["trio"])),
+    Implementation("ours", OURS, python("ours.py", packages=[OURS, "trio"])),
+    Implementation(
+        "anyio-trio", ANYIO, python("with_anyio.py", "trio", packages=["anyio", "trio"])
+    ),
+    Implementation(
         "anyio-asyncio", "anyio on asyncio", python("with_anyio.py", "asyncio", packages=["anyio"])
     ),
-    Contestant(
+    Implementation(
         "anyio-uvloop", UVLOOP, python("with_anyio.py", "uvloop", packages=["anyio", "uvloop"])
     ),
-    Contestant("twisted", "Twisted", python("with_twisted.py", packages=["twisted"])),
-    Contestant("gio", GIO, system_python),
+    Implementation("twisted", "Twisted", python("with_twisted.py", packages=["twisted"])),
+    Implementation("gio", GIO, system_python),
 ]
 
 
 def environment(*paths: Path) -> dict[str, str]:
-    """Return the environment of a contestant, with more paths for its imports."""
-    # What is measured is the library that stands beside this folder.
-    found = [*map(str, paths), str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")]
+    """Return the environment of an implementation, with more paths for its imports."""
+    # Measure the library next to this directory.
+    found = [*map(str, paths), str(DIRECTORY.parent.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
 
 
 def lines_of(processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> list[Any]:
-    """Return what each has written, a line of JSON; raise FailedError if one dies, or none does."""
-    deadline = time.monotonic() + PATIENCE
-    # Of all at once: when one has died the other waits for it in vain.
+    """Return the line of JSON of each process; raise FailedError if one dies or hangs."""
+    deadline = time.monotonic() + TIMEOUT
+    # From all at the same time: if one dies, the other waits for it without end.
     texts = dict.fromkeys(processes, b"")
     while unfinished := [each for each, text in texts.items() if not text.endswith(b"\n")]:
         outputs = {each.stdout.fileno(): each for each in unfinished if each.stdout}
@@ -171,34 +172,34 @@ def lines_of(processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> li
 
 
 def failed(how: str, processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> FailedError:
-    """End what has failed; return the error, with its last words."""
+    """Kill the processes that failed; return an error with the last line of their errors."""
     for process in processes:
         process.kill()
         process.wait()
     errors.seek(0)
     words = [line for line in errors.read().split("\n") if line.strip()]
-    return FailedError(f"{how}: {words[-1].strip() if words else 'without a word'}")
+    return FailedError(f"{how}: {words[-1].strip() if words else 'no output'}")
 
 
 class Pair:
-    """The two processes of a contestant, at the ends of a socketpair."""
+    """The two processes of an implementation, at the ends of a socketpair."""
 
-    def __init__(self, contestant: Contestant, folder: str) -> None:
-        program = contestant.find(folder)
-        self.contestant = contestant
+    def __init__(self, implementation: Implementation, directory: str) -> None:
+        program = implementation.find(directory)
+        self.implementation = implementation
         self.version = program.version
-        self._folder = folder
+        self._directory = directory
         self._cases: dict[str, list[str]] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._errors = open(  # noqa: SIM115 - both processes have it until they end
-            os.path.join(folder, f"{contestant.key}.stderr"), "w+"
+        self._errors = open(  # noqa: SIM115 - both processes use it until they exit
+            os.path.join(directory, f"{implementation.key}.stderr"), "w+"
         )
         allowed = os.sched_getaffinity(0)
         cpus = sorted(allowed)
         ends = socket.socketpair()
         try:
             for i, side in enumerate(("left", "right")):
-                # A processor each, from the start: where the kernel puts them is chance.
+                # One processor each, from the start: the kernel's choice would be chance.
                 os.sched_setaffinity(0, {cpus[i % len(cpus)]})
                 fd = ends[i].fileno()
                 command = [*program.command, side, str(fd), *program.arguments]
@@ -219,7 +220,7 @@ class Pair:
 
     @property
     def cases(self) -> dict[str, list[str]]:
-        """What it can do: cases, and their variants; waits until it has started."""
+        """The cases it supports, with their variants; waits until it has started."""
         self._await_start()
         assert self._cases is not None
         return self._cases
@@ -227,18 +228,18 @@ class Pair:
     def run(
         self, case: str, variant: str, count: int, size: int, *, on_one: bool = False
     ) -> dict[str, float]:
-        """Run once, on a processor each or both on one.
+        """Run once, on one processor each or both on the same one.
 
         Returns:
-          The left side's seconds, and the right one's figures.
+          The seconds of the left side, and the figures of the right side.
         """
         self._await_start()
         cpus = sorted(os.sched_getaffinity(0))
         for i, process in enumerate(self._processes):
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(process.pid, {cpus[0 if on_one else i % len(cpus)]})
-        order = {"case": case, "variant": variant, "count": count, "size": size}
-        line = json.dumps({**order, "path": self._folder}) + "\n"
+        request = {"case": case, "variant": variant, "count": count, "size": size}
+        line = json.dumps({**request, "path": self._directory}) + "\n"
         try:
             for process in self._processes:
                 assert process.stdin is not None
@@ -250,12 +251,12 @@ class Pair:
         return {**right, **left}
 
     def _await_start(self) -> None:
-        # Not in the constructor, so that many can start at once.
+        # Not in the constructor, so that many can start at the same time.
         if self._cases is None:
             self._cases = lines_of(self._processes, self._errors)[0]
 
     def close(self) -> None:
-        """End both processes, which they do when there are no more orders."""
+        """End both processes, which exit at the end of their standard input."""
         for process in self._processes:
             try:
                 process.communicate(timeout=10)

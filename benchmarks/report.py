@@ -1,6 +1,6 @@
-"""What measured times say: ratios, goals, regressions; as tables and as Markdown.
+"""Ratios, goals and regressions of a result, as tables and as Markdown.
 
-The rule of this file: it measures nothing. A result is what ``result.json`` holds.
+A result has the structure of ``result.json``. Nothing is measured in this file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether this contestant, in one of its ways, is this library."""
+    """Whether an entry is of this library, in any variant."""
     return name.split(":", maxsplit=1)[0] == OURS
 
 
@@ -46,7 +46,7 @@ def summary(case: Case, values: dict[str, list[float]]) -> Result:
         "figure": case.figure,
         "group": case.group,
         "reference": reference,
-        "contestants": {
+        "implementations": {
             name: {
                 **spread(measured),
                 "ratio": spread(ratios(measured, values[reference]) or [float("nan")]),
@@ -60,9 +60,10 @@ def summary(case: Case, values: dict[str, list[float]]) -> Result:
 def ratio_of(
     result: Result, over: tuple[str, str], under: tuple[str, str]
 ) -> dict[str, float] | None:
-    """Return the ratio of two contestants, turn by turn; None if one did not run."""
+    """Return the ratio of two implementations, turn by turn; None if one did not run."""
     found = [
-        result["cases"].get(case, {}).get("contestants", {}).get(who) for case, who in (over, under)
+        result["cases"].get(case, {}).get("implementations", {}).get(name)
+        for case, name in (over, under)
     ]
     if None in found:
         return None
@@ -80,33 +81,33 @@ class Verdict:
     """A goal, and what was measured."""
 
     goal: str
-    due: str
+    expected: str
     measured: dict[str, float] | None
     is_met: bool | None
 
     @property
     def word(self) -> str:
-        """What is to be said of it."""
+        """One word for the verdict."""
         return {True: "met", False: "missed", None: "not measured"}[self.is_met]
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """Return the row of a table."""
         if self.measured is None:
-            return self.goal, self.due, "", "", self.word
+            return self.goal, self.expected, "", "", self.word
         median, low, high = (f"{self.measured[key]:.3g}" for key in ("median", "low", "high"))
-        return self.goal, self.due, median, f"{low} to {high}", self.word
+        return self.goal, self.expected, median, f"{low} to {high}", self.word
 
 
 def judge(result: Result) -> list[Verdict]:
-    """Hold what was measured against the goals."""
+    """Compare the measured ratios with the goals."""
     verdicts = []
     for goal in GOALS:
         ratio = ratio_of(result, goal.over, goal.under)
-        due = f"at {'least' if goal.at_least else 'most'} {goal.bound:.4g}"
+        expected = f"at {'least' if goal.at_least else 'most'} {goal.bound:.4g}"
         met = None if ratio is None else goal.is_met(ratio["median"])
-        verdicts.append(Verdict(goal.text, due, ratio, met))
+        verdicts.append(Verdict(goal.text, expected, ratio, met))
     beyond = None
-    memory = result["cases"].get(MEMORY, {}).get("contestants", {})
+    memory = result["cases"].get(MEMORY, {}).get("implementations", {})
     if OURS in memory and STREAM in memory:
         pairs = zip(memory[OURS]["values"], memory[STREAM]["values"], strict=True)
         beyond = spread([ours - theirs for ours, theirs in pairs])
@@ -128,16 +129,17 @@ def judge(result: Result) -> list[Verdict]:
 
 @attrs.frozen
 class Change:
-    """A ratio then and now.
+    """A ratio in the kept result and in this run.
 
     Attributes:
-      titles: the cases that it is from.
-      worse: the factor by which ours got slower.
+      titles: the cases of the two sides.
+      relative_to: the other implementation.
+      worse: the factor by which trio_unixconn got slower.
     """
 
     titles: tuple[str, ...]
     what: str
-    beside: str
+    relative_to: str
     then: float
     now: float
     worse: float
@@ -145,7 +147,7 @@ class Change:
 
 @attrs.frozen
 class Comparison:
-    """What got worse, out of how many ratios, and what could not be compared."""
+    """The regressions, the number of ratios compared, and notes on what could not be compared."""
 
     regressions: list[Change]
     compared: int
@@ -153,10 +155,10 @@ class Comparison:
 
 
 def compare(then: Result, now: Result, tolerance: float) -> Comparison:
-    """Compare ours with a kept result, by the ratios to the others and by the goals.
+    """Compare with a kept result, by the ratios to the others and by the goals.
 
-    In a case, ours has got slower when it has beside most of the others: what one of them
-    does alone is its own. A goal is the ratio of two, and compared as it is.
+    In a case, trio_unixconn has got slower if it has relative to most of the others: a change
+    relative to only one is a change of that one. The ratio of a goal is compared directly.
     """
     changes = [
         change
@@ -180,7 +182,7 @@ def confirmed(first: Comparison, again: Comparison) -> Comparison:
 
 
 def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
-    names = [name for name in then["cases"][title]["contestants"] if _ran(now, title, name)]
+    names = [name for name in then["cases"][title]["implementations"] if _ran(now, title, name)]
     for ours in filter(is_ours, names):
         found = []
         for other in names:
@@ -190,7 +192,7 @@ def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
             if old and new and old["median"] > 0:
                 found.append((new["median"] / old["median"], old["median"], new["median"], other))
         if found:
-            # The middle one of them; of two, the one that speaks for us.
+            # The median; of two, the one that is in our favour.
             worse, old_ratio, new_ratio, other = sorted(found)[(len(found) - 1) // 2]
             yield Change((title,), f"{title}: {ours}", other, old_ratio, new_ratio, worse)
 
@@ -205,7 +207,7 @@ def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
 
 
 def _ran(result: Result, title: str, name: str) -> bool:
-    return name in result["cases"].get(title, {}).get("contestants", {})
+    return name in result["cases"].get(title, {}).get("implementations", {})
 
 
 def _only_in(one: Result, two: Result, where: str) -> Iterable[str]:
@@ -215,12 +217,12 @@ def _only_in(one: Result, two: Result, where: str) -> Iterable[str]:
     lacking: dict[str, None] = {}
     for title in one["cases"]:
         if title not in whole:
-            for name in one["cases"][title]["contestants"]:
+            for name in one["cases"][title]["implementations"]:
                 if not _ran(two, title, name):
                     lacking[name] = None
     for name in lacking:
         reason = two["missing"].get(name) or two["failed"].get(name)
-        yield f"contestant {where}: {name}{f' ({reason})' if reason else ''}"
+        yield f"implementation {where}: {name}{f' ({reason})' if reason else ''}"
 
 
 ################################################################
@@ -238,8 +240,8 @@ def human(value: float, figure: str) -> str:
 
 
 def cells_of(name: str, case: Result) -> tuple[str, str, str, str]:
-    """Return the row of a contestant."""
-    row = case["contestants"][name]
+    """Return the row of an implementation."""
+    row = case["implementations"][name]
     ratio = row["ratio"]
     return (
         name,
@@ -263,17 +265,17 @@ def table_of(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -
 
 
 def show(result: Result, console: Console) -> None:
-    """Print what was measured, and who is missing."""
+    """Print what was measured, and which implementations are missing."""
     for title, case in result["cases"].items():
         table = table_of(title, headings_of(case), (1, 2, 3))
-        for name in case["contestants"]:
+        for name in case["implementations"]:
             table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
         console.print(table)
     show_absent(result, console)
 
 
 def show_absent(result: Result, console: Console) -> None:
-    """Print who is missing, and who failed."""
+    """Print which implementations are missing or failed."""
     for kind in ("missing", "failed"):
         for name, why in result[kind].items():
             console.print(f"{kind}: {name} ({why})", style="yellow", markup=False)
@@ -281,20 +283,20 @@ def show_absent(result: Result, console: Console) -> None:
 
 def show_goals(verdicts: Iterable[Verdict], console: Console) -> None:
     """Print the goals."""
-    table = table_of("Goals", ("goal", "due", "measured", "quartiles", ""), (2, 3))
+    table = table_of("Goals", ("goal", "expected", "measured", "quartiles", ""), (2, 3))
     for verdict in verdicts:
         table.add_row(*verdict.cells(), style="red" if verdict.is_met is False else "")
     console.print(table)
 
 
 def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
-    """Print what got worse, and what was not compared."""
+    """Print the regressions, and what was not compared."""
     if found.regressions:
-        headings = ("slower than it was", "beside", "ratio then", "now", "worse by")
+        headings = ("slower than before", "relative to", "ratio before", "now", "worse by")
         table = table_of("Regressions", headings, (2, 3, 4))
         for each in found.regressions:
             numbers = (f"{each.then:.3g}", f"{each.now:.3g}", f"{each.worse:.2f}")
-            table.add_row(each.what, each.beside, *numbers, style="red")
+            table.add_row(each.what, each.relative_to, *numbers, style="red")
         console.print(table)
     for note in found.notes:
         console.print(f"not compared: {note}", style="yellow", markup=False)
@@ -305,7 +307,7 @@ def show_comparison(found: Comparison, tolerance: float, console: Console) -> No
 
 
 def markdown(result: Result) -> str:
-    """Return the tables for the documentation, with marks between which it includes them."""
+    """Return the tables for the documentation, between the markers that it includes them by."""
     lines = ["<!-- Written by nox -s bench -- --write. -->", "", *machine_lines(result)]
     for group in GROUPS:
         lines += [f"<!-- begin {group} -->", ""]
@@ -313,7 +315,7 @@ def markdown(result: Result) -> str:
             found = result["cases"].get(case.title)
             if case.group == group and found:
                 lines += [*row_of(case.title, *headings_of(found)[1:]), *row_of(*["---"] * 4)]
-                for name in found["contestants"]:
+                for name in found["implementations"]:
                     cells = cells_of(name, found)
                     lines += row_of(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
                 lines.append("")
@@ -322,11 +324,11 @@ def markdown(result: Result) -> str:
 
 
 def machine_lines(result: Result) -> list[str]:
-    """Return, in Markdown, where it was measured, and who took part."""
+    """Return the machine and the versions of all implementations, in Markdown."""
     lines = ["<!-- begin machine -->", ""]
     kind = "quick" if result["quick"] else "full"
     lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
-    lines += row_of("contestant", "version") + row_of("---", "---")
+    lines += row_of("implementation", "version") + row_of("---", "---")
     for name, version in result["versions"].items():
         lines += row_of(name, version)
     for key in ("missing", "failed"):
@@ -337,7 +339,7 @@ def machine_lines(result: Result) -> list[str]:
 
 def goal_lines(verdicts: Iterable[Verdict]) -> list[str]:
     """Return the goals in Markdown."""
-    lines = ["<!-- begin goals -->", "", *row_of("goal", "due", "measured", "quartiles", "")]
+    lines = ["<!-- begin goals -->", "", *row_of("goal", "expected", "measured", "quartiles", "")]
     lines += row_of(*["---"] * 5)
     for verdict in verdicts:
         *words, last = verdict.cells()

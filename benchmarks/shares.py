@@ -1,7 +1,7 @@
-"""Where the time of a ping-pong goes: by file, for this library and for the least of trio.
+"""Profile a ping-pong, by file, for this library and for raw system calls under trio.
 
 ``python benchmarks/shares.py``. Both ends are tasks of one process, under cProfile, which makes
-Python functions dearer than they are; the shares, not the times, are what is to be read.
+Python functions slower than they are: read the shares, not the times.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(Path(__file__).parent / "contestants"), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent / "implementations"), str(Path(__file__).parent.parent)]
 
-import floor  # noqa: E402 - behind the path to it
+import floor  # noqa: E402 - needs the path that is added first
 
-from trio_unixconn import connection_pair  # noqa: E402 - as above
+from trio_unixconn import connection_pair  # noqa: E402 - needs the path that is added first
 
 ROUNDS = 3000
 Step = Callable[[], Awaitable[None]]
 
 
 async def play(begin: Step, answer: Step) -> None:
-    """Have two tasks send one descriptor there and back."""
+    """Have two tasks send one descriptor and return it."""
 
     async def answers() -> None:
         for _ in range(ROUNDS):
@@ -79,7 +79,7 @@ async def least() -> None:
 
 
 def shares(run: Callable[[], Awaitable[None]]) -> Counter[str]:
-    """Return how many seconds were spent where."""
+    """Return the seconds spent in each part."""
     profile = cProfile.Profile()
     profile.runcall(trio.run, run)
     found: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def shares(run: Callable[[], Awaitable[None]]) -> Counter[str]:
 
 def main() -> None:
     """Print both, side by side."""
-    table = Table(title=f"{ROUNDS} descriptors there and back, by cProfile")
+    table = Table(title=f"{ROUNDS} round trips of a descriptor, by cProfile")
     for heading in ("", "trio_unixconn", "trio, raw"):
         table.add_column(heading, justify="right" if heading else "left")
     columns = [shares(ours), shares(least)]

@@ -1,20 +1,20 @@
 """How fast and how fair the worker pool is, beside everybody else who spreads connections.
 
-All contestants of a load run in turn, A B C A B C, each by its own processes, which stay for all
-of the run; each turn begins with another. Before that each serves so many connections that it is
-warm, and then a short run of each load, which do not count. A turn in which other processes used
+All implementations of a load run in turn, A B C A B C, each in its own processes, which stay for
+all of the run; each turn begins with another. Before that each serves so many connections that it
+is warm, and then a short run of each load, which do not count. A turn in which other processes used
 this machine is run once more, and those in which they used it least count, whatever came of
 them. What is shown is the median of the ratios within each turn, and their quartiles; figures
-are shown beside it. Contestants that are not installed are named as missing.
+are shown beside it. Implementations that are not installed are named as missing.
 
 The load is made by a program in C. In a closed loop a connection follows another: that is the
 rate. In an open loop they come when they are due, at random times that are the same for all, so
 that those who wait while a server stands still are counted: that is the latency. Nobody is
-pinned to a processor: the generator takes part of them all, from each contestant alike, and the
+pinned to a processor: the generator takes part of them all, from each implementation alike, and the
 kernel may move the rest. In an open loop the generator comes first where that is allowed.
 
-The exit status is 1 if a contestant failed, and with --strict if a goal is missed; 0 otherwise,
-because whether a goal is met on a busy machine says little.
+The exit status is 1 if an implementation failed, and with --strict if a goal is missed. A missed
+goal is otherwise no error: on a busy machine it says little.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from plan import (
 )
 from processes import machine_busy, private_bytes
 from report import Result, show_goals
-from servers import CONTESTANTS, PoolContestant, Server
+from servers import IMPLEMENTATIONS, PoolImplementation, Server
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -78,7 +78,7 @@ FOLDER = Path(__file__).parent
 RESULT = FOLDER / "result.json"
 TABLES = FOLDER / "result.md"
 ROUNDS, QUICK_ROUNDS = 7, 3
-# Of all contestants, before anything is measured, in connections, and in seconds at most.
+# Of all implementations, before anything is measured, in connections, and in seconds at most.
 WARM_UP_CONNECTIONS = 20_000
 WARM_UP_PATIENCE = 30
 # How long warming up to a load is, as a share of a run.
@@ -101,16 +101,16 @@ class Run:
     # Connections a second in a closed loop, by whether some burn, and by name.
     capacities: dict[bool, dict[str, float]] = attrs.field(factory=dict)
 
-    def start(self, contestants: list[PoolContestant]) -> None:
+    def start(self, implementations: list[PoolImplementation]) -> None:
         """Start who is installed."""
-        for contestant in contestants:
+        for implementation in implementations:
             try:
-                server = Server(contestant, self.folder)
+                server = Server(implementation, self.folder)
             except MissingError as exc:
-                self.missing[contestant.name] = str(exc)
+                self.missing[implementation.name] = str(exc)
             else:
-                self.servers[contestant.name] = server
-                self.versions[contestant.name] = server.version
+                self.servers[implementation.name] = server
+                self.versions[implementation.name] = server.version
         for name, server in list(self.servers.items()):
             try:
                 server.port  # noqa: B018 - asked now, so that all start at once and none later
@@ -134,9 +134,9 @@ class Run:
                 self._drop(name, f"warming up: {exc}")
 
     def _start_afresh(self) -> None:
-        contestants = [server.contestant for server in self.servers.values()]
+        implementations = [server.implementation for server in self.servers.values()]
         self.close()
-        self.start(contestants)
+        self.start(implementations)
         self.warm_up()
 
     def close(self) -> None:
@@ -211,10 +211,10 @@ class Run:
         found: list[float] = []
         if OURS not in self.servers:
             return found
-        contestant = self.servers[OURS].contestant
+        implementation = self.servers[OURS].implementation
         for _ in range(times):
             try:
-                found.append(growth(contestant, self.folder, self.generator, MANY))
+                found.append(growth(implementation, self.folder, self.generator, MANY))
             except FailedError as exc:
                 self.failed[OURS] = f"{MEMORY}: {exc}"
                 break
@@ -235,7 +235,9 @@ class Run:
 
     def _arrivals(self, load: Load, rates: dict[str, float]) -> tuple[float, list[str]]:
         with_workers = {
-            name: rate for name, rate in rates.items() if self.servers[name].contestant.workers > 1
+            name: rate
+            for name, rate in rates.items()
+            if self.servers[name].implementation.workers > 1
         }
         rate = arrivals((with_workers or rates).values(), SHARE)
         names = []
@@ -277,17 +279,19 @@ def observed(server: Server, measure: Callable[[], Measured]) -> dict[str, float
     measured = measure()
     after, busy, took = server.cpu(), machine_busy() - busy, time.monotonic() - begin
     check(measured)
-    figures = figures_of(measured, server.contestant.workers, before, after)
+    figures = figures_of(measured, server.implementation.workers, before, after)
     own = measured["own_cpu"] + sum(after.values()) - sum(before.values())
     return {**figures, "others": max(0, busy - own) / took / (os.cpu_count() or 1)}
 
 
-def growth(contestant: PoolContestant, folder: str, generator: Generator, jobs: int) -> float:
+def growth(
+    implementation: PoolImplementation, folder: str, generator: Generator, jobs: int
+) -> float:
     """Return the bytes that the parent of a new server takes more when so many are in flight.
 
     A new one each time, because memory that was in use before is not given back.
     """
-    server = Server(contestant, folder)
+    server = Server(implementation, folder)
     try:
         check(generator.run(server.port, burns=False, seconds=0.5, seed=1))
         descriptors, before = server.descriptors(), private_bytes(server.pid)
@@ -299,7 +303,12 @@ def growth(contestant: PoolContestant, folder: str, generator: Generator, jobs: 
 
 
 def run(
-    loads: list[Load], contestants: list[PoolContestant], rounds: int, memory: int, *, quick: bool
+    loads: list[Load],
+    implementations: list[PoolImplementation],
+    rounds: int,
+    memory: int,
+    *,
+    quick: bool,
 ) -> Result:
     """Measure everything; return what came of it."""
     result: Result = {
@@ -313,7 +322,7 @@ def run(
         generator = built(folder)
         running = Run(folder, generator, quick, rounds)
         try:
-            running.start(contestants)
+            running.start(implementations)
             total = sum(len(running.names_of(load)) * running.rounds_of(load) for load in loads)
             with progress_bar() as progress:
                 more = memory if OURS in running.servers else 0
@@ -342,8 +351,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_choices(parser, CONTESTANTS, ROUNDS, QUICK_ROUNDS)
-    given = checked(parser, CONTESTANTS)
+    add_choices(parser, IMPLEMENTATIONS, ROUNDS, QUICK_ROUNDS)
+    given = checked(parser, IMPLEMENTATIONS)
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     loads = [
         load
@@ -356,7 +365,7 @@ def main() -> int:
     memory = QUICK_MEMORY_ROUNDS if given.quick else MEMORY_ROUNDS
     if given.only not in MEMORY:
         memory = 0
-    result = run(loads, given.contestants, rounds, memory, quick=given.quick)
+    result = run(loads, given.implementations, rounds, memory, quick=given.quick)
     console = Console(width=None if sys.stdout.isatty() else 160)
     show(result, console)
     verdicts = judge(result)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # By figure, the values of all rounds.
 Figures = dict[str, list[float]]
-# By contestant, the figures of one round.
+# By implementation, the figures of one round.
 Turn = dict[str, dict[str, float]]
 
 
@@ -80,7 +80,7 @@ def figures_of(
 
 
 def disturbance(turn: Turn) -> float:
-    """Return the share of the machine that others used, at the contestant whom it hit most."""
+    """Return the share of the machine that others used, at the implementation whom it hit most."""
     return max((figures["others"] for figures in turn.values()), default=0.0)
 
 
@@ -91,7 +91,7 @@ def least_disturbed(turns: list[Turn], count: int) -> list[Turn]:
 
 
 def by_name(turns: list[Turn], names: Iterable[str]) -> dict[str, Figures]:
-    """Return the values of each of these contestants, who were in all turns, by figure."""
+    """Return the values of each of these implementations, who were in all turns, by figure."""
     return {
         name: {figure: [turn[name][figure] for turn in turns] for figure in turns[0][name]}
         for name in names
@@ -109,7 +109,7 @@ def summary(load: Load, arrivals: float | None, values: dict[str, Figures]) -> R
         "figure": load.figure,
         "arrivals": arrivals,
         "reference": reference,
-        "contestants": {
+        "implementations": {
             name: {
                 **spread(figures[load.figure]),
                 "ratio": spread(ratios(figures[load.figure], base)),
@@ -159,7 +159,7 @@ def _bounded(text: str, values: Sequence[float], most: float) -> Verdict:
 
 
 def _values(result: Result, title: str, figure: str) -> list[float]:
-    found = result["cases"].get(title, {}).get("contestants", {}).get(OURS)
+    found = result["cases"].get(title, {}).get("implementations", {}).get(OURS)
     values: list[float] = found["figures"].get(figure, []) if found else []
     return values
 
@@ -169,9 +169,9 @@ def _only(result: Result, figure: str) -> Result:
     return {
         "cases": {
             title: {
-                "contestants": {
+                "implementations": {
                     name: {"values": row["figures"][figure]}
-                    for name, row in case["contestants"].items()
+                    for name, row in case["implementations"].items()
                     if figure in row["figures"]
                 }
             }
@@ -200,7 +200,7 @@ COLUMNS: list[tuple[str, str, float, str]] = [
 
 def columns_of(case: Result) -> list[tuple[str, str, float, str]]:
     """Return the columns of a load's table: without those that burn nothing, where all do not."""
-    burns = any("burning p99" in row["figures"] for row in case["contestants"].values())
+    burns = any("burning p99" in row["figures"] for row in case["implementations"].values())
     return [each for each in COLUMNS if burns or not each[1].startswith("light")]
 
 
@@ -211,8 +211,8 @@ def headings_of(case: Result) -> list[str]:
 
 
 def cells_of(name: str, case: Result) -> list[str]:
-    """Return the row of a contestant: medians of its rounds, and the ratio in each."""
-    row = case["contestants"][name]
+    """Return the row of an implementation: medians of its rounds, and the ratio in each."""
+    row = case["implementations"][name]
     ratio = row["ratio"]
     medians = [
         format(statistics.median(row["figures"][figure]) * factor, form)
@@ -232,7 +232,7 @@ def show(result: Result, console: Console) -> None:
     for title, case in result["cases"].items():
         headings = headings_of(case)
         table = table_of(title_of(title, case), headings, range(1, len(headings)))
-        for name in case["contestants"]:
+        for name in case["implementations"]:
             table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
         console.print(table)
     if result["memory"]:
@@ -255,12 +255,12 @@ def notes_of(result: Result) -> list[str]:
     """Return what is to be known beside the tables: whether the generator, or others, mattered."""
     notes = []
     for title, case in result["cases"].items():
-        for name, row in case["contestants"].items():
+        for name, row in case["implementations"].items():
             share = statistics.median(row["figures"]["generator share"])
             if share > 0.9:
                 notes.append(f"{title}: {name}: limited by the generator, which had no time left")
         others = [
-            value for row in case["contestants"].values() for value in row["figures"]["others"]
+            value for row in case["implementations"].values() for value in row["figures"]["others"]
         ]
         if statistics.median(others) > MOST_DISTURBED / 2:
             notes.append(
@@ -281,7 +281,7 @@ def markdown(result: Result) -> str:
         lines += row_of(title_of(load.title, case), *headings[1:]) + row_of(
             *["---"] * len(headings)
         )
-        for name in case["contestants"]:
+        for name in case["implementations"]:
             cells = cells_of(name, case)
             lines += row_of(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
         lines += ["", f"<!-- end {load.title} -->", ""]

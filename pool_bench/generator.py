@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from pairs import PATIENCE, FailedError, compiled, failed, lines_of
+from pairs import TIMEOUT, FailedError, compiled, failed, lines_of
 from plan import AT_ONCE, BURN_ONE_IN
 
 SOURCE = Path(__file__).parent / "load.c"
@@ -89,7 +89,7 @@ class Generator:
             try:
                 yield process, answer
                 try:
-                    process.communicate(timeout=PATIENCE)
+                    process.communicate(timeout=TIMEOUT)
                 except subprocess.TimeoutExpired:
                     raise failed("the load hung", [process], errors) from None
             finally:

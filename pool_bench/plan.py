@@ -1,6 +1,6 @@
 """What is measured of worker pools, for how long, and what is due.
 
-The rule of this file: values only. A load is the same for all contestants; a goal is about what
+The rule of this file: values only. A load is the same for all implementations; a goal is about what
 was measured in the same run.
 """
 

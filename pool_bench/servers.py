@@ -18,8 +18,8 @@ from pathlib import Path
 import attrs
 from cases import OURS
 from pairs import (
-    Contestant,
     FailedError,
+    Implementation,
     MissingError,
     Program,
     environment,
@@ -30,7 +30,7 @@ from pairs import (
 from plan import NODE, REUSEPORT, SHARED, SINGLE
 from processes import cpu_of, family, open_descriptors
 
-FOLDER = Path(__file__).parent / "contestants"
+FOLDER = Path(__file__).parent / "implementations"
 # In seconds. Only what hangs takes so long.
 PATIENCE = 30
 # Descriptors that a server may open and close for itself, beside those of connections.
@@ -38,7 +38,7 @@ OWN_DESCRIPTORS = 16
 
 
 @attrs.frozen
-class PoolContestant(Contestant):
+class PoolImplementation(Implementation):
     """One who takes part, and how many processes of it serve."""
 
     workers: int = 4
@@ -57,17 +57,17 @@ def our_pool(folder: str) -> Program:
     """Return how this library's pool is started, if it has one."""
     if importlib.util.find_spec("trio_unixconn.pool") is None:
         raise MissingError(f"this {OURS} has no pool")
-    return python("our_pool.py", packages=[OURS, "trio"], folder=FOLDER)(folder)
+    return python("our_pool.py", packages=[OURS, "trio"], directory=FOLDER)(folder)
 
 
-def _trio(key: str, name: str, workers: int = 4) -> PoolContestant:
-    find = python(f"{key}.py", packages=["trio"], folder=FOLDER)
-    return PoolContestant(key, name, find, workers)
+def _trio(key: str, name: str, workers: int = 4) -> PoolImplementation:
+    find = python(f"{key}.py", packages=["trio"], directory=FOLDER)
+    return PoolImplementation(key, name, find, workers)
 
 
-CONTESTANTS = [
-    PoolContestant("ours", OURS, our_pool),
-    PoolContestant("node", NODE, node),
+IMPLEMENTATIONS = [
+    PoolImplementation("ours", OURS, our_pool),
+    PoolImplementation("node", NODE, node),
     _trio("reuseport", REUSEPORT),
     _trio("shared", SHARED),
     _trio("single", SINGLE, workers=1),
@@ -75,15 +75,15 @@ CONTESTANTS = [
 
 
 class Server:
-    """A contestant that serves a port, and its processes."""
+    """An implementation that serves a port, and its processes."""
 
-    def __init__(self, contestant: PoolContestant, folder: str) -> None:
-        program = contestant.find(folder)
-        self.contestant = contestant
+    def __init__(self, implementation: PoolImplementation, folder: str) -> None:
+        program = implementation.find(folder)
+        self.implementation = implementation
         self.version = program.version
         self._port = 0
         self._errors = open(  # noqa: SIM115 - the processes have it until they end
-            os.path.join(folder, f"{contestant.key}.stderr"), "w+"
+            os.path.join(folder, f"{implementation.key}.stderr"), "w+"
         )
         self._process = subprocess.Popen(
             [*program.command, *program.arguments],

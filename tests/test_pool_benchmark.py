@@ -39,7 +39,7 @@ from plan import (
     beside,
 )
 from processes import cpu_seconds, family, private_bytes
-from servers import CONTESTANTS, PoolContestant, Server
+from servers import IMPLEMENTATIONS, PoolImplementation, Server
 
 # One Python is enough.
 pytestmark = pytest.mark.once
@@ -58,15 +58,15 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
         pytest.skip(str(exc))
 
 
-def named(key: str) -> PoolContestant:
-    """Return a contestant by its key."""
-    (found,) = (each for each in CONTESTANTS if each.key == key)
+def named(key: str) -> PoolImplementation:
+    """Return an implementation by its key."""
+    (found,) = (each for each in IMPLEMENTATIONS if each.key == key)
     return found
 
 
 @pytest.fixture
 def single(tmp_path: Path) -> Yields[Server, None, None]:
-    """The least of the contestants, running."""
+    """The least of the implementations, running."""
     server = Server(named("single"), str(tmp_path))
     try:
         yield server
@@ -79,21 +79,23 @@ def single(tmp_path: Path) -> Yields[Server, None, None]:
 ################################################################
 
 
-@pytest.mark.parametrize("contestant", [pytest.param(each, id=each.key) for each in CONTESTANTS])
-def test_every_contestant_serves(
-    contestant: PoolContestant, generator: Generator, tmp_path: Path
+@pytest.mark.parametrize(
+    "implementation", [pytest.param(each, id=each.key) for each in IMPLEMENTATIONS]
+)
+def test_every_implementation_serves(
+    implementation: PoolImplementation, generator: Generator, tmp_path: Path
 ) -> None:
-    """Each contestant that is there answers all connections, burning or not, and leaves nothing."""
+    """Each installed implementation answers all connections, burning or not, and leaves nothing."""
     try:
-        server = Server(contestant, str(tmp_path))
+        server = Server(implementation, str(tmp_path))
     except MissingError as exc:
         # What the benchmark needs beyond the tests may be missing here, but is named.
         assert "installed" in str(exc) or "has no pool" in str(exc)
-        assert contestant.key not in ALWAYS
+        assert implementation.key not in ALWAYS
         return
     try:
         port, members = server.port, family(server.pid)
-        assert len(members) >= contestant.workers
+        assert len(members) >= implementation.workers
         closed = generator.run(port, burns=False, seconds=0.1, seed=1)
         opened = generator.run(port, burns=True, seconds=0.5, seed=1, rate=400)
         figures = observed(
@@ -169,10 +171,10 @@ def test_workers_end_with_their_parent(key: str, tmp_path: Path) -> None:
 
 
 def test_who_fails_has_last_words(tmp_path: Path) -> None:
-    """What has failed is said, and what the contestant said last."""
+    """What has failed is said, and what the implementation said last."""
     server = Server(named("single"), str(tmp_path))
     assert server.port
-    assert str(server.failed("dropped 3")) == "dropped 3: without a word"
+    assert str(server.failed("dropped 3")) == "dropped 3: no output"
 
 
 def test_processes_are_seen_from_outside() -> None:
@@ -236,7 +238,7 @@ def test_what_others_disturbed_counts_less() -> None:
 
 
 def result_of(**rates: float) -> dict[str, Any]:
-    """Make a result in which each contestant always had the same figures; these times as fast."""
+    """Make a result in which each implementation had the same figures in each round."""
     names = {"ours": OURS, "node": NODE, "reuseport": REUSEPORT}
     cases = {}
     for load in LOADS:
@@ -279,14 +281,14 @@ def test_who_did_not_run_is_not_judged() -> None:
     assert {verdict.word for verdict in judge(result)} == {"not measured"}
     case = result["cases"][EVEN]
     assert case["reference"] == REUSEPORT
-    assert case["contestants"][NODE]["ratio"]["median"] == pytest.approx(0.5)
+    assert case["implementations"][NODE]["ratio"]["median"] == pytest.approx(0.5)
 
 
 def test_goals_are_about_what_is_measured() -> None:
     """Both sides of each goal name a load and who runs it."""
     titles = {load.title: load for load in LOADS}
     assert len(titles) == len(LOADS)
-    names = {each.name for each in CONTESTANTS}
+    names = {each.name for each in IMPLEMENTATIONS}
     for goal in GOALS:
         for title, name in (goal.over, goal.under):
             assert name in names
@@ -311,5 +313,5 @@ def test_what_disturbed_is_noted() -> None:
     notes = notes_of(result_of(ours=6.0))
     assert f"{EVEN}: others took 20% of this machine meanwhile" in notes
     result = result_of(ours=6.0)
-    result["cases"][EVEN]["contestants"][OURS]["figures"]["generator share"] = [0.97] * 3
+    result["cases"][EVEN]["implementations"][OURS]["figures"]["generator share"] = [0.97] * 3
     assert any("limited by the generator" in note for note in notes_of(result))

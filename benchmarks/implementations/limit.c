@@ -1,8 +1,8 @@
-/* The limit: what the kernel can do, with blocking sockets and nothing in between.
+/* The limit of the kernel: blocking sockets, in C.
  *
- * It speaks what common.py speaks: its side and its descriptor are arguments, each line of JSON
- * on standard input is an order, and is answered by one line. The orders are written by
- * json.dumps without any character that needs escaping, so that looking for the keys will do.
+ * The protocol is that of common.py: the side and the descriptor are arguments, and each line of
+ * JSON on standard input is a request, answered by one line. The requests are written by json.dumps
+ * without any character that needs escaping, so searching for the keys is enough.
  */
 
 #define _GNU_SOURCE
@@ -47,13 +47,13 @@ static double now(void)
     return time.tv_sec + time.tv_nsec * 1e-9;
 }
 
-static void *room_for(size_t size)
+static void *filled(size_t size)
 {
-    void *room = malloc(size);
-    if (!room)
+    void *buffer = malloc(size);
+    if (!buffer)
         die("malloc");
-    memset(room, 'x', size);
-    return room;
+    memset(buffer, 'x', size);
+    return buffer;
 }
 
 static void send_bytes(int sock, const char *data, size_t size)
@@ -67,10 +67,10 @@ static void send_bytes(int sock, const char *data, size_t size)
     }
 }
 
-static void receive_bytes(int sock, char *room, size_t room_size, size_t size)
+static void receive_bytes(int sock, char *buffer, size_t buffer_size, size_t size)
 {
     while (size) {
-        ssize_t received = recv(sock, room, size < room_size ? size : room_size, 0);
+        ssize_t received = recv(sock, buffer, size < buffer_size ? size : buffer_size, 0);
         if (received <= 0)
             die("recv");
         size -= received;
@@ -125,7 +125,7 @@ static int receive_fds(int sock, int *fds, char *data, size_t size)
         die("recvmsg");
     check(!(message.msg_flags & MSG_CTRUNC), "descriptors were lost");
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    check(header && header->cmsg_type == SCM_RIGHTS, "no descriptors came");
+    check(header && header->cmsg_type == SCM_RIGHTS, "expected descriptors");
     int count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     memcpy(fds, CMSG_DATA(header), count * sizeof(int));
     return count;
@@ -144,21 +144,21 @@ static const int STDIN[MAX_FDS];
 static double ping_pong(int sock, int left, const struct job *job, int fds, size_t size)
 {
     int received[MAX_FDS];
-    /* A message of many bytes is read with room for more, so that it may arrive at once. */
-    char *data = room_for(size), *room = room_for(size > 1 ? 65536 : 1);
-    size_t room_size = size > 1 ? 65536 : 1;
+    /* The buffer is larger than a message of many bytes, so that one read can return all of it. */
+    char *data = filled(size), *buffer = filled(size > 1 ? 65536 : 1);
+    size_t buffer_size = size > 1 ? 65536 : 1;
     double begin = now();
     for (long i = 0; i < job->count; i++) {
         if (left)
             send_fds(sock, STDIN, fds, data, size);
-        int count = receive_fds(sock, received, room, room_size);
+        int count = receive_fds(sock, received, buffer, buffer_size);
         if (!left)
             send_fds(sock, STDIN, fds, data, size);
         close_each(received, count);
     }
     begin = now() - begin;
     free(data);
-    free(room);
+    free(buffer);
     return begin;
 }
 
@@ -226,7 +226,7 @@ static void receive_credentials(int sock)
         die("recvmsg");
     setsockopt(sock, SOL_SOCKET, SO_PASSCRED, &off, sizeof off);
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    check(header && header->cmsg_type == SCM_CREDENTIALS, "no credentials came");
+    check(header && header->cmsg_type == SCM_CREDENTIALS, "expected credentials");
 }
 
 static double credentials(int sock, int left, const struct job *job)
@@ -244,24 +244,24 @@ static double credentials(int sock, int left, const struct job *job)
 
 static double bytes(int sock, int left, const struct job *job)
 {
-    char *data = room_for(job->size), *room = room_for(65536);
+    char *data = filled(job->size), *buffer = filled(65536);
     double begin = now();
     for (long i = 0; i < job->count; i++) {
         if (left)
             send_bytes(sock, data, job->size);
-        receive_bytes(sock, room, 65536, job->size);
+        receive_bytes(sock, buffer, 65536, job->size);
         if (!left)
             send_bytes(sock, data, job->size);
     }
     begin = now() - begin;
     free(data);
-    free(room);
+    free(buffer);
     return begin;
 }
 
 static double buffer_sent(int sock, int left, const struct job *job)
 {
-    char *data = room_for(left ? job->size : 65536);
+    char *data = filled(left ? job->size : 65536);
     double begin = now();
     for (long i = 0; i < job->count; i++) {
         if (left) {
@@ -283,7 +283,7 @@ static double buffer_sealed(int sock, int left, const struct job *job)
     char byte;
     if (left) {
         /* It is there already, and full: what is measured is handing it over. */
-        char *data = room_for(1 << 20);
+        char *data = filled(1 << 20);
         memory = memfd_create("benchmark", MFD_CLOEXEC | MFD_ALLOW_SEALING);
         for (long done = 0; done < job->size;) {
             long rest = job->size - done;
@@ -394,27 +394,27 @@ static double run(int sock, int left, const struct job *job)
     return 0;
 }
 
-/* The orders and the answers. */
+/* Requests and answers. */
 
-static void text_of(const char *order, const char *key, char *room, size_t size)
+static void text_of(const char *request, const char *key, char *buffer, size_t size)
 {
     char quoted[32];
     snprintf(quoted, sizeof quoted, "\"%s\": \"", key);
-    const char *begin = strstr(order, quoted);
-    check(begin != NULL, "an order without something");
+    const char *begin = strstr(request, quoted);
+    check(begin != NULL, "a request without a key");
     begin += strlen(quoted);
     size_t length = strcspn(begin, "\"");
-    check(length < size, "an order that is too long");
-    memcpy(room, begin, length);
-    room[length] = 0;
+    check(length < size, "a value that is too long");
+    memcpy(buffer, begin, length);
+    buffer[length] = 0;
 }
 
-static long number_of(const char *order, const char *key)
+static long number_of(const char *request, const char *key)
 {
     char quoted[32];
     snprintf(quoted, sizeof quoted, "\"%s\": ", key);
-    const char *begin = strstr(order, quoted);
-    check(begin != NULL, "an order without something");
+    const char *begin = strstr(request, quoted);
+    check(begin != NULL, "a request without a key");
     return strtol(begin + strlen(quoted), NULL, 10);
 }
 
@@ -432,15 +432,15 @@ int main(int count, char **arguments)
          "\"bytes, ping-pong\": [\"\"], \"a large buffer\": [\"sealed memory\", \"the bytes\"], "
          "\"accept and check credentials\": [\"\"]}");
     fflush(stdout);
-    char order[1024];
-    while (fgets(order, sizeof order, stdin)) {
+    char request[1024];
+    while (fgets(request, sizeof request, stdin)) {
         struct job job;
         char greeting;
-        text_of(order, "case", job.name, sizeof job.name);
-        text_of(order, "variant", job.variant, sizeof job.variant);
-        text_of(order, "path", job.path, sizeof job.path);
-        job.count = number_of(order, "count");
-        job.size = number_of(order, "size");
+        text_of(request, "case", job.name, sizeof job.name);
+        text_of(request, "variant", job.variant, sizeof job.variant);
+        text_of(request, "path", job.path, sizeof job.path);
+        job.count = number_of(request, "count");
+        job.size = number_of(request, "size");
         /* What the other side takes to start is not counted. */
         if (left)
             check(read(sock, &greeting, 1) == 1 && greeting == '!', "no greeting");

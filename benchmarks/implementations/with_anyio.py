@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-# The argument behind the side and the descriptor.
+# The argument after the side and the descriptor.
 OPTIONS: dict[str, dict[str, Any]] = {
     "trio": {"backend": "trio"},
     "asyncio": {"backend": "asyncio"},
@@ -38,7 +38,7 @@ LOOP = OPTIONS[sys.argv[3]]
 def pair(
     left: Callable[[UNIXSocketStream, Job], Any], right: Callable[[UNIXSocketStream, Job], Any]
 ) -> tuple[Side, Side]:
-    """Make the two sides of async functions of a stream."""
+    """Make the two sides from async functions that get a stream."""
 
     def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
         async def main() -> Any:
@@ -209,7 +209,7 @@ async def received_once(socks: list[socket.socket]) -> list[Any]:
 
 
 def memory(count: int) -> float:
-    """Return how much memory a connection takes that has received once, and is idle."""
+    """Return the memory of one idle connection that has received once."""
 
     async def main() -> float:
         first = await received_once(readable_once(10))

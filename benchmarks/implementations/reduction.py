@@ -18,7 +18,7 @@ def pair(
     right: Callable[[Any, Job], Any],
     wrap: Callable[[Any], Any] = lambda sock: sock,
 ) -> tuple[Side, Side]:
-    """Make the two sides of functions of what ``wrap`` makes of a socket."""
+    """Make the two sides from functions that get ``wrap(socket)``."""
 
     def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
         with wrap(end_of(fd)) as end:
@@ -29,7 +29,7 @@ def pair(
 
 
 def connection_of(sock: Any) -> Connection:
-    """Make what multiprocessing.Pipe is made of."""
+    """Make a connection as multiprocessing.Pipe does."""
     return Connection(sock.detach())
 
 

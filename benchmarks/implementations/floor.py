@@ -1,4 +1,4 @@
-"""The least that trio can do: raw sendmsg and recvmsg, and wait_readable; and trio's streams."""
+"""trio with raw sendmsg, recvmsg and wait_readable, and trio's own streams."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pair(
     right: Callable[[Any, Job], Any],
     wrap: Callable[[socket.socket], Any] = lambda sock: sock,
 ) -> tuple[Side, Side]:
-    """Make the two sides of async functions of what ``wrap`` makes of a socket."""
+    """Make the two sides from async functions that get ``wrap(socket)``."""
 
     def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
         async def main() -> Any:
@@ -290,7 +290,7 @@ async def received_once(socks: list[socket.socket]) -> list[Any]:
 
 
 def memory(count: int) -> float:
-    """Return how much memory a connection takes that has received once, and is idle."""
+    """Return the memory of one idle connection that has received once."""
 
     async def main() -> float:
         first = await received_once(readable_once(10))

@@ -1,7 +1,7 @@
 """Twisted: descriptors by IUNIXTransport and IFileDescriptorReceiver, one for each byte.
 
-The reactor runs from the first order to the last, because it cannot be started twice; orders
-come through it too. Between them the transport does not read, so that no protocol gets the
+The reactor runs from the first request to the last, because it cannot be started twice, and
+reads the requests too. Between them the transport does not read, so that no protocol gets the
 greeting.
 """
 
@@ -22,7 +22,7 @@ from common import (
     greet,
     is_same_user,
     offer,
-    read_order,
+    read_request,
     side_and_fd,
 )
 from twisted.internet import reactor, stdio
@@ -46,7 +46,7 @@ class Player(Protocol):
         self.done: Deferred[None] = Deferred()
 
     def begin(self) -> None:
-        """Do what comes first."""
+        """Take the first step."""
 
     def round_done(self) -> bool:
         """Count a round; return whether there is another."""
@@ -58,7 +58,7 @@ class Player(Protocol):
 
 @implementer(IFileDescriptorReceiver)
 class Descriptors(Player):
-    """It closes what descriptors it gets; its bytes are counted in dataReceived."""
+    """It closes each descriptor it gets; its bytes are counted in dataReceived."""
 
     def fileDescriptorReceived(self, fd: int) -> None:
         os.close(fd)
@@ -83,7 +83,7 @@ class FdRight(Descriptors):
 
 @implementer(IPushProducer)
 class OneWayLeft(Player):
-    """It sends while the transport takes more, and then waits for a byte."""
+    """It sends while the transport accepts more, and then waits for a byte."""
 
     paused = True
 
@@ -147,7 +147,7 @@ class Bytes(Player):
         self.prepare()
 
     def prepare(self) -> None:
-        """Do what comes first."""
+        """Take the first step."""
 
     def dataReceived(self, data: bytes) -> None:
         self.missing -= len(data)
@@ -156,7 +156,7 @@ class Bytes(Player):
             self.received()
 
     def received(self) -> None:
-        """Go on after a round."""
+        """Continue after a round."""
         raise NotImplementedError
 
 
@@ -183,7 +183,7 @@ class BytesRight(Bytes):
 
 @implementer(IFileDescriptorReceiver)
 class MessageLeft(BytesLeft):
-    """Its descriptors go with the first two bytes, in a message each."""
+    """Its descriptors are sent with the first two bytes, one message each."""
 
     def send(self) -> None:
         self.transport.sendFileDescriptor(0)
@@ -222,7 +222,7 @@ class BufferRight(Bytes):
 
 
 async def play(kind: type[Player], transport: Any, job: Job) -> float:
-    """Run one side of a case on the connection that stays."""
+    """Run one side of a case on the connection of the pair."""
     player = kind(job)
     transport.protocol = player
     player.transport = transport
@@ -259,7 +259,7 @@ class Served(Protocol):
 
 
 async def accept(side: int, fd: int, job: Job) -> float:
-    """Connect, or accept, again and again."""
+    """Connect, or accept, repeatedly."""
     path = job.path + "/accept"
     if side == 0:
         await_greeting(fd)
@@ -322,7 +322,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Orders(LineOnlyReceiver):
-    """Takes orders, and answers them."""
+    """Reads requests, and answers them."""
 
     delimiter = b"\n"
 
@@ -339,7 +339,7 @@ class Orders(LineOnlyReceiver):
         self.running.addErrback(self.failed)
 
     async def run(self, line: bytes) -> None:
-        case, variant, job = read_order(line, self.side, self.fd)
+        case, variant, job = read_request(line, self.side, self.fd)
         players = CASES[case][variant]
         if players:
             MEETINGS[self.side](self.fd)
@@ -362,7 +362,7 @@ class Orders(LineOnlyReceiver):
 
 if __name__ == "__main__":
     allow_descriptors()
-    # Factories write to a log otherwise, which nobody reads.
+    # Factories would otherwise write to a log that is never read.
     Factory.noisy = False
     stdio.StandardIO(Orders())
     reactor.run()

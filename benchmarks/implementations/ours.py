@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 def pair(
     left: Callable[[UnixConnection, Job], Any], right: Callable[[UnixConnection, Job], Any]
 ) -> tuple[Side, Side]:
-    """Make the two sides of async functions of a connection."""
+    """Make the two sides from async functions that get a connection."""
     return both(run, left, right)
 
 
 def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
-    """Do one side's part in a trio run of its own."""
+    """Run one side in a trio run of its own."""
 
     async def main() -> Any:
         async with UnixConnection.from_stdlib_socket(end_of(fd)) as conn:
@@ -150,7 +150,7 @@ async def stream_right(conn: UnixConnection, job: Job) -> None:
 
 
 def blocking_left(fd: int, job: Job) -> float:
-    """Send from a blocking socket of the standard library, so that only receiving is ours."""
+    """Send from a blocking socket of the standard library: only the receiver is ours."""
     messages = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))]
     with end_of(fd) as sock:
         sock.setblocking(True)
@@ -342,7 +342,7 @@ async def received_once(socks: list[socket.socket]) -> list[Any]:
 
 
 def memory(count: int) -> float:
-    """Return how much memory a connection takes that has received once, and is idle."""
+    """Return the memory of one idle connection that has received once."""
 
     async def main() -> float:
         first = await received_once(readable_once(10))

@@ -20,7 +20,7 @@ FLAGS = socket.MSG_CMSG_CLOEXEC
 def pair(
     left: Callable[[socket.socket, Job], Any], right: Callable[[socket.socket, Job], Any]
 ) -> tuple[Side, Side]:
-    """Make the two sides of functions of a socket."""
+    """Make the two sides from functions that get a socket."""
 
     def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
         with end_of(fd) as sock:

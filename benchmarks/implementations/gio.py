@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gi
 
 gi.require_version("Gio", "2.0")
-from common import Job, Side, both, clock, end_of, serve  # noqa: E402 - gi is asked first
+from common import Job, Side, both, clock, end_of, serve  # noqa: E402 - needs gi.require_version first
 from gi.repository import Gio, GLib  # noqa: E402 - the version is chosen first
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ except (ValueError, ImportError, AttributeError):
 
 
 def pair(left: Callable[[Any, Job], Any], right: Callable[[Any, Job], Any]) -> tuple[Side, Side]:
-    """Make the two sides of functions of a Gio.UnixConnection."""
+    """Make the two sides from functions that get a Gio.UnixConnection."""
 
     def run(do: Any, meet: Any, fd: int, job: Job) -> Any:
         connection = Gio.Socket.new_from_fd(
@@ -46,7 +46,7 @@ def pair(left: Callable[[Any, Job], Any], right: Callable[[Any, Job], Any]) -> t
 
 
 def vector_of(kind: Any, buffer: Any, size: int) -> Any:
-    """Return where Gio.Socket's messages find their bytes."""
+    """Return the vectors of a Gio.Socket message."""
     vector = kind()
     vector.buffer = ctypes.addressof(buffer)
     vector.size = size
@@ -99,7 +99,7 @@ def fd_right(connection: Any, job: Job) -> None:
 
 
 def main_loop(connection: Any, job: Job, *, begins: bool) -> float:
-    """Play ping-pong from a main loop, as a program does that has something else to do too.
+    """Play ping-pong from a main loop, as a program with other tasks does.
 
     Gio has no send_fd_async or receive_fd_async: the main loop watches the socket.
     """

@@ -1,11 +1,11 @@
-"""What every contestant written in Python shares: the protocol, the processes, and the end.
+"""What every implementation written in Python shares: the protocol, the processes, and the end.
 
-The rule of this file: it knows nothing of any contestant, so that what differs between them is
+The rule of this file: it knows nothing of any implementation, so that what differs between them is
 only how a connection gets to a worker.
 
 A request is 64 bytes; its first says whether to burn CPU before the answer, which is the pid of
-the worker in decimal and a newline. Then the connection is closed. A contestant prints one line
-of JSON when all of its workers accept, and ends when its standard input does, or by SIGTERM.
+the worker in decimal and a newline. Then the connection is closed. An implementation prints one
+line of JSON when all of its workers accept, and ends when its standard input does, or by SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BURN = b"b"
 # Of CPU, in seconds: time in which others have the processor does not count.
 BURN_TIME = 0.050
 WORKERS = 4
-# For each contestant the same; the kernel takes what net.core.somaxconn allows.
+# For each implementation the same; the kernel takes what net.core.somaxconn allows.
 BACKLOG = 4096
 ANSWER = b"%d\n" % os.getpid()
 

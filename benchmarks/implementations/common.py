@@ -1,11 +1,10 @@
-"""What every contestant written in Python shares: it is told what to run, and answers how long.
+"""The protocol of all implementations in Python: read what to run, answer how long it took.
 
-The rule of this file: it knows nothing of any contestant, and imports only what every Python
-has, the system's too.
+Invariant: only the standard library is imported, because the system's Python uses this file too.
 
-A contestant is two processes at the ends of a socketpair, ``left`` and ``right``. Each gets
+An implementation is two processes at the ends of a socketpair, ``left`` and ``right``. Each gets
 lines of JSON on standard input, one for each run, and answers each with one line. The first
-answer lists what the contestant can do.
+answer lists the cases that the implementation supports.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from typing import Any
 clock = time.perf_counter
 
 SO_PASSCRED = 16
-# A side of a case is told its end and what to do. The left one returns seconds, the right one
-# nothing, or figures by name.
+# A side of a case gets its descriptor and the job. The left side returns seconds, the right side
+# None, or figures by name.
 Side = Callable[[int, "Job"], Any]
 # By case, and then by variant: the left and the right side.
 Cases = dict[str, dict[str, tuple[Side, Side]]]
@@ -36,10 +35,11 @@ class Job:
     """One run.
 
     Attributes:
-      count: how many round trips, messages, buffers or connections.
-      size: bytes a message, descriptors a message, or connections beside, as the case has it.
-      path: a folder of the run's own.
-      fd: this side's end, and ``is_left`` which side that is.
+      count: the number of round trips, messages, buffers or connections.
+      size: bytes or descriptors per message, or the number of idle connections.
+      path: a directory for this run only.
+      fd: the descriptor of this side.
+      is_left: which side this is.
     """
 
     fd = -1
@@ -61,15 +61,15 @@ def end_of(fd: int) -> socket.socket:
 
 
 def greet(fd: int) -> None:
-    """Say that this side is ready; the right one does that where its work begins."""
+    """Tell the other side that this one is ready; the right side does that when its work begins."""
     os.write(fd, b"!")
 
 
 def await_greeting(fd: int) -> None:
-    """Wait until the other side is ready, so that what it takes to start is not counted."""
+    """Wait until the other side is ready, so that its start is not counted."""
     select.select([fd], [], [])
     if os.read(fd, 1) != b"!":
-        raise ValueError("something else than a greeting")
+        raise ValueError("expected a greeting")
 
 
 def both(run: Callable[..., Any], left: Any, right: Any) -> tuple[Side, Side]:
@@ -81,9 +81,9 @@ def both(run: Callable[..., Any], left: Any, right: Any) -> tuple[Side, Side]:
 
 
 def crowd(job: Job) -> list[socket.socket]:
-    """Return as many connections to the other side as are to be idle.
+    """Return the idle connections to the other side.
 
-    So each costs one descriptor in each process, and ten thousand are within usual limits.
+    Each takes one descriptor in each process, so ten thousand are within usual limits.
     """
     path = job.path + "/crowd"
     socks: list[socket.socket] = []
@@ -104,13 +104,13 @@ def crowd(job: Job) -> list[socket.socket]:
 
 
 def disperse(job: Job) -> None:
-    """Wait until nobody waits for any of them on the other side either: now they may close."""
+    """Wait until the other side has stopped waiting for them too, so that they can be closed."""
     greet(job.fd)
     await_greeting(job.fd)
 
 
 def readable_once(count: int) -> list[socket.socket]:
-    """Return sockets with one byte to be read, whose other end is closed."""
+    """Return sockets that have one byte to read, and whose other end is closed."""
 
     def one_of_two() -> socket.socket:
         one, two = socket.socketpair()
@@ -122,13 +122,13 @@ def readable_once(count: int) -> list[socket.socket]:
 
 
 def is_same_user(sock: Any) -> bool:
-    """Whether whoever connected has the user id of this process."""
+    """Whether the peer has the user id of this process."""
     peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return bool(struct.unpack("iII", peer)[1] == os.geteuid())
 
 
 def filled_memory(size: int) -> int:
-    """Return a memfd that can be sealed, with all its pages there."""
+    """Return a memfd that can be sealed, with all its pages allocated."""
     memory = os.memfd_create("benchmark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     chunk = b"x" * min(size, 1 << 20)
     for _ in range(size // len(chunk)):
@@ -137,45 +137,45 @@ def filled_memory(size: int) -> int:
 
 
 def resident() -> int:
-    """Return the memory that this process has, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def _in_a_process(_: int, job: Job) -> dict[str, float]:
-    # A new one: what a process has used and freed before would be used again, and not be seen.
+    # A new process: memory that was freed before would be used again, and not be counted.
     command = [sys.executable, sys.argv[0], "memory", str(job.size), *sys.argv[3:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return {"bytes": float(done.stdout)}
 
 
 def side_and_fd() -> tuple[int, int]:
-    """Return which side this process is, 0 for left, and its end."""
+    """Return the side of this process, 0 for left, and its descriptor."""
     return ("left", "right").index(sys.argv[1]), int(sys.argv[2])
 
 
 def allow_descriptors() -> None:
-    """Allow as many descriptors as this process may."""
+    """Raise the soft limit of descriptors to the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def offer(cases: dict[str, dict[str, Any]]) -> str:
-    """Return the first answer: what can be run."""
+    """Return the first answer: the cases that are supported."""
     return json.dumps({case: list(variants) for case, variants in cases.items()})
 
 
-def read_order(line: str | bytes, side: int, fd: int) -> tuple[str, str, Job]:
+def read_request(line: str | bytes, side: int, fd: int) -> tuple[str, str, Job]:
     """Return the case, the variant and the job."""
-    order = json.loads(line)
-    case, variant = order.pop("case"), order.pop("variant")
-    job = Job(**order)
+    request = json.loads(line)
+    case, variant = request.pop("case"), request.pop("variant")
+    job = Job(**request)
     job.fd, job.is_left = fd, side == 0
     return case, variant, job
 
 
 def answer_of(side: int, found: Any) -> str:
-    """Return the answer to an order."""
+    """Return the answer to a request."""
     if side == 0:
         return json.dumps({"seconds": found})
     return json.dumps(found if isinstance(found, dict) else {})
@@ -184,10 +184,10 @@ def answer_of(side: int, found: Any) -> str:
 def serve(
     cases: Cases, memory: Callable[[int], float] | None = None, variant_of_memory: str = ""
 ) -> None:
-    """Run what standard input says until it ends.
+    """Run what standard input asks for until it ends.
 
-    ``memory`` returns how many bytes a connection takes that has received once, and is idle;
-    it is called in a process of its own with a number of connections.
+    ``memory`` returns the bytes of one idle connection that has received once; it is called with
+    a number of connections in a process of its own.
     """
     allow_descriptors()
     if memory:
@@ -198,7 +198,7 @@ def serve(
     side, fd = side_and_fd()
     say(offer(cases))
     for line in sys.stdin:
-        case, variant, job = read_order(line, side, fd)
+        case, variant, job = read_request(line, side, fd)
         say(answer_of(side, cases[case][variant][side](fd, job)))
 
 
