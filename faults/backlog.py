@@ -1,10 +1,10 @@
-"""What a full backlog does to those who connect: this library and others, side by side.
+"""Connect to a server whose backlog is full, with this library and with others.
 
-``python faults/backlog.py [--write]``. A server process listens with a backlog of 0, and begins
-to accept only when a hundred clients have tried to connect at once. Of each it is shown how many
+``python faults/backlog.py [--write]``. A server process listens with a backlog of 0, and accepts
+only after a hundred clients have tried to connect at the same time. The table shows how many
 got a connection on which the server answers, how many got a stream that is not connected, and
-how many got an error. With ``--write`` the table goes to faults/backlog.md too. The exit status
-is 1 unless all clients of this library are served.
+how many got an error. ``--write`` also writes it to faults/backlog.md. The exit status is 1 unless
+all clients of this library are served.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from trio_unixconn import open_unix_connection
 
 CLIENTS = 100
 # How long a client waits for the server's answer before it counts as not connected.
-PATIENCE = 20
+TIMEOUT = 20
 OURS = "trio_unixconn.open_unix_connection"
 MARKDOWN = Path(__file__).parent / "backlog.md"
 
-# Begins to accept when a line comes, and answers everybody's byte.
+# Begins to accept when it reads a line, and answers each client's byte.
 SERVER = """
 import socket, sys, threading
 sock = socket.socket(socket.AF_UNIX)
@@ -76,7 +76,7 @@ async def trios(path: str) -> str:
 
 
 async def anyios(path: str) -> str:
-    """Connect with anyio, whichever loop it runs on, and ask."""
+    """Connect with anyio, on any event loop, and ask."""
     import anyio  # noqa: PLC0415 - may be missing
 
     async with await anyio.connect_unix(path) as stream:
@@ -119,9 +119,9 @@ async def with_trio(connect: Connect, path: str, tried: Callable[[], None]) -> C
     async def client() -> None:
         outcome = FALSE
         try:
-            with trio.move_on_after(PATIENCE):
+            with trio.move_on_after(TIMEOUT):
                 outcome = await connect(path)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is shown
+        except Exception as exc:  # noqa: BLE001 - any error is a result
             outcome = type(exc).__name__
         seen[outcome] += 1
 
@@ -138,10 +138,10 @@ async def with_asyncio(connect: Connect, path: str, tried: Callable[[], None]) -
 
     async def client() -> str:
         try:
-            return await asyncio.wait_for(connect(path), PATIENCE)
+            return await asyncio.wait_for(connect(path), TIMEOUT)
         except asyncio.TimeoutError:
             return FALSE
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is shown
+        except Exception as exc:  # noqa: BLE001 - any error is a result
             return type(exc).__name__
 
     tasks = [asyncio.ensure_future(client()) for _ in range(CLIENTS)]
@@ -153,9 +153,9 @@ async def with_asyncio(connect: Connect, path: str, tried: Callable[[], None]) -
 
 
 def measure(connect: Connect, *, under_trio: bool) -> Counter[str]:
-    """Start a server, have the clients connect, and count what came of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/socket"
+    """Start a server, have the clients connect, and count the outcomes."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/socket"
         with subprocess.Popen(
             [sys.executable, "-c", SERVER, path],
             stdin=subprocess.PIPE,
@@ -163,7 +163,7 @@ def measure(connect: Connect, *, under_trio: bool) -> Counter[str]:
             text=True,
         ) as server:
             assert server.stdin is not None  # noqa: S101 - it was asked for
-            assert server.stdout is not None  # noqa: S101 - as above
+            assert server.stdout is not None  # noqa: S101 - it was asked for
             server.stdout.readline()
 
             def tried() -> None:
@@ -178,9 +178,9 @@ def measure(connect: Connect, *, under_trio: bool) -> Counter[str]:
 
 
 def main() -> int:
-    """Measure everybody, and print the table."""
+    """Measure all libraries, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--write", action="store_true", help=f"write {MARKDOWN.name} too")
+    parser.add_argument("--write", action="store_true", help=f"also write {MARKDOWN.name}")
     arguments = parser.parse_args()
     rows: list[tuple[str, Counter[str]]] = [
         (OURS, measure(ours, under_trio=True)),

@@ -1,8 +1,8 @@
-"""Who loses what: the same faults made to happen to this library and to others.
+"""Cause the same faults in this library and in others, and print how each handles them.
 
-``python faults/faults.py [--write]``. Each fault happens in a process of its own, with a
-deadline, and what is shown is what was observed there. With ``--write`` the table goes to
-faults/faults.md too. The exit status is 1 if this library leaked, lost or hung.
+``python faults/faults.py [--write]``. Each fault is caused in a process of its own, with a
+deadline, and the table shows the observed behaviour. ``--write`` also writes the table to
+faults/faults.md. The exit status is 1 if this library leaked or lost a descriptor, or hung.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from contestants import CONTESTANTS, Contestant, warm_up
+from implementations import IMPLEMENTATIONS, Implementation, warm_up
 from measure import FAULTS, measure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-# Long, because only what hangs takes long, and machines are busy at times.
+# Long, because the machine may be busy, and only a process that hangs takes so long.
 DEADLINE = 60
 OURS = "trio_unixconn"
 BAD = ("leak", "loss", "hang", "wrong file", "inheritable", "unchecked", "times", "died", "failed")
 MARKDOWN = Path(__file__).parent / "faults.md"
 
 
-def child(contestant: str, fault: str) -> int:
-    """Measure one fault in this process, and print the word."""
-    (who,) = (each for each in CONTESTANTS if each.name == contestant)
-    (what,) = (each for each in FAULTS if each.__name__ == fault)
-    warm_up(who)
-    print(measure(who, what))
+def child(implementation: str, fault: str) -> int:
+    """Measure one fault in this process, and print the behaviour."""
+    (library,) = (each for each in IMPLEMENTATIONS if each.name == implementation)
+    (cause,) = (each for each in FAULTS if each.__name__ == fault)
+    warm_up(library)
+    print(measure(library, cause))
     return 0
 
 
-def behaviour(contestant: Contestant, fault: str) -> str:
+def behaviour(implementation: Implementation, fault: str) -> str:
     """Measure one fault in a process of its own."""
-    command = [sys.executable, __file__, "--child", contestant.name, fault]
+    command = [sys.executable, __file__, "--child", implementation.name, fault]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=DEADLINE, check=False
@@ -51,22 +51,24 @@ def behaviour(contestant: Contestant, fault: str) -> str:
 
 
 def versions() -> list[str]:
-    """Return a line for each contestant and for the machine."""
-    lines = [f"{each.name}: {each.version() or 'missing (not installed)'}" for each in CONTESTANTS]
+    """Return a line for each implementation and for the machine."""
+    lines = [
+        f"{each.name}: {each.version() or 'missing (not installed)'}" for each in IMPLEMENTATIONS
+    ]
     return [*lines, f"{platform.system()} {platform.release()}, {platform.machine()}"]
 
 
 def is_bad(word: str) -> bool:
-    """Whether something was lost, leaked, misread or waited for in vain."""
+    """Whether a descriptor was lost, leaked or misread, or the process hung."""
     return any(bad in word for bad in BAD)
 
 
 def rich_table(rows: list[tuple[str, list[str]]]) -> Table:
     """Return the table for a terminal."""
-    shown = Table(title="what happens when")
+    shown = Table(title="How libraries handle faulty peers")
     shown.add_column("fault")
-    for contestant in CONTESTANTS:
-        shown.add_column(contestant.name)
+    for implementation in IMPLEMENTATIONS:
+        shown.add_column(implementation.name)
     for title, words in rows:
         shown.add_row(title, *(f"[red]{word}[/]" if is_bad(word) else word for word in words))
     return shown
@@ -74,12 +76,12 @@ def rich_table(rows: list[tuple[str, list[str]]]) -> Table:
 
 def markdown(rows: list[tuple[str, list[str]]]) -> str:
     """Return the table for the documentation."""
-    names = [f"`{contestant.name}`" for contestant in CONTESTANTS]
+    names = [f"`{implementation.name}`" for implementation in IMPLEMENTATIONS]
     lines = [
-        "# Who loses what",
+        "# How libraries handle faulty peers",
         "",
-        "Measured by `nox -s faults -- --write`, each fault in a process of its own; in bold,",
-        "what was lost, leaked, misread, or waited for in vain. n/a: it has no such operation.",
+        "Measured by `nox -s faults -- --write`, each fault in a process of its own. Bold:",
+        "descriptors were lost, leaked or misread, or the process hung. n/a: no such operation.",
         "",
         f"| fault | {' | '.join(names)} |",
         f"| --- |{' --- |' * len(names)}",
@@ -99,13 +101,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.child:
         return child(*given.child)
-    missing = [each.name for each in CONTESTANTS if each.version() is None]
+    missing = [each.name for each in IMPLEMENTATIONS if each.version() is None]
     rows: list[tuple[str, list[str]]] = []
     with ThreadPoolExecutor(os.cpu_count()) as processes:
         running = [
             [
                 None if each.name in missing else processes.submit(behaviour, each, fault.__name__)
-                for each in CONTESTANTS
+                for each in IMPLEMENTATIONS
             ]
             for fault in FAULTS
         ]
@@ -118,7 +120,7 @@ def main() -> int:
         print(line)
     if given.write:
         MARKDOWN.write_text(markdown(rows))
-    position = [each.name for each in CONTESTANTS].index(OURS)
+    position = [each.name for each in IMPLEMENTATIONS].index(OURS)
     wrong = [(title, words[position]) for title, words in rows if is_bad(words[position])]
     for title, word in wrong:
         print(f"WRONG in {OURS}: {title}: {word}")

@@ -1,8 +1,7 @@
-"""The faults: each is made to happen, and what the contestant then does is put in a word.
+"""Cause faults, and describe in one word how an implementation handles each.
 
-The rule of this file: nothing is asserted, everything is observed. Descriptors of one memfd are
-what is sent, so that those of them that are open afterwards and that nobody was given are leaks,
-and those that are nowhere are lost.
+Nothing is asserted here. All descriptors that are sent refer to one memfd: those that are open
+afterwards but were not returned to the caller are leaked, and those that are not open are lost.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from contestants import Contestant, Context
+    from implementations import Context, Implementation
 
 BEHAVIOUR_OF_NONE = "n/a"
 
 
 def push(sock: socket.socket, fds: list[int], data: bytes | None = None) -> None:
-    """Send descriptors by bare means; the byte says how many, which multiprocessing expects."""
+    """Send descriptors with sendmsg; the byte is their number, which multiprocessing expects."""
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
     sock.sendmsg([data or bytes([len(fds)])], [rights])
 
 
 def identity(fd: int) -> tuple[int, int]:
-    """Return what says that two descriptors are open on the same file."""
+    """Return the identity of the file that a descriptor refers to."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 
@@ -51,11 +50,11 @@ def holders(file: int) -> list[int]:
 
 
 def leaks(file: int, got: list[int]) -> set[int]:
-    """Return those of them that were not given to the caller, and that nobody is closing."""
+    """Return the descriptors that were not returned to the caller and stay open."""
     gc.collect()
     # A library may leave the closing to a thread.
-    patience = time.monotonic() + 1
-    while (found := set(holders(file)) - set(got)) and time.monotonic() < patience:
+    deadline = time.monotonic() + 1
+    while (found := set(holders(file)) - set(got)) and time.monotonic() < deadline:
         time.sleep(0.01)
     return found
 
@@ -82,9 +81,9 @@ def free_descriptors(count: int) -> Generator[None, None, None]:
 
 @attrs.define
 class Scene:
-    """A socketpair, one end of which is the contestant's, and a file to send."""
+    """A socketpair with one end for the implementation, and a file to send."""
 
-    contestant: Contestant
+    implementation: Implementation
     sock: socket.socket
     peer: socket.socket
     file: int
@@ -97,22 +96,22 @@ class Scene:
             if type(exc) is not NotImplementedError:
                 return None, exc
             raise
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
+        except Exception as exc:  # noqa: BLE001 - any error is a result
             # Its traceback would keep things open.
             return None, exc.with_traceback(None)
 
-    def receive(self, sent: int, due: int, context: Context | None = None) -> str:
-        """Have the contestant receive, and say what became of ``sent`` descriptors."""
-        contestant = self.contestant
+    def receive(self, sent: int, expected: int, context: Context | None = None) -> str:
+        """Have the implementation receive, and describe what happened to ``sent`` descriptors."""
+        implementation = self.implementation
         got, raised = self.tried(
-            lambda: contestant.receive(self.sock, due, context or nullcontext())
+            lambda: implementation.receive(self.sock, expected, context or nullcontext())
         )
-        if due < len(got or ()):
+        if expected < len(got or ()):
             return f"{len(got)} received"
         return self.account(sent, list(got or ()), raised)
 
     def account(self, sent: int, got: list[int], raised: Exception | None) -> str:
-        """Say what became of descriptors."""
+        """Describe what happened to the descriptors."""
         leaked = len(leaks(self.file, got))
         lost = sent - len(got) - leaked
         words: list[str] = []
@@ -127,7 +126,7 @@ class Scene:
         return ", ".join(words) or "all received"
 
     def arrived(self) -> list[int]:
-        """Return the descriptors that have come to the peer by now, with all bytes read."""
+        """Return the descriptors that have arrived at the peer, after reading all bytes."""
         self.peer.setblocking(False)
         fds: list[int] = []
         with suppress(BlockingIOError, ConnectionResetError):
@@ -139,52 +138,52 @@ class Scene:
         return fds
 
     def sent(self, raised: Exception | None, expected: int) -> str:
-        """Say what became of descriptors that were given to send."""
-        came = len(self.arrived())
+        """Describe what happened to descriptors that were to be sent."""
+        arrived = len(self.arrived())
         if raised is not None:
-            return "error" if not came else f"error after {came}"
-        return "sent" if came == expected else f"silent loss {expected - came}"
+            return "error" if not arrived else f"error after {arrived}"
+        return "sent" if arrived == expected else f"silent loss {expected - arrived}"
 
 
 def emfile(scene: Scene) -> str:
-    """20 descriptors come, 5 slots are free."""
+    """20 descriptors arrive, 5 slots are free."""
     push(scene.peer, [scene.file] * 20)
     return scene.receive(20, 20, free_descriptors(5))
 
 
 def full_table(scene: Scene) -> str:
-    """A descriptor comes, no slot is free."""
+    """A descriptor arrives, no slot is free."""
     push(scene.peer, [scene.file])
     return scene.receive(1, 1, free_descriptors(0))
 
 
 def too_many(scene: Scene) -> str:
-    """3 descriptors come where 1 is due."""
+    """3 descriptors arrive, 1 is expected."""
     push(scene.peer, [scene.file] * 3)
     return scene.receive(3, 1)
 
 
 def one_too_many(scene: Scene) -> str:
-    """2 descriptors come where 1 is due."""
+    """2 descriptors arrive, 1 is expected."""
     push(scene.peer, [scene.file] * 2)
     return scene.receive(2, 1)
 
 
 def too_few(scene: Scene) -> str:
-    """A byte without a descriptor comes where 1 is due."""
+    """A byte arrives without the expected descriptor."""
     scene.peer.send(b"\1")
     return scene.receive(0, 1)
 
 
 def with_credentials(scene: Scene) -> str:
-    """3 descriptors come with credentials (SO_PASSCRED)."""
+    """3 descriptors arrive with credentials (SO_PASSCRED)."""
     scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     push(scene.peer, [scene.file] * 3)
     return scene.receive(3, 3)
 
 
-def room_for_credentials(scene: Scene) -> str:
-    """3 descriptors come with credentials (SO_PASSCRED), where up to 20 are due."""
+def space_for_credentials(scene: Scene) -> str:
+    """3 descriptors arrive with credentials (SO_PASSCRED), up to 20 are expected."""
     scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     push(scene.peer, [scene.file] * 3)
     return scene.receive(3, 20)
@@ -193,28 +192,28 @@ def room_for_credentials(scene: Scene) -> str:
 def inheritable(scene: Scene) -> str:
     """A received descriptor, when this process starts another program."""
     push(scene.peer, [scene.file])
-    got, raised = scene.tried(lambda: scene.contestant.receive(scene.sock, 1, nullcontext()))
+    got, raised = scene.tried(lambda: scene.implementation.receive(scene.sock, 1, nullcontext()))
     if raised is not None:
         return "error"
     return "inheritable" if os.get_inheritable(next(iter(got))) else "close-on-exec"
 
 
 def plain_read(scene: Scene) -> str:
-    """A descriptor comes where plain bytes are read."""
+    """A descriptor arrives while plain bytes are read."""
     # Connections of multiprocessing expect a length before the bytes.
     push(scene.peer, [scene.file], b"\0\0\0\1.")
-    _, raised = scene.tried(lambda: scene.contestant.read(scene.sock))
+    _, raised = scene.tried(lambda: scene.implementation.read(scene.sock))
     return scene.account(1, [], raised)
 
 
 def end_of_stream(scene: Scene) -> str:
-    """The stream ends where a descriptor is due."""
+    """The stream ends, a descriptor is expected."""
     scene.peer.shutdown(socket.SHUT_WR)
     return scene.receive(0, 1)
 
 
 def end_with_credentials(scene: Scene) -> str:
-    """The stream ends where a descriptor is due (SO_PASSCRED)."""
+    """The stream ends, a descriptor is expected (SO_PASSCRED)."""
     scene.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     scene.peer.shutdown(socket.SHUT_WR)
     return scene.receive(0, 1)
@@ -224,7 +223,7 @@ def dropped(scene: Scene) -> str:
     """2 descriptors are received, and the result is dropped."""
     push(scene.peer, [scene.file] * 2)
     _, raised = scene.tried(
-        lambda: len(scene.contestant.receive(scene.sock, 2, nullcontext())) and None
+        lambda: len(scene.implementation.receive(scene.sock, 2, nullcontext())) and None
     )
     if raised is not None:
         return "error"
@@ -233,52 +232,52 @@ def dropped(scene: Scene) -> str:
 
 
 def wrong_kind(scene: Scene) -> str:
-    """A pipe comes where a file is due."""
+    """A pipe arrives, a regular file is expected."""
     one, two = os.pipe()
     push(scene.peer, [one])
-    # The other end is on the same pipe, and so would count as another holder.
+    # The other end refers to the same pipe, and would count as another holder.
     os.close(two)
     os.dup2(one, scene.file)
     os.close(one)
-    got, raised = scene.tried(lambda: scene.contestant.receive_file(scene.sock, nullcontext()))
+    got, raised = scene.tried(lambda: scene.implementation.receive_file(scene.sock, nullcontext()))
     word = scene.account(1, list(got or ()), raised)
     return "unchecked" if word == "all received" else word
 
 
 def socket_object(scene: Scene) -> str:
-    """A socket.socket is given to send."""
+    """A socket.socket is sent."""
     one, two = socket.socketpair()
     with one, two:
-        _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [one]))
+        _, raised = scene.tried(lambda: scene.implementation.send(scene.sock, [one]))
         return scene.sent(raised, 1)
 
 
 def socket_among_numbers(scene: Scene) -> str:
-    """A number and a socket.socket are given to send."""
+    """A number and a socket.socket are sent."""
     one, two = socket.socketpair()
     with one, two:
-        _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [scene.file, one]))
+        _, raised = scene.tried(lambda: scene.implementation.send(scene.sock, [scene.file, one]))
         return scene.sent(raised, 2)
 
 
 def closed_descriptor(scene: Scene) -> str:
-    """A closed descriptor is given to send."""
+    """A closed descriptor is sent."""
     closed = os.dup(scene.file)
     os.close(closed)
-    # The number must not be taken again by what the contestant opens.
+    # A number that the implementation does not get for a descriptor that it opens.
     high = 500 + closed
-    _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [high]))
+    _, raised = scene.tried(lambda: scene.implementation.send(scene.sock, [high]))
     return scene.sent(raised, 1)
 
 
 def three_hundred(scene: Scene) -> str:
-    """300 descriptors are given to send."""
-    _, raised = scene.tried(lambda: scene.contestant.send(scene.sock, [scene.file] * 300))
+    """300 descriptors are sent."""
+    _, raised = scene.tried(lambda: scene.implementation.send(scene.sock, [scene.file] * 300))
     return scene.sent(raised, 300)
 
 
 def short_write(scene: Scene) -> str:
-    """A megabyte with a descriptor, more than the socket takes at once."""
+    """A megabyte is sent with a descriptor, more than the socket accepts at once."""
     size, read, fds = 1 << 20, 0, list[int]()
     scene.peer.setblocking(False)
 
@@ -293,7 +292,7 @@ def short_write(scene: Scene) -> str:
         return False
 
     _, raised = scene.tried(
-        lambda: scene.contestant.send_data(scene.sock, bytes(size), [scene.file], drain)
+        lambda: scene.implementation.send_data(scene.sock, bytes(size), [scene.file], drain)
     )
     while not drain():
         if scene.peer.recv(1, socket.MSG_PEEK) == b"":
@@ -306,8 +305,8 @@ def short_write(scene: Scene) -> str:
 
 
 def closed_while_waiting(scene: Scene) -> str:
-    """The descriptor is closed, and its number used again, while the send waits for room."""
-    if not scene.contestant.waits_in_tasks:
+    """The descriptor is closed, and its number reused, while the send waits for space."""
+    if not scene.implementation.waits_in_tasks:
         raise NotImplementedError
     scene.sock.setblocking(False)
     with suppress(BlockingIOError):
@@ -322,7 +321,7 @@ def closed_while_waiting(scene: Scene) -> str:
         return True
 
     _, raised = scene.tried(
-        lambda: scene.contestant.send_data(scene.sock, b"\0", [given], replace_and_drain)
+        lambda: scene.implementation.send_data(scene.sock, b"\0", [given], replace_and_drain)
     )
     fds.extend(scene.arrived())
     if raised is not None:
@@ -333,9 +332,9 @@ def closed_while_waiting(scene: Scene) -> str:
 
 
 def cancelled(scene: Scene) -> str:
-    """A receive is cancelled at the moment at which a descriptor comes; then another."""
+    """A receive is cancelled when a descriptor arrives, and repeated."""
     got, raised = scene.tried(
-        lambda: scene.contestant.receive_cancelled(
+        lambda: scene.implementation.receive_cancelled(
             scene.sock, lambda: push(scene.peer, [scene.file])
         )
     )
@@ -349,7 +348,7 @@ FAULTS: list[Callable[[Scene], str]] = [
     too_many,
     too_few,
     with_credentials,
-    room_for_credentials,
+    space_for_credentials,
     inheritable,
     plain_read,
     end_of_stream,
@@ -366,14 +365,14 @@ FAULTS: list[Callable[[Scene], str]] = [
 ]
 
 
-def measure(contestant: Contestant, fault: Callable[[Scene], str]) -> str:
-    """Make a fault happen to a contestant, and say what it did."""
+def measure(implementation: Implementation, fault: Callable[[Scene], str]) -> str:
+    """Cause a fault in an implementation, and describe its behaviour."""
     sock, peer = socket.socketpair()
     with sock, peer:
         try:
-            return fault(Scene(contestant, sock, peer, os.memfd_create("fault")))
+            return fault(Scene(implementation, sock, peer, os.memfd_create("fault")))
         except NotImplementedError:
             return BEHAVIOUR_OF_NONE
         except OSError as exc:
-            # Not what was to be measured.
+            # Another error than the one to measure.
             return f"failed: {errno.errorcode.get(exc.errno or 0, exc)}"

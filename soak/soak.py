@@ -1,9 +1,9 @@
-"""A soak: a million descriptors between two processes, and nothing may grow.
+"""Soak test: pass a million descriptors between two processes, and check that nothing grows.
 
 ``python soak/soak.py --count 1000000 [--seed 1] [--json FILE]``. One process sends, this one
-receives, and checks each descriptor: that it is the one that was due, and close-on-exec. Of
-each tenth of the run, most go through ``send_fds(per_message=1)`` and ``fds()``; then comes a
-mixture of all ways to send and receive some, and a part of all operations is cancelled. The
+receives, and checks each descriptor: that it is the expected one, and close-on-exec. In
+each tenth of the run, most are sent with ``send_fds(per_message=1)`` and received with ``fds()``.
+The rest uses all other ways to send and receive, and some of all operations are cancelled. The
 figures of each tenth are printed; if memory, descriptors or processor time are not flat, the
 exit status is 1.
 """
@@ -32,22 +32,22 @@ TENTHS = 10
 BATCH = 1000
 # This part of each tenth goes through send_fds(per_message=1) and fds().
 STREAMED = 0.8
-# Descriptor number n is open on a file of n % FILES bytes, which says that it is that one.
+# Descriptor number n refers to a file of n % FILES bytes, which identifies it.
 FILES = 61
-# How many operations are cancelled, or would be if they took as long as this at the most.
+# The share of operations that get a cancel scope, and its longest deadline in seconds.
 CANCELLED = 0.2
 SOON = 0.0005
 
-# What still counts as flat: memory in bytes, from the end of the first tenth on; and processor
-# time in the last three tenths as against the first three. The time on the clock is shown and
-# not judged, because it tells as much about what else the machine does.
+# The limits: growth of memory in bytes, from the end of the first tenth on, and processor time in
+# the last three tenths relative to the first three. Wall-clock time is printed without a limit,
+# because it depends on what else the machine does.
 MORE_MEMORY = 4 << 20
 MORE_TIME = 1.3
 
 
 @attrs.frozen
 class Tenth:
-    """What was measured in one tenth of the run."""
+    """The measurements of one tenth of the run."""
 
     descriptors: int
     seconds: float
@@ -72,7 +72,7 @@ class Tenth:
 
 @attrs.frozen
 class Item:
-    """One message, or one send_fds, of the mixture; both processes draw the same ones."""
+    """One message, or one call of send_fds; both processes draw the same ones."""
 
     way: str
     count: int
@@ -118,7 +118,7 @@ def soon(rng: random.Random) -> trio.CancelScope:
 
 
 class Sender:
-    """Sends descriptors in order, and goes on after each cancellation where that came."""
+    """Sends descriptors in order, and continues after each cancellation where it stopped."""
 
     def __init__(self, conn: UnixConnection, seed: int) -> None:
         self.conn = conn
@@ -129,7 +129,7 @@ class Sender:
             os.ftruncate(self.files[-1], size)
         self.next = 0
 
-    def due(self, count: int) -> list[int]:
+    def upcoming(self, count: int) -> list[int]:
         """Return the next descriptors."""
         return [self.files[(self.next + i) % FILES] for i in range(count)]
 
@@ -137,18 +137,18 @@ class Sender:
         """Send each descriptor in a message of its own."""
         end = self.next + total
         while self.next < end:
-            batch = self.due(min(BATCH, end - self.next))
+            batch = self.upcoming(min(BATCH, end - self.next))
             with soon(self.random):
-                # Cancelled half way, it says how many went.
+                # Cancelled part-way, it returns how many were sent.
                 self.next += await self.conn.send_fds(batch, per_message=1)
 
     async def mixed(self, items: list[Item]) -> None:
-        """Send the mixture."""
+        """Send mixed messages."""
         for item in items:
-            fds = self.due(item.count)
+            fds = self.upcoming(item.count)
             done = False
-            # A cancellation comes before anything was sent, or not at all; but a message of
-            # many bytes may be left half sent, so only single bytes are cancelled.
+            # A cancelled send of one byte has sent nothing. A message of many bytes may be sent in
+            # part, so it is not cancelled.
             while not done:
                 if item.way == "message":
                     await self.conn.send_message(b"." * item.size, fds=fds)
@@ -162,13 +162,13 @@ class Sender:
             self.next += item.count
 
     async def run(self, count: int, seed: int) -> None:
-        """Send one tenth after the other, each when it is asked for."""
+        """Send one tenth after the other, each when the receiver asks for it."""
         await self.conn.send_all(b"r")
         for tenth, (streamed, mixed) in enumerate(shares(count)):
             await self.conn.receive_some(1)
             await self.stream(streamed)
             await self.mixed(mixture(seed, tenth, mixed))
-            # By now nothing of this tenth is held here.
+            # Nothing of this tenth is held here any more.
             await self.conn.send_all(b"e")
         await self.conn.receive_some(1)
 
@@ -185,7 +185,7 @@ async def sender(fd: int, count: int, seed: int) -> None:
 
 
 class Receiver:
-    """Receives descriptors in order by one call or another, and checks and closes each."""
+    """Receives descriptors in order with different methods, and checks and closes each."""
 
     def __init__(self, conn: UnixConnection, seed: int, progress: Progress, bar: TaskID) -> None:
         self.conn = conn
@@ -206,7 +206,7 @@ class Receiver:
             self.progress.update(self.bar, completed=self.next)
 
     async def stream(self, total: int) -> None:
-        """Receive through fds(), which is left and cancelled now and then."""
+        """Receive with fds(), which is sometimes left or cancelled."""
         end = self.next + total
         while self.next < end:
             with soon(self.random) as scope:
@@ -218,7 +218,7 @@ class Receiver:
             self.cancelled += scope.cancelled_caught
 
     async def some_fds(self, count: int) -> None:
-        """Receive descriptors in as many portions as they come."""
+        """Receive descriptors in any number of portions."""
         end = self.next + count
         while self.next < end:
             with soon(self.random) as scope:
@@ -227,7 +227,7 @@ class Receiver:
             self.cancelled += scope.cancelled_caught
 
     async def message(self, item: Item) -> None:
-        """Receive one message, in as many parts as it comes; its descriptors are one."""
+        """Receive one message in any number of parts; its descriptors arrive together."""
         left, end = item.size, self.next + item.count
         while left:
             with soon(self.random) as scope:
@@ -240,7 +240,7 @@ class Receiver:
             raise SystemExit(f"{end - self.next} descriptors of a message are missing")
 
     async def single(self) -> None:
-        """Receive one descriptor, under a Cancellable that fires now and then."""
+        """Receive one descriptor, with a Cancellable that is sometimes cancelled."""
         before = self.next
         while self.next == before:
             cancellable = Cancellable()
@@ -252,7 +252,7 @@ class Receiver:
                 self.cancelled += 1
 
     async def mixed(self, items: list[Item]) -> None:
-        """Receive the mixture."""
+        """Receive mixed messages."""
         for item in items:
             if item.way == "message":
                 await self.message(item)
@@ -271,7 +271,7 @@ class Receiver:
         between = time.perf_counter()
         await self.mixed(items)
         if await self.conn.receive_some(1) != b"e":
-            raise SystemExit("the sender has sent something else")
+            raise SystemExit("expected the end mark of the sender")
         ended = time.perf_counter()
         return Tenth(
             descriptors=self.next - first,
@@ -315,7 +315,7 @@ async def receiver(count: int, seed: int, console: Console) -> list[Tenth]:
             with Progress(console=console) as progress:
                 bar = progress.add_task("descriptors", total=count)
                 driver = Receiver(conn, seed, progress, bar)
-                # How long a Python takes to start is not measured.
+                # The start of the other Python is not measured.
                 await conn.receive_some(1)
                 for tenth, (streamed, mixed) in enumerate(shares(count)):
                     items = mixture(seed, tenth, mixed)
@@ -323,7 +323,7 @@ async def receiver(count: int, seed: int, console: Console) -> list[Tenth]:
                 progress.update(bar, completed=driver.next)
             await conn.send_all(b"g")
             if await conn.receive_some(1):
-                raise SystemExit("more came than was sent")
+                raise SystemExit("received more than was sent")
         with trio.fail_after(30):
             await process.wait()
     finally:
@@ -332,20 +332,20 @@ async def receiver(count: int, seed: int, console: Console) -> list[Tenth]:
 
 
 ################################################################
-# The verdict
+# Checks
 ################################################################
 
 
 def problems(tenths: list[Tenth]) -> list[str]:
-    """Return what is not flat."""
+    """Return a line for each figure that is not flat."""
     found: list[str] = []
-    for who in ("receiver", "sender"):
-        opened = [getattr(tenth, f"{who}_open") for tenth in tenths]
+    for side in ("receiver", "sender"):
+        opened = [getattr(tenth, f"{side}_open") for tenth in tenths]
         if len(set(opened)) > 1:
-            found.append(f"open descriptors of the {who} change: {opened}")
-        memory = [getattr(tenth, f"{who}_rss") for tenth in tenths]
+            found.append(f"open descriptors of the {side} change: {opened}")
+        memory = [getattr(tenth, f"{side}_rss") for tenth in tenths]
         if memory[-1] - memory[0] > MORE_MEMORY:
-            found.append(f"memory of the {who} grows: {memory}")
+            found.append(f"memory of the {side} grows: {memory}")
     times = [tenth.cpu_microseconds for tenth in tenths]
     if statistics.median(times[-3:]) > MORE_TIME * statistics.median(times[:3]):
         shown = [round(each, 1) for each in times]
@@ -390,7 +390,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1_000_000, help="descriptors (1000000)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the figures to FILE")
     parser.add_argument("--sender", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.count < TENTHS * 10:

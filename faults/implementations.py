@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 Context: TypeAlias = "AbstractContextManager[object]"
 
-# What the peer does meanwhile; it is called again and again until it returns True.
+# Called repeatedly until it returns True: the peer's part.
 Meanwhile: TypeAlias = "Callable[[], bool]"
 
 
-class Contestant(ABC):
+class Implementation(ABC):
     """A library, or a part of one."""
 
     name: str
@@ -49,7 +49,7 @@ class Contestant(ABC):
 
     @abstractmethod
     def receive(self, sock: socket.socket, count: int, context: Context) -> Any:
-        """Receive ``count`` descriptors that are due: what the library returns."""
+        """Receive ``count`` descriptors, and return the result of the library."""
 
     @abstractmethod
     def send(self, sock: socket.socket, fds: list[Any]) -> None:
@@ -60,7 +60,7 @@ class Contestant(ABC):
         """Read plain bytes."""
 
     def receive_file(self, sock: socket.socket, context: Context) -> Any:
-        """Receive a descriptor of a regular file, by whatever checks that it is one."""
+        """Receive a descriptor of a regular file, with the check that the library has for it."""
         return self.receive(sock, 1, context)
 
     def send_data(
@@ -70,7 +70,7 @@ class Contestant(ABC):
         raise NotImplementedError
 
     def receive_cancelled(self, sock: socket.socket, push: Callable[[], None]) -> Any:
-        """Wait for a descriptor; be cancelled as it comes; receive again if it did not."""
+        """Wait for a descriptor, be cancelled when it arrives, and receive again if necessary."""
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class Done:
     yet: bool = False
 
 
-class TrioUnixconn(Contestant):
+class TrioUnixconn(Implementation):
     """This library."""
 
     name = "trio_unixconn"
@@ -94,7 +94,7 @@ class TrioUnixconn(Contestant):
         operate: Callable[[Any], Coroutine[Any, Any, Any]],
         context: Context | None = None,
     ) -> Any:
-        import trio  # noqa: PLC0415 - a contestant may be missing
+        import trio  # noqa: PLC0415 - an implementation may be missing
 
         from trio_unixconn import UnixConnection  # noqa: PLC0415
 
@@ -173,7 +173,7 @@ class TrioUnixconn(Contestant):
         return self._run(sock, operate)
 
 
-class Anyio(Contestant):
+class Anyio(Implementation):
     """anyio, on asyncio."""
 
     name = "anyio"
@@ -254,7 +254,7 @@ class Anyio(Contestant):
         return self._run(sock, operate)
 
 
-class Handles(Contestant):
+class Handles(Implementation):
     """multiprocessing.reduction with connections: send_handle and recv_handle."""
 
     name = "multiprocessing send_handle"
@@ -276,7 +276,7 @@ class Handles(Contestant):
             return conn.recv_bytes()
 
 
-class Fds(Contestant):
+class Fds(Implementation):
     """multiprocessing.reduction with sockets: sendfds and recvfds."""
 
     name = "multiprocessing sendfds"
@@ -294,7 +294,7 @@ class Fds(Contestant):
         raise NotImplementedError
 
 
-class Stdlib(Contestant):
+class Stdlib(Implementation):
     """The standard library: socket.send_fds and socket.recv_fds."""
 
     name = "socket.send_fds"
@@ -331,13 +331,13 @@ class Stdlib(Contestant):
             raise exc
 
 
-CONTESTANTS: list[Contestant] = [TrioUnixconn(), Anyio(), Handles(), Fds(), Stdlib()]
+IMPLEMENTATIONS: list[Implementation] = [TrioUnixconn(), Anyio(), Handles(), Fds(), Stdlib()]
 
 
-def warm_up(contestant: Contestant) -> None:
-    """Have everything imported before descriptors run out."""
+def warm_up(implementation: Implementation) -> None:
+    """Import everything before descriptors are exhausted."""
     with suppress(Exception):
         one, two = socket.socketpair()
         with one, two:
             two.send(b"\0\0\0\1.")
-            contestant.read(one)
+            implementation.read(one)
