@@ -1,10 +1,10 @@
-"""A file broker: one process with rights opens files, workers without rights look into them.
+"""A file broker: one process with rights opens files, workers without rights read them.
 
-What a client asks for is opened here, if the policy allows it: a regular file inside of one
-folder, by a way that leads through no symbolic link and no "..". Looking into what others have
-written is the dangerous part, and is done by workers that can open nothing: where the broker is
-root they become "nobody" in an empty root folder, and where the kernel has Landlock it denies
-them every file. They get an open file with each job, and nothing else.
+This process opens the file that a client names, if the policy allows it: a regular file below one
+directory, by a path without symbolic links and "..". Parsing files of other users is the dangerous
+part. Workers do it that can open no file: if the broker is root, they become the user "nobody" in
+an empty root directory, and if the kernel has Landlock, it denies them every file. They receive an
+open file with each job, and nothing else.
 """
 
 import ctypes
@@ -42,16 +42,16 @@ EVERY_ACCESS = 2**13 - 1  # of its first version, in Linux 5.13
 
 @asynccontextmanager
 async def without_rights() -> AsyncGenerator[str, None]:
-    """Give up what a worker must not have, for good, before it gets a job."""
+    """Give up the rights that a worker must not have, before it gets a job."""
     libc = ctypes.CDLL(None, use_errno=True)
     # The C library loads this when a thread of the interpreter ends, and aborts without it.
-    with suppress(OSError):  # another C library has no need of it
+    with suppress(OSError):  # another C library does not need it
         ctypes.CDLL("libgcc_s.so.1")
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     given_up: list[str] = []
     if os.geteuid() == 0:
-        os.chdir(folder := tempfile.mkdtemp())
-        os.rmdir(folder)  # still there, empty, and nothing can be made in it
+        os.chdir(directory := tempfile.mkdtemp())
+        os.rmdir(directory)  # it still exists, empty, and no file can be created in it
         os.chroot(".")
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -63,8 +63,7 @@ async def without_rights() -> AsyncGenerator[str, None]:
         LANDLOCK_CREATE_RULESET, ctypes.byref(accesses), ctypes.c_size_t(ctypes.sizeof(accesses)), 0
     )
     if rules >= 0:
-        # It has no rule, and what no rule allows is denied: to this thread, and to those that it
-        # starts from now on.
+        # It has no rule, so everything is denied, to this thread and to those that it starts.
         if libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0) == 0:
             given_up.append("all files")
         os.close(rules)
@@ -89,15 +88,15 @@ async def handler(file: BufferedReader, job: Job) -> bytes:
 ################################################################
 
 
-def open_inside(folder: int, name: str) -> int:
-    """Open a regular file by its path below a folder, step by step, following no link.
+def open_inside(directory: int, name: str) -> int:
+    """Open a regular file by its path below a directory, step by step, following no link.
 
     openat2(2) with RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS does it in one step; Python lacks it.
     """
     *steps, last = name.split("/")
     if not {"", ".", ".."}.isdisjoint([*steps, last]) or "\0" in name:
-        raise PermissionError(0, "not a path that leads down")
-    at = os.dup(folder)
+        raise PermissionError(0, "not a path below the directory")
+    at = os.dup(directory)
     try:
         for step in steps:
             inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
@@ -122,20 +121,20 @@ async def receive_name(conn: UnixConnection) -> str:
     return os.fsdecode(line.removesuffix(b"\n"))
 
 
-async def broker(pool: WorkerPool, path: str, folder: int, conn: UnixConnection) -> None:
+async def broker(pool: WorkerPool, path: str, directory: int, conn: UnixConnection) -> None:
     try:
         with trio.fail_after(LONGEST_EXCHANGE):
             name = await receive_name(conn)
             try:
-                fd = open_inside(folder, name)
+                fd = open_inside(directory, name)
             except OSError as exc:
                 answer = f"refused: {exc.strerror}".encode()
             else:
-                # The descriptor is the pool's from here on. The path is for demonstration only.
+                # The pool owns the file descriptor now. The path is for demonstration only.
                 answer = await pool.call(fd, data=os.fsencode(os.path.join(path, name)))
             await conn.send_all(answer)
     except (UnixConnectionError, trio.TooSlowError) as exc:
-        print("a request came to nothing:", exc, file=sys.stderr)
+        print("a request failed:", exc, file=sys.stderr)
 
 
 async def ask(path: str, name: str) -> str:
@@ -159,13 +158,13 @@ def fill(home: Path) -> None:
 async def demonstrate(home: Path) -> None:
     fill(home)
     address, public = str(home / "socket"), str(home / "public")
-    folder = os.open(public, os.O_RDONLY | os.O_DIRECTORY)
+    directory = os.open(public, os.O_RDONLY | os.O_DIRECTORY)
     open_pool = partial(open_worker_pool, setup="pool_broker:without_rights", workers=2)
     async with (
         open_pool("pool_broker:handler", max_in_flight=IN_FLIGHT) as pool,
         trio.open_nursery() as nursery,
     ):
-        serve = partial(serve_unix, partial(broker, pool, public, folder), address)
+        serve = partial(serve_unix, partial(broker, pool, public, directory), address)
         server = await nursery.start(serve)
         for name in ("notes", "inner/more"):
             answer = await ask(address, name)
@@ -174,9 +173,9 @@ async def demonstrate(home: Path) -> None:
         for name in ("../secret", "/etc/passwd", "link", "up/secret", "fifo", "inner", "none"):
             assert (await ask(address, name)).startswith("refused: ")
         server.drain()
-    os.close(folder)
+    os.close(directory)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        trio.run(demonstrate, Path(place))
+    with tempfile.TemporaryDirectory() as home:
+        trio.run(demonstrate, Path(home))

@@ -3,7 +3,7 @@
 python examples/pool_http.py 8000     serves on that port until Ctrl-C; in another terminal:
 curl http://localhost:8000/ http://localhost:8000/
 
-In this folder, the command line serves the same handler:
+In this directory, the command line serves the same handler:
 trio-unixconn serve pool_http:handler --bind tcp:127.0.0.1:8000
 """
 
@@ -16,10 +16,11 @@ from functools import partial
 import h11
 import trio
 
+from trio_unixconn import WorkerStartError
 from trio_unixconn.pool import Job, WorkerServer, serve_with_workers
 
-# Seconds, the wait for the next request included: shorter than what a pool gives its workers to
-# finish in, so that clients that only wait do not keep the old ones.
+# In seconds, with the wait for the next request: shorter than the drain_timeout of a pool, so that
+# idle clients do not keep the old workers.
 LONGEST_EXCHANGE = 20
 
 
@@ -69,7 +70,7 @@ async def handler(stream: trio.abc.Stream, job: Job) -> None:
             if http.our_state is http.their_state is h11.DONE:
                 http.start_next_cycle()
     except (trio.BrokenResourceError, trio.TooSlowError):
-        pass  # the client left in the middle, or was too slow
+        pass  # the client has left, or was too slow
 
 
 async def serve_until_told(port: int) -> None:
@@ -83,7 +84,10 @@ async def serve_until_told(port: int) -> None:
             async for number in signals:
                 if number != signal.SIGHUP:
                     break
-                await server.pool.restart()  # with the code as it is now; nobody is turned away
+                try:
+                    await server.pool.restart()  # with the code as it is now
+                except WorkerStartError as exc:
+                    print(f"{exc}\nthe old workers go on", file=sys.stderr)
             server.drain(timeout=1)  # requests under way are finished
 
 

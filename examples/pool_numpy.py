@@ -1,6 +1,6 @@
-"""A pool of numpy workers: arrays go to them as sealed memory, which is mapped and not copied.
+"""A pool of numpy workers: they receive arrays as sealed memory, which is mapped and not copied.
 
-It measures that beside arrays that go as bytes, with ``data=``.
+It compares that with arrays that are sent as bytes, with ``data=``.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ async def handler(file: object, job: Job) -> bytes:
 
 
 def sealed(array: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-    """Return a descriptor of memory that holds the array, and that nobody can change any more."""
+    """Return the file descriptor of memory with the array, which no process can change any more."""
     fd = os.memfd_create("array", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "wb", buffering=0, closefd=False) as file:
         assert file.write(array.data) == array.nbytes
@@ -38,15 +38,15 @@ def sealed(array: np.ndarray[Any, np.dtype[np.int64]]) -> int:
     return fd
 
 
-async def seconds(call: Callable[[], Awaitable[bytes]], due: bytes) -> float:
+async def seconds(call: Callable[[], Awaitable[bytes]], expected: bytes) -> float:
     begin = time.perf_counter()
-    assert await call() == due
+    assert await call() == expected
     return time.perf_counter() - begin
 
 
 async def main() -> None:
     array = np.random.default_rng(1).integers(0, 1000, COUNT, dtype=np.int64)
-    due = b"%d %d" % (array.min(), array.max())
+    expected = b"%d %d" % (array.min(), array.max())
 
     async def as_bytes() -> bytes:
         return await pool.call(data=array.data.cast("B"))
@@ -63,7 +63,7 @@ async def main() -> None:
         taken: list[list[float]] = [[] for _ in ways]
         for _ in range(TURNS):  # in turns, so that all see the same machine
             for way, times in zip(ways, taken, strict=True):
-                times.append(await seconds(way, due))
+                times.append(await seconds(way, expected))
     os.close(shared)
     medians = [statistics.median(times) for times in taken]
     print(f"an array of {array.nbytes / 1e6:.0f} MB to a worker and its answer, median of {TURNS}:")

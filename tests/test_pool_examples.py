@@ -1,4 +1,4 @@
-"""The examples of worker pools run, without a warning; and what the design says of others."""
+"""The examples of worker pools run, without a warning; and a program in the page about pools."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DESIGN = Path(__file__).parent.parent / "docs" / "explanation" / "pools.md"
         ("pool_broker", "and itself cannot open it ("),
     ],
 )
-def test_example(name: str, said: str) -> None:
-    """An example ends well, and says what it shows."""
-    # As another user, which its workers become, they could not write down what they covered.
+def test_example_runs(name: str, said: str) -> None:
+    """An example exits with status 0, and prints what it shows."""
+    # Its workers become another user, which cannot write the data of coverage.
     environment = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")],
@@ -40,8 +40,8 @@ def test_example(name: str, said: str) -> None:
     assert said in done.stdout
 
 
-def test_what_is_said_of_others() -> None:
-    """What waits in the queue of a listener with SO_REUSEPORT is reset when that is closed."""
+def test_pools_page_program_of_reuseport() -> None:
+    """Connections in the queue of a listener with SO_REUSEPORT are reset when it is closed."""
     (program,) = re.findall(r"^```python\n(.*?)^```$", DESIGN.read_text(), re.DOTALL | re.MULTILINE)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert (done.stdout, done.stderr) == (b"True\n", b"")
