@@ -31,6 +31,7 @@ from trio_unixconn import (
     connection_pair,
 )
 from trio_unixconn._closing import close_fds
+from trio_unixconn._connection import close_now
 from trio_unixconn._frames import MAX_BODY, Frame, FrameDecoder, encode_frame
 from trio_unixconn.pool import AbandonedJob, JobReceipt, _process, _protocol, open_worker_pool
 from trio_unixconn.pool._completion_log import CompletionLog
@@ -76,14 +77,14 @@ class FakeWorker:
     def close(self) -> None:
         assert not self.is_closed
         self.is_closed = True
-        self.conn._close_now()
+        close_now(self.conn)
         self.log.close()
 
     def exit(self, status: int) -> None:
         """End, as a process: its end of the connection is closed."""
         if self.status is None:
             self.status = status
-            self.end._close_now()
+            close_now(self.end)
             self.exited.set()
 
     async def say(self, data: bytes, fds: tuple[int, ...] = ()) -> None:

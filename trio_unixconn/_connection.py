@@ -765,14 +765,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         no task has received are dropped. The peer chose the file descriptors in them, and
         closing these may block, so a thread of this library closes them. This never waits.
         """
-        self._close_now()
+        close_now(self)
         await checkpoint()
-
-    def _close_now(self) -> None:
-        self._receiver.release()
-        if not self.is_closed():
-            notify_closing(self._receiver.raw)
-            _closing.close_socket(self._receiver.raw)
 
     def detach(self) -> int:
         """Take the file descriptor out of this connection, which is closed by that.
@@ -949,6 +943,20 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         if self.is_closed():
             return "<UnixConnection closed>"
         return f"<UnixConnection fd={self._receiver.raw.fileno()} to {self.get_remote_address()}>"
+
+
+def close_now(conn: UnixConnection) -> None:
+    """Close a connection as ``aclose`` does, without its checkpoint."""
+    receiver = conn._receiver  # noqa: SLF001 - of this file
+    receiver.release()
+    if not conn.is_closed():
+        notify_closing(receiver.raw)
+        _closing.close_socket(receiver.raw)
+
+
+def accepts_descriptors(conn: UnixConnection) -> bool:
+    """Whether the peer may send file descriptors (``receive_descriptors``)."""
+    return not isinstance(conn._receiver, RefusingReceiver)  # noqa: SLF001 - of this file
 
 
 # isinstance(conn, trio.SocketStream) must hold, and trio does not allow subclasses.

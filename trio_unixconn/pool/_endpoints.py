@@ -26,7 +26,7 @@ import trio
 from .. import _kernel
 from .._buffers import Buffer, bytes_of
 from .._closing import close_fds
-from .._connection import UnixConnection
+from .._connection import UnixConnection, accepts_descriptors
 from .._fds import check_open, fileno
 from .._fdtypes import (
     DescriptorKind,
@@ -39,7 +39,6 @@ from .._fdtypes import (
 )
 from .._file_thread import call_in_file_thread
 from .._guards import check_handover
-from .._receiver import RefusingReceiver
 from .._sockopts import can_linger, raw_socket
 from ..errors import WrongDescriptorKindError
 from . import _protocol
@@ -131,9 +130,8 @@ async def detach_endpoint(source: Submittable) -> tuple[int, EndpointKind]:
       ReadAheadError: a connection, or its socket, that has read messages ahead; likewise.
     """
     if isinstance(source, UnixConnection):
-        # Before it is detached, which makes it forget that.
-        is_refusing = isinstance(source._receiver, RefusingReceiver)  # noqa: SLF001 - one package
-        kind = EndpointKind.UNIX_WITHOUT_DESCRIPTORS if is_refusing else EndpointKind.UNIX
+        accepts = accepts_descriptors(source)
+        kind = EndpointKind.UNIX if accepts else EndpointKind.UNIX_WITHOUT_DESCRIPTORS
         return source.detach(), kind
     if isinstance(source, trio.SocketStream):
         source = source.socket

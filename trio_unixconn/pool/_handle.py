@@ -52,7 +52,7 @@ from ._process import WorkerProcess, describe_exit
 from ._protocol import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ._statistics import Counters
 
@@ -424,7 +424,7 @@ class WorkerHandle(DescriptorOwner):
                 self._on_frame(frame)
 
     def _on_frame(self, frame: Frame) -> None:
-        handler = _FRAME_HANDLERS.get(frame.kind)
+        handler = self._FRAME_HANDLERS.get(frame.kind)
         if handler is None:
             raise ProtocolError(f"expected a frame of a worker, got kind {frame.kind}")
         handler(self, frame.body)
@@ -542,16 +542,15 @@ class WorkerHandle(DescriptorOwner):
     def _on_beat(self, _: bytes) -> None:
         """Do nothing: the time was noted when it arrived."""
 
-
-_FRAME_HANDLERS: Final[dict[int, Callable[[WorkerHandle, bytes], None]]] = {
-    _protocol.TAKEN: WorkerHandle._on_taken,  # noqa: SLF001 - this file's
-    _protocol.REFUSED: WorkerHandle._on_refused,  # noqa: SLF001 - this file's
-    _protocol.DONE: WorkerHandle._on_done,  # noqa: SLF001 - this file's
-    _protocol.ANSWER: WorkerHandle._on_answer,  # noqa: SLF001 - this file's
-    _protocol.ERROR: WorkerHandle._on_error,  # noqa: SLF001 - this file's
-    _protocol.READY: WorkerHandle._on_ready,  # noqa: SLF001 - this file's
-    _protocol.FAILED: WorkerHandle._on_failed_to_start,  # noqa: SLF001 - this file's
-    _protocol.LEAVING: WorkerHandle._on_leaving,  # noqa: SLF001 - this file's
-    _protocol.MORE: WorkerHandle._on_more,  # noqa: SLF001 - this file's
-    _protocol.BEAT: WorkerHandle._on_beat,  # noqa: SLF001 - this file's
-}
+    _FRAME_HANDLERS: Final[Mapping[int, Callable[[WorkerHandle, bytes], None]]] = {
+        _protocol.TAKEN: _on_taken,
+        _protocol.REFUSED: _on_refused,
+        _protocol.DONE: _on_done,
+        _protocol.ANSWER: _on_answer,
+        _protocol.ERROR: _on_error,
+        _protocol.READY: _on_ready,
+        _protocol.FAILED: _on_failed_to_start,
+        _protocol.LEAVING: _on_leaving,
+        _protocol.MORE: _on_more,
+        _protocol.BEAT: _on_beat,
+    }

@@ -14,7 +14,7 @@ import trio
 
 from .. import _memfd
 from .._closing import close_fds, close_object
-from .._connection import UnixConnection
+from .._connection import UnixConnection, close_now
 from .._fdtypes import DescriptorKind, is_memory
 from .._file_thread import call_in_file_thread, ignore
 from .._memfd import Seals
@@ -122,10 +122,10 @@ async def close_file(file: IOBase) -> None:
         )
 
 
-def close_now(stream: Any) -> None:
+def close_stream(stream: Any) -> None:
     """Close a connection or stream, without a checkpoint; closing twice is allowed."""
     if isinstance(stream, UnixConnection):
-        stream._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
+        close_now(stream)
     elif stream is not None:
         sock = stream.socket
         if sock.fileno() >= 0 and can_linger(sock):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
-from .._connection import UnixConnection
+from .._connection import UnixConnection, close_now
 from .._memfd import Seals
 from .._owner import DescriptorOwner
 from ._completion_log import CompletionLog, create_memory_file
@@ -96,7 +96,7 @@ class WorkerProcess(DescriptorOwner):
 
     def close(self) -> None:
         """Close what belongs to it, after it has been reaped."""
-        self.conn._close_now()  # noqa: SLF001 - as aclose(), without its checkpoint
+        close_now(self.conn)
         self.log.close()
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
@@ -136,7 +136,7 @@ def start(config: WorkerConfig) -> WorkerProcess:
         stack.callback(theirs.close)
         failed = stack.enter_context(ExitStack())
         conn = UnixConnection.from_stdlib_socket(ours)
-        failed.callback(conn._close_now)  # noqa: SLF001 - as aclose(), without its checkpoint
+        failed.callback(close_now, conn)
         log = CompletionLog(config.log_size)
         failed.callback(log.close)
         config_fd = create_memory_file(config.encode(), Seals.ALL)

@@ -38,13 +38,14 @@ import trio
 from .._closing import close_fds
 from .._connection import UnixConnection
 from .._frames import Frame, FrameDecoder, encode_frame
+from .._sockopts import raw_socket
 from .._version import __version__
 from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from . import _protocol
 from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_endpoint
 from ._import_string import import_handler, import_setup
-from ._job import Job, WorkerInfo, close_file, close_now
+from ._job import Job, WorkerInfo, close_file, close_stream
 from ._worker_config import WorkerConfig
 
 if sys.version_info < (3, 11):
@@ -221,7 +222,7 @@ async def _serve(
     except BaseException as exc:
         if ready:
             raise
-        return _send_failed(conn._receiver.raw, exc)  # noqa: SLF001 - blocking from now on
+        return _send_failed(raw_socket(conn.socket), exc)
     await conn.aclose()
     return 0
 
@@ -390,7 +391,7 @@ class _Worker:
             else:
                 # An error is about data that was sent before. The socket is closed.
                 with contextlib.suppress(OSError):
-                    close_now(stream)
+                    close_stream(stream)
 
     def _finish_job(self, job: _protocol.SentJob, result: Any) -> None:
         if not job.wants_answer:
