@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import trio_unixconn
@@ -205,3 +206,12 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
         ("_receiver", "recvmsg"),
         ("_receiver", "recvmsg_into"),
     }
+
+
+def test_design_describes_each_layer() -> None:
+    """The table of layers in the design has a row for each layer, and for each module of pool."""
+    text = (PACKAGE.parent / "docs" / "explanation" / "design.md").read_text()
+    table = text.partition("## Layers")[2].partition("Why it is divided")[0]
+    named = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
+    pool = {f"pool.{name}" for name in PACKAGES["pool"]} - {"pool.__init__"}
+    assert {*LAYERS, *pool} - named == set()
