@@ -52,7 +52,7 @@ def test_stop_signals_within_a_second_are_one(project: Path, second: signal.Sign
 
 def test_sigquit_exits_quickly_and_removes_paths(project: Path) -> None:
     """SIGQUIT cancels the handlers, removes every path, and is the exit status."""
-    arguments = ("--stats-socket", "stats")
+    arguments = ("--stats-socket", "stats", "--pid-file", "pid")
     with (
         serving(project, "hold", *arguments) as served,
         connected(str(project / "s")) as client,

@@ -71,6 +71,8 @@ PACKAGES = {
         "serve.status",
         "serve.log",
         "serve.output",
+        "serve.children",
+        "serve.pid_file",
         "serve.__init__",
         "_activation",
         "_console",

@@ -164,6 +164,10 @@ def serve(
     plain: Annotated[
         bool, typer.Option("--plain", help="Lines instead of a table, even on a terminal.")
     ] = False,
+    pid_file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Keep the process id in this file while serving."),
+    ] = None,
     log_file: Annotated[
         str | None,
         typer.Option(
@@ -235,6 +239,7 @@ def serve(
         reload=reload,
         table=is_terminal() and not plain,
         max_draining=2 * pool.workers if max_draining is None else max_draining,
+        pid_file=pid_file,
         log_file=log_file,
         log_format=log_format.value,
         log_level=getattr(logging, log_level.name),

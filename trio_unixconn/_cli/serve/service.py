@@ -24,7 +24,9 @@ from ...errors import PoolClosedError, WorkerStartError
 from ...pool import WorkerServer, serve_statistics, serve_with_workers
 from .._console import Signalled, heard_signals
 from .binds import name_of, open_all
+from .children import reap_adopted_children
 from .log import Log, Screen, logger, start_log
+from .pid_file import pid_file
 from .status import Sample, Sampler
 from .table import render
 
@@ -60,6 +62,7 @@ class ServeConfig:
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
       max_draining: how many old workers may be draining while new ones start.
+      pid_file: the path of a file with the process id.
       log_file, log_format, log_level: as of :class:`Log`.
     """
 
@@ -71,6 +74,7 @@ class ServeConfig:
     reload: bool
     table: bool
     max_draining: int
+    pid_file: str | None
     log_file: str | None
     log_format: LogFormat
     log_level: int
@@ -116,6 +120,7 @@ class _Service:
     async def run(self) -> None:
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
+            stack.enter_context(pid_file(self._config.pid_file))
             if self._config.table:
                 nursery.start_soon(self._show)
             stats = await self._open_stats(stack)
@@ -132,6 +137,7 @@ class _Service:
                 )
                 self._server = server
                 self._workers = _count(server)
+                nursery.start_soon(reap_adopted_children, partial(_pids, server))
                 logger.info("ready: %s", _workers(server))
                 if stats is not None:
                     nursery.start_soon(serve_statistics, server, stats)
@@ -343,6 +349,10 @@ class _Service:
 def _count(server: WorkerServer) -> int:
     """Return the number of workers, without old ones that drain."""
     return sum(each.state != "draining" for each in server.statistics().workers)
+
+
+def _pids(server: WorkerServer) -> set[int]:
+    return {each.pid for each in server.statistics().workers}
 
 
 def _workers(server: WorkerServer) -> str:
