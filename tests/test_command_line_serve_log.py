@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import threading
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -482,3 +483,41 @@ def test_table_falls_back_to_lines(project: Path) -> None:
         terminal.process.send_signal(signal.SIGTERM)
         text = terminal.end()
     assert "drained: 1 accepted" in text.replace("\n", "")
+
+
+################################################################
+# Clients that outlive a drain
+################################################################
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_clients_that_outlive_a_drain_are_one_line(project: Path, number: signal.Signals) -> None:
+    """However many handlers the end of a drain cancels, the log has their number, no traceback."""
+    with serving(project, "hold", "--drain-timeout", "0.5") as served, ExitStack() as stack:
+        for _ in range(50):
+            client = stack.enter_context(connected(str(project / "s")))
+            assert client.recv(4) == b"held"
+        served.send(number)
+        text = served.line("outlived")
+        if number == signal.SIGHUP:
+            # Of one worker, in one message or in two.
+            while sum(map(int, re.findall(r"(\d+) connections? outlived", text))) < 50:
+                text += served.line("outlived")
+        text += served.drained_output()
+    assert sum(map(int, re.findall(r"(\d+) connections? outlived", text))) == 50
+    assert text.count("outlived") <= 2
+    assert "WARNING" in text
+    assert "cancelled after --drain-timeout" in text
+    assert "job" not in "".join(served.lines).replace("jobs", "") + text.replace("jobs", "")
+
+
+def test_clients_of_a_worker_that_is_killed_are_one_line(project: Path) -> None:
+    """Abandoned connections of one worker are one line with their number and the reason."""
+    with serving(project, "hold") as served, ExitStack() as stack:
+        for _ in range(20):
+            client = stack.enter_context(connected(str(project / "s")))
+            assert client.recv(4) == b"held"
+        os.kill(int(re.findall(r"workers (\d+)", served.lines[-1])[0]), signal.SIGKILL)
+        assert "WARNING: 20 connections abandoned: " in (line := served.line("abandoned"))
+        assert "SIGKILL" in line
+        assert served.drained_output().count("abandoned") == 1

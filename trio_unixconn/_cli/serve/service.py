@@ -45,6 +45,8 @@ _REFRESH: Final = 0.25
 # A terminal and a program around this one both send a signal: within so many seconds, a second one
 # is the same one.
 SAME_SIGNAL: Final = 1.0
+# Seconds between two records of jobs that workers did not finish.
+_REPORT: Final = 0.5
 # Seconds between two looks at how many old workers are left.
 _DRAINING_CHECK: Final = 0.1
 _STOP: Final = ("SIGINT", "SIGTERM")
@@ -98,6 +100,7 @@ async def serve_until_told(config: ServeConfig) -> None:
         logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
         await _Service(config, log).run()
     finally:
+        log.ended_jobs.report()
         log.stop()
 
 
@@ -120,6 +123,7 @@ class _Service:
     async def run(self) -> None:
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
+            nursery.start_soon(self._report_ended_jobs)
             stack.enter_context(pid_file(self._config.pid_file))
             if self._config.table:
                 nursery.start_soon(self._show)
@@ -144,6 +148,7 @@ class _Service:
                 nursery.start_soon(self._stay_up_to_date, server)
             # It has drained.
             nursery.cancel_scope.cancel()
+        self._log.ended_jobs.report()
         pool = server.statistics()
         logger.info(
             "drained: %d accepted, %d denied, %d handled, %d failed, %d abandoned, %d rejected; "
@@ -156,6 +161,11 @@ class _Service:
             pool.rejected,
             trio.current_time() - self._begun,
         )
+
+    async def _report_ended_jobs(self) -> None:
+        while True:
+            await trio.sleep(_REPORT)
+            self._log.ended_jobs.report()
 
     async def _open_stats(self, stack: AsyncExitStack) -> UnixListener | None:
         address = self._config.stats_socket
