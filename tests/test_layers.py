@@ -212,7 +212,7 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
 
 def test_design_describes_each_layer() -> None:
     """The table of layers in the design has a row for each layer, and for each module of pool."""
-    text = (PACKAGE.parent / "docs" / "explanation" / "design.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "explanation" / "design.md").read_text()
     table = text.partition("## Layers")[2].partition("Why it is divided")[0]
     named = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
     pool = {f"pool.{name}" for name in PACKAGES["pool"]} - {"pool.__init__"}
