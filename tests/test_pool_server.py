@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -39,6 +40,7 @@ from trio_unixconn.pool import (
     _server,
     serve_with_workers,
 )
+from trio_unixconn.pool._endpoints import EndpointKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -205,6 +207,15 @@ async def test_max_queue_counts_connections_that_a_policy_is_asked_about(tmp_pat
         go_on.set()
         for number, client in enumerate(clients):
             assert await answer(client, b"%d" % number) == b"%d" % number
+
+
+async def test_serve_with_workers_of_a_listener_with_so_linger() -> None:
+    """A closing thread closes connections that inherit SO_LINGER; handlers get their streams."""
+    listener = await tcp()
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    async with serving("tell", listener) as server:
+        assert server._kinds == {listener: EndpointKind.OTHER}
+        assert json.loads(await answer(connected(listener)))["type"] == "SocketStream"
 
 
 @passrights

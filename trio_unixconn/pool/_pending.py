@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from ._statistics import Counters
 
-# close(2) of these can block if their peer chose so. That of an accepted TCP socket cannot, unless
-# its listener has SO_LINGER. A submitted one with SO_LINGER is OTHER.
+# close(2) of these can block if their peer chose so. That of the TCP kinds cannot: they are without
+# SO_LINGER.
 _FILES: Final = frozenset({EndpointKind.OTHER})
 _UNIX_SOCKETS: Final = frozenset({EndpointKind.UNIX, EndpointKind.UNIX_WITHOUT_DESCRIPTORS})
 

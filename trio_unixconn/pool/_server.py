@@ -35,7 +35,7 @@ from .._listener import (
 )
 from .._owner import DescriptorOwner
 from .._server import crash_and_rest
-from .._sockopts import raw_socket
+from .._sockopts import can_linger, raw_socket
 from ..errors import ConnectionClosedError, PoolClosedError
 from ._config import checked_timeout
 from ._endpoints import EndpointKind
@@ -83,10 +83,13 @@ class WorkerServer(DescriptorOwner):
     # Has the deadline of a drain.
     _finishing: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _acceptors: list[Acceptor] = attrs.field(init=False, repr=False)
+    # What connections of each listener are.
+    _kinds: dict[AnyListener, EndpointKind] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # Names for the log: a listener has none after it is closed.
         self._acceptors = [_acceptor(each) for each in self.listeners]
+        self._kinds = {each: _kind_of(each) for each in self.listeners}
 
     def drain(self, timeout: float | None = None) -> None:
         """Shut down gracefully: stop accepting connections and let running handlers finish.
@@ -231,7 +234,7 @@ class WorkerServer(DescriptorOwner):
             for fd, name in accepted:
                 asking.start_soon(self._ask, listener, address, fd, name)
         elif accepted:
-            put_accepted(self.pool, accepted, _kind_of(listener))
+            put_accepted(self.pool, accepted, self._kinds[listener])
 
     @enable_ki_protection
     async def _ask(
@@ -260,7 +263,7 @@ class WorkerServer(DescriptorOwner):
                 raise rest from None
         finally:
             if admitted:
-                put_accepted(self.pool, admitted, _kind_of(listener))
+                put_accepted(self.pool, admitted, self._kinds[listener])
             else:
                 queue_of(self.pool).release()
 
@@ -291,6 +294,9 @@ async def _close(listeners: Sequence[AnyListener]) -> None:
 def _kind_of(listener: AnyListener) -> EndpointKind:
     if isinstance(listener, UnixListener) and not receives_descriptors(listener):
         return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+    if can_linger(listener.socket):
+        # Connections inherit SO_LINGER: a closing thread closes them, as it does with a file.
+        return EndpointKind.OTHER
     return _KINDS.get(listener.socket.family, EndpointKind.OTHER)
 
 
