@@ -105,6 +105,18 @@ def test_feed_closes_fds_that_no_frame_carries() -> None:
             os.fstat(fd)
 
 
+def test_feed_error_has_the_frames_before_it() -> None:
+    """Frames that arrived complete before an error are not lost with it."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    data = encode_frame(1, b"first", carries_fds=True) + encode_frame(2, b"second")
+    with pytest.raises(FrameError) as caught:
+        FrameDecoder().feed(data + encode_frame(3, carries_fds=True), [fd])
+    assert caught.value.frames == [Frame(1, b"first", []), Frame(2, b"second", [])]
+    assert _closing.wait_closed(30)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
 def test_close_closes_fds_of_incomplete_frames() -> None:
     """The file descriptors of a frame that is incomplete at the end of the stream are closed."""
     fd = os.open(os.devnull, os.O_RDONLY)

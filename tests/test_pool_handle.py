@@ -319,6 +319,16 @@ LIES = {
     "frame that claims file descriptors": Lie(
         encode_frame(_protocol.BEAT, carries_fds=True), "without its file descriptors"
     ),
+    "frame that is too long, after TAKEN": Lie(
+        taken(3) + encode_frame(_protocol.ANSWER)[:2] + (MAX_BODY + 1).to_bytes(4, "little"),
+        "expected a frame of at most",
+        BOTH | {SENT},
+        acknowledged=True,
+        retried=0,
+    ),
+    "file descriptors after TAKEN": Lie(
+        taken(3) + BEAT, "expected", BOTH | {SENT}, acknowledged=True, retried=0, attach=True
+    ),
     "file descriptors": Lie(
         encode_frame(_protocol.BEAT, carries_fds=True), "expected", attach=True
     ),

@@ -20,7 +20,7 @@ from ._closing import close_fds
 from ._owner import DescriptorOwner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 _header: Final = struct.Struct("=BBI")
 
@@ -42,7 +42,14 @@ class Frame(NamedTuple):
 
 
 class FrameError(ValueError):
-    """The bytes are not a frame, or not one that is expected here."""
+    """The bytes are not a frame, or not one that is expected here.
+
+    Attributes:
+      frames: the frames that arrived complete with the same bytes, before the error. Their file
+        descriptors are closed.
+    """
+
+    frames: Sequence[Frame] = ()
 
 
 def encode_frame(kind: int, body: bytes = b"", *, carries_fds: bool = False) -> bytes:
@@ -82,10 +89,10 @@ class FrameDecoder(DescriptorOwner):
         found: list[Frame] = []
         try:
             self._decode(found)
-        except BaseException:
-            for frame in found:
-                close_fds(frame.fds or [])
+        except FrameError as exc:
+            close_frames(found)
             self.close()
+            exc.frames = [frame._replace(fds=[]) for frame in found]
             raise
         return found
 

@@ -42,6 +42,7 @@ from ..errors import (
     ConnectionBrokenError,
     ConnectionClosedError,
     HandlerError,
+    UnexpectedDescriptorsError,
     UnixConnectionError,
     WorkerDiedError,
     WorkerStartError,
@@ -52,7 +53,7 @@ from ._process import WorkerProcess, describe_exit
 from ._protocol import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ._statistics import Counters
 
@@ -418,10 +419,28 @@ class WorkerHandle(DescriptorOwner):
     async def _receive(self) -> None:
         decoder = FrameDecoder()
         conn = self.process.conn
-        while data := await conn.receive_some(CHUNK_SIZE):
-            self.last_heard = trio.current_time()
-            for frame in decoder.feed(data, []):
+        while True:
+            try:
+                data = await conn.receive_some(CHUNK_SIZE)
+            except UnexpectedDescriptorsError as exc:
+                with contextlib.suppress(FrameError):
+                    self._on_data(decoder, exc.data)
+                raise
+            if not data:
+                return
+            self._on_data(decoder, data)
+
+    def _on_data(self, decoder: FrameDecoder, data: bytes) -> None:
+        self.last_heard = trio.current_time()
+        try:
+            frames: Sequence[Frame] = decoder.feed(data, [])
+        except FrameError as exc:
+            # What it has sent before counts: handlers may have begun.
+            for frame in exc.frames:
                 self._on_frame(frame)
+            raise
+        for frame in frames:
+            self._on_frame(frame)
 
     def _on_frame(self, frame: Frame) -> None:
         handler = self._FRAME_HANDLERS.get(frame.kind)
