@@ -4,7 +4,8 @@ The rule of this file: nothing is read from a connection here. Who it is says th
 it comes from, which each client has chosen so that it is its token.
 
 ``python accepting.py ORDER``, a JSON object: ``way`` is "submit", for an accept loop here that
-keeps each receipt, or "serve", for ``serve_with_workers``; ``handler``; ``unix``, a path;
+keeps each receipt, or "serve", for ``serve_with_workers``; ``handler``; ``unix``, a path; with
+``deny`` no client may use that; with ``raises`` on_abandoned raises, after it has noted the job;
 ``options`` of the pool. It says ``{"port": ...}``, and then answers commands, a line each.
 """
 
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from trio_unixconn import open_unix_listener
-from trio_unixconn.errors import WorkerStartError
+from trio_unixconn import PeerPolicy, open_unix_listener
+from trio_unixconn.errors import JobRefusedError, PoolClosedError, WorkerStartError
 from trio_unixconn.pool import AbandonedJob, WorkerPool, open_worker_pool, serve_with_workers
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Accepting:
     def abandoned(self, job: AbandonedJob) -> None:
         """Note what the pool reports."""
         self.reported.append((job.id, job.pid))
+        if self.order.get("raises"):
+            raise LookupError("on_abandoned raises")
 
     async def run(self, listeners: Sequence[Listener], task_status: Any) -> None:
         """Serve until it is told to stop."""
@@ -117,8 +120,10 @@ class Accepting:
                 await self.pool.restart()
             elif do == "scale":
                 await self.pool.scale(arguments["workers"])
-        except WorkerStartError as exc:
-            # Somebody has killed it while it was starting.
+            elif do == "cancel":
+                return await self.cancel_calls(arguments["workers"])
+        except (WorkerStartError, PoolClosedError) as exc:
+            # It was killed while it was starting, or the pool drains.
             return str(exc)
         if do == "finish":
             if self.server is not None:
@@ -134,6 +139,37 @@ class Accepting:
             }
         return None
 
+    async def cancel_calls(self, workers: int) -> str:
+        """Cancel 40 calls of the last worker while it is scaled away; return a late one's end."""
+        pool, last = self.pool, workers - 1
+        assert pool is not None
+        scope, ended = trio.CancelScope(), list[str]()
+
+        async def call() -> None:
+            await pool.call(data=b"without end", worker=last)
+
+        async def call_many() -> None:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(40):
+                        nursery.start_soon(call)
+
+        async def call_late() -> None:
+            try:
+                ended.append((await pool.call(worker=last)).decode())
+            except JobRefusedError as exc:
+                ended.append(str(exc))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call_many)
+            while pool.statistics().workers[last].in_flight < 40:  # noqa: ASYNC110 - no event
+                await trio.sleep(0.001)
+            scope.cancel()
+            nursery.start_soon(call_late)
+            nursery.start_soon(pool.scale, last)
+        await pool.scale(workers)
+        return ended[0]
+
     def count(self) -> int:
         """Return how many connections were accepted."""
         return self.accepted if self.server is None else int(self.server.accepted)
@@ -143,7 +179,11 @@ async def main(order: dict[str, Any]) -> None:
     """Be the server."""
     listeners: list[Listener] = [
         *await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=BACKLOG),
-        await open_unix_listener(order["unix"], backlog=BACKLOG),
+        await open_unix_listener(
+            order["unix"],
+            backlog=BACKLOG,
+            policy=PeerPolicy(uids=[os.getuid() + 1]) if order.get("deny") else None,
+        ),
     ]
     port = listeners[0].socket.getsockname()[1]
     accepting = Accepting(order)

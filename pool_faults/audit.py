@@ -70,11 +70,13 @@ class Records:
 
     Attributes:
       began: how often the handler of each job has begun.
+      pids: the worker in which the handler of each job has begun.
       tokens: what each job's client has sent.
       ended: jobs that were answered.
     """
 
     began: Counter[int] = attrs.field(factory=Counter[int])
+    pids: dict[int, int] = attrs.field(factory=dict[int, int])
     tokens: dict[int, int] = attrs.field(factory=dict[int, int])
     ended: Counter[int] = attrs.field(factory=Counter[int])
 
@@ -86,8 +88,11 @@ class Records:
             what, job, *rest = line.split()
             if what == "token":
                 records.tokens[int(job)] = int(rest[0])
+            elif what == "begin":
+                records.began[int(job)] += 1
+                records.pids[int(job)] = int(rest[0])
             else:
-                (records.began if what == "begin" else records.ended)[int(job)] += 1
+                records.ended[int(job)] += 1
         return records
 
 
@@ -97,7 +102,11 @@ def twice(counts: Counter[int]) -> list[int]:
 
 
 def audit(
-    outcomes: Mapping[int, str], ledger: Mapping[str, Any], records: Records, deaths: int = 0
+    outcomes: Mapping[int, str],
+    ledger: Mapping[str, Any],
+    records: Records,
+    deaths: int = 0,
+    raising: Collection[int] = (),
 ) -> list[Figure]:
     """Put together what the clients, the pool, and the handlers have said.
 
@@ -106,6 +115,7 @@ def audit(
       ledger: what the server has said at its end; without receipts, the handlers' records take
         their place.
       deaths: how many workers were killed.
+      raising: the tokens of clients whose handlers raise.
     """
     counts = ledger["statistics"]
     receipts = {job: token for job, token, _ in ledger["receipts"]}
@@ -114,9 +124,12 @@ def audit(
     began, ended = set(records.began), set(records.ended)
     acknowledged = set(receipts) if has_receipts else began | set(reported)
     job_of = {token: job for job, token in (receipts or records.tokens).items()}
-    failed = {token: was for token, was in outcomes.items() if was != ANSWERED}
+    failed = {
+        token: was for token, was in outcomes.items() if was != ANSWERED and token not in raising
+    }
+    raised = {job_of[token] for token in raising if token in job_of}
     # Of those nobody has ended the handler, so that the pool must have reported it.
-    open_jobs = acknowledged - ended
+    open_jobs = acknowledged - ended - raised
     late = set(reported) & ended
     unread = set(reported) - set(records.tokens)
     of_failed = {job_of[token] for token in failed if token in job_of}
@@ -128,9 +141,12 @@ def audit(
         none("refused, or given up", counts["rejected"] + counts["cancelled"]),
         shown("handed to another worker", counts["retried"]),
         equal(
-            "handled + reported", counts["handled"] + counts["abandoned"], len(outcomes), "clients"
+            "handled + failed + reported",
+            counts["handled"] + counts["failed"] + counts["abandoned"],
+            len(outcomes),
+            "clients",
         ),
-        none("failed in the handler", counts["failed"]),
+        equal("failed in the handler", counts["failed"], len(raising), "handlers that raise"),
         shown("reported", len(ledger["reported"])),
         equal(
             "reported, as the pool has counted",
@@ -158,7 +174,10 @@ def audit(
         none("clients that failed, job not reported", of_failed - set(reported)),
         none("clients that failed, job had ended", of_failed & ended),
         none("clients that waited in vain", [t for t, was in failed.items() if "unans" in was]),
-        shown("reported, but the client had its answer", len(set(reported) - of_failed - unread)),
+        shown(
+            "reported, but the client had its answer",
+            len(set(reported) - of_failed - unread - raised),
+        ),
     ]
     if has_receipts:
         figures.append(none("clients that failed, never acknowledged", unknown))

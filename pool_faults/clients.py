@@ -17,10 +17,10 @@ import socket
 from typing import TYPE_CHECKING
 
 import trio
-from target import TOKEN_BYTES
+from target import TOKEN_BYTES, first_token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ANSWERED = "answered"
 UNANSWERED = "unanswered"
@@ -35,6 +35,11 @@ _NOBODY = {errno.ECONNREFUSED, errno.ENOENT}
 _first = int.from_bytes(bytes([127, 1, 0, 1]), "big")
 #: Of this process: none is used twice.
 tokens = itertools.count(_first)
+
+
+def faulty_tokens(fault: int) -> Iterator[int]:
+    """Return tokens that cause a fault."""
+    return itertools.count(first_token(fault))
 
 
 def _address(token: int) -> str:
@@ -97,11 +102,14 @@ class Load:
       outcomes: what became of each client, by its token.
     """
 
-    def __init__(self, port: int, path: str, *, at_a_time: int = 100) -> None:
+    def __init__(
+        self, port: int, path: str, *, at_a_time: int = 100, tokens: Iterator[int] = tokens
+    ) -> None:
         self.outcomes: dict[int, str] = {}
         self._port = port
         self._path = path
         self._at_a_time = at_a_time
+        self._tokens = tokens
         self._left = 0
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -115,7 +123,7 @@ class Load:
     async def _clients(self) -> None:
         while self._left > 0:
             self._left -= 1
-            token = next(tokens)
+            token = next(self._tokens)
             self.outcomes[token] = await outcome(token, self._port, self._path)
             self._changed.unpark_all()
 

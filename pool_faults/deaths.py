@@ -10,7 +10,7 @@ import random
 import signal
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import outside
@@ -51,7 +51,9 @@ class Sizes:
     at_a_time: int
 
 
-async def killed_workers(sizes: Sizes, seed: int, way: str) -> list[Figure]:
+async def killed_workers(
+    sizes: Sizes, seed: int, way: str, order: dict[str, Any] | None = None
+) -> list[Figure]:
     """Kill workers at random moments."""
     rng = random.Random(f"{seed} {way}")
     moments = sorted(rng.sample(range(sizes.connections), sizes.kills))
@@ -66,7 +68,7 @@ async def killed_workers(sizes: Sizes, seed: int, way: str) -> list[Figure]:
             # One that was killed may not have died yet.
             pids.add(await server.signal_one(rng, signal.SIGKILL, pids))
 
-    async with running(way) as server:
+    async with running(way, order=order) as server:
         load = server.load(at_a_time=sizes.at_a_time)
         begin = time.monotonic()
         async with trio.open_nursery() as nursery:

@@ -33,6 +33,20 @@ from deaths import (
     killed_under_submit,
     stopped_workers,
 )
+from misuse import (
+    cancelled_calls,
+    deaf_workers,
+    denied_clients,
+    drained_while_restarting,
+    exits,
+    leftover_threads,
+    lies,
+    raising_callback,
+    scaled_away,
+    segfaults,
+    suspended,
+    terminated_while_busy,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +66,18 @@ SCENES: dict[str, Any] = {
     "scale": scaling,
     "term": terminated,
     "drain": drains,
+    "cancel": cancelled_calls,
+    "deny": denied_clients,
+    "raise": raising_callback,
+    "scaled-away": scaled_away,
+    "lie": lies,
+    "segfault": segfaults,
+    "exit": exits,
+    "emfile-worker": deaf_workers,
+    "term-busy": terminated_while_busy,
+    "thread": leftover_threads,
+    "suspend": suspended,
+    "drain-restart": drained_while_restarting,
     "all": everything,
 }
 

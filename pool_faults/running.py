@@ -208,18 +208,22 @@ class Running:
 
 
 @asynccontextmanager
-async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGenerator[Running]:
+async def running(
+    way: str, handler: str = "answer", *, order: dict[str, Any] | None = None, **options: Any
+) -> AsyncGenerator[Running]:
     """Start a server, and leave nothing of it behind.
 
     Args:
       way: "submit" or "serve", as accepting.py says.
       handler: the function in target.py.
+      order: more for accepting.py.
       options: of the pool.
     """
     with tempfile.TemporaryDirectory(prefix="pool-faults-") as name:
         folder = Path(name)
         (folder / "records").touch()
-        order: dict[str, Any] = {
+        orders: dict[str, Any] = {
+            **(order or {}),
             "way": way,
             "handler": f"target:{handler}",
             "unix": str(folder / "socket"),
@@ -227,7 +231,7 @@ async def running(way: str, handler: str = "answer", **options: Any) -> AsyncGen
         }
         with (folder / "log").open("wb") as log:
             process = await trio.lowlevel.open_process(
-                [sys.executable, str(Path(__file__).with_name("accepting.py")), json.dumps(order)],
+                [sys.executable, str(Path(__file__).with_name("accepting.py")), json.dumps(orders)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
