@@ -178,7 +178,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(name="pool-faults")
 def pool_faults(session: nox.Session) -> None:
-    """Kill, stop, starve and replace workers under load; ``--quick``, ``--only``, ``--json``."""
+    """Kill, stop, starve and replace workers under load; ``--quick``, ``--only``, ``--random``."""
     install(session)
     session.run("python", "pool_faults/pool_faults.py", *session.posargs)
 

@@ -1,7 +1,7 @@
-"""The server, a process of its own: a pool, and what it says of the jobs that it was given.
+"""The server, a process of its own: a pool, and a record of the jobs that it was given.
 
-The rule of this file: nothing is read from a connection here. Who it is says the address that
-it comes from, which each client has chosen so that it is its token.
+Invariant: nothing is read from a connection here. Each client has bound its socket to an address
+that is its token.
 
 ``python accepting.py ORDER``, a JSON object: ``way`` is "submit", for an accept loop here that
 keeps each receipt, or "serve", for ``serve_with_workers``; ``handler``; ``unix``, a path; with
@@ -91,7 +91,7 @@ class Accepting:
         self.over.set()
 
     async def accept_from(self, listener: Listener, submitting: trio.Nursery) -> None:
-        """Submit what comes."""
+        """Submit each connection."""
         while True:
             sock, name = await listener.socket.accept()
             self.accepted += 1
@@ -196,7 +196,7 @@ async def main(order: dict[str, Any]) -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 nursery.start_soon(answer, accepting, json.loads(line))
-        # Who has started this is gone.
+        # The process that has started this is gone.
         nursery.cancel_scope.cancel()
 
 
@@ -207,7 +207,7 @@ async def answer(accepting: Accepting, command: dict[str, Any]) -> None:
 
 
 def say(what: Any) -> None:
-    """Say something to who has started this."""
+    """Say something to the process that has started this."""
     print(json.dumps(what), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Who has said what about which connection, put together.
+"""Compare the records of clients, pool and handlers.
 
-The rule of this file: each count says what must hold of it, or that it is only shown; what does
-not hold is named with a few of the jobs or tokens in question.
+Invariant: each figure says what is expected, or that it is only shown. A figure that is wrong names
+a few of the jobs or tokens in question.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Figure:
     """One figure of a scene.
 
     Attributes:
-      due: what it must be, in words; "" if it is only shown.
+      expected: what it must be, in words; "" if it is only shown.
       holds: whether it is that.
       example: some of what it counts.
       rule: what it must be, in words that hold for all scenes.
@@ -30,7 +30,7 @@ class Figure:
 
     name: str
     value: float
-    due: str = ""
+    expected: str = ""
     holds: bool = True
     example: str = ""
     rule: str = ""
@@ -49,19 +49,19 @@ def none(name: str, what: Collection[Any] | int) -> Figure:
     return Figure(name, len(what), "0", not what, example, "0")
 
 
-def equal(name: str, value: float, due: float, rule: str = "") -> Figure:
+def equal(name: str, value: float, expected: float, rule: str = "") -> Figure:
     """Return a figure that must be another one."""
-    return Figure(name, value, f"{due:,}", value == due, rule=rule)
+    return Figure(name, value, f"{expected:,}", value == expected, rule=rule)
 
 
-def at_most(name: str, value: float, due: float, rule: str = "") -> Figure:
+def at_most(name: str, value: float, limit: float, rule: str = "") -> Figure:
     """Return a figure that may not be more."""
-    return Figure(name, value, f"at most {due:,}", value <= due, rule=rule)
+    return Figure(name, value, f"at most {limit:,}", value <= limit, rule=rule)
 
 
-def at_least(name: str, value: float, due: float) -> Figure:
+def at_least(name: str, value: float, limit: float) -> Figure:
     """Return a figure that may not be less."""
-    return Figure(name, value, f"at least {due:,}", value >= due)
+    return Figure(name, value, f"at least {limit:,}", value >= limit)
 
 
 @attrs.define
@@ -108,11 +108,11 @@ def audit(
     deaths: int = 0,
     raising: Collection[int] = (),
 ) -> list[Figure]:
-    """Put together what the clients, the pool, and the handlers have said.
+    """Compare the records of clients, pool and handlers.
 
     Args:
-      outcomes: what became of each client, by its token.
-      ledger: what the server has said at its end; without receipts, the handlers' records take
+      outcomes: the outcome of each client, by its token.
+      ledger: what the server has recorded; without receipts, the handlers' records take
         their place.
       deaths: how many workers were killed.
       raising: the tokens of clients whose handlers raise.
@@ -128,7 +128,7 @@ def audit(
         token: was for token, was in outcomes.items() if was != ANSWERED and token not in raising
     }
     raised = {job_of[token] for token in raising if token in job_of}
-    # Of those nobody has ended the handler, so that the pool must have reported it.
+    # Their handlers have not ended, so the pool must have reported them.
     open_jobs = acknowledged - ended - raised
     late = set(reported) & ended
     unread = set(reported) - set(records.tokens)
@@ -138,8 +138,8 @@ def audit(
         shown("clients", len(outcomes)),
         equal("accepted", ledger["accepted"], len(outcomes), "clients"),
         equal("acknowledged", counts["acknowledged"], len(outcomes), "clients"),
-        none("refused, or given up", counts["rejected"] + counts["cancelled"]),
-        shown("handed to another worker", counts["retried"]),
+        none("rejected or cancelled", counts["rejected"] + counts["cancelled"]),
+        shown("retried on another worker", counts["retried"]),
         equal(
             "handled + failed + reported",
             counts["handled"] + counts["failed"] + counts["abandoned"],
@@ -184,7 +184,7 @@ def audit(
         figures.append(equal("receipts", len(ledger["receipts"]), len(outcomes), "clients"))
         figures.append(none("errors of submit", [was for _, was in ledger["errors"]]))
     else:
-        # Whose they are, nobody knows: their tokens were not read. But not more than those.
+        # Their tokens were not read, so their jobs are unknown. There are not more than those.
         figures.append(
             at_most(
                 "clients that failed, token not read",

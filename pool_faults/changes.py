@@ -1,6 +1,6 @@
-"""Scenes in which workers come, go, or lack something, and no client may notice.
+"""Scenes in which workers are replaced, or lack file descriptors; clients must not notice.
 
-The rule of this file: a scene returns figures; it judges by what was seen from outside.
+Invariant: a scene returns figures; it judges by what was seen from outside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Act = "Callable[[Running, Load], Awaitable[None]]"
 
 
 async def _under_load(sizes: Sizes, way: str, act: Any, *, deaths: int = 0) -> list[Figure]:
-    """Do something to a server while clients come; then look whether anybody noticed."""
+    """Do something to a server while clients come; then look whether a client noticed."""
     async with running(way) as server:
         load = server.load(at_a_time=sizes.at_a_time)
 
@@ -79,7 +79,7 @@ async def scaling(sizes: Sizes, seed: int) -> list[Figure]:
         for count in [*counts, WORKERS]:
             await server.ask("scale", workers=count)
             if len(now := await server.pids()) != count:
-                wrong.append(f"{len(now)} where {count} were due")
+                wrong.append(f"{len(now)} expected {count}")
             await load.more(sizes.step // 10)
 
     figures = await _under_load(sizes, "serve", act)
@@ -200,7 +200,7 @@ async def _drained(server: Running, load: Load, step: int) -> list[Figure]:
         none("begun, but not answered", began - answered),
         none("begun twice", [each for each, count in records.began.items() if count > 1]),
         none("failed, refused, cancelled, or reported", sum(map(counts.__getitem__, _BAD))),
-        shown("came after the drain", len(load.outcomes) - len(answered)),
+        shown("arrived after the drain", len(load.outcomes) - len(answered)),
         none("processes left at the end", ledger["processes left"]),
     ]
 
@@ -226,7 +226,7 @@ async def drains(sizes: Sizes, seed: int) -> list[Figure]:
             Figure(
                 name,
                 sum(each.value for each in some),
-                "0" if some[0].due == "0" else some[0].due and "the same",
+                "0" if some[0].expected == "0" else some[0].expected and "the same",
                 all(each.holds for each in some),
                 "".join(each.example for each in some),
             )

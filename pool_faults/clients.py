@@ -1,11 +1,11 @@
-"""The load: clients, each with a token of its own, and what became of each.
+"""The load: clients, each with a token of its own, and its outcome.
 
-The rule of this file: a client tries once. Whatever else happens than that it gets its own token
-back, and then the end of the stream, is written down as what it was.
+Invariant: a client tries once. Anything but its own token and then the end of the stream is
+recorded as what it was.
 
 A token is an address of the loopback network, 127.0.0.0/8. A client over TCP connects from that
-address, and one over a Unix socket from an abstract name that ends in it, so that who accepts it
-knows who it is.
+address, and one over a Unix socket from an abstract name that ends in it, so that the
+server that accepts it knows its token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def _receive_all(sock: socket.socket) -> bytes:
 
 
 async def outcome(token: int, port: int, path: str) -> str:
-    """Be one client, over TCP if the token is odd; return what became of it."""
+    """Be one client, over TCP if the token is odd; return its outcome."""
     is_tcp = token % 2
     connected = False
     with (
@@ -99,7 +99,7 @@ class Load:
     """Clients that come one after the other, so many at a time.
 
     Attributes:
-      outcomes: what became of each client, by its token.
+      outcomes: the outcome of each client, by its token.
     """
 
     def __init__(
@@ -145,5 +145,5 @@ class Load:
             await self._changed.park()
 
     def failures(self) -> dict[int, str]:
-        """Return those who did not get their answer, and why."""
+        """Return the clients without an answer, and why."""
         return {each: was for each, was in self.outcomes.items() if was != ANSWERED}

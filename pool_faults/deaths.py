@@ -1,6 +1,6 @@
 """Scenes in which processes die: workers, workers that hang, and the pool's own.
 
-The rule of this file: a scene returns figures; it judges by what was seen from outside.
+Invariant: a scene returns figures; it judges by what was seen from outside.
 """
 
 from __future__ import annotations
@@ -200,14 +200,14 @@ async def everything(sizes: Sizes, seed: int) -> list[Figure]:
 
 
 async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, int]:
-    """Kill a pool's process under load; return how long its workers lived, and who is left."""
+    """Kill a pool's process under load; return how long its workers lived, and what is left."""
     rng = random.Random(seed)
     async with running("serve", handler) as server:
         load = server.load(at_a_time=sizes.at_a_time)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.run)
             if handler == "burn":
-                # All burn from the first job on; nobody is ever answered.
+                # All compute from their first job on; no client is answered.
                 await until(lambda: len(Records.of(server.records).began) >= WORKERS)
             else:
                 await load.more(2 * sizes.at_a_time)

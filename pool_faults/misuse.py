@@ -265,8 +265,8 @@ async def terminated_while_busy(sizes: Sizes, seed: int) -> list[Figure]:
         load = server.load(at_a_time=sizes.at_a_time)
         before = await server.pids()
         pid = rng.choice(before)
-        (server.folder / "hold").touch()
-        (server.folder / "fail").touch()
+        (server.directory / "hold").touch()
+        (server.directory / "fail").touch()
 
         async def restart() -> None:
             said.append(await server.ask("restart") or "it worked")
@@ -278,8 +278,8 @@ async def terminated_while_busy(sizes: Sizes, seed: int) -> list[Figure]:
                 await until(lambda: len(server.workers()) > WORKERS)
                 outside.send_to_child(pid, server.pid, signal.SIGTERM)
                 await load.more(sizes.at_a_time)
-                (server.folder / "hold").unlink()
-            (server.folder / "fail").unlink()
+                (server.directory / "hold").unlink()
+            (server.directory / "fail").unlink()
             seconds = await _until_gone(pid, server)
             load.stop()
         found = await server.leftovers()

@@ -1,6 +1,6 @@
 """Processes, looked at from outside, and signalled without a chance to hit another.
 
-The rule of this file: a number of a process is used only with a pidfd that was opened for it and
+Invariant: the number of a process is used only with a pidfd that was opened for it and
 looked at after that.
 
 Sources: pidfd_open(2), proc_pid_task(5), proc_pid_stat(5), proc_pid_environ(5)
@@ -99,7 +99,7 @@ def seconds_until_ended(pidfds: list[int], timeout: float) -> tuple[float, int]:
 
 
 def with_variable(name: str, value: str) -> list[int]:
-    """Return all processes that have a variable in their environment, whoever's child they are."""
+    """Return all processes with a variable in their environment, children of this one or not."""
     entry = f"{name}={value}".encode()
     found: list[int] = []
     for each in filter(str.isdigit, os.listdir("/proc")):

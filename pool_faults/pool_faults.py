@@ -1,10 +1,10 @@
-"""What happens to connections when workers, or their pool, fare badly.
+"""What happens to connections when workers, or their pool, fail.
 
 ``python pool_faults/pool_faults.py [--quick] [--only NAME] [--seed 1] [--json FILE] [--write]``.
 In each scene a pool serves clients over TCP and Unix sockets in a process of its own, and
-something is done to it meanwhile. What the clients saw, what the pool has said, and what the
-handlers wrote down must tell one story. The exit status is 1 when a figure is not what it must
-be. With ``--write`` the figures go to pool_faults/pool_faults.md too.
+a fault is caused meanwhile. The records of the clients, of the pool and of the handlers must agree.
+The exit status is 1 if a figure is not the expected one. ``--write`` also writes the figures to
+pool_faults/pool_faults.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from misuse import (
 from rich.console import Console
 from rich.table import Table
 
-# What no scene takes, in seconds, unless somebody waits in vain.
+# No scene takes so long, in seconds, unless a task waits in vain.
 LONGEST = 300
 MARKDOWN = Path(__file__).with_suffix(".md")
 
@@ -88,7 +88,7 @@ TINY = Sizes(connections=300, kills=2, restarts=1, ends=1, rounds=1, step=50, at
 
 @attrs.frozen
 class Result:
-    """What came out of a scene."""
+    """The result of a scene."""
 
     name: str
     title: str
@@ -98,7 +98,7 @@ class Result:
     def wrong(self) -> list[str]:
         """Return what does not hold."""
         return [
-            f"{self.name}: {each.name}: {each.value:,}, where {each.due} was due"
+            f"{self.name}: {each.name}: expected {each.expected}, got {each.value:,}"
             + (f" ({each.example})" if each.example else "")
             for each in self.figures
             if not each.holds
@@ -124,12 +124,12 @@ def table(results: list[Result]) -> Table:
     shown.add_column("scene")
     shown.add_column("figure")
     shown.add_column("value", justify="right")
-    shown.add_column("due")
+    shown.add_column("expected")
     for result in results:
         for number, each in enumerate(result.figures):
             value = f"{each.value:,}" if each.holds else f"[red]{each.value:,}[/]"
             scene = [f"[b]{result.name}[/]", f"({result.seconds:.1f} s)"]
-            shown.add_row(scene[number] if number < 2 else "", each.name, value, each.due)
+            shown.add_row(scene[number] if number < 2 else "", each.name, value, each.expected)
         shown.add_section()
     return shown
 
@@ -140,11 +140,11 @@ def markdown(results: list[Result], seed: int) -> str:
     where = f"{platform.system()} {platform.release()}, {platform.machine()}"
     versions = f"Python {platform.python_version()} and trio {trio.__version__}"
     lines = [
-        "# What happens when workers die",
+        "# What happens when workers die or misbehave",
         "",
         f"Measured by `nox -s pool-faults -- --write`, seed {seed}, in {seconds / 60:.0f} minutes,",
         f"on {where}, with {os.cpu_count()} processors, {versions}.",
-        "Where something is due, the exit status is 1 unless the figure is that.",
+        "The exit status is 1 if a figure is not the expected one.",
     ]
     shared, own = split(results)
     names = [
@@ -152,15 +152,21 @@ def markdown(results: list[Result], seed: int) -> str:
     ]
     lines += ["", "| scene | what is done |", "| --- | --- |"]
     lines += [f"| {result.name} | {result.title} |" for result in results]
-    lines += ["", "## Who has said what about which connection", ""]
-    lines += [f"| | {' | '.join(names)} | due |", f"| --- |{' ---: |' * len(names)} --- |"]
+    lines += ["", "## Connections, as clients, the pool and handlers have recorded them", ""]
+    lines += [f"| | {' | '.join(names)} | expected |", f"| --- |{' ---: |' * len(names)} --- |"]
     for figure, row in shared.items():
         rule = next(each.rule for each in row.values())
         cells = [cell(row[name]) if name in row else "" for name in names]
         lines.append(f"| {figure} | {' | '.join(cells)} | {rule} |")
-    lines += ["", "## And of each scene", "", "| scene | | | due |", "| --- | --- | ---: | --- |"]
+    lines += [
+        "",
+        "## Figures of single scenes",
+        "",
+        "| scene | | | expected |",
+        "| --- | --- | ---: | --- |",
+    ]
     for name, figures in own.items():
-        lines += [f"| {name} | {each.name} | {cell(each)} | {each.due} |" for each in figures]
+        lines += [f"| {name} | {each.name} | {cell(each)} | {each.expected} |" for each in figures]
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +202,7 @@ def main() -> int:
     parser.add_argument(
         "--random", type=float, metavar="SECONDS", help="play only the random test, for so long"
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--write", action="store_true", help=f"write {MARKDOWN.name}")
     given = parser.parse_args()
     if given.random is not None:
@@ -212,7 +218,7 @@ def main() -> int:
     for each in wrong:
         print(f"WRONG: {each}")
     if not wrong:
-        print(f"all figures are as they must be; seed {given.seed}")
+        print(f"all figures are as expected; seed {given.seed}")
     if given.json:
         found = {
             "seed": given.seed,

@@ -1,6 +1,6 @@
 """A server process, as the scenes see it: commands, its workers, and what it leaves behind.
 
-The rule of this file: however a scene ends, nothing of its server is left.
+Invariant: however a scene ends, nothing of its server is left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORKERS = 4
 # For what has no event that is seen from here: a look, again and again.
 LOOK = 0.02
 PATIENCE = 60
-# Who draws at random kills five in turn at one place now and then, with which a pool would end.
+# Random kills hit five consecutive workers of one slot now and then, which would end the pool.
 _CRASH_LIMIT = 100
 
 
@@ -54,7 +54,7 @@ class _Answer:
     """What the server will have answered."""
 
     value: Any = None
-    came: trio.Event = attrs.field(factory=trio.Event)
+    received: trio.Event = attrs.field(factory=trio.Event)
 
 
 @attrs.define
@@ -62,11 +62,11 @@ class Running:
     """A server process.
 
     Attributes:
-      folder: its socket, its log, and the records of its handlers.
+      directory: its socket, its log, and the records of its handlers.
       idle_descriptors: how many it had open before the first connection; and its workers had.
     """
 
-    folder: Path
+    directory: Path
     process: trio.Process
     port: int = 0
     idle_descriptors: int = 0
@@ -83,11 +83,11 @@ class Running:
     @property
     def records(self) -> Path:
         """Where the handlers write."""
-        return self.folder / "records"
+        return self.directory / "records"
 
     def load(self, **options: Any) -> Load:
         """Make clients for it."""
-        return Load(self.port, str(self.folder / "socket"), **options)
+        return Load(self.port, str(self.directory / "socket"), **options)
 
     async def ask(self, do: str, **arguments: Any) -> Any:
         """Have it do something, and return what it answers; several may ask at a time."""
@@ -98,7 +98,7 @@ class Running:
         async with self._sending:
             await self.process.stdin.send_all(line)
         with trio.fail_after(2 * PATIENCE):
-            await answer.came.wait()
+            await answer.received.wait()
         if answer.value is _GONE:
             raise ServerGoneError(self.log()[-2000:])
         return answer.value
@@ -121,16 +121,16 @@ class Running:
                 else:
                     answer = self._asked.pop(said["number"])
                     answer.value = said["answer"]
-                    answer.came.set()
+                    answer.received.set()
         if not self.port:
             raise ServerGoneError(self.log()[-2000:])
         for answer in self._asked.values():
             answer.value = _GONE
-            answer.came.set()
+            answer.received.set()
 
     def log(self) -> str:
         """Return what it, its pool and its workers have logged."""
-        return (self.folder / "log").read_text(errors="replace")
+        return (self.directory / "log").read_text(errors="replace")
 
     def workers(self) -> list[int]:
         """Return its workers, also those that are starting."""
@@ -155,7 +155,7 @@ class Running:
             await trio.sleep(LOOK)
 
     async def idle(self) -> None:
-        """Wait until all places have a worker, none is leaving, and no job is left."""
+        """Wait until all slots have a worker, none is leaving, and no job is left."""
         begin = trio.current_time()
         while True:
             now = await self.ask("statistics")
@@ -194,7 +194,7 @@ class Running:
         return ledger
 
     def all(self) -> list[int]:
-        """Return it and its workers, also those that are nobody's children any more."""
+        """Return it and its workers, even those that are no children any more."""
         return outside.with_variable(RECORDS, str(self.records))
 
     def kill_all(self) -> None:
@@ -220,26 +220,26 @@ async def running(
       options: of the pool.
     """
     with tempfile.TemporaryDirectory(prefix="pool-faults-") as name:
-        folder = Path(name)
-        (folder / "records").touch()
+        directory = Path(name)
+        (directory / "records").touch()
         orders: dict[str, Any] = {
             **(order or {}),
             "way": way,
             "handler": f"target:{handler}",
-            "unix": str(folder / "socket"),
+            "unix": str(directory / "socket"),
             "options": {"workers": WORKERS, "crash_limit": _CRASH_LIMIT, **options},
         }
-        with (folder / "log").open("wb") as log:
+        with (directory / "log").open("wb") as log:
             process = await trio.lowlevel.open_process(
                 [sys.executable, str(Path(__file__).with_name("accepting.py")), json.dumps(orders)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, RECORDS: str(folder / "records")},
+                env={**os.environ, RECORDS: str(directory / "records")},
             )
         assert process.stdin is not None
         assert process.stdout is not None
-        server = Running(folder, process)
+        server = Running(directory, process)
         async with process.stdin, process.stdout, trio.open_nursery() as nursery:
             try:
                 await nursery.start(server.listen)

@@ -1,4 +1,4 @@
-"""A little of each scene of ``nox -s pool-faults``; but no time is judged here."""
+"""A little of each scene of ``nox -s pool-faults``; figures in seconds are ignored here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROGRAM = Path(__file__).parents[1] / "pool_faults" / "pool_faults.py"
 
 @pytest.mark.once
 @pytest.mark.parametrize("scene", SCENES)
-def test_scene(scene: str, tmp_path: Path) -> None:
-    """What clients saw, what the pool has said, and what handlers wrote is one story."""
+def test_pool_faults_scene(scene: str, tmp_path: Path) -> None:
+    """The records of clients, pool and handlers agree."""
     figures = tmp_path / "figures"
-    # What is killed leaves no coverage, but half a file of it.
+    # A process that is killed leaves half a file of coverage data.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run(
         [sys.executable, PROGRAM, "--tiny", "--only", scene, "--json", figures],
@@ -38,8 +38,8 @@ def test_scene(scene: str, tmp_path: Path) -> None:
     assert not wrong, done.stderr
 
 
-async def test_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has no pidfds, workers are waited for all the same."""
+async def test_open_worker_pool_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_worker_pool() waits for workers on a kernel without pidfds, too."""
     monkeypatch.delattr(os, "pidfd_open")
     async with open_worker_pool("pool_handlers:do", workers=2) as pool:
         pid = pool.statistics().workers[0].pid
