@@ -29,8 +29,8 @@ print(text)
 assert text == b"through the pipe"
 
 
-# %% Who is at the other end? In a notebook: the kernel process itself.
-async def who() -> Credentials:
+# %% The credentials of the peer. In a notebook, it is the kernel process itself.
+async def peer_credentials() -> Credentials:
     here, there = connection_pair()
     async with here, there:
         await here.send_credentials()
@@ -38,6 +38,6 @@ async def who() -> Credentials:
 
 
 # %%
-peer = trio.run(who)
+peer = trio.run(peer_credentials)
 print(peer)
 assert peer.pid == os.getpid()

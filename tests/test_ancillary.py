@@ -339,7 +339,7 @@ def test_rights_round_trip(numbers: list[int]) -> None:
     level, kind, payload = _ancillary.pack_rights(numbers)
     assert (level, kind) == RIGHTS
     assert list(struct.unpack(f"{len(numbers)}i", payload)) == numbers
-    # Parsed without closing: the numbers are nobody's here.
+    # Parsed without closing: the numbers are invented.
     assert unpack((level, kind, payload)).fds == numbers
 
 

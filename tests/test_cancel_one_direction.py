@@ -189,7 +189,7 @@ def by_scope(_: UnixConnection, __: Cancellable, scope: trio.CancelScope) -> Non
 async def test_receive_fd_with_several_reasons_in_one_round(
     first: Reason, second: Reason, third: Reason
 ) -> None:
-    """Arrival, Cancellable and trio's cancellation in any order: nothing is lost or left behind."""
+    """Arrival, Cancellable and trio's cancellation in any order: nothing is lost or leaked."""
     one, two = connection_pair()
     cancellable, scope = Cancellable(), trio.CancelScope()
     ended: list[object] = []
@@ -303,7 +303,7 @@ async def test_aclose_and_cancel_in_one_round() -> None:
 async def test_wait_cancellable_of_a_closed_socket(
     wait: Wait, cancellable: Cancellable | None
 ) -> None:
-    """To wait for a closed socket is refused, and leaves no registration of -1 behind."""
+    """Waiting for a closed socket raises, and registers nothing for the number -1."""
     closed = socket.socket()
     closed.close()
     for _ in range(2):

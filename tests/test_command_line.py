@@ -37,8 +37,8 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Make a folder with files, a folder, a link, and a FIFO that must be left alone."""
+def directory(tmp_path: Path) -> Path:
+    """Make a directory with files, a directory, a link, and a FIFO that must be left alone."""
     (tmp_path / "one").write_bytes(b"1" * 3_000_000)
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "two").write_bytes(b"")
@@ -58,9 +58,9 @@ def test_demo_of_the_package() -> None:
         assert found[1] == found[2]
 
 
-def test_demo_in_80_columns(folder: Path) -> None:
+def test_demo_in_80_columns(directory: Path) -> None:
     """In 80 columns nothing but names is folded."""
-    done = run("demo", str(folder), env={**os.environ, "COLUMNS": "80"})
+    done = run("demo", str(directory), env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     rows = [
         line
@@ -72,9 +72,9 @@ def test_demo_in_80_columns(folder: Path) -> None:
     assert sum(" the worker " in row for row in rows) == 4
 
 
-def test_demo_as_json(folder: Path) -> None:
-    """--json has every transfer and exchange, with who got it, as both sides saw it."""
-    done = run("demo", "--json", str(folder))
+def test_demo_as_json(directory: Path) -> None:
+    """--json has every transfer and exchange, with the worker, as both sides saw it."""
+    done = run("demo", "--json", str(directory))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["same"] is True
@@ -82,10 +82,10 @@ def test_demo_as_json(folder: Path) -> None:
     for worker in (1, 2):
         sent = {each["what"]: each for each in report["transfers"] if each["worker"] == worker}
         assert sorted(sent) == sorted(
-            ["pipe", "TCP connection", str(folder / "one"), str(folder / "below" / "two")]
+            ["pipe", "TCP connection", str(directory / "one"), str(directory / "below" / "two")]
         )
-        one = sent[str(folder / "one")]
-        status = (folder / "one").stat()
+        one = sent[str(directory / "one")]
+        status = (directory / "one").stat()
         assert one["here"] == one["there"]
         assert one["there"]["bytes"] == 3_000_000
         assert one["there"]["identity"] == f"{status.st_dev}:{status.st_ino}"
@@ -115,11 +115,11 @@ def test_files_that_differ() -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "fifo"])
-def test_what_cannot_be_handed_over(folder: Path, what: str) -> None:
+def test_what_cannot_be_handed_over(directory: Path, what: str) -> None:
     """A path that is not there, or no file, is exit status 2 before anything happens."""
-    done = run("demo", str(folder / what))
+    done = run("demo", str(directory / what))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"trio-unixconn: {folder / what}: ")
+    assert done.stderr.startswith(f"trio-unixconn: {directory / what}: ")
     assert done.stdout == ""
 
 
@@ -146,7 +146,7 @@ def test_without_the_extra() -> None:
 
 
 def test_demo_with_long_tmpdir(tmp_path: Path) -> None:
-    """A temporary folder whose name is too long for sockets does not hinder the demonstration."""
+    """The demo works in a temporary directory whose name is too long for sockets."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
     done = subprocess.run(
@@ -188,7 +188,7 @@ def test_every_difference_is_said() -> None:
 
 
 def test_unreadable_files_and_folders_are_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be opened is listed with the reason, and the rest is handed over."""
     real_open, real_scandir = os.open, os.scandir
@@ -205,11 +205,11 @@ def test_unreadable_files_and_folders_are_named(
 
     monkeypatch.setattr(os, "open", no_open)
     monkeypatch.setattr(os, "scandir", no_scandir)
-    done = CliRunner().invoke(command_line.app, ["demo", str(folder)])
+    done = CliRunner().invoke(command_line.app, ["demo", str(directory)])
     assert done.exit_code == 0, done.output
     flat = done.output.replace("\n", "")
-    assert f"not handed over: {folder}/one: Permission denied" in flat
-    assert f"not handed over: {folder}/below: Permission denied" in flat
+    assert f"not handed over: {directory}/one: Permission denied" in flat
+    assert f"not handed over: {directory}/below: Permission denied" in flat
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_demonstration_that_fails(
 
 
 def test_a_mistake_in_the_demonstration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that nobody expects is not hidden."""
+    """An unexpected error is not hidden."""
 
     async def fail(*_: object) -> None:
         raise ZeroDivisionError
@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(tmp_path / "good") in done.stdout
 
 
-def test_a_file_that_vanishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is gone when it is looked at is a problem with a name, not an end."""
     real = Path.lstat
 
@@ -327,9 +327,9 @@ def test_a_file_that_vanishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return real(self)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    found, problems = driver.files_in([folder])
-    assert found == [folder / "below" / "two"]
-    assert problems == [f"{folder / 'one'}: No such file or directory"]
+    found, problems = driver.files_in([directory])
+    assert found == [directory / "below" / "two"]
+    assert problems == [f"{directory / 'one'}: No such file or directory"]
 
 
 async def test_a_file_that_keeps_us_waiting(
@@ -371,7 +371,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Whoever started these tests in the background may have had it ignored.
+        # A shell that runs these tests in the background may have ignored it.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
         env={**os.environ, "TMPDIR": str(temporary)},
     ) as process:
@@ -395,7 +395,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: 
 
 
 def test_a_worker_ends_with_its_starter(tmp_path: Path) -> None:
-    """A worker ends as soon as its standard input does, also when nobody has connected."""
+    """A worker exits at the end of its standard input, even if no client has connected."""
     command = [sys.executable, "-m", "trio_unixconn._demo.worker", str(tmp_path / "s")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

@@ -74,10 +74,10 @@ def test_as_json() -> None:
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is as before, no child is left, and no file; the guard looks for descriptors."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tu-") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tu-") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
         assert examine().works
-        assert os.listdir(folder) == []
+        assert os.listdir(directory) == []
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -157,7 +157,7 @@ def test_an_error_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Elder:
-    """A socket of a kernel that does not know whom it is asked about any more."""
+    """A socket of a kernel that no longer knows the peer."""
 
     def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes]) -> None:
         self.sock, self.process = sock, process

@@ -26,8 +26,8 @@ ABSTRACT = f"@trio-unixconn-test-{os.getpid()}"
 
 
 @pytest.fixture
-def folder() -> Generator[Path, None, None]:
-    """Make a folder with a short name and some files."""
+def directory() -> Generator[Path, None, None]:
+    """Make a directory with a short name and some files."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="tu-") as name:
         for each in ("one", "two", "three"):
             Path(name, each).write_text(f"{each}\n")
@@ -35,9 +35,9 @@ def folder() -> Generator[Path, None, None]:
 
 
 @pytest.fixture
-def path(folder: Path) -> Path:
+def path(directory: Path) -> Path:
     """Name a socket that is not there yet."""
-    return folder / "socket"
+    return directory / "socket"
 
 
 def shell(script: str) -> list[str]:
@@ -48,15 +48,15 @@ def program(text: str) -> list[str]:
     return ["--", sys.executable, "-c", text]
 
 
-def test_files_reach_a_command(folder: Path, path: Path) -> None:
+def test_receive_fd_passes_files_to_a_command(directory: Path, path: Path) -> None:
     """The command has the files from 3 on, in order, and systemd's variables."""
     script = 'cat <&3; cat <&4; cat <&5; echo "$$"; env | grep ^LISTEN_ | sort'
     stale = {**os.environ, "LISTEN_PIDFDID": "1", "LISTEN_FDS": "9", "LISTEN_FDNAMES": "x"}
     names = ("--name", "first", "--name", "second")
     with started("receive-fd", path, *names, *shell(script), env=stale) as receiver:
         wait_for_socket(path, receiver)
-        with open(folder / "two") as two:
-            sent = run("send-fd", path, folder / "one", "-", folder / "three", stdin=two)
+        with open(directory / "two") as two:
+            sent = run("send-fd", path, directory / "one", "-", directory / "three", stdin=two)
         assert (sent.returncode, sent.stdout, sent.stderr) == (0, "", "")
         done = ended(receiver)
     assert done.returncode == 0, done.stderr
@@ -91,9 +91,9 @@ def test_a_listening_socket_reaches_a_command(path: Path) -> None:
     assert done.stdout == "b'thanks'\n", done.stderr
 
 
-def test_many_and_no_other(folder: Path, path: Path) -> None:
+def test_receive_fd_passes_many_descriptors_and_no_other(directory: Path, path: Path) -> None:
     """Many arrive at their places, also where places overlap, and nothing else is inherited."""
-    files = [folder / f"file{number}" for number in range(40)]
+    files = [directory / f"file{number}" for number in range(40)]
     for file in files:
         file.write_text(file.name)
     look = (
@@ -116,14 +116,14 @@ def test_many_and_no_other(folder: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [(3, 4, 5), (5, 4, 3), (4, 5, 3), (9, 3, 4), (3,)])
-def test_every_order(order: tuple[int, ...], folder: Path) -> None:
+def test_receive_fd_in_every_order(order: tuple[int, ...], directory: Path) -> None:
     """Wherever descriptors are, each gets its place."""
     text = (
         "import os\n"
         "from trio_unixconn._cli._activation import become\n"
         f"order = {order}\n"
         "for number in order:\n"
-        f"    name = os.path.join({str(folder)!r}, str(number))\n"
+        f"    name = os.path.join({str(directory)!r}, str(number))\n"
         "    with open(name, 'w+') as file: pass\n"
         "    fd = os.open(name, os.O_RDWR)\n"
         "    os.write(fd, b'%d' % number)\n"
@@ -136,8 +136,8 @@ def test_every_order(order: tuple[int, ...], folder: Path) -> None:
         [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    came = [line for line in done.stdout.splitlines() if line.startswith(str(folder))]
-    assert came == [str(folder / str(number)) for number in order]
+    listed = [line for line in done.stdout.splitlines() if line.startswith(str(directory))]
+    assert listed == [str(directory / str(number)) for number in order]
 
 
 def test_no_room() -> None:
@@ -158,18 +158,18 @@ def test_no_room() -> None:
     assert done.stderr.startswith("trio-unixconn: cannot move 1 file descriptors to 3 and up: ")
 
 
-def test_what_a_shell_would_have_left(folder: Path, path: Path) -> None:
+def test_receive_fd_resets_signals_for_the_command(directory: Path, path: Path) -> None:
     """The command finds the signals that Python ignores at their default."""
     ignored = "grep SigIgn /proc/$$/status"
-    due = subprocess.run(["sh", "-c", ignored], capture_output=True, text=True, check=True)
+    expected = subprocess.run(["sh", "-c", ignored], capture_output=True, text=True, check=True)
     with started("receive-fd", path, *shell(ignored)) as receiver:
         wait_for_socket(path, receiver)
-        assert run("send-fd", path, folder / "one").returncode == 0
-        assert standard(ended(receiver).stdout) == standard(due.stdout)
+        assert run("send-fd", path, directory / "one").returncode == 0
+        assert standard(ended(receiver).stdout) == standard(expected.stdout)
 
 
 def standard(line: str) -> int:
-    """Return which of the signals below 32 are ignored; libc's own depend on who started it."""
+    """Return which signals below 32 are ignored; those of libc depend on the parent process."""
     return int(line.split()[1], 16) & 0x7FFFFFFF
 
 
@@ -182,7 +182,7 @@ def standard(line: str) -> int:
         ("r+", os.O_RDWR),
     ],
 )
-def test_modes(mode: str, flags: int, folder: Path, path: Path) -> None:
+def test_send_fd_mode(mode: str, flags: int, directory: Path, path: Path) -> None:
     """--mode says how the files are opened; the command gets them just so."""
     look = (
         "import fcntl, os; "
@@ -190,13 +190,13 @@ def test_modes(mode: str, flags: int, folder: Path, path: Path) -> None:
     )
     with started("receive-fd", path, *program(look)) as receiver:
         wait_for_socket(path, receiver)
-        assert run("send-fd", "--mode", mode, path, folder / "one").returncode == 0
+        assert run("send-fd", "--mode", mode, path, directory / "one").returncode == 0
         assert ended(receiver).stdout == f"{flags} {0 if mode == 'w' else 4}\n"
 
 
-def test_the_sender_listens(folder: Path) -> None:
+def test_send_fd_listen(directory: Path) -> None:
     """With --listen the sender waits, and with --connect the receiver comes to it."""
-    with started("send-fd", "--listen", ABSTRACT, folder / "one") as sender:
+    with started("send-fd", "--listen", ABSTRACT, directory / "one") as sender:
         wait_for_socket(ABSTRACT, sender)
         uri = f"unix:abstract={ABSTRACT[1:]}"
         done = run("receive-fd", "--connect", uri, *shell("cat <&3"))
@@ -204,16 +204,16 @@ def test_the_sender_listens(folder: Path) -> None:
     assert done.stdout == "one\n", done.stderr
 
 
-def test_without_a_command(folder: Path, path: Path) -> None:
-    """Without a command, what came is listed and closed."""
+def test_receive_fd_without_a_command(directory: Path, path: Path) -> None:
+    """Without a command, the received descriptors are listed and closed."""
     with started("receive-fd", path) as receiver:
         wait_for_socket(path, receiver)
-        assert run("send-fd", f"unix:{path}", folder / "one", folder).returncode == 0
+        assert run("send-fd", f"unix:{path}", directory / "one", directory).returncode == 0
         done = ended(receiver)
     assert done.returncode == 0, done.stderr
     assert [line.split(maxsplit=1) for line in done.stdout.splitlines()] == [
-        ["3", f"regular file      {folder / 'one'}"],
-        ["4", f"directory         {folder}"],
+        ["3", f"regular file      {directory / 'one'}"],
+        ["4", f"directory         {directory}"],
     ]
 
 
@@ -222,46 +222,46 @@ def test_without_a_command(folder: Path, path: Path) -> None:
 ################################################################
 
 
-def test_stdlib_receives(folder: Path, path: Path) -> None:
+def test_send_fd_to_stdlib(directory: Path, path: Path) -> None:
     """Each file comes in a message of its own with one byte; then the stream ends."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
-        with started("send-fd", path, folder / "one", folder / "two") as sender:
+        with started("send-fd", path, directory / "one", directory / "two") as sender:
             conn, _ = server.accept()
             with conn:
-                for due in ("one\n", "two\n"):
+                for content in ("one\n", "two\n"):
                     data, fds, _, _ = socket.recv_fds(conn, 100, 10)
                     assert data == b"\0"
                     (fd,) = fds
                     with open(fd) as file:
-                        assert file.read() == due
+                        assert file.read() == content
                 assert conn.recv(1) == b""
             assert ended(sender).returncode == 0
 
 
-def test_stdlib_sends(folder: Path, path: Path) -> None:
+def test_receive_fd_from_stdlib(directory: Path, path: Path) -> None:
     """Messages with several descriptors are taken as well."""
     with started("receive-fd", path, *shell("cat <&3; cat <&4")) as receiver:
         wait_for_socket(path, receiver)
         with (
             socket.socket(socket.AF_UNIX) as client,
-            open(folder / "one") as one,
-            open(folder / "two") as two,
+            open(directory / "one") as one,
+            open(directory / "two") as two,
         ):
             client.connect(str(path))
             socket.send_fds(client, [b"x"], [one.fileno(), two.fileno()])
         assert ended(receiver).stdout == "one\ntwo\n"
 
 
-def test_count(folder: Path, path: Path) -> None:
+def test_receive_fd_count(directory: Path, path: Path) -> None:
     """With --count the command begins as soon as so many are there."""
     with started("receive-fd", "--count", "2", path, *shell("cat <&3; cat <&4")) as receiver:
         wait_for_socket(path, receiver)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             for name in ("one", "two"):
-                with open(folder / name) as file:
+                with open(directory / name) as file:
                     socket.send_fds(client, [b"x"], [file.fileno()])
             assert ended(receiver).stdout == "one\ntwo\n"
 
@@ -296,17 +296,19 @@ def test_nothing_came(path: Path) -> None:
 
 
 ################################################################
-# Who is let in
+# Which peers are admitted
 ################################################################
 
 
 @pytest.mark.parametrize(("options", "mode"), [((), 0o600), (("--any-user",), 0o666)])
-def test_mode_of_the_path(options: tuple[str, ...], mode: int, folder: Path, path: Path) -> None:
+def test_receive_fd_mode_of_the_path(
+    options: tuple[str, ...], mode: int, directory: Path, path: Path
+) -> None:
     """The path is for the same user alone, unless any user may come."""
     with started("receive-fd", *options, path) as receiver:
         wait_for_socket(path, receiver)
         assert stat.S_IMODE(path.stat().st_mode) == mode
-        assert run("send-fd", path, folder / "one").returncode == 0
+        assert run("send-fd", path, directory / "one").returncode == 0
         assert ended(receiver).returncode == 0
 
 
@@ -329,12 +331,12 @@ def send_as_nobody() -> None:
             pass
 
 
-def test_another_user_is_denied(folder: Path) -> None:
+def test_receive_fd_denies_another_user(directory: Path) -> None:
     """Another user is sent away, said so, and does not count as the one connection."""
     with started("receive-fd", ABSTRACT, *shell("cat <&3")) as receiver:
         wait_for_socket(ABSTRACT, receiver)
         send_as_nobody()
-        assert run("send-fd", ABSTRACT, folder / "one").returncode == 0
+        assert run("send-fd", ABSTRACT, directory / "one").returncode == 0
         done = ended(receiver)
     assert done.stdout == "one\n"
     assert "denied pid" in done.stderr
@@ -358,13 +360,25 @@ def test_another_user_is_let_in() -> None:
     ("arguments", "status", "said"),
     [
         (["send-fd", "{path}"], 2, "nothing to send: give a FILE, or --fd N"),
-        (["send-fd", "{path}", "{folder}/none"], 1, "{folder}/none: No such file or directory"),
-        (["send-fd", "{path}", "{folder}/one", "--fd", "9999"], 1, "descriptor 9999 is not open"),
-        (["send-fd", "{path}", "--fd", "99999999999"], 1, "descriptor 99999999999 is not open"),
-        (["send-fd", "{path}", "{folder}/one"], 1, "{path}: No such file or directory: no such"),
-        (["send-fd", "{folder}/one", "{folder}/one"], 1, "{folder}/one: Connection refused: not a"),
         (
-            ["send-fd", "--any-user", "{path}", "{folder}/one"],
+            ["send-fd", "{path}", "{dir}/none"],
+            1,
+            "{dir}/none: No such file or directory",
+        ),
+        (
+            ["send-fd", "{path}", "{dir}/one", "--fd", "9999"],
+            1,
+            "descriptor 9999 is not open",
+        ),
+        (["send-fd", "{path}", "--fd", "99999999999"], 1, "descriptor 99999999999 is not open"),
+        (["send-fd", "{path}", "{dir}/one"], 1, "{path}: No such file or directory: no such"),
+        (
+            ["send-fd", "{dir}/one", "{dir}/one"],
+            1,
+            "{dir}/one: Connection refused: not a",
+        ),
+        (
+            ["send-fd", "--any-user", "{path}", "{dir}/one"],
             2,
             "--any-user can only be used",
         ),
@@ -372,7 +386,7 @@ def test_another_user_is_let_in() -> None:
         (["send-fd", "@", "-"], 2, "'@' is an abstract name without a character"),
         (["send-fd", "unix:nowhere", "-"], 2, "expected the URI of one Unix socket"),
         (["send-fd", "", "-"], 2, "path of a socket must not be empty"),
-        (["receive-fd", "{folder}/one"], 1, "{folder}/one: Address already in use: not a"),
+        (["receive-fd", "{dir}/one"], 1, "{dir}/one: Address already in use: not a"),
         (["receive-fd", "{path}", "--name", "a:b"], 2, "'a:b': a name has 1 to 255 characters"),
         (["receive-fd", "{path}", "--name", ""], 2, "'': a name has 1 to 255 characters"),
         (
@@ -383,26 +397,30 @@ def test_another_user_is_let_in() -> None:
         (["receive-fd", "--timeout", "0.01", "{path}"], 1, "{path}: not done within 0.01 seconds"),
         (["receive-fd", "{path}", "--", "no-such-program"], 127, "no-such-program: command not"),
         (["receive-fd", "{path}", "--", "{path}"], 127, "{path}: command not found"),
-        (["receive-fd", "{path}", "--", "{folder}/one"], 126, "{folder}/one: Permission denied"),
+        (
+            ["receive-fd", "{path}", "--", "{dir}/one"],
+            126,
+            "{dir}/one: Permission denied",
+        ),
     ],
 )
-def test_errors(arguments: list[str], status: int, said: str, folder: Path, path: Path) -> None:
+def test_errors(arguments: list[str], status: int, said: str, directory: Path, path: Path) -> None:
     """What goes wrong is a line and an exit status, and nothing is left at the path."""
-    names = {"folder": str(folder), "path": str(path)}
+    names = {"dir": str(directory), "path": str(path)}
     done = run_in_this_process(*(each.format(**names) for each in arguments))
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith("trio-unixconn: " + said.format(**names))
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
-    assert sorted(os.listdir(folder)) == ["one", "three", "two"]
+    assert sorted(os.listdir(directory)) == ["one", "three", "two"]
 
 
-def test_a_missing_file_is_seen_first(folder: Path, path: Path) -> None:
-    """Nobody is connected to if one of the files cannot be opened."""
+def test_send_fd_checks_files_before_connecting(directory: Path, path: Path) -> None:
+    """send-fd does not connect if one of the files cannot be opened."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
-        assert run("send-fd", path, folder / "one", folder / "none").returncode == 1
+        assert run("send-fd", path, directory / "one", directory / "none").returncode == 1
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -413,15 +431,15 @@ def test_a_missing_file_is_seen_first(folder: Path, path: Path) -> None:
     [("no shebang", 126, "Exec format error"), ("#!/no/such/program", 127, "No such file")],
 )
 def test_a_program_that_does_not_start(
-    text: str, status: int, said: str, folder: Path, path: Path
+    text: str, status: int, said: str, directory: Path, path: Path
 ) -> None:
     """A program that cannot be run has the shell's exit status."""
-    script = folder / "script"
+    script = directory / "script"
     script.write_text(text)
     script.chmod(0o755)
     with started("receive-fd", path, "--", script) as receiver:
         wait_for_socket(path, receiver)
-        assert run("send-fd", path, folder / "one").returncode == 0
+        assert run("send-fd", path, directory / "one").returncode == 0
         done = ended(receiver)
     assert done.returncode == status
     assert done.stderr.startswith(f"trio-unixconn: {script}: {said}")
@@ -450,15 +468,15 @@ def test_ended_by_a_signal(number: signal.Signals, status: int, said: str, path:
     assert sorted(os.listdir(path.parent)) == ["one", "three", "two"]
 
 
-def test_ignored_signals_stay_ignored(folder: Path, path: Path) -> None:
-    """What whoever started it has ignored is ignored, here and in the command."""
+def test_receive_fd_keeps_ignored_signals(directory: Path, path: Path) -> None:
+    """Signals that the parent process ignored are ignored, here and in the command."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     script = "kill -INT $$; kill -TERM $$; kill -HUP $$; echo still here"
     with started("receive-fd", path, *shell(script), preexec_fn=deaf_to(*signals)) as receiver:
         wait_for_socket(path, receiver)
         for number in signals:
             receiver.send_signal(number)
-        assert run("send-fd", path, folder / "one").returncode == 0
+        assert run("send-fd", path, directory / "one").returncode == 0
         assert ended(receiver).stdout == "still here\n"
 
 
@@ -490,7 +508,7 @@ def test_interrupted_before_anything_runs(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_several_mistakes() -> None:
-    """Several errors that nobody expects are all shown."""
+    """Several unexpected errors are all shown."""
 
     async def mistaken() -> None:
         raise ZeroDivisionError
@@ -506,5 +524,5 @@ def test_several_mistakes() -> None:
 
 
 def test_where_nothing_is_shown() -> None:
-    """Where the system does not show what is behind a descriptor, there is a dash."""
+    """If the system does not show the file of a descriptor, a dash is listed."""
     assert passing._link_of(-1) == "-"

@@ -43,14 +43,14 @@ def test_as_json(tmp_path: Path) -> None:
     """--json tells the same, with null and a reason for what is not known."""
     path = tmp_path / ("x\N{SNOWMAN}\n" + "x" * 100) / "socket"
     path.parent.mkdir()
-    folder = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(f"/proc/self/fd/{folder}/socket")
+            server.bind(f"/proc/self/fd/{directory}/socket")
             server.listen()
             done = run("peer", "--json", path)
     finally:
-        os.close(folder)
+        os.close(directory)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     unknown = told.pop("unknown")
@@ -92,7 +92,7 @@ def test_who_has_ended() -> None:
     ],
 )
 def test_nobody_is_there(name: str, status: int, said: str) -> None:
-    """Where nobody listens there is a line and an exit status, and no traceback."""
+    """Without a listening process, one line and the exit status 1, no traceback."""
     done = run("peer", name)
     assert done.returncode == status
     assert done.stderr.startswith(f"trio-unixconn: {said}")
@@ -111,7 +111,7 @@ def test_who_does_not_accept() -> None:
 
 
 async def test_what_is_not_known() -> None:
-    """What a kernel does not tell, or nobody may see, is said so."""
+    """Facts that the kernel does not report, or does not permit to see, are unknown."""
     identity = PeerIdentity(Credentials(0, 3_999_999_999, 3_999_999_999), (3_999_999_999,))
     facts = {each.name: each for each in await peer._facts(identity)}
     assert facts["pid"].value is None
@@ -120,7 +120,7 @@ async def test_what_is_not_known() -> None:
     assert facts["alive"].value is None
     assert "no pidfd of the peer" in facts["alive"].text
     facts = {each.name: each for each in await peer._facts(PeerIdentity(Credentials(1, 0, 0), ()))}
-    assert facts["groups"].text == "none besides"
+    assert facts["groups"].text == "none"
     facts = {each.name: each for each in await peer._facts(PeerIdentity(Credentials(1, 0, 0)))}
     assert "SO_PEERGROUPS" in facts["groups"].text
 

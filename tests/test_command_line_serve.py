@@ -81,7 +81,7 @@ def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signal
             assert first.recv(4) == b"held"
             served.send(number)
             assert f"received {number.name}, draining 1 running" in served.line("draining")
-            # One restart more or less makes no difference to who drains.
+            # One more restart makes no difference while draining.
             served.send(signal.SIGHUP)
             for client in (first, second):
                 client.sendall(b"x")
@@ -149,7 +149,7 @@ def test_ignored_signals_stay_ignored(project: Path) -> None:
 
 
 def test_nobody_reads_what_it_says(project: Path) -> None:
-    """Once its standard output is closed by who read it, the server goes on in silence."""
+    """The server continues without output after the reader of its standard output has closed it."""
     with serving(project, "fail") as served:
         assert served.process.stdout is not None
         served.process.stdout.close()
@@ -163,7 +163,7 @@ def test_nobody_reads_what_it_says(project: Path) -> None:
 
 
 def test_from_a_script(project: Path) -> None:
-    """The current directory is found also where Python has only the script's folder."""
+    """The current directory is found even if Python has only the script's directory."""
     script = project.parent / "script.py"
     script.write_text("from trio_unixconn.__main__ import main\nmain()\n")
     with subprocess.Popen(
@@ -604,7 +604,7 @@ def test_plain_lines_on_a_terminal(project: Path, arguments: list[str], term: st
 
 
 def changed_until(served: Served, path: Path, text: str, answers: bytes) -> None:
-    """Write a file again and again until it is noticed: the watch may not have begun."""
+    """Write a file repeatedly until the change is noticed: the watch may not have begun."""
 
     def is_new() -> bool:
         if answer(str(served.folder / "s")) == answers:
@@ -636,7 +636,7 @@ def test_reload(project: Path) -> None:
 
 
 def test_reload_of_a_package_elsewhere(project: Path) -> None:
-    """The folder of the handler's package is watched, too."""
+    """The directory of the handler's package is watched, too."""
     package = project.parent / "elsewhere" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

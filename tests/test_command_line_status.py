@@ -27,7 +27,7 @@ def sample(time: float, *handled: int, accepted: int = 0, gone: int = 0) -> Samp
 
 
 def test_the_first_sample_has_no_rates() -> None:
-    """Nothing is said of what was before anybody looked."""
+    """The first sample has no rates, because there is none before it."""
     status = Sampler().take(sample(10, 500, accepted=700))
     assert [each.rate for each in status.rows] == [0]
     assert (status.accepted_rate, status.handled_rate) == (0, 0)
@@ -56,7 +56,7 @@ def test_rates_are_of_the_last_seconds() -> None:
 
 
 def test_a_new_worker_begins_at_nothing() -> None:
-    """A replacement's count is its own, and that of who has gone is not taken off."""
+    """The count of a new worker starts at 0; that of the old one is not subtracted."""
     sampler = Sampler()
     sampler.take(sample(0, 1000))
     status = sampler.take(sample(2, 10, gone=1))
@@ -130,7 +130,7 @@ def test_80_columns() -> None:
 
 
 def test_a_worker_that_has_no_memory_any_more() -> None:
-    """In a drain, who has ended is not said to be starting; what is not known is a dash."""
+    """While draining, an exited worker is not shown as starting; unknown values are a dash."""
     gone = attrs.evolve(worker(0, 100, "starting"), memory=0)
     pool = attrs.evolve(STATISTICS, workers=(gone,))
     text = shown(Sampler().take(Sample(0, pool, 0, 0)), drains=True, uptime=100_000)

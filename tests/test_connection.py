@@ -76,7 +76,7 @@ async def test_every_async_method_is_a_checkpoint() -> None:
 
 
 async def test_every_async_method_is_a_checkpoint_when_it_fails() -> None:
-    """Each async method is a checkpoint also when the kernel or trio says no."""
+    """Each async method is a checkpoint, even if the kernel or trio makes it fail."""
     one, two = connection_pair()
     await two.aclose()
     for fail in (one.send_credentials, lambda: one.send_fd(0), lambda: one.send_all(b"x")):

@@ -88,7 +88,7 @@ async def test_only_one_byte_is_read() -> None:
 
 
 async def test_a_byte_without_credentials() -> None:
-    """If a byte came without credentials, the answer is what the socket knows of its peer."""
+    """For a byte without credentials, receive_credentials returns those of the socket's peer."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], data=b"xy".hex())
         # The pair was made in this process, and that is what the socket knows.

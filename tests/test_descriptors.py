@@ -149,18 +149,18 @@ async def test_send_fd_rejects_closed_fd() -> None:
 
 
 async def test_bytes_around_descriptors() -> None:
-    """Bytes before, between and behind descriptors arrive in order, each read for itself."""
+    """Bytes before, between and after descriptors arrive in order, each in its own read."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], data=b"before".hex())
         await peer.ask("send", kinds=[["file"]])
         await peer.ask("send", kinds=[], data=b"between".hex())
         await peer.ask("send", kinds=[["pipe"]], data=b"xy".hex())
-        await peer.ask("send", kinds=[], data=b"behind".hex())
+        await peer.ask("send", kinds=[], data=b"after".hex())
         assert await peer.conn.receive_some(6) == b"before"
         os.close(await peer.conn.receive_fd())
         assert await peer.conn.receive_some(7) == b"between"
         os.close(await peer.conn.receive_fd())
-        assert await peer.conn.receive_some() == b"ybehind"
+        assert await peer.conn.receive_some() == b"yafter"
 
 
 async def test_send_fd_a_thousand_in_a_row() -> None:
@@ -186,7 +186,7 @@ async def test_send_fd_a_thousand_in_a_row() -> None:
 
 
 async def test_end_of_stream() -> None:
-    """The end of the stream, where a descriptor is due, is EndOfStreamError; each time."""
+    """At the end of the stream, receive_fd raises EndOfStreamError, each time."""
     async with stdlib_peer() as peer:
         await peer.ask("eof")
         for passcred in (0, 1):
@@ -457,7 +457,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from trio_unixconn import connection_pair
 
 class Interrupting:
-    "A socket at which somebody presses control-C right behind each receive."
+    "A socket that gets control-C directly after each receive."
     def __init__(self, sock):
         self.sock = sock
     def __getattr__(self, name):
@@ -480,7 +480,7 @@ trio.run(main)
 
 
 async def test_keyboard_interrupt_loses_nothing() -> None:
-    """Control-C right behind the kernel's answer comes after the descriptor was returned."""
+    """Control-C directly after recvmsg raises only after the descriptor was returned."""
     done = await trio.run_process(
         [sys.executable, "-W", "ignore", "-c", KEYBOARD_INTERRUPT],
         stdin=subprocess.DEVNULL,

@@ -47,13 +47,13 @@ def test_gio_has_one_number_twice() -> None:
 
 def test_data_is_kept_and_said_once() -> None:
     """The bytes are in .data, and the text is the message alone."""
-    error = trio_unixconn.UnexpectedControlMessageError("what came", b"x")
+    error = trio_unixconn.UnexpectedControlMessageError("the message", b"x")
     assert error.data == b"x"
-    assert str(error) == "what came"
+    assert str(error) == "the message"
 
 
 def test_truncation_names_the_limit() -> None:
-    """A truncation says how many arrived and what to raise, and is EMFILE to who asks errno."""
+    """A truncation reports how many arrived and which limit to raise; its errno is EMFILE."""
     error = trio_unixconn.DescriptorsTruncatedError(b"x", 5)
     assert (error.data, error.arrived, error.errno) == (b"x", 5, errno.EMFILE)
     assert "5 arrived" in str(error)
@@ -63,7 +63,7 @@ def test_truncation_names_the_limit() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        trio_unixconn.UnexpectedDescriptorsError("what came", b"x"),
+        trio_unixconn.UnexpectedDescriptorsError("the message", b"x"),
         trio_unixconn.DescriptorsTruncatedError(b"x", 5),
         trio_unixconn.DescriptorsRefusedError(errno.EPERM, "no"),
         trio_unixconn.HandlerError("the handler failed", "Traceback"),
@@ -79,7 +79,7 @@ def test_errors_can_be_pickled(error: Exception) -> None:
 
 
 def test_remote_error_contains_the_traceback() -> None:
-    """A worker's traceback is in .traceback and behind the message; without one, neither is."""
+    """A worker's traceback is in .traceback and after the message, if there is one."""
     error = trio_unixconn.HandlerError("the handler failed", "Traceback\nZeroDivisionError\n")
     assert error.traceback == "Traceback\nZeroDivisionError\n"
     assert str(error) == "the handler failed; in the worker:\nTraceback\nZeroDivisionError"

@@ -72,7 +72,7 @@ async def test_until_the_end_of_the_stream() -> None:
             got.append(size_of(fd))
         # It stays at its end.
         async for _ in two.fds():
-            pytest.fail("behind the end")
+            pytest.fail("a descriptor after the end")
         with pytest.raises(EndOfStreamError):
             await two.receive_fd()
     assert got == list(range(500))
@@ -156,7 +156,7 @@ async def test_leaving_early(leave: Any) -> None:
                 theirs[6]["identity"],
                 theirs[7]["identity"],
             ]
-        # Explicit credentials behind descriptors are what was sent, not a guess.
+        # Explicit credentials after descriptors are those that were sent, not a guess.
         assert (await conn.receive_credentials()).pid == pid
         os.close(await conn.receive_fd())
         assert await conn.receive_some() in (b"p", b"plain")
@@ -177,7 +177,7 @@ async def test_cancelled_while_it_waits() -> None:
 
 
 async def test_fds_with_plain_bytes_after_descriptors() -> None:
-    """Plain bytes behind descriptors are an error in the loop with the first; none is lost."""
+    """Plain bytes after descriptors are an error in the loop with the first byte; none is lost."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 2)
@@ -242,7 +242,7 @@ async def test_reset(serve: str) -> None:
 
 
 async def test_fds_with_a_reset_after_the_read_ahead() -> None:
-    """A connection that is closed behind what was read ahead, an error at its end, is closed."""
+    """A connection that ends with an error after the messages that were read ahead is closed."""
     async with stdlib_peer() as peer:
         await peer.conn.send_all(b"never read")
         for _ in range(3):
@@ -346,8 +346,8 @@ class Steps(trio.abc.Instrument):
         self.count += task is self.task
 
 
-async def test_two_tasks() -> None:
-    """Two tasks in one loop, or beside it: the second is told, also when something is there."""
+async def test_fds_in_two_tasks() -> None:
+    """A second task gets ConnectionBusyError, even if a descriptor is in the queue."""
     one, two = connection_pair()
     async with one, two:
         stream = two.fds()
@@ -447,7 +447,7 @@ async def test_few_free_descriptors(free: int) -> None:
 @pytest.mark.parametrize("passpidfd", [0, 1])
 @pytest.mark.parametrize("free", [254, 260, 300, 400])
 async def test_fds_with_a_large_message_after_many(free: int, passpidfd: int) -> None:
-    """A message of 253 behind many of one comes whole, if there is room once these are closed."""
+    """A message of 253 after many of one is received whole if closing these frees enough slots."""
     one, two = connection_pair()
     async with one, two:
         try:

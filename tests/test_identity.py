@@ -58,8 +58,8 @@ NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
 @pytest.fixture
 async def listener() -> AsyncIterator[UnixListener]:
     """A listener that every user may connect to."""
-    with shared_directory() as folder:
-        async with await open_unix_listener(folder / "s", mode=0o666) as listener:
+    with shared_directory() as directory:
+        async with await open_unix_listener(directory / "s", mode=0o666) as listener:
             yield listener
 
 
@@ -172,7 +172,7 @@ def test_open_peer_pidfd_raises_other_errors() -> None:
 
 @peer_pidfds
 async def test_pidfd_without_a_free_descriptor() -> None:
-    """Without a free descriptor it is EMFILE, also when all are gathered; groups need none."""
+    """Without a free descriptor it is EMFILE, even if all facts are read; groups need none."""
     one, two = connection_pair()
     async with one, two:
         for ask in (one.open_peer_pidfd, one.get_peer_identity):
@@ -331,7 +331,7 @@ def test_security_context_here() -> None:
     ],
 )
 def test_security_context(label: bytes, text: str | None) -> None:
-    """A label is text, without the NUL that SELinux puts behind it; an empty one is none."""
+    """A label is text, without the NUL that SELinux appends; an empty one is none."""
     sock: Any = Simulated(lambda *_: label)
     assert _identity.get_peer_security_context(sock) == text
 
@@ -476,7 +476,7 @@ async def test_identity_that_is_dropped() -> None:
 
 
 async def test_identity_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without pidfds, what would have to trust the pid is not told at all."""
+    """Without pidfds, facts that depend on the pid are not reported."""
     monkeypatch.setattr(_kernel, "SO_PEERPIDFD", None)
     one, two = connection_pair()
     async with one, two:
@@ -567,7 +567,7 @@ async def test_peer_that_dies_while_it_is_looked_at(
 async def test_peer_that_is_about_to_end(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that has a folder in /proc, but runs no program any more, is gone."""
+    """A process with a directory in /proc that no longer runs a program is gone."""
     async with client_process(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer, monkeypatch.context() as patch:
 
@@ -577,7 +577,7 @@ async def test_peer_that_is_about_to_end(
             patch.setattr(os, "readlink", readlink)
             with pytest.raises(PeerGoneError):
                 assert peer.exe == "never"
-            # Without a folder it is hidden: it would take another user to see that.
+            # Without a directory it is hidden: that can only be seen as another user.
             patch.setattr(os.path, "isdir", lambda _: False)
             with pytest.raises(PermissionError, match="hidden"):
                 assert peer.exe == "never"
@@ -585,7 +585,7 @@ async def test_peer_that_is_about_to_end(
 
 @peer_pidfds
 async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where /proc is not mounted, what it would say is NotSupportedError; who lives is known."""
+    """Without /proc its facts are NotSupportedError; is_alive works."""
 
     def missing(pidfd: int) -> int:
         raise FileNotFoundError
@@ -622,7 +622,7 @@ async def test_no_unified_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @peer_pidfds
 async def test_identity_without_a_free_descriptor() -> None:
-    """Without a free descriptor /proc cannot be read: EMFILE; who lives needs none."""
+    """Without a free descriptor /proc cannot be read: EMFILE; is_alive needs none."""
     one, two = connection_pair()
     async with one, two:
         with one.get_peer_identity() as peer, free_descriptors(0):
@@ -705,12 +705,12 @@ async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None
 async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
     """To a process in a container, a peer outside that was reaped is gone."""
     under = in_pid_namespace("--mount-proc")
-    folder = Path(path_of(listener)).parent
-    async with reporting_process("accept", folder / "inner", under=under) as process:
+    directory = Path(path_of(listener)).parent
+    async with reporting_process("accept", directory / "inner", under=under) as process:
         assert await PeerProcess(process).read_line() == "listening"
         # It stops before it can accept, and so before it can look.
         await stopped(process.pid)
-        async with client_process(folder / "inner") as client:
+        async with client_process(directory / "inner") as client:
             await client.end()
             client.reap()
         for pid in family(process.pid):

@@ -62,7 +62,7 @@ async def test_to_another_process() -> None:
 
 
 async def test_from_another_process() -> None:
-    """All that came is in the message: bytes, descriptors of several headers, credentials."""
+    """A message has all its parts: bytes, descriptors of several headers, credentials."""
     async with stdlib_peer() as peer:
         pid = await peer.ask("pid")
         kinds = [["file", "pipe"], ["tcp"]]
@@ -78,7 +78,7 @@ async def test_from_another_process() -> None:
 
 
 async def test_receive_message_restores_passcred() -> None:
-    """credentials=True switches SO_PASSCRED on for that time; who had it on keeps it on."""
+    """credentials=True enables SO_PASSCRED for that call, and leaves it on if it was on."""
     one, two = connection_pair()
     async with one, two:
         for before in (0, 1):
@@ -135,7 +135,7 @@ async def test_pidfd() -> None:
             assert not os.get_inheritable(message.pidfd)
             os.close(message.pidfds.take(0))
             assert message.pidfd is None
-        # Closed with the message, if nobody takes it.
+        # Closed with the message, unless it is taken.
         with await peer.conn.receive_message(9) as message:
             assert message.data == b"ab"
             assert message.pidfd is not None

@@ -85,8 +85,8 @@ def answering(answer: Any, asked: list[PeerIdentity] | None = None) -> Callable[
 @pytest.fixture
 async def path() -> AsyncIterator[Path]:
     """A path in a directory that every user can enter."""
-    with shared_directory() as folder:
-        yield folder / "s"
+    with shared_directory() as directory:
+        yield directory / "s"
 
 
 ################################################################

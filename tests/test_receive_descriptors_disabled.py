@@ -48,7 +48,7 @@ def no_passrights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @passrights
 async def test_refused_by_the_kernel(tmp_path: Path) -> None:
-    """Who sends descriptors to one who takes none is told so, and bytes still flow."""
+    """Sending descriptors to a peer that rejects them raises, and bytes still pass."""
     path = tmp_path / "s"
     async with (
         await open_unix_listener(path) as listener,
@@ -176,7 +176,7 @@ async def test_refused_here(
             with pytest.raises(UnexpectedDescriptorsError, match="not accept file") as caught:
                 await receive(conn)
             assert caught.value.data == b"\0"
-            # The stream goes on behind it.
+            # The stream continues after it.
             assert await conn.receive_some() == b"ab"
 
 
@@ -195,7 +195,7 @@ async def test_on_their_way_before(receive: Callable[[UnixConnection], Awaitable
 
 @pytest.mark.usefixtures("no_passrights")
 async def test_lost_on_arrival() -> None:
-    """Descriptors for which there was no slot are refused like those that came."""
+    """Descriptors without a free slot are refused like received ones."""
     async with refusing_peer() as (peer, conn):
         for free in (0, 1):
             await peer.ask("send", kinds=[["file"] * 3], data="6162")
@@ -206,7 +206,7 @@ async def test_lost_on_arrival() -> None:
 
 @pytest.mark.usefixtures("no_passrights")
 async def test_receive_methods_without_passrights() -> None:
-    """Credentials, bytes and the end of the stream are what they are to everybody."""
+    """Credentials, bytes and the end of the stream are received as without the option."""
     async with refusing_peer() as (peer, conn):
         await peer.ask("send", kinds=[], credentials=True)
         pid = await peer.ask("pid")
@@ -301,7 +301,7 @@ async def test_with_every_message(
         with open(__file__, "rb") as file:
             await peer.send_fd(file)
         (await conn.receive_file()).close()
-        # What is on for good is not switched off by who lends it.
+        # An option that is on permanently is not switched off after a temporary use.
         with await receive_all(conn, peer) as message:
             assert message.credentials is not None
         assert conn.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == credentials
@@ -325,7 +325,7 @@ def pid_of(pidfd: int) -> int:
 async def test_options_that_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, number: int | None
 ) -> None:
-    """What the kernel cannot give is NotSupportedError, and nothing is left behind."""
+    """An option that the kernel lacks is NotSupportedError, and leaks nothing."""
     monkeypatch.setattr(_kernel, option, number)
     asked: dict[str, Any] = {"credentials" if option == "SO_PASSCRED" else "pidfds": True}
     path = tmp_path / "s"
@@ -352,7 +352,7 @@ async def test_options_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @message_pidfds
 async def test_pidfd_of_the_sender() -> None:
-    """A message has a pidfd of who sent it while it was waited for; the option is off again."""
+    """A message has a pidfd of its sender if the receive waited; the option is restored."""
     async with stdlib_peer() as peer:
         got: list[int] = []
 
@@ -368,7 +368,7 @@ async def test_pidfd_of_the_sender() -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert peer.conn.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD) == 1
             await peer.ask("send", kinds=[], data="6162")
-        # A socketpair of this process: only the message says who has it now.
+        # A socketpair of this process: only the message identifies the sender.
         assert got == [await peer.ask("pid")]
         assert peer.conn.get_peer_credentials().pid == os.getpid()
         assert peer.conn.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD) == 0

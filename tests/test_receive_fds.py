@@ -1,4 +1,4 @@
-"""receive_fds: what has come, up to a limit, and nothing lost behind it."""
+"""receive_fds: the descriptors in the queue, up to a limit, and no message lost after them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_first_message_with_too_many() -> None:
 
 
 async def test_plain_bytes_stay() -> None:
-    """Bytes behind descriptors stay; in front of them they are an error with the byte."""
+    """Bytes after descriptors stay in the stream; before them they are an error with the byte."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file", "file"]])
         await peer.ask("send", kinds=[["file"]])
@@ -121,7 +121,7 @@ async def test_bad_max_fds(bad: Any) -> None:
 
 
 async def test_end_of_stream() -> None:
-    """The end of the stream is EndOfStreamError, behind what came before, each time."""
+    """At the end of the stream receive_fds raises EndOfStreamError, each time."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"]])
         await peer.ask("eof")

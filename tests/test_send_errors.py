@@ -424,13 +424,13 @@ async def test_send_fds_cancelled_in_a_backoff(way: str) -> None:
     """A backoff can be cancelled, and what was sent before is counted."""
     one, two = connection_pair()
     cancellable = Cancellable()
-    came: list[int] = []
+    results: list[int] = []
 
     async def send() -> None:
         try:
-            came.append(await one.send_fds([0] * 3, per_message=1, cancellable=cancellable))
+            results.append(await one.send_fds([0] * 3, per_message=1, cancellable=cancellable))
         except OperationCancelled as exc:
-            came.append(exc.sent)
+            results.append(exc.sent)
 
     async with one, two:
         async with trio.open_nursery() as nursery:
@@ -438,7 +438,7 @@ async def test_send_fds_cancelled_in_a_backoff(way: str) -> None:
             nursery.start_soon(send)
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel() if way == "scope" else cancellable.cancel()
-        assert came == [1]
+        assert results == [1]
 
 
 IN_FLIGHT = """

@@ -126,7 +126,7 @@ class Driver:
         return True
 
     async def drain(self) -> bool:
-        """Read as much as can be: not a call to test, but what gets behind plain bytes."""
+        """Read all available bytes: not a call to test, but the way to the messages after them."""
         with await self.conn.receive_message(65536) as message:
             self.check([*message.fds, *message.pidfds])
             return not message.data

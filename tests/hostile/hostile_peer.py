@@ -135,8 +135,8 @@ class Hostile:
         payload = array.array("i", self.descriptors(conn)).tobytes()
         if roll < 0.12:
             pid = rng.choice([os.getpid(), os.getpid(), os.getpid(), os.getppid(), 1, 99999])
-            who = struct.pack("3i", pid, os.getuid(), rng.choice([os.getgid(), 12345]))
-            return socket.SOL_SOCKET, socket.SCM_CREDENTIALS, who + bytes(rng.choice([0, 0, 0, 1]))
+            ids = struct.pack("3i", pid, os.getuid(), rng.choice([os.getgid(), 12345]))
+            return socket.SOL_SOCKET, socket.SCM_CREDENTIALS, ids + bytes(rng.choice([0, 0, 0, 1]))
         if roll < 0.16:
             return rng.choice([socket.SOL_SOCKET, 0, 6, 41]), rng.randrange(8), payload
         if roll < 0.17:

@@ -102,7 +102,7 @@ async def everything_closed(before: int) -> None:
     # has been told to close.
     gc.collect()
     with trio.move_on_after(10):
-        while open_count() != before:  # noqa: ASYNC110 - a thread that closes tells nobody
+        while open_count() != before:  # noqa: ASYNC110 - the closing thread sends no event
             await trio.sleep(0.001)
     assert open_count() == before, "descriptors leaked"
 
@@ -216,7 +216,7 @@ async def test_nothing_is_lost_leaked_or_misread(
             process.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
-    # For whoever runs this with -s, and in the report of a failure.
+    # Shown with -s, and in the report of a failure.
     sys.stdout.write(f"\n{totals}\n")
     assert totals.sent >= count
     # The peers are of use only if much of what they send is well-formed.

@@ -188,7 +188,7 @@ async def command(conn: UnixConnection, line: str) -> str:
 async def open_bus(path: str) -> AsyncGenerator[Bus, None]:
     """Connect to a bus as the user of this process, and get a name from it."""
     async with await open_unix_connection(path) as conn:
-        # The bus wants one NUL byte first, with the credentials of who sends it.
+        # The bus expects one NUL byte first, with the credentials of the sender.
         await conn.send_credentials()
         answer = await command(conn, f"AUTH EXTERNAL {str(os.geteuid()).encode().hex()}")
         assert answer.startswith("OK ")

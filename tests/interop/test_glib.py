@@ -229,7 +229,7 @@ async def test_send_many(tmp_path: Path, form: str) -> None:
 
 
 async def test_megabytes_both_ways(tmp_path: Path) -> None:
-    """More bytes than a socket holds pass in both directions, and descriptors behind them."""
+    """More bytes than a socket holds pass in both directions, and descriptors after them."""
     size = 1 << 20
     async with connected(tmp_path) as (conn, peer):
         await peer.begin("read", size=size)

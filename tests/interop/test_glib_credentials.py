@@ -90,7 +90,7 @@ async def test_byte_while_we_wait(tmp_path: Path, form: str) -> None:
 
 @ours
 async def test_byte_with_passcred_on(tmp_path: Path, form: str) -> None:
-    """With SO_PASSCRED on all along, every byte has the credentials of who sent it."""
+    """With SO_PASSCRED on all along, every byte has the credentials of its sender."""
     async with connected(tmp_path) as (conn, peer):
         set_passcred(conn, 1)
         await peer.ask("write", data=b"A".hex())

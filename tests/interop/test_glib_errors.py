@@ -55,15 +55,15 @@ SO_PASSRIGHTS = 83
 class Surprise:
     """A message that is not what the receiver asks for; either end can send it."""
 
-    due: str
+    operation: str
     data: bytes
     fds: int = 0
     credentials: bool = False
 
     def __str__(self) -> str:
         """Name the test."""
-        came = f"{self.fds} fds{' and credentials' if self.credentials else ''}"
-        return f"{self.due}: {self.data!r} with {came}"
+        content = f"{self.fds} fds{' and credentials' if self.credentials else ''}"
+        return f"{self.operation}: {self.data!r} with {content}"
 
     async def from_glib(self, peer: GLibPeer) -> None:
         """Have GLib send it."""
@@ -99,17 +99,17 @@ SURPRISES = [
 @ours
 @pytest.mark.parametrize("surprise", SURPRISES, ids=str)
 async def test_unexpected_message(tmp_path: Path, surprise: Surprise, form: str) -> None:
-    """A message that is not due is refused, with its byte, and all goes on behind it."""
+    """An unexpected message raises an error with its byte, and the stream continues after it."""
     async with connected(tmp_path) as (conn, peer):
         await surprise.from_glib(peer)
         with pytest.raises(UnexpectedControlMessageError) as caught:
-            await operate(form, conn, surprise.due)
+            await operate(form, conn, surprise.operation)
         assert type(caught.value) is UnexpectedControlMessageError
         assert caught.value.data == b"A"
         assert passcred(conn) == 0
         # The same message the other way round: GLib refuses it too, with this code.
         surprise.from_us(conn)
-        assert caught.value.code == await peer.refusal(surprise.due) == IOErrorEnum.FAILED
+        assert caught.value.code == await peer.refusal(surprise.operation) == IOErrorEnum.FAILED
         await in_step(conn, peer)
 
 
@@ -133,7 +133,7 @@ async def test_credentials_and_a_descriptor(tmp_path: Path, form: str) -> None:
 async def test_a_descriptor_with_passcred_on(
     tmp_path: Path, form: str, *, credentials: bool
 ) -> None:
-    """With SO_PASSCRED on, receive_fd takes a descriptor that credentials came with.
+    """With SO_PASSCRED on, receive_fd accepts a descriptor with credentials.
 
     The kernel adds them to every message then, sent or not. GLib refuses such a message.
     """
@@ -178,14 +178,14 @@ async def test_rest_of_a_message(tmp_path: Path) -> None:
 
 @ours
 @pytest.mark.parametrize("how", ["shutdown", "close"])
-@pytest.mark.parametrize("due", ["receive_fd", "receive_credentials"])
-async def test_end_of_stream(tmp_path: Path, form: str, how: str, due: str) -> None:
-    """GLib's end of the stream in the place of a message is EndOfStreamError, again and again."""
+@pytest.mark.parametrize("operation", ["receive_fd", "receive_credentials"])
+async def test_end_of_stream(tmp_path: Path, form: str, how: str, operation: str) -> None:
+    """The end of GLib's stream is EndOfStreamError, each time."""
     async with connected(tmp_path) as (conn, peer):
         await peer.ask(how)
         for _ in range(2):
             with pytest.raises(EndOfStreamError) as caught:
-                await operate(form, conn, due)
+                await operate(form, conn, operation)
             assert caught.value.code == IOErrorEnum.FAILED
             assert passcred(conn) == 0
         assert await conn.receive_some() == b""

@@ -32,7 +32,7 @@ async def test_from_glib(tmp_path: Path, count: int, *, credentials: bool) -> No
                 assert message.credentials == Credentials(
                     peer.process.pid, os.geteuid(), os.getegid()
                 )
-        # The stream goes on behind it.
+        # The stream continues after it.
         await peer.ask("write", data=b"next".hex())
         assert await conn.receive_some() == b"next"
 

@@ -191,19 +191,19 @@ async def listeners_of(conn: UnixConnection) -> UnixFDList:
 
     Source: HAProxy's management guide ("-x"), and what 2.6 sends: the number of descriptors as
     a C int; then messages of up to 252 descriptors, with a record of each: the name of its
-    network namespace and that of its interface, each behind its length in one byte, and an
+    network namespace and that of its interface, each after its length in one byte, and an
     int of zeros. After 252 it waits a second for an int.
     """
     await conn.send_all(b"_getsocks\n")
-    (due,) = struct.unpack("=i", await receive_exactly(conn, 4))
+    (announced,) = struct.unpack("=i", await receive_exactly(conn, 4))
     fds: list[int] = []
     try:
-        while len(fds) < due:
+        while len(fds) < announced:
             if fds:
                 await conn.send_all(bytes(4))
             with await conn.receive_message(65536) as message:
                 count = len(message.fds)
-                assert count == min(due - len(fds), PER_MESSAGE)
+                assert count == min(announced - len(fds), PER_MESSAGE)
                 # No listener here has a namespace or an interface.
                 assert message.data == bytes(6 * count)
                 fds += message.fds.steal_fds()

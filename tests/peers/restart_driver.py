@@ -1,4 +1,4 @@
-"""A server that is restarted again and again, while clients send requests.
+"""A server that is restarted repeatedly while clients send requests.
 
 ``restart_driver.py DIRECTORY RESTARTS CLIENTS``. All processes are forked here, where no thread
 runs. Each server takes the path over from the one before, which is then told to drain. Prints

@@ -106,7 +106,7 @@ def _print_tables(report: Report, rows: int) -> None:
 
 def _exchanges(report: Report) -> Table:
     table = Table(title="Credentials (pid uid gid)", title_justify="left")
-    for name in ("worker", "by", "sent by", "who is", "arrived as"):
+    for name in ("worker", "by", "sent by", "expected", "received"):
         table.add_column(name)
     for exchange in report.exchanges:
         for sender, sent, received in (

@@ -50,7 +50,7 @@ def _print_tables(found: Examination) -> None:
     table.add_column("feature", overflow="fold", max_width=20)
     table.add_column("since", max_width=12)
     table.add_column("works")
-    table.add_column("what was seen", overflow="fold")
+    table.add_column("observed", overflow="fold")
     for feature in found.features:
         seen = printable(feature.seen)
         if not feature.works:
@@ -66,7 +66,7 @@ def _print_tables(found: Examination) -> None:
     table = Table(title="Limits", title_justify="left")
     table.add_column("limit", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("what it limits", overflow="fold")
+    table.add_column("meaning", overflow="fold")
     for limit in found.limits:
         value = "unknown" if limit.value is None else str(limit.value)
         table.add_row(limit.name, value, escape(printable(limit.meaning)))

@@ -110,7 +110,7 @@ def _groups(groups: Sequence[int] | None) -> Fact:
     if groups is None:
         return Fact("groups", None, "this kernel does not tell (SO_PEERGROUPS, Linux 4.13)")
     value = [{"id": number, "name": _kernel.name_of_group(number)} for number in groups]
-    return Fact("groups", value, ", ".join(map(_text, value)) or "none besides")
+    return Fact("groups", value, ", ".join(map(_text, value)) or "none")
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ SETTINGS: Final = {
     "net.unix.max_dgram_qlen": "messages that may wait at a socket for datagrams",
     "net.core.wmem_default": "bytes that may be on their way in one direction of a connection",
     "net.core.rmem_default": "bytes that may wait at a socket; Unix sockets do not use it",
-    "fs.nr_open": "what RLIMIT_NOFILE can be raised to at most",
+    "fs.nr_open": "the highest value of RLIMIT_NOFILE",
     "fs.file-max": "open files of the whole system",
 }
 # More than any kernel has taken.
@@ -47,8 +47,8 @@ def _descriptors() -> list[Limit]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     meanings = (
         "descriptors of this process; to receive more is DescriptorsTruncatedError",
-        "what this process may raise that to",
-        "how many of them are not in use",
+        "the highest value of the soft limit",
+        "descriptors that are not in use",
     )
     values = (soft, hard, _kernel.free_descriptors())
     return [

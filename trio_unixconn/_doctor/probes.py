@@ -35,7 +35,7 @@ class Probe:
     """How one feature is tried.
 
     Attributes:
-      attempt: says what was seen, or raises.
+      attempt: returns what was observed, or raises.
     """
 
     name: str
@@ -98,7 +98,7 @@ def truncation(lab: Lab) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     expect(received.truncated and not received.fds, f"got {received} with a full table")
-    return "with a full table, MSG_CTRUNC came"
+    return "a full descriptor table sets MSG_CTRUNC"
 
 
 def refused_descriptors(lab: Lab) -> str:
@@ -109,10 +109,10 @@ def refused_descriptors(lab: Lab) -> str:
     expect_error(
         PermissionError,
         lambda: lab.send(one, _ancillary.pack_rights([lab.file()])),
-        "a descriptor was taken all the same",
+        "a descriptor was accepted nevertheless",
     )
     lab.send(one)
-    expect(not lab.receive(two).fds, "a descriptor arrived all the same")
+    expect(not lab.receive(two).fds, "a descriptor arrived nevertheless")
     return "the sender got EPERM, and plain bytes pass"
 
 
@@ -132,7 +132,7 @@ def sent_credentials(lab: Lab) -> str:
     got = lab.receive(two).credentials
     expect(got == Credentials(), f"expected {Credentials()}, got {got}")
     own = Credentials()
-    return f"pid {own.pid}, uid {own.uid}, gid {own.gid} came with a byte"
+    return f"pid {own.pid}, uid {own.uid}, gid {own.gid} received with a byte"
 
 
 def attached_credentials(lab: Lab) -> str:
@@ -150,7 +150,7 @@ def _passcred() -> int:
 
 
 def groups(lab: Lab) -> str:
-    """A socket says in which groups its peer is."""
+    """A socket reports the groups of its peer."""
     one, _ = lab.pair()
     found = get_peer_groups(one)
     expect(set(found) == set(os.getgroups()), f"expected {os.getgroups()}, got {found}")
@@ -158,7 +158,7 @@ def groups(lab: Lab) -> str:
 
 
 def security_context(lab: Lab) -> str:
-    """A socket says under which label its peer runs."""
+    """A socket reports the security label of its peer."""
     one, _ = lab.pair()
     _kernel.required(_kernel.SO_PEERSEC, "SO_PEERSEC")
     label = get_peer_security_context(one)
@@ -184,7 +184,7 @@ def sent_pidfd(lab: Lab) -> str:
     lab.send(one)
     (pidfd,) = lab.receive(two).pidfds
     _check_own(pid_of(pidfd))
-    return "a pidfd of the sender came with a byte"
+    return "a pidfd of the sender was received"
 
 
 def peer_pidfd(lab: Lab) -> str:
@@ -208,7 +208,7 @@ def reaped_peer(lab: Lab) -> str:
     process.communicate(timeout=PATIENCE)
     try:
         lab.own(sock.getsockopt(_kernel.SOL_SOCKET, option))
-        seen = "the kernel gives a pidfd of nobody"
+        seen = "the kernel gives a pidfd of no process"
     except OSError as exc:
         seen = f"the kernel says {exc.strerror}"
     expect_error(
@@ -220,10 +220,10 @@ def reaped_peer(lab: Lab) -> str:
 
 
 def signal_by_pidfd(lab: Lab) -> str:
-    """A process can be asked by pidfd whether it is there."""
+    """A signal 0 to a pidfd shows whether a process is alive."""
     pidfd = lab.own(os.pidfd_open(os.getpid()))
     signal.pidfd_send_signal(pidfd, 0)
-    return "this process was there"
+    return "this process is alive"
 
 
 def abstract_name(lab: Lab) -> str:

@@ -34,7 +34,7 @@ class Limit:
 
     Attributes:
       value: None if it cannot be read.
-      meaning: what it limits; or why it cannot be read.
+      meaning: the use of the limit, or the reason why it cannot be read.
     """
 
     name: str

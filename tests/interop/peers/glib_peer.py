@@ -1,4 +1,4 @@
-"""The real GLib at the other end of a socket: does what it is told, and says what came of it.
+"""The real GLib at the other end of a socket: runs the requested calls, and reports their results.
 
 Run as ``/usr/bin/python3 glib_peer.py [FD]``, where FD is a connected Unix socket that this
 process inherited. Commands come on stdin, one JSON object a line: ``{"do": name, ...}`` with
@@ -224,7 +224,7 @@ class Peer:
             return self.socket.send_message(None, [vector], messages, 0, self.cancellable)
 
     def do_receive_message(self, size: int) -> dict[str, Any]:
-        """Receive one message, and say what kinds of control messages came with it."""
+        """Receive one message, and report the kinds of its control messages."""
         buffer = ctypes.create_string_buffer(size)
         vector = Gio.InputVector()
         vector.buffer = ctypes.addressof(buffer)
@@ -332,7 +332,7 @@ def read_commands(commands: queue.SimpleQueue) -> None:
         else:
             latest = Gio.Cancellable()
             commands.put((command, latest))
-    # Nobody is there to ask for anything more, nor to wait for an answer.
+    # The test has ended: no requests follow, and no answer is read.
     latest.cancel()
     commands.put(None)
 
