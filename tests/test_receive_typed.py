@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from descriptor_kinds import KIND, KINDS, of_kind, opened, pass_on
 from fuse import hanging_file
 from helpers import counted, look, some, stdlib_peer, until, until_sync
 from trio.testing import wait_all_tasks_blocked
@@ -35,27 +36,6 @@ from trio_unixconn import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
-
-KIND = DescriptorKind
-
-
-async def pass_on(fd: int, receive: Callable[[UnixConnection], Awaitable[Any]]) -> Any:
-    """Send a descriptor, which is closed, and receive it; the connection must stay in step."""
-    one, two = connection_pair()
-    async with one, two:
-        await one.send_fd(fd)
-        os.close(fd)
-        await one.send_fd(0)
-        try:
-            return await receive(two)
-        finally:
-            got = await two.receive_fd()
-            assert os.path.sameopenfile(got, 0)
-            os.close(got)
-
-
-def opened(path: Path | str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC)
 
 
 ################################################################
@@ -140,26 +120,6 @@ async def test_receive_file_rejects_o_path(target: str, tmp_path: Path) -> None:
         await pass_on(fd, lambda conn: conn.receive_file(kinds=list(KIND)))
     kinds = {"file": KIND.REGULAR_FILE, "directory": KIND.DIRECTORY, "link": KIND.SYMBOLIC_LINK}
     assert caught.value.kind is kinds[target]
-
-
-def of_kind(kind: DescriptorKind) -> int:
-    """Open a file of that kind for reading."""
-    if kind is KIND.REGULAR_FILE:
-        return os.memfd_create("regular")
-    if kind is KIND.DIRECTORY:
-        return opened("/", os.O_RDONLY)
-    if kind is KIND.PIPE:
-        read, write = os.pipe()
-        os.close(write)
-        return read
-    if kind is KIND.SOCKET:
-        return socket.socket().detach()
-    if kind is KIND.CHARACTER_DEVICE:
-        return opened(os.devnull, os.O_RDONLY)
-    return os.eventfd(0)
-
-
-KINDS = [each for each in KIND if each not in (KIND.BLOCK_DEVICE, KIND.SYMBOLIC_LINK)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

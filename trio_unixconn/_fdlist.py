@@ -25,20 +25,17 @@ from ._fdtypes import (
     open_socket,
     open_stream,
 )
-from ._owner import DescriptorOwner
+from ._owner import ClosableOwner
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
-    from types import TracebackType
-
-    from typing_extensions import Self
 
     from ._cancellable import Cancellable
 
 _TAKEN: Final = -1
 
 
-class UnixFDList(DescriptorOwner):
+class UnixFDList(ClosableOwner):
     """A list that owns its file descriptors, as ``Gio.UnixFDList``.
 
     It closes them at the end of a ``with`` block or in :meth:`close`. A list that is collected
@@ -300,28 +297,6 @@ class UnixFDList(DescriptorOwner):
                 f"the file descriptor at position {operator.index(index)} was already taken out"
             )
         return fd
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         # No system call: fstat(2) would wait for a file server.

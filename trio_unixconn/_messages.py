@@ -17,19 +17,15 @@ from . import _ancillary, _fds
 from ._closing import close_fds
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
-from ._owner import DescriptorOwner
+from ._owner import ClosableOwner, DescriptorOwner
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from typing_extensions import Self
-
     from ._ancillary import ControlMessage
     from ._fds import FileDescriptor
 
 
 @attrs.frozen(eq=False)
-class Message(DescriptorOwner):
+class Message(ClosableOwner):
     """A message that ``receive_message`` received.
 
     It owns its descriptors: use it in a ``with`` block, :meth:`close` it, or take them out of
@@ -70,28 +66,6 @@ class Message(DescriptorOwner):
         """Close the descriptors that were not taken out, as :meth:`UnixFDList.aclose`."""
         close_fds([*self.fds.steal_fds(), *self.pidfds.steal_fds()])
         await trio.lowlevel.checkpoint()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @attrs.frozen(eq=False)

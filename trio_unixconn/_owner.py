@@ -1,8 +1,14 @@
-"""A base class for objects that own file descriptors: they cannot be copied or pickled."""
+"""Base classes for objects that own file descriptors."""
 
 from __future__ import annotations
 
-from typing import NoReturn, SupportsIndex
+from abc import abstractmethod
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
 
 
 class DescriptorOwner:
@@ -21,3 +27,43 @@ class DescriptorOwner:
           TypeError: always.
         """
         raise TypeError(f"cannot pickle {type(self).__name__!r} object")
+
+
+class ClosableOwner(DescriptorOwner):
+    """An owner that can be closed in both ways: its context managers.
+
+    ``with`` calls :meth:`close`, which may block; ``async with`` calls :meth:`aclose`, which does
+    not.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the descriptors in the calling thread."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close the descriptors without blocking the event loop."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
