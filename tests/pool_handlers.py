@@ -1,7 +1,7 @@
-"""What the workers of the tests run; tests name it, workers import it.
+"""Handlers and setups of the tests, which workers import.
 
-The rule of this file: a handler says what it sees through its stream or its answer. What several
-workers share is in the folder that POOL_FOLDER names.
+A handler reports through its stream or its answer. Files that several workers share are in the
+directory that POOL_FOLDER names.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def first(name: str) -> bool:
 
 
 async def until_draining(stream: Any, job: Job) -> None:
-    """Wait until this worker is to end, and say so."""
+    """Wait until this worker is draining, and write that."""
     await stream.send_all(b"waits")
     await job.draining.wait()
     await stream.send_all(b", ends")
 
 
 async def tell(stream: Any, job: Job) -> bytes:
-    """Tell what a handler gets, by the stream if there is one, and as the answer."""
+    """Send what this handler got, by the stream if there is one, and as the answer."""
     peer = job.peer
     told = {
         "type": type(stream).__name__,
@@ -84,7 +84,7 @@ async def tell(stream: Any, job: Job) -> bytes:
 
 
 async def hold(stream: Any, job: Job) -> bytes:
-    """Say the worker's pid and the job's number, then echo until the other end is closed."""
+    """Send the pid of the worker and the id of the job, then echo until the other end is closed."""
     note("began", job.id)
     try:
         # Clients that close before they have read what was sent reset the connection.
@@ -99,7 +99,7 @@ async def hold(stream: Any, job: Job) -> bytes:
 
 
 async def receive(stream: Any, job: Job) -> bytes:
-    """Say whether a descriptor can be received."""
+    """Send whether a file descriptor can be received."""
     await stream.send_all(b"%d\n" % os.getpid())
     try:
         os.close(await stream.receive_fd())
@@ -109,7 +109,7 @@ async def receive(stream: Any, job: Job) -> bytes:
 
 
 async def copy(stream: Any, job: Job) -> bytes:
-    """Read a file to its end, and write the job's data, as far as it is open for that."""
+    """Read a file to its end, and write the data of the job, as far as its mode allows."""
     data: bytes = stream.read() if stream.readable() else b""
     if stream.writable():
         stream.write(job.data)
@@ -123,7 +123,7 @@ async def close_it(stream: Any, job: Job) -> bytes:
 
 
 async def map_buffer(stream: Any, job: Job) -> bytes:
-    """Map what came; the data says how large it may be."""
+    """Map the file of the job; the data is the maximum size."""
     size, *names = job.data.decode().split()
     seals = Seals[names[0]] if names else Seals.ALL
     with job.map_buffer(int(size), seals=seals) as view:
@@ -135,7 +135,7 @@ async def length(stream: Any, job: Job) -> bytes:
 
 
 async def do(stream: Any, job: Job) -> Any:
-    """Do what the data names."""
+    """Call the function that the data names."""
     return await DEEDS[job.data.decode()](stream, job)
 
 
@@ -160,7 +160,7 @@ async def _forever(stream: Any, job: Job) -> None:
 
 
 async def _stubborn(stream: Any, job: Job) -> bytes:
-    """Have something to do when it is cancelled."""
+    """Return an answer in spite of a cancellation."""
     note("began", job.id)
     try:
         await trio.sleep_forever()
@@ -169,7 +169,7 @@ async def _stubborn(stream: Any, job: Job) -> bytes:
 
 
 async def _compute(stream: Any, job: Job) -> None:
-    """Never come to a checkpoint, though without using the processor."""
+    """Block the event loop, without using the CPU."""
     os.write(stream.socket.fileno(), b"%d %d\n" % (os.getpid(), job.id))
     while True:
         time.sleep(0.01)
@@ -194,25 +194,25 @@ async def _detach(stream: Any, job: Job) -> bytes:
 
 
 async def _nonsense(stream: Any, job: Job) -> None:
-    """Say to the pool what no worker says."""
+    """Send a frame that no worker sends."""
     os.write(own_end(), b"\xff\0\0\0\0\0")
     await trio.sleep_forever()
 
 
 async def _strange_batch(stream: Any, job: Job) -> None:
-    """Acknowledge a batch that there is not."""
+    """Acknowledge a batch that does not exist."""
     os.write(own_end(), b"\x12\0\4\0\0\0\xff\xff\xff\xff")
     await trio.sleep_forever()
 
 
 async def _strange_answer(stream: Any, job: Job) -> None:
-    """Answer a job that there is not."""
+    """Answer a job that does not exist."""
     os.write(own_end(), b"\x15\0\x08\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff")
     await trio.sleep_forever()
 
 
 async def _turn_deaf(stream: Any, job: Job) -> None:
-    """Stop receiving when told to; the worker does not notice before it is told that, too."""
+    """Stop receiving when a file exists; the worker notices it when a second file exists."""
     directory = Path(os.environ["POOL_FOLDER"])
     while not (directory / "stop receiving").exists():  # noqa: ASYNC110 - there is no event
         await trio.sleep(0.001)
@@ -225,7 +225,7 @@ async def _turn_deaf(stream: Any, job: Job) -> None:
 
 
 class Avenger(trio.abc.Instrument):
-    """Kills this process when a task has ended, before anything else happens."""
+    """An instrument that kills this process when a task has ended, before another task runs."""
 
     def __init__(self) -> None:
         self.task = trio.lowlevel.current_task()
@@ -240,14 +240,14 @@ async def _finish_and_die(stream: Any, job: Job) -> None:
 
 
 async def _hang_up(stream: Any, job: Job) -> None:
-    """Close the worker's end, though the worker lives on."""
+    """Close the connection to the pool, and go on."""
     with socket.socket(fileno=os.dup(own_end())) as sock:
         sock.shutdown(socket.SHUT_WR)
     await trio.sleep_forever()
 
 
 def own_end() -> int:
-    """Return the descriptor of the worker's connection."""
+    """Return the file descriptor of the connection to the pool."""
     return int(sys.orig_argv[-4])
 
 
@@ -283,7 +283,7 @@ DEEDS = {
 
 
 class Handler:
-    """A handler need not be a function."""
+    """A handler that is an object."""
 
     async def __call__(self, stream: Any, job: Job) -> bytes:
         return b"of an object"
@@ -309,7 +309,7 @@ NOT_CALLABLE = 5
 
 @asynccontextmanager
 async def noted() -> AsyncGenerator[dict[str, int], None]:
-    """Note when it begins and ends, and yield a state."""
+    """Write when it begins and ends, and yield a state."""
     note("began", os.getpid())
     yield {"pid": os.getpid()}
     await trio.lowlevel.checkpoint()
@@ -361,7 +361,7 @@ async def waiting() -> AsyncGenerator[None, None]:
 
 @asynccontextmanager
 async def two_at_most() -> AsyncGenerator[None, None]:
-    """Let two workers live; the others die when they start, but behind those."""
+    """Let two workers live; the others die when they start, but after those."""
     if not first("one") and not first("two"):
         await trio.sleep(0.5)
         os._exit(9)
@@ -394,7 +394,7 @@ async def dies_soon() -> AsyncGenerator[None, None]:
 
 @asynccontextmanager
 async def one_is_poor() -> AsyncGenerator[bool, None]:
-    """Leave the first worker no descriptor that is free."""
+    """Leave the first worker no free file descriptor."""
     poor = first("poor")
     if poor:
         leave_free(0)
@@ -403,14 +403,14 @@ async def one_is_poor() -> AsyncGenerator[bool, None]:
 
 @asynccontextmanager
 async def destitute() -> AsyncGenerator[None, None]:
-    """Leave no worker a descriptor that is free."""
+    """Leave each worker no free file descriptor."""
     leave_free(0)
     yield
 
 
 @asynccontextmanager
 async def poor() -> AsyncGenerator[None, None]:
-    """Leave each worker one descriptor that is free."""
+    """Leave each worker one free file descriptor."""
     leave_free(1)
     yield
 

@@ -1,4 +1,4 @@
-"""What the tests of the pool share: clients of its workers, and who lives."""
+"""Helpers of the tests of the pool: clients of its workers, and its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool of workers: how it begins, and what a handler gets."""
+"""The start of a pool, and what a handler gets."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CALLS = "pool_handlers:do"
 
 
 ################################################################
-# How it begins
+# Start
 ################################################################
 
 
-async def test_workers_are_ready(shared: Path) -> None:
-    """When the block is entered all workers are there, and their setups have been entered."""
+async def test_open_worker_pool_waits_until_workers_are_ready(shared: Path) -> None:
+    """When the block is entered, all workers are ready, and their setups have been entered."""
     async with open_worker_pool(
         "pool_handlers:tell", workers=3, setup="pool_handlers:noted"
     ) as pool:
@@ -53,14 +53,14 @@ async def test_workers_are_ready(shared: Path) -> None:
     assert sorted(map(int, lines(shared / "ended"))) == sorted(began)
 
 
-async def test_as_many_workers_as_processors() -> None:
-    """Without a number there is a worker for each processor that this process may use."""
+async def test_workers_default() -> None:
+    """By default there is a worker for each CPU that this process can use."""
     async with open_worker_pool(CALLS) as pool:
         assert len(pids(pool)) == len(os.sched_getaffinity(0))
 
 
-async def test_as_much_as_you_like() -> None:
-    """Limits may be as large as a number can be."""
+async def test_open_worker_pool_with_the_largest_limits() -> None:
+    """Limits can be sys.maxsize."""
     most = sys.maxsize
     async with open_worker_pool(
         CALLS, workers=1, max_in_flight=most, max_queue=most, max_attempts=most, crash_limit=most
@@ -68,8 +68,8 @@ async def test_as_much_as_you_like() -> None:
         assert await pool.call() == b"nothing to do"
 
 
-async def test_processors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a process cannot ask for its processors, those of the machine count."""
+async def test_workers_default_without_sched_getaffinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sched_getaffinity the CPUs of the machine count, and at least one."""
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     async with open_worker_pool(CALLS) as pool:
@@ -88,14 +88,14 @@ async def test_processors_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) ->
         ("pool_broken:handler", {}, "SystemExit: 3"),
     ],
 )
-async def test_workers_that_cannot_start(
+async def test_open_worker_pool_raises_worker_start_error(
     handler: str,
     options: dict[str, Any],
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One plain error has the worker's traceback, whatever was wrong there."""
+    """The error is not a group, and has the traceback of the worker."""
     (tmp_path / "pool_broken.py").write_text("import sys; sys.exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(WorkerStartError, match=said) as caught:
@@ -104,8 +104,8 @@ async def test_workers_that_cannot_start(
     assert "Traceback (most recent call last)" in caught.value.traceback
 
 
-async def test_a_worker_that_dies_while_it_starts(shared: Path) -> None:
-    """The error says how it ended, if it could say nothing itself."""
+async def test_open_worker_pool_with_a_worker_that_dies_while_it_starts(shared: Path) -> None:
+    """The error says how the process ended if the worker has sent no error."""
     with pytest.raises(WorkerStartError, match=r"was killed by SIGKILL before it was ready"):
         async with open_worker_pool(CALLS, workers=1, setup="pool_handlers:dying"):
             pytest.fail("the block was entered")
@@ -117,8 +117,8 @@ async def test_a_worker_that_dies_while_it_starts(shared: Path) -> None:
     assert caught.value.traceback == ""
 
 
-async def test_a_worker_that_is_never_ready() -> None:
-    """A worker that takes too long is killed."""
+async def test_start_timeout_kills_a_worker() -> None:
+    """A worker that is not ready in time is killed."""
     with pytest.raises(WorkerStartError, match=r"was not ready after 0\.5 s, and was killed"):
         async with open_worker_pool(
             CALLS, workers=2, setup="pool_handlers:never_ready", start_timeout=0.5
@@ -126,10 +126,10 @@ async def test_a_worker_that_is_never_ready() -> None:
             pytest.fail("the block was entered")
 
 
-async def test_a_worker_that_fails_and_does_not_end(
+async def test_open_worker_pool_with_a_worker_that_fails_and_does_not_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that its module has left running does not keep a worker that could not start."""
+    """A worker that could not start is killed if a thread of its module keeps it running."""
     (tmp_path / "pool_stays.py").write_text(
         "import threading\nthreading.Thread(target=threading.Event().wait).start()\n1 / 0\n"
     )
@@ -140,16 +140,16 @@ async def test_a_worker_that_fails_and_does_not_end(
             pytest.fail("the block was entered")
 
 
-async def test_cancelled_while_it_starts() -> None:
-    """Nothing is left of a pool whose beginning was cancelled."""
+async def test_open_worker_pool_cancelled_while_workers_start() -> None:
+    """No process is left if the start of the pool is cancelled."""
     with trio.move_on_after(0.5) as scope:
         async with open_worker_pool(CALLS, workers=2, setup="pool_handlers:never_ready"):
             pytest.fail("the block was entered")
     assert scope.cancelled_caught
 
 
-async def test_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a process cannot be held on to by a descriptor, a thread waits for it."""
+async def test_call_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pidfds a thread waits for the end of a worker."""
     monkeypatch.delattr(os, "pidfd_open")
     async with open_worker_pool(CALLS, workers=1) as pool:
         assert await pool.call() == b"nothing to do"
@@ -157,8 +157,8 @@ async def test_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await pool.call() == b"nothing to do"
 
 
-async def test_no_descriptor_for_a_worker() -> None:
-    """A worker for which no descriptor is free is an error that says so, and nothing leaks."""
+async def test_open_worker_pool_without_free_descriptors() -> None:
+    """If no file descriptor is free, the error says so, and nothing leaks."""
     for free in range(5):
         with (
             free_descriptors(free),
@@ -189,7 +189,7 @@ async def test_no_descriptor_for_a_worker() -> None:
 async def test_open_worker_pool_rejects_invalid_options(
     handler: Any, options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    """What cannot be is refused before anything is started."""
+    """Invalid options are rejected before any process is started."""
     with pytest.raises(error, match=said):
         async with open_worker_pool(handler, **options):
             pytest.fail("the block was entered")
@@ -202,14 +202,16 @@ async def test_open_worker_pool_rejects_invalid_options(
         ("pool_handlers:an_object.method", b"of a method"),
     ],
 )
-async def test_handlers_that_are_no_functions(handler: str, answer: bytes) -> None:
-    """A handler may be an object with an async __call__, or something's method."""
+async def test_call_of_handlers_that_are_no_functions(handler: str, answer: bytes) -> None:
+    """A handler can be an object with an async __call__, or a method of an object."""
     async with open_worker_pool(handler, workers=1) as pool:
         assert await pool.call() == answer
 
 
-async def test_a_handler_that_is_a_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handler may be a partial of an async function."""
+async def test_call_of_a_handler_that_is_a_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler can be a partial of an async function."""
     (tmp_path / "pool_partial.py").write_text(
         "from functools import partial\n"
         "async def work(greeting, stream, job):\n    return greeting + job.data\n"
@@ -238,8 +240,8 @@ async def tcp(family: socket.AddressFamily, host: str) -> tuple[trio.SocketStrea
 @pytest.mark.parametrize(
     ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 )
-async def test_tcp(family: socket.AddressFamily, host: str, shared: Path) -> None:
-    """Of a TCP socket the handler gets a SocketStream, and the peer's address."""
+async def test_submit_tcp_socket(family: socket.AddressFamily, host: str, shared: Path) -> None:
+    """The handler of a TCP socket gets a SocketStream, and the address of the peer."""
     async with open_worker_pool(
         "pool_handlers:tell", workers=1, setup="pool_handlers:noted"
     ) as pool:
@@ -254,8 +256,8 @@ async def test_tcp(family: socket.AddressFamily, host: str, shared: Path) -> Non
     assert told["state"] == {"pid": told["pid"]}
 
 
-async def test_unix() -> None:
-    """Of a Unix socket the handler gets a UnixConnection, and the peer's credentials."""
+async def test_submit_unix_socket() -> None:
+    """The handler of a Unix socket gets a UnixConnection, and the credentials of the peer."""
     async with (
         open_worker_pool("pool_handlers:tell", workers=1) as pool,
         client_of(pool) as client,
@@ -266,8 +268,8 @@ async def test_unix() -> None:
     assert (told["data"], told["state"]) == ("", None)
 
 
-async def test_pipes() -> None:
-    """Of either end of a pipe the handler gets a file to read or to write."""
+async def test_call_with_pipes() -> None:
+    """The handler of either end of a pipe gets a file to read or to write."""
     async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
         read, write = os.pipe()
         # Not submit(): the other handler could begin first, and block its worker.
@@ -279,31 +281,33 @@ async def test_pipes() -> None:
     ("mode", "flags", "answer", "left"),
     [
         ("rb", os.O_RDONLY, b"before", b"before"),
-        ("wb", os.O_WRONLY, b"", b"behind"),
-        ("ab", os.O_WRONLY | os.O_APPEND, b"", b"beforebehind"),
-        ("rb+", os.O_RDWR, b"before", b"beforebehind"),
+        ("wb", os.O_WRONLY, b"", b"second"),
+        ("ab", os.O_WRONLY | os.O_APPEND, b"", b"beforesecond"),
+        ("rb+", os.O_RDWR, b"before", b"beforesecond"),
     ],
 )
-async def test_files(mode: str, flags: int, answer: bytes, left: bytes, tmp_path: Path) -> None:
-    """Of a file the handler gets one that is open for the same."""
+async def test_call_with_files(
+    mode: str, flags: int, answer: bytes, left: bytes, tmp_path: Path
+) -> None:
+    """The handler of a file gets a file that is open in the same mode."""
     path = tmp_path / "file"
     path.write_bytes(b"before")
     async with open_worker_pool("pool_handlers:copy", workers=1) as pool:
         fd = os.open(path, flags)
-        assert await pool.call(fd, data=b"behind") == answer
+        assert await pool.call(fd, data=b"second") == answer
     assert path.read_bytes() == left
 
 
-async def test_what_a_file_is() -> None:
-    """Of a file there is no peer."""
+async def test_job_peer_of_a_file() -> None:
+    """job.peer of a file is None."""
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         answer = await pool.call(os.open("/dev/null", os.O_RDONLY))
     told = json.loads(answer)
     assert (told["type"], told["mode"], told["peer"]) == ("BufferedReader", "rb", None)
 
 
-async def test_a_terminal() -> None:
-    """Of what is open for both, and has no position, the handler gets an unbuffered file."""
+async def test_call_with_a_terminal() -> None:
+    """The handler of a file without a position that is open for both gets an unbuffered file."""
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         ours, theirs = os.openpty()
         answer = await pool.call(theirs)
@@ -312,8 +316,8 @@ async def test_a_terminal() -> None:
     assert (told["type"], told["mode"]) == ("FileIO", "rb+")
 
 
-async def test_nothing() -> None:
-    """A call needs no descriptor; then there is no stream."""
+async def test_call_without_a_source() -> None:
+    """A call needs no file descriptor; its handler gets None. submit() needs one."""
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         told = json.loads(await pool.call(data=b"just data"))
         assert (told["type"], told["data"], told["peer"]) == ("NoneType", "just data", None)
@@ -333,8 +337,8 @@ def sealed(data: bytes) -> int:
     return fd
 
 
-async def test_map_buffer() -> None:
-    """A handler maps sealed memory without a copy; other memory is an error there."""
+async def test_job_map_buffer() -> None:
+    """A handler maps sealed memory without a copy; other memory is an error in the handler."""
     async with open_worker_pool("pool_handlers:map_buffer", workers=1) as pool:
         assert await pool.call(sealed(b"a buffer"), data=b"100") == b"A BUFFER"
         with pytest.raises(HandlerError, match="UnsafeBufferError"):
@@ -357,8 +361,8 @@ async def test_map_buffer() -> None:
                 await pool.call(theirs, data=b"100")
 
 
-async def test_a_stream_that_cannot_be_made() -> None:
-    """A socket that was connected to nothing fails in the worker, which goes on."""
+async def test_call_with_an_unconnected_socket() -> None:
+    """The job of a socket that is not connected fails, and its worker goes on."""
     async with open_worker_pool("pool_handlers:tell", workers=1) as pool:
         with pytest.raises(HandlerError, match="WrongDescriptorKindError"):
             await pool.call(socket.socket(socket.AF_UNIX))

@@ -1,4 +1,4 @@
-"""What goes to a worker at once, and what a drain waits for."""
+"""Batches of large jobs, and drains of jobs that are cancelled."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LARGEST = 16 * 2**20
 
 
 async def length(_: object, job: Job) -> bytes:
-    """Answer how many bytes came; a worker runs this."""
+    """Return the size of the data; a worker runs this."""
     return b"%d" % len(job.data)
 
 
 async def wait(_: object, __: Job) -> None:
-    """Handle a job until that is cancelled; a worker runs this."""
+    """Wait until this is cancelled; a worker runs this."""
     await trio.sleep_forever()
 
 
@@ -33,13 +33,13 @@ def null() -> int:
     return os.open(os.devnull, os.O_RDONLY)
 
 
-@pytest.mark.parametrize("to", [None, 0])
-async def test_much_data_in_many_jobs(to: int | None) -> None:
-    """Jobs of the largest size that wait together all arrive, for any worker and for one."""
+@pytest.mark.parametrize("worker", [None, 0])
+async def test_call_with_the_largest_data(worker: int | None) -> None:
+    """Queued jobs with the largest data are all handled, pinned ones too."""
     answers: list[bytes] = []
 
     async def call() -> None:
-        answers.append(await pool.call(data=bytes(LARGEST), worker=to))
+        answers.append(await pool.call(data=bytes(LARGEST), worker=worker))
 
     with trio.fail_after(60):
         async with open_worker_pool("test_pool_batches:length", workers=1) as pool:
@@ -50,8 +50,8 @@ async def test_much_data_in_many_jobs(to: int | None) -> None:
     assert answers == [b"%d" % LARGEST] * 4
 
 
-async def test_a_drain_waits_for_nothing_that_was_withdrawn() -> None:
-    """When the last job that waits is cancelled, a drain asks the workers to end at once."""
+async def test_drain_does_not_wait_for_a_cancelled_job() -> None:
+    """When the last queued job is cancelled, a drain goes on with ending the workers."""
     with trio.fail_after(60):
         async with (
             open_worker_pool(

@@ -516,7 +516,7 @@ async def test_worker_that_shuts_down_receiving_and_lives_is_killed(
 
 
 @pytest.mark.parametrize("claimed", [(), (A_JOB,), (A_CALL,), (A_JOB, A_CALL)])
-async def test_completion_log_that_claims_too_much(
+async def test_abandoned_in_spite_of_a_completion_log_that_claims_too_much(
     claimed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a log, the pool reads only the ids of jobs that the worker has acknowledged."""

@@ -1,4 +1,4 @@
-"""Jobs on their way: acknowledged, answered, waiting for room, cancelled."""
+"""submit() and call(): acknowledgements, answers, a full queue, cancellation, arguments."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ HOLD = "pool_handlers:hold"
 ################################################################
 
 
-async def test_even_shares(shared: Path) -> None:
-    """Connections that stay open are spread evenly, and receipts say who has which."""
+async def test_submit_distributes_jobs_evenly(shared: Path) -> None:
+    """Connections that stay open are spread evenly, and receipts name their workers."""
     async with open_worker_pool(HOLD, workers=3) as pool, trio.open_nursery() as nursery:
         clients = []
         for _ in range(9):
@@ -58,8 +58,8 @@ async def test_even_shares(shared: Path) -> None:
         assert (await at_rest(pool)).handled == 9
 
 
-async def test_one_worker_only(shared: Path) -> None:
-    """A job for one worker goes to that one, whoever is less busy."""
+async def test_submit_worker(shared: Path) -> None:
+    """A pinned job goes to its worker, even if another one is less busy."""
     async with open_worker_pool(HOLD, workers=2) as pool:
         for _ in range(3):
             client, theirs = ends()
@@ -68,8 +68,8 @@ async def test_one_worker_only(shared: Path) -> None:
             await client.end()
 
 
-async def test_many_at_once() -> None:
-    """Hundreds that are submitted at once are all handled, each once, by all workers."""
+async def test_submit_300_times_at_once() -> None:
+    """Hundreds of jobs that are submitted at once are all handled, each once, by all workers."""
     receipts: list[JobReceipt] = []
 
     async def submit() -> None:
@@ -94,8 +94,8 @@ async def test_many_at_once() -> None:
 ################################################################
 
 
-async def test_answers() -> None:
-    """What a handler returns is what a call returns, up to 16 MiB; so is what goes with it."""
+async def test_call_returns_the_answer() -> None:
+    """A call returns what its handler returns, up to 16 MiB; its data can be as large."""
     async with open_worker_pool(DO, workers=1) as pool:
         assert await pool.call() == b"nothing to do"
         assert await pool.call(null(), data=b"pid") == str(pids(pool)[0]).encode()
@@ -105,8 +105,8 @@ async def test_answers() -> None:
             assert int(await pool.call(data=data)) == len(data)
 
 
-async def test_no_answers(caplog: pytest.LogCaptureFixture) -> None:
-    """A handler that raises, or returns no bytes, is an error of its caller's; nobody else's."""
+async def test_call_raises_handler_error(caplog: pytest.LogCaptureFixture) -> None:
+    """If a handler raises, or does not return bytes, its caller alone gets an error; no log."""
     async with open_worker_pool(DO, workers=1) as pool:
         with pytest.raises(HandlerError, match="RuntimeError: the handler says no") as caught:
             await pool.call(data=b"raise")
@@ -122,7 +122,7 @@ async def test_no_answers(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == []
 
 
-async def test_a_job_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+async def test_submit_of_a_job_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     """A job that fails is logged, counted, and its stream closed."""
     async with open_worker_pool(DO, workers=1) as pool:
         async with client_of(pool, data=b"raise") as client:
@@ -133,8 +133,8 @@ async def test_a_job_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert message.endswith("RuntimeError: the handler says no")
 
 
-async def test_the_worker_of_a_call_dies(shared: Path) -> None:
-    """A call whose worker dies fails, and is not tried again; the next one works."""
+async def test_call_raises_worker_died_error(shared: Path) -> None:
+    """A call whose worker dies fails, and is not retried; the next one succeeds."""
     async with open_worker_pool(DO, workers=1) as pool:
         with pytest.raises(WorkerDiedError, match=r"exited with status 7 while it handled job 1"):
             await pool.call(data=b"end")
@@ -144,7 +144,7 @@ async def test_the_worker_of_a_call_dies(shared: Path) -> None:
 
 
 ################################################################
-# Waiting for room
+# A full queue
 ################################################################
 
 
@@ -156,8 +156,8 @@ def has_begun(client: Client) -> bool:
     return client.stream.socket.is_readable()
 
 
-async def test_backpressure(shared: Path) -> None:
-    """No more jobs are in flight or wait than may; behind that, submit waits."""
+async def test_submit_waits_while_max_queue_is_reached(shared: Path) -> None:
+    """submit() waits while max_in_flight and max_queue are reached."""
     receipts: list[JobReceipt] = []
     async with (
         open_worker_pool(HOLD, workers=2, max_in_flight=2, max_queue=3) as pool,
@@ -190,8 +190,8 @@ async def test_backpressure(shared: Path) -> None:
     assert len({each.id for each in receipts}) == 10
 
 
-async def test_room_for_who_waits(shared: Path) -> None:
-    """Who waits for room, and is told that the pool drains, hears that the job was given up."""
+async def test_submit_that_waits_for_a_slot_while_the_pool_drains(shared: Path) -> None:
+    """A submitter that waits for a slot gets JobRefusedError when the pool drains."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=1) as pool:
         async with client_of(pool):
             async with trio.open_nursery() as nursery:
@@ -221,8 +221,8 @@ async def test_room_for_who_waits(shared: Path) -> None:
 ################################################################
 
 
-async def test_cancelled_before_anything() -> None:
-    """Who is cancelled already has submitted nothing, but owns it no more."""
+async def test_submit_that_is_cancelled_before() -> None:
+    """A cancelled task has submitted nothing, and its source is closed."""
     async with open_worker_pool(DO, workers=1) as pool:
         client, theirs = ends()
         with trio.CancelScope() as scope:
@@ -235,7 +235,7 @@ async def test_cancelled_before_anything() -> None:
 
 
 async def test_submit_cancelled_in_the_queue(shared: Path) -> None:
-    """A job that is cancelled while it waits is never handled, and its descriptor closed."""
+    """A job that is cancelled in the queue is never handled, and its file descriptor is closed."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=2) as pool:
         async with client_of(pool) as first, trio.open_nursery() as nursery:
             pairs = [ends() for _ in range(3)]
@@ -248,7 +248,7 @@ async def test_submit_cancelled_in_the_queue(shared: Path) -> None:
             for number in range(3):
                 nursery.start_soon(submit, number)
                 await wait_all_tasks_blocked()
-            # Two wait in the queue, the last for room.
+            # Two are in the queue, the last one waits for a slot.
             assert (pool.statistics().queued, pool.statistics().submitted) == (2, 3)
             for scope in reversed(scopes):
                 scope.cancel()
@@ -263,7 +263,7 @@ async def test_submit_cancelled_in_the_queue(shared: Path) -> None:
     assert lines(shared / "began") == ["1"]
 
 
-async def test_cancelled_too_late(shared: Path) -> None:
+async def test_submit_cancelled_after_it_was_sent(shared: Path) -> None:
     """A job that was sent is not taken back: a cancelled submit waits, and returns."""
     async with open_worker_pool(HOLD, workers=1) as pool:
         (pid,) = pids(pool)
@@ -290,8 +290,8 @@ async def test_cancelled_too_late(shared: Path) -> None:
         assert (found.handled, found.cancelled) == (1, 0)
 
 
-async def test_cancelled_and_comes_back(shared: Path) -> None:
-    """A job whose worker dies before it has it, and which was cancelled, goes to nobody else."""
+async def test_submit_cancelled_after_it_was_sent_to_a_worker_that_dies(shared: Path) -> None:
+    """A cancelled job that its worker has not acknowledged at its death goes to no other one."""
     async with open_worker_pool(HOLD, workers=2) as pool:
         pid = pids(pool)[0]
         client, theirs = ends()
@@ -314,15 +314,15 @@ async def test_cancelled_and_comes_back(shared: Path) -> None:
     assert lines(shared / "began") == []
 
 
-async def test_calls_that_are_cancelled(shared: Path) -> None:
-    """When a call is cancelled its handler is, wherever the job is; the call ends behind it."""
+async def test_call_cancelled_at_any_moment(shared: Path) -> None:
+    """When a call is cancelled, so is its handler, in each state of the job, and ends first."""
     async with open_worker_pool(DO, workers=2, max_in_flight=50) as pool:
         for number in range(200):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call_forever, pool)
                 for _ in range(number % 9):
                     await trio.lowlevel.checkpoint()
-                # It is on its way now, or taken, or begun.
+                # The job is queued, sent or acknowledged now, or its handler has begun.
                 nursery.cancel_scope.cancel()
         found = await at_rest(pool)
         assert found.submitted > 100
@@ -334,8 +334,8 @@ async def call_forever(pool: WorkerPool) -> None:
     await pool.call(data=b"forever")
 
 
-async def test_a_call_that_is_cancelled_while_it_runs(shared: Path) -> None:
-    """A call that was begun ends when its handler has cleaned up; others go on."""
+async def test_call_cancelled_while_its_handler_runs(shared: Path) -> None:
+    """A cancelled call ends when its handler has cleaned up; others go on."""
     async with open_worker_pool(DO, workers=1) as pool, trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as calls:
@@ -345,7 +345,7 @@ async def test_a_call_that_is_cancelled_while_it_runs(shared: Path) -> None:
         assert scope.cancelled_caught
         assert lines(shared / "ended") == ["1"]
         assert await pool.call() == b"nothing to do"
-        # One that answers all the same has its answer returned.
+        # If the handler returns an answer all the same, the call returns it.
         answers: list[bytes] = []
         late = trio.CancelScope()
 
@@ -360,8 +360,8 @@ async def test_a_call_that_is_cancelled_while_it_runs(shared: Path) -> None:
         assert answers == [b"all the same"]
 
 
-async def test_a_cancelled_call_whose_worker_dies(shared: Path) -> None:
-    """A call that is cancelled ends as cancelled, also if its worker dies before it has ended."""
+async def test_call_cancelled_whose_worker_dies(shared: Path) -> None:
+    """A cancelled call ends as cancelled, even if its worker dies before its handler has ended."""
     async with open_worker_pool(DO, workers=1) as pool:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
@@ -375,7 +375,7 @@ async def test_a_cancelled_call_whose_worker_dies(shared: Path) -> None:
 
 
 ################################################################
-# Descriptors that are closed behind the pool's back
+# File descriptors that other code closes
 ################################################################
 
 
@@ -384,8 +384,8 @@ async def call_without(pool: WorkerPool) -> None:
         await pool.call()
 
 
-async def test_closed_by_their_submitter(shared: Path) -> None:
-    """A descriptor that its submitter closes though it was the pool's costs that job only."""
+async def test_submit_of_descriptors_that_other_code_closes(shared: Path) -> None:
+    """If other code closes file descriptors of the pool, only their jobs are rejected."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=4) as pool:
         errors: list[JobRefusedError] = []
         async with contextlib.AsyncExitStack() as stack:
@@ -418,12 +418,12 @@ async def test_closed_by_their_submitter(shared: Path) -> None:
         found = await at_rest(pool)
         assert (found.handled, found.failed) == (5, 1)
         assert (found.rejected, found.deaths) == (2, 0)
-    # What may be open under the number by now is not closed.
+    # The numbers may be those of other files by now, which must not be closed.
     gc.collect()
 
 
-async def test_closed_and_alone(shared: Path) -> None:
-    """A worker that could not be sent the only job there was gets the next."""
+async def test_submit_of_the_only_descriptor_that_other_code_closes(shared: Path) -> None:
+    """A worker that could not be sent the only job of a batch gets the next one."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=1) as pool:
         async with client_of(pool) as first, trio.open_nursery() as nursery:
             client, theirs = ends()
@@ -462,7 +462,7 @@ async def test_closed_and_alone(shared: Path) -> None:
 async def test_submit_rejects_invalid_worker(
     worker: Any, error: type[Exception], message: str
 ) -> None:
-    """What is not the index of a worker is an error, and the source is untouched."""
+    """An invalid index of a worker is an error, and the source is untouched."""
     async with open_worker_pool(DO, workers=1) as pool:
         client, theirs = ends()
         async with client.stream:

@@ -412,7 +412,7 @@ async def test_unexpected_error_while_a_worker_is_restarted(
     def start(*arguments: Any, **options: Any) -> _process.WorkerProcess:
         tries.append(1)
         if len(tries) < 3:
-            raise ZeroDivisionError("nobody foresaw this")
+            raise ZeroDivisionError("not expected")
         return real(*arguments, **options)
 
     async with open_worker_pool(DO, workers=2) as pool:
@@ -433,7 +433,7 @@ async def test_unexpected_error_while_a_worker_leaves(
     """An unexpected exception in the task of a worker is logged, and kills that worker only."""
 
     async def leave(*arguments: Any) -> None:
-        raise ZeroDivisionError("nobody foresaw this")
+        raise ZeroDivisionError("not expected")
 
     async with open_worker_pool(HOLD, workers=2) as pool:
         with monkeypatch.context() as patch, watched([pids(pool)[1]]) as pidfds:
@@ -455,7 +455,7 @@ async def test_unexpected_error_in_the_watch(
 
     def memory_of(pid: int) -> int:
         calls.append(pid)
-        raise ZeroDivisionError("nobody foresaw this")
+        raise ZeroDivisionError("not expected")
 
     monkeypatch.setattr(_supervisor, "memory_of", memory_of)
     monkeypatch.setattr(_supervisor, "TICK", 0.01)

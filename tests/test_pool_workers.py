@@ -359,7 +359,7 @@ async def test_call_without_a_free_descriptor_to_send_by(monkeypatch: pytest.Mon
     assert len(tries) == 3
 
 
-async def test_an_error_in_the_pool_ends_one_worker(
+async def test_call_after_an_unexpected_error_of_the_pool(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error that the pool does not expect is logged, and costs the worker; the pool goes on."""
