@@ -51,7 +51,7 @@ async def test_open_unix_listener_forms_of_a_path(path: Path, form: Any) -> None
     assert not path.exists()
 
 
-async def test_abstract_name() -> None:
+async def test_open_unix_listener_abstract_name() -> None:
     """A name in the abstract namespace works and leaves no file."""
     name = f"\0trio-unixconn-{os.getpid()}"
     async with (
@@ -64,13 +64,13 @@ async def test_abstract_name() -> None:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o666])
-async def test_mode(path: Path, mode: int) -> None:
+async def test_open_unix_listener_mode(path: Path, mode: int) -> None:
     """The path has the mode asked for, whatever the umask."""
     async with await open_unix_listener(path, mode=mode):
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-async def test_serve_listeners(path: Path) -> None:
+async def test_listener_in_serve_listeners(path: Path) -> None:
     """Connections of trio.serve_listeners are UnixConnections, and nursery.start works."""
 
     async def handler(conn: UnixConnection) -> None:
@@ -89,7 +89,7 @@ async def test_serve_listeners(path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"credentials": True}, {"pidfds": True}])
-async def test_credentials_and_pidfds_of_every_message(path: Path, options: Any) -> None:
+async def test_open_unix_connection_credentials_and_pidfds(path: Path, options: Any) -> None:
     """With credentials=True or pidfds=True, every message has them, at both ends."""
     try:
         listener = await open_unix_listener(path, **options)
@@ -232,7 +232,9 @@ async def test_open_unix_listener_rejects_wrong_arguments(
 
 @pytest.mark.parametrize("options", [{"owner": 0}, {"group": 0}])
 @pytest.mark.parametrize("address", ["", "\0x"])
-async def test_owner_and_group_of_an_abstract_name(address: str, options: Any) -> None:
+async def test_open_unix_listener_rejects_owner_of_an_abstract_name(
+    address: str, options: Any
+) -> None:
     """An abstract name has no owner and no group."""
     with pytest.raises(ValueError, match="owner and group require a path"):
         await open_unix_listener(address, **options)
@@ -409,7 +411,7 @@ async def test_address_rejects_wrong_values(bad: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [96, 107, 108, 120, 255])
-async def test_long_path(path: Path, length: int) -> None:
+async def test_open_unix_listener_long_path(path: Path, length: int) -> None:
     """A path that does not fit into the address of a socket works, to the last byte."""
     path = path.with_name("x" * length)
     async with (
@@ -425,7 +427,7 @@ async def test_long_path(path: Path, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", range(100, 111))
-async def test_path_at_the_limit(path: Path, length: int) -> None:
+async def test_open_unix_listener_path_at_the_limit(path: Path, length: int) -> None:
     """A path works if it, or its temporary name, is as long as fits, or a byte longer."""
     path = path.with_name("x" * (length - len(os.fsencode(path.parent)) - 1))
     assert len(os.fsencode(path)) == length
@@ -433,7 +435,7 @@ async def test_path_at_the_limit(path: Path, length: int) -> None:
         pass
 
 
-async def test_name_too_long(path: Path) -> None:
+async def test_open_unix_listener_name_too_long(path: Path) -> None:
     """A name that no directory takes is ENAMETOOLONG with the limits, and nothing is created."""
     path = path.with_name("x" * 256)
     for use in (open_unix_listener, open_unix_connection):
@@ -466,7 +468,7 @@ async def test_open_unix_connection_full_backlog(path: Path) -> None:
                 assert await conn.receive_some() == b"x"
 
 
-async def test_backoff_while_the_backlog_is_full(
+async def test_open_unix_connection_backoff(
     path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """The backoff grows from 1 to 100 ms, and differs between clients."""
@@ -495,8 +497,8 @@ async def test_open_unix_connection_cancelled(path: Path) -> None:
         assert scope.cancelled_caught
 
 
-def test_process_umask_is_left_alone(path: Path) -> None:
-    """Another thread that makes files meanwhile sees the process's umask and no other."""
+def test_open_unix_listener_keeps_the_umask(path: Path) -> None:
+    """A thread that creates files at the same time gets the umask of the process."""
     before = os.umask(0o027)
     seen: set[int] = set()
     stop = threading.Event()
@@ -524,7 +526,7 @@ def test_process_umask_is_left_alone(path: Path) -> None:
     assert seen == {0o750}
 
 
-async def test_two_tasks_accept(path: Path) -> None:
+async def test_accept_in_two_tasks(path: Path) -> None:
     """A second task that accepts is told that the listener is busy."""
     async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
         nursery.start_soon(listener.accept)

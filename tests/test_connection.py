@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("clogged", [None, clogged_pair], ids=["plain", "clogged"])
-async def test_trios_own_stream_suite(clogged: Any) -> None:
+async def test_connection_passes_check_half_closeable_stream(clogged: Any) -> None:
     """trio.testing.check_half_closeable_stream passes, unmodified."""
     await check_half_closeable_stream(pair, clogged)
 
 
-async def test_is_a_socket_stream_to_trio() -> None:
+async def test_connection_is_a_socket_stream() -> None:
     """It counts as a trio.SocketStream, and has all that one has."""
     one, two = connection_pair()
     async with one, two:
@@ -101,7 +101,7 @@ async def test_every_async_method_is_a_checkpoint_when_it_fails() -> None:
             await closed()
 
 
-async def test_bytes_of_every_kind() -> None:
+async def test_send_all_every_buffer() -> None:
     """send_all takes any contiguous buffer, byte by byte."""
     one, two = connection_pair()
     async with one, two:
@@ -111,7 +111,7 @@ async def test_bytes_of_every_kind() -> None:
         assert await two.receive_some() == b"abcd\1\0\0\0\2\0\0\0"
 
 
-async def test_much_data_against_a_slow_reader() -> None:
+async def test_send_all_with_a_slow_reader() -> None:
     """Ten megabytes arrive whole, and the buffer given to send_all is free again."""
     one, two = connection_pair()
     data = bytearray(os.urandom(10_000_000))
@@ -130,8 +130,8 @@ async def test_much_data_against_a_slow_reader() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, -1])
-async def test_receive_some_of_nothing(bad: int) -> None:
-    """max_bytes below 1 is refused."""
+async def test_receive_some_rejects_max_bytes_below_1(bad: int) -> None:
+    """max_bytes below 1 is rejected."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises(ValueError, match="max_bytes must be at least 1, got "):
@@ -140,8 +140,8 @@ async def test_receive_some_of_nothing(bad: int) -> None:
             await one.receive_some("1")  # type: ignore[arg-type]
 
 
-async def test_after_send_eof() -> None:
-    """Behind our own end of file nothing can be sent, and receiving goes on."""
+async def test_send_eof_ends_sending_only() -> None:
+    """After send_eof nothing can be sent, and receiving still works."""
     one, two = connection_pair()
     async with one, two:
         await one.send_eof()
@@ -152,7 +152,7 @@ async def test_after_send_eof() -> None:
         assert await one.receive_some() == b"x"
 
 
-async def test_peer_gone() -> None:
+async def test_send_after_the_peer_has_closed() -> None:
     """A send to a peer that is gone is ConnectionBrokenError from the OSError."""
     async with stdlib_peer() as peer:
         await peer.ask("reset")
@@ -166,7 +166,7 @@ async def test_peer_gone() -> None:
             assert isinstance(caught.value.__cause__, BrokenPipeError)
 
 
-async def test_peer_reset() -> None:
+async def test_receive_some_after_a_reset() -> None:
     """A peer that closed with our bytes unread resets: what it sent is read, then an error."""
     async with stdlib_peer() as peer:
         await peer.conn.send_all(b"never read")
@@ -179,7 +179,7 @@ async def test_peer_reset() -> None:
 
 
 @pytest.mark.parametrize("method", ["receive_fd", "receive_credentials", "receive_some"])
-async def test_closed_while_another_task_receives(method: str) -> None:
+async def test_aclose_while_another_task_receives(method: str) -> None:
     """Closing wakes the task that receives with ConnectionClosedError."""
     one, two = connection_pair()
 
@@ -193,8 +193,8 @@ async def test_closed_while_another_task_receives(method: str) -> None:
         await one.aclose()
 
 
-async def test_closed_while_another_task_sends() -> None:
-    """Closing wakes the task that sends with ConnectionClosedError, whatever it sends."""
+async def test_aclose_while_another_task_sends() -> None:
+    """Closing wakes the task that sends with ConnectionClosedError, with every method."""
     with open(os.devnull) as file:
         for send in ("send_credentials", "send_fd", "send_all", "wait_send_all_might_not_block"):
             one, two = connection_pair()
@@ -213,8 +213,8 @@ async def test_closed_while_another_task_sends() -> None:
                 await one.aclose()
 
 
-async def test_two_tasks_receive() -> None:
-    """A second task that receives is told that the direction is busy; the first is not hurt."""
+async def test_receive_in_two_tasks() -> None:
+    """A second task that receives gets ConnectionBusyError; the first still receives."""
     one, two = connection_pair()
 
     async def first() -> None:
@@ -231,8 +231,8 @@ async def test_two_tasks_receive() -> None:
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 0
 
 
-async def test_two_tasks_send() -> None:
-    """A second task that sends is told that the direction is busy."""
+async def test_send_in_two_tasks() -> None:
+    """A second task that sends gets ConnectionBusyError."""
     one, two = connection_pair()
     clog(one)
     async with one, two, trio.open_nursery() as nursery:
@@ -250,7 +250,7 @@ async def test_two_tasks_send() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_another_user_of_the_bare_socket() -> None:
+async def test_receive_while_a_task_waits_in_the_trio_socket() -> None:
     """A task that waits in trio's socket itself makes the direction busy as well."""
     one, two = connection_pair()
     async with one, two, trio.open_nursery() as nursery:
@@ -261,7 +261,7 @@ async def test_another_user_of_the_bare_socket() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_closing() -> None:
+async def test_is_closed_and_is_connected_after_aclose() -> None:
     """is_closed, is_connected and repr follow aclose, which may be called twice or cancelled."""
     one, two = connection_pair()
     async with two:
@@ -281,7 +281,7 @@ async def test_closing() -> None:
                 ask()
 
 
-async def test_peer_that_left_is_still_known() -> None:
+async def test_is_connected_after_the_peer_has_closed() -> None:
     """is_connected is about this side, and the peer's credentials outlive the peer."""
     async with stdlib_peer() as peer:
         before = peer.conn.get_peer_credentials()
@@ -290,7 +290,7 @@ async def test_peer_that_left_is_still_known() -> None:
         assert peer.conn.get_peer_credentials() == before
 
 
-async def test_bare_socket_closed() -> None:
+async def test_is_closed_after_the_trio_socket_is_closed() -> None:
     """Closing the trio socket beneath closes the connection."""
     one, two = connection_pair()
     async with two:
@@ -301,7 +301,7 @@ async def test_bare_socket_closed() -> None:
         await one.aclose()
 
 
-async def test_bare_socket_closed_while_waiting_for_credentials() -> None:
+async def test_receive_credentials_while_the_trio_socket_is_closed() -> None:
     """Closing the trio socket beneath ends a receive_credentials() that is under way."""
     one, two = connection_pair()
 
@@ -315,7 +315,7 @@ async def test_bare_socket_closed_while_waiting_for_credentials() -> None:
         one.socket.close()
 
 
-async def test_addresses(tmp_path: Path) -> None:
+async def test_local_and_remote_address(tmp_path: Path) -> None:
     """Both ends know the listener's name; the client has none."""
     path = str(tmp_path / "s")
     async with await open_unix_listener(path) as listener:
@@ -329,7 +329,7 @@ async def test_addresses(tmp_path: Path) -> None:
             assert path in repr(client)
 
 
-async def test_socket_options() -> None:
+async def test_getsockopt_and_setsockopt() -> None:
     """Getsockopt and setsockopt reach the socket, in each of trio's forms."""
     one, two = connection_pair()
     async with one, two:
@@ -407,7 +407,7 @@ def wrong_socket(what: str) -> socket.socket:
     "what",
     ["AF_INET", "SOCK_DGRAM", "SOCK_SEQPACKET", "not connected", "is not connected", "listens"],
 )
-async def test_wrong_sockets(what: str) -> None:
+async def test_connection_rejects_wrong_sockets(what: str) -> None:
     """A socket of the wrong kind or in the wrong state is a ValueError that names it."""
     with wrong_socket(what) as sock:
         with pytest.raises(ValueError, match=what):
@@ -419,13 +419,13 @@ async def test_wrong_sockets(what: str) -> None:
             UnixConnection(trio.socket.from_stdlib_socket(sock))
 
 
-async def test_closed_stdlib_socket() -> None:
+async def test_from_stdlib_socket_rejects_closed_socket() -> None:
     """A closed socket is a ValueError."""
     with pytest.raises(ValueError, match="is closed"):
         UnixConnection.from_stdlib_socket(wrong_socket("is closed"))
 
 
-async def test_closed_trio_socket() -> None:
+async def test_connection_rejects_closed_trio_socket() -> None:
     """A closed trio socket is a ValueError."""
     left, right = trio.socket.socketpair()
     left.close()
@@ -435,15 +435,15 @@ async def test_closed_trio_socket() -> None:
 
 
 @pytest.mark.parametrize("bad", [None, 3, "socket", socket.socket, object()])
-async def test_no_socket_at_all(bad: Any) -> None:
-    """What is no socket is a TypeError that names it."""
+async def test_connection_rejects_other_objects(bad: Any) -> None:
+    """An object that is not a socket is a TypeError that names its type."""
     with pytest.raises(TypeError, match="expected a trio socket"):
         UnixConnection(bad)
     with pytest.raises(TypeError, match=r"expected a socket\.socket"):
         UnixConnection.from_stdlib_socket(bad)
 
 
-async def test_the_two_kinds_of_socket_confused() -> None:
+async def test_connection_rejects_the_other_kind_of_socket() -> None:
     """A standard library socket for the constructor, and the other way round: a TypeError."""
     left, right = socket.socketpair()
     with left, right:
@@ -453,8 +453,8 @@ async def test_the_two_kinds_of_socket_confused() -> None:
             UnixConnection.from_stdlib_socket(trio.socket.from_stdlib_socket(right))  # type: ignore[arg-type]
 
 
-async def test_trio_socket_without_a_descriptor() -> None:
-    """A make-believe trio socket, as of a custom socket factory, is a TypeError."""
+async def test_connection_rejects_trio_socket_without_a_descriptor() -> None:
+    """A trio socket of a custom socket factory is a TypeError."""
 
     class Fake(trio.socket.SocketType):
         pass
@@ -475,13 +475,13 @@ async def test_trio_socket_without_a_descriptor() -> None:
         (987654, ValueError, "file descriptor 987654 is not open"),
     ],
 )
-async def test_bad_descriptors(bad: Any, error: type[Exception], text: str) -> None:
-    """What is no open descriptor is a TypeError or ValueError that names it."""
+async def test_from_fd_rejects_bad_descriptors(bad: Any, error: type[Exception], text: str) -> None:
+    """A number that is not an open descriptor is a TypeError or ValueError that names it."""
     with pytest.raises(error, match=text):
         UnixConnection.from_fd(bad)
 
 
-async def test_descriptor_of_no_socket() -> None:
+async def test_from_fd_rejects_descriptor_of_a_file() -> None:
     """A descriptor of a file is a ValueError, and stays open."""
     with open(os.devnull) as file:
         with pytest.raises(ValueError, match=f"file descriptor {file.fileno()} is not a socket"):
@@ -489,7 +489,7 @@ async def test_descriptor_of_no_socket() -> None:
         os.fstat(file.fileno())
 
 
-async def test_unix_pair_is_what_it_says() -> None:
+async def test_connection_pair() -> None:
     """connection_pair gives two ends of one socketpair, close-on-exec."""
     one, two = connection_pair()
     async with one, two:

@@ -148,7 +148,7 @@ async def test_send_fd_rejects_closed_fd() -> None:
         assert await two.receive_some() == b"next"
 
 
-async def test_bytes_around_descriptors() -> None:
+async def test_receive_some_around_receive_fd() -> None:
     """Bytes before, between and after descriptors arrive in order, each in its own read."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], data=b"before".hex())
@@ -185,7 +185,7 @@ async def test_send_fd_a_thousand_in_a_row() -> None:
     assert got == list(range(count))
 
 
-async def test_end_of_stream() -> None:
+async def test_receive_fd_end_of_stream() -> None:
     """At the end of the stream, receive_fd raises EndOfStreamError, each time."""
     async with stdlib_peer() as peer:
         await peer.ask("eof")
@@ -227,7 +227,7 @@ async def test_receive_fd_rejects_another_message(
         os.close(await peer.conn.receive_fd())
 
 
-async def test_credentials_beside_a_descriptor() -> None:
+async def test_receive_fd_with_credentials() -> None:
     """A receiver that has SO_PASSCRED on still receives descriptors, as the kernel adds to all."""
     async with stdlib_peer() as peer:
         peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -238,7 +238,7 @@ async def test_credentials_beside_a_descriptor() -> None:
             os.close(fd)
 
 
-async def test_pidfd_beside_a_descriptor() -> None:
+async def test_receive_fd_with_a_pidfd() -> None:
     """A receiver that has SO_PASSPIDFD on gets its descriptor, and the pidfd is closed."""
     async with stdlib_peer() as peer:
         try:
@@ -254,8 +254,8 @@ async def test_pidfd_beside_a_descriptor() -> None:
 
 
 @pytest.mark.parametrize("passcred", [0, 1])
-async def test_descriptors_in_a_plain_read(passcred: int) -> None:
-    """A plain read that descriptors come with is an error with the bytes; the next read goes on."""
+async def test_receive_some_rejects_descriptors(passcred: int) -> None:
+    """receive_some of bytes with descriptors is an error with the bytes; the next read works."""
     async with stdlib_peer() as peer:
         peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, passcred)
         await peer.ask("send", kinds=[["file", "pipe"]], data=b"hello".hex())
@@ -266,7 +266,7 @@ async def test_descriptors_in_a_plain_read(passcred: int) -> None:
         assert await peer.conn.receive_some() == b"next"
 
 
-async def test_plain_read_with_credentials_on() -> None:
+async def test_receive_some_with_passcred_on() -> None:
     """With SO_PASSCRED on, plain bytes are plain bytes."""
     async with stdlib_peer() as peer:
         peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -289,8 +289,8 @@ async def test_send_fd_to_a_peer_with_passrights_off() -> None:
 
 
 @pytest.mark.parametrize("free", [0, 1])
-async def test_no_free_slot(free: int) -> None:
-    """A descriptor that finds no free slot is DescriptorsTruncatedError; the next one arrives."""
+async def test_receive_fd_without_a_free_slot(free: int) -> None:
+    """Without a free slot it is DescriptorsTruncatedError; the next descriptor is received."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"] * 2])
         await peer.ask("send", kinds=[["file"]], data=b"ab".hex())
@@ -479,7 +479,7 @@ trio.run(main)
 """
 
 
-async def test_keyboard_interrupt_loses_nothing() -> None:
+async def test_receive_fd_keyboard_interrupt_loses_nothing() -> None:
     """Control-C directly after recvmsg raises only after the descriptor was returned."""
     done = await trio.run_process(
         [sys.executable, "-W", "ignore", "-c", KEYBOARD_INTERRUPT],

@@ -56,7 +56,7 @@ def count_open() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_until_the_end_of_the_stream() -> None:
+async def test_fds_until_the_end_of_the_stream() -> None:
     """All arrive in order, in bursts larger than what is read ahead, then the loop ends."""
     one, two = connection_pair()
     got: list[int] = []
@@ -78,8 +78,8 @@ async def test_until_the_end_of_the_stream() -> None:
     assert got == list(range(500))
 
 
-async def test_from_another_process() -> None:
-    """Messages of another process, one descriptor each, come in order with their files."""
+async def test_fds_from_another_process() -> None:
+    """Messages of another process, one descriptor each, arrive in order with their files."""
     async with stdlib_peer() as peer:
         theirs: list[Any] = []
         for kind in ["file", "pipe", "memfd", "tcp"] * 5:
@@ -129,7 +129,7 @@ async def by_break(conn: UnixConnection) -> list[int]:
 
 
 @pytest.mark.parametrize("leave", [by_break, by_exception, by_cancellation])
-async def test_leaving_early(leave: Any) -> None:
+async def test_fds_left_early(leave: Any) -> None:
     """What was read ahead serves the next receives, whichever they are, in order."""
     async with stdlib_peer() as peer:
         pid = await peer.ask("pid")
@@ -162,8 +162,8 @@ async def test_leaving_early(leave: Any) -> None:
         assert await conn.receive_some() in (b"p", b"plain")
 
 
-async def test_cancelled_while_it_waits() -> None:
-    """A loop that is cancelled while nothing comes has received nothing; another loop goes on."""
+async def test_fds_cancelled_while_it_waits() -> None:
+    """A loop that is cancelled while it waits has received nothing; another loop continues."""
     one, two = connection_pair()
     async with one, two:
         stream = two.fds()
@@ -193,8 +193,8 @@ async def test_fds_with_plain_bytes_after_descriptors() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 2])
-async def test_unexpected_message(position: int) -> None:
-    """A message of another kind raises in its place, and the iteration can be gone on with."""
+async def test_fds_with_an_unexpected_message(position: int) -> None:
+    """A message of another kind raises in its place, and the iteration can continue."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, position)
@@ -218,8 +218,8 @@ async def test_unexpected_message(position: int) -> None:
 
 
 @pytest.mark.parametrize("serve", ["fds", "receive_fd", "receive_fds", "receive_message"])
-async def test_reset(serve: str) -> None:
-    """A peer that resets the connection: what it had sent comes first, then the error."""
+async def test_fds_after_a_reset(serve: str) -> None:
+    """After a reset, the messages in the queue are received first, then the error."""
     async with stdlib_peer() as peer:
         conn = peer.conn
         await conn.send_all(b"never read")
@@ -254,8 +254,8 @@ async def test_fds_with_a_reset_after_the_read_ahead() -> None:
             await peer.conn.receive_fd()
 
 
-async def test_end_of_stream_with_credentials_on() -> None:
-    """With SO_PASSCRED and SO_PASSPIDFD on, the end of the stream is the end all the same."""
+async def test_fds_end_of_stream_with_passcred_on() -> None:
+    """With SO_PASSCRED and SO_PASSPIDFD on, the end of the stream ends the loop."""
     one, two = connection_pair()
     async with one, two:
         two.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -267,7 +267,7 @@ async def test_end_of_stream_with_credentials_on() -> None:
         assert two.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
 
 
-async def test_credentials_that_were_sent_in_between() -> None:
+async def test_fds_reads_credentials_ahead() -> None:
     """Credentials that were read ahead are those that the peer sent; the option is as it was."""
     one, two = connection_pair()
     async with one, two:
@@ -280,8 +280,8 @@ async def test_credentials_that_were_sent_in_between() -> None:
 
 
 @pytest.mark.parametrize("read_ahead", [1, 2, 10, 64, 200])
-async def test_bound(read_ahead: int) -> None:
-    """Never more descriptors are held than were asked to be read ahead, nor fewer, if there."""
+async def test_fds_read_ahead(read_ahead: int) -> None:
+    """Exactly read_ahead descriptors are held, if as many are in the queue."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 250)
@@ -296,8 +296,8 @@ async def test_bound(read_ahead: int) -> None:
         assert held[0] == read_ahead
 
 
-async def test_default_bound() -> None:
-    """If nothing is said, 128 messages are read at a time."""
+async def test_fds_read_ahead_default() -> None:
+    """The default of read_ahead is 128 messages."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 150)
@@ -310,15 +310,15 @@ async def test_default_bound() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.0, "1", None])
-async def test_bad_bound(bad: Any) -> None:
-    """A bound that makes no sense is refused at once."""
+async def test_fds_rejects_bad_read_ahead(bad: Any) -> None:
+    """A wrong read_ahead is rejected immediately."""
     one, two = connection_pair()
     async with one, two:
         with pytest.raises((TypeError, ValueError), match=r"read_ahead|integer"):
             two.fds(read_ahead=bad)
 
 
-async def test_one_checkpoint_for_a_burst() -> None:
+async def test_fds_one_checkpoint_for_a_burst() -> None:
     """A burst takes one checkpoint: other tasks run once for each, not for each descriptor."""
     one, two = connection_pair()
     async with one, two:
@@ -360,7 +360,7 @@ async def test_fds_in_two_tasks() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_close_closes_what_was_read_ahead() -> None:
+async def test_aclose_closes_what_fds_read_ahead() -> None:
     """Closing the connection closes what was read ahead; the loop then says that it is closed."""
     one, two = connection_pair()
     async with one, two:
@@ -375,7 +375,7 @@ async def test_close_closes_what_was_read_ahead() -> None:
             await anext(stream)
 
 
-async def test_dropped_connection() -> None:
+async def test_fds_on_a_dropped_connection() -> None:
     """A connection that is dropped closes what was read ahead, and warns how many that were."""
     one, two = connection_pair()
     async with one:
@@ -405,8 +405,8 @@ class WhileReceiving(trio.abc.Instrument):
             self.conn.socket.close()
 
 
-async def test_closed_as_it_arrives() -> None:
-    """What arrived as another task closed the connection is received, or closed; never lost."""
+async def test_fds_while_another_task_closes() -> None:
+    """A descriptor that arrives while another task closes is received or closed, never leaked."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 3)
@@ -434,7 +434,7 @@ def room_for(count: int) -> Generator[None]:
 
 
 @pytest.mark.parametrize("free", [1, 2, 5])
-async def test_few_free_descriptors(free: int) -> None:
+async def test_fds_with_few_free_descriptors(free: int) -> None:
     """With few descriptors free nothing is lost that would not be lost one by one."""
     one, two = connection_pair()
     async with one, two:
@@ -466,7 +466,7 @@ async def test_fds_with_a_large_message_after_many(free: int, passpidfd: int) ->
             assert got == list(range(small))
 
 
-async def test_burst_of_receive_fds_near_the_limit() -> None:
+async def test_receive_fds_burst_near_the_limit() -> None:
     """receive_fds leaves the large message that it cannot hold where it is."""
     one, two = connection_pair()
     async with one, two:
@@ -485,7 +485,7 @@ async def test_burst_of_receive_fds_near_the_limit() -> None:
 async def test_receive_fds_near_the_limit_with_a_slow_closing_thread(
     free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the closing thread has still to close is not missing for the next receive."""
+    """Descriptors in the queue of the closing thread do not make the next receive fail."""
     held: list[int] = []
     monkeypatch.setattr(_ancillary, "close_fds", held.extend)
     one, two = connection_pair()
@@ -514,8 +514,8 @@ async def test_fds_in_a_unix_fd_list() -> None:
             assert [os.fstat(fd).st_size for fd in fds] == [0, 1, 2]
 
 
-async def test_option_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where SO_PASSCRED cannot be had, nothing is read ahead, and nothing is lost."""
+async def test_fds_without_passcred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without SO_PASSCRED, nothing is read ahead, and nothing is lost."""
     one, two = connection_pair()
     async with one, two:
         await send_some(one, 3)
@@ -554,7 +554,9 @@ async def test_receive_message_pidfd_after_fds_has_read_ahead(*, asked_before: b
 
 
 @pytest.mark.parametrize("why", ["no credentials", "another process", "exited", "unsupported"])
-async def test_pidfd_that_cannot_be_had(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fds_read_ahead_without_a_certain_pidfd(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No pidfd is added to what was read ahead unless it is certain that it is the sender's."""
     async with stdlib_peer() as peer:
         for _ in range(2):
@@ -580,7 +582,7 @@ async def test_pidfd_that_cannot_be_had(why: str, monkeypatch: pytest.MonkeyPatc
             assert (message.credentials is None) == (why == "no credentials")
 
 
-async def test_pidfd_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fds_read_ahead_pidfd_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc the pid of a pidfd is unknown, so it is not added."""
     one, two = connection_pair()
     async with one, two:

@@ -199,7 +199,7 @@ async def is_fine(_: PeerIdentity) -> bool:
     return True
 
 
-def test_repr() -> None:
+def test_policy_repr() -> None:
     """The repr of a policy has what it admits, for a log."""
     lists = PeerPolicy(uids=[2, 1], gids=[10])
     assert repr(lists) == "PeerPolicy(uids={1, 2}, gids={10})"
@@ -248,7 +248,7 @@ def test_policy_rejects_arguments(arguments: Any, error: type[Exception], text: 
         PeerPolicy(**arguments)
 
 
-def test_no_databases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_without_user_databases(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a platform without databases of users and groups, names are NotSupportedError."""
     real = importlib.import_module
 
@@ -288,7 +288,7 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize(("check", "error", "text"), WRONG)
-async def test_wrong_check(
+async def test_policy_check_that_raises(
     path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An exception of a check is raised where the policy is asked; the connection is closed."""
@@ -310,7 +310,7 @@ async def test_wrong_check(
 
 
 @pytest.mark.parametrize(("check", "error", "text"), WRONG)
-async def test_wrong_check_of_a_server(
+async def test_serve_unix_policy_check_that_raises(
     path: Path, check: Any, error: type[Exception], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A server counts and logs an exception of a check as one of a handler, and goes on."""
@@ -363,7 +363,7 @@ async def accept_all(listener: UnixListener) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_check_that_is_cancelled(path: Path) -> None:
+async def test_policy_check_cancelled(path: Path) -> None:
     """If a check is cancelled, its connection is closed, at both ends; that is no denial."""
 
     async def forever(_: PeerIdentity) -> bool:
@@ -387,7 +387,7 @@ async def test_check_that_is_cancelled(path: Path) -> None:
         assert listener.denied == 0
 
 
-async def test_denied_while_cancelled(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_policy_denies_while_cancelled(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A denial that is decided while the task is cancelled is closed, logged and counted."""
     scope = trio.CancelScope()
 
@@ -406,7 +406,7 @@ async def test_denied_while_cancelled(path: Path, caplog: pytest.LogCaptureFixtu
         assert await client.receive_some() == b""
 
 
-async def test_check_looks_at_the_peer(path: Path) -> None:
+async def test_policy_check_gets_an_identity(path: Path) -> None:
     """A check gets an identity with a pidfd, which is closed after its answer."""
     kept: list[PeerIdentity] = []
 
@@ -431,7 +431,7 @@ async def test_check_looks_at_the_peer(path: Path) -> None:
 DENY_ALL = PeerPolicy(uids=[OTHER_UID + 1])
 
 
-async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_listener_policy_denies(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A denied connection is closed, logged once with its peer, and counted."""
     async with await open_unix_listener(path, policy=DENY_ALL) as listener:
         async with trio.open_nursery() as nursery:
@@ -448,7 +448,7 @@ async def test_denied_by_a_listener(path: Path, caplog: pytest.LogCaptureFixture
         assert said.endswith(f"by PeerPolicy(uids={{{OTHER_UID + 1}}})")
 
 
-async def test_denied_before_a_byte_is_read(path: Path) -> None:
+async def test_policy_denies_before_a_byte_is_read(path: Path) -> None:
     """What a denied client has sent is not read; file descriptors in it are closed."""
     reader, writer = os.pipe()
     async with (
@@ -472,7 +472,7 @@ async def test_denied_before_a_byte_is_read(path: Path) -> None:
     os.close(reader)
 
 
-async def test_accept_goes_on_after_a_denial(path: Path) -> None:
+async def test_accept_continues_after_a_denial(path: Path) -> None:
     """accept() returns the next connection that is admitted."""
     turn = [False, False, True]
 
@@ -491,7 +491,7 @@ async def test_accept_goes_on_after_a_denial(path: Path) -> None:
             await client.aclose()
 
 
-async def test_denied_by_a_server(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_serve_unix_policy_denies(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A server asks in the connection's own task: a check that waits delays no other one."""
     go_on = trio.Event()
     handled: list[UnixConnection] = []
@@ -581,7 +581,7 @@ async def test_drain_that_is_cancelled_while_a_check_waits(path: Path) -> None:
 ################################################################
 
 
-async def test_lists_need_no_descriptor(path: Path) -> None:
+async def test_policy_without_a_check_needs_no_descriptor(path: Path) -> None:
     """A policy without a check needs no free file descriptor."""
     async with await open_unix_listener(path) as listener:
         clients = [await open_unix_connection(path) for _ in range(2)]
@@ -597,7 +597,7 @@ async def test_lists_need_no_descriptor(path: Path) -> None:
             await client.aclose()
 
 
-async def test_check_waits_for_a_descriptor(
+async def test_policy_check_waits_for_a_descriptor(
     path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If no file descriptor is free for the pidfd, a check waits for one, logged once."""
@@ -626,7 +626,7 @@ async def test_check_waits_for_a_descriptor(
 
 
 @peer_pidfds
-async def test_check_with_a_full_table(path: Path) -> None:
+async def test_policy_check_with_a_full_table(path: Path) -> None:
     """With a table that is really full, a check is asked when a file descriptor is free."""
     asked: list[PeerIdentity] = []
     policy = PeerPolicy(check=answering(True, asked))
@@ -682,7 +682,7 @@ async def accepting(path: Path, policy: PeerPolicy) -> AsyncIterator[UnixServer]
     ],
     ids=repr,
 )
-async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -> None:
+async def test_policy_of_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -> None:
     """Another user is admitted by its own id and groups only."""
     async with (
         accepting(path, policy) as server,
@@ -694,7 +694,7 @@ async def test_another_user(path: Path, policy: PeerPolicy, *, admitted: bool) -
 
 
 @as_root
-async def test_root_and_a_path_for_all(path: Path) -> None:
+async def test_policy_of_root_and_mode(path: Path) -> None:
     """Root is admitted as root; a path with mode 0o600 rejects others before a policy."""
     async with accepting(path, PeerPolicy.root()), client_process(path) as client:
         assert await client.ask("receive") == "hello"
@@ -706,7 +706,7 @@ async def test_root_and_a_path_for_all(path: Path) -> None:
 
 
 @as_root
-async def test_another_user_that_had_sent(path: Path) -> None:
+async def test_policy_denies_a_client_that_has_sent(path: Path) -> None:
     """A denied client that has sent something gets a reset, or the end of the stream."""
     async with (
         await open_unix_listener(path, policy=PeerPolicy.root(), mode=0o666) as listener,
@@ -836,7 +836,7 @@ def test_is_mapped_on_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 ################################################################
 
 
-async def test_server_that_is_denied(path: Path) -> None:
+async def test_open_unix_connection_policy_denies(path: Path) -> None:
     """A client's policy is asked before anything is sent; the server gets the end of the stream."""
     async with await open_unix_listener(path) as listener:
         with (
@@ -853,7 +853,7 @@ async def test_server_that_is_denied(path: Path) -> None:
             assert await conn.receive_some() == b""
 
 
-async def test_server_that_is_admitted(path: Path) -> None:
+async def test_open_unix_connection_policy_admits(path: Path) -> None:
     """A client's policy that admits the server returns a connection to it."""
     asked: list[PeerIdentity] = []
     policy = PeerPolicy.same_user() & PeerPolicy(check=answering(True, asked))
@@ -1013,7 +1013,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("error", UNKNOWN, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("in_nursery", [False, True])
-async def test_check_of_unknown_peer_denies(
+async def test_policy_check_of_unknown_peer_denies(
     path: Path, caplog: pytest.LogCaptureFixture, error: Exception, *, in_nursery: bool
 ) -> None:
     """A check that cannot look at its peer denies it, with the reason in the log."""
@@ -1042,7 +1042,7 @@ async def test_check_of_unknown_peer_denies(
     assert all(f"({error})" in record.getMessage() for record in caplog.records)
 
 
-async def test_check_of_unknown_peer_and_another_error() -> None:
+async def test_policy_check_of_unknown_peer_and_another_error() -> None:
     """If a check fails for another reason at the same time, that is raised."""
 
     async def check(_: PeerIdentity) -> bool:
@@ -1059,7 +1059,9 @@ async def test_check_of_unknown_peer_and_another_error() -> None:
 
 
 @peer_pidfds
-async def test_check_of_a_peer_that_exits(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_policy_check_of_a_peer_that_exits(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A client that exits early is denied, and does not end the server."""
 
     async def is_python(peer: PeerIdentity) -> bool:
@@ -1098,7 +1100,7 @@ async def test_policy_asks_for_what_it_needs(path: Path, monkeypatch: pytest.Mon
                 assert (len(groups), len(labels)) == asked
 
 
-async def test_check_of_a_connection_that_is_closed_meanwhile(path: Path) -> None:
+async def test_policy_check_of_a_closed_connection(path: Path) -> None:
     """A connection that is closed while its policy is asked can be denied all the same."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
         conn = await listener.accept()
@@ -1113,7 +1115,7 @@ async def test_check_of_a_connection_that_is_closed_meanwhile(path: Path) -> Non
             await _policy.admit_or_close(conn, PeerPolicy.same_user())
 
 
-async def test_check_that_waits_for_a_descriptor_of_a_closed_connection(
+async def test_policy_check_that_waits_for_a_descriptor_of_a_closed_connection(
     path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A connection that is closed while its check waits for a descriptor is not asked about."""

@@ -70,7 +70,7 @@ async def ask(conn: UnixConnection, text: bytes = b"x") -> None:
     assert await conn.receive_some() == text.upper()
 
 
-async def test_serving(path: Path) -> None:
+async def test_serve_unix_serves_clients_concurrently(path: Path) -> None:
     """Clients are served at the same time, and counted, from the moment start returns."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
@@ -89,7 +89,7 @@ async def test_serving(path: Path) -> None:
     assert not path.exists()
 
 
-async def test_cancelling(path: Path) -> None:
+async def test_serve_unix_cancelled(path: Path) -> None:
     """Cancelling the server cancels the handlers, and removes the path."""
     async with trio.open_nursery() as nursery:
         await start(nursery, echo, path)
@@ -101,7 +101,7 @@ async def test_cancelling(path: Path) -> None:
     assert not path.exists()
 
 
-async def test_draining_lets_handlers_finish(path: Path) -> None:
+async def test_drain_lets_handlers_finish(path: Path) -> None:
     """A drain removes the path at once, and waits for the handlers."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
@@ -133,7 +133,7 @@ async def test_drain_handles_connections_in_the_queue(path: Path) -> None:
 
 
 async def test_drain_of_a_name_that_stays() -> None:
-    """A drain comes to its end though an abstract name cannot be taken from busy clients."""
+    """A drain ends even if an abstract name stays in use by busy clients."""
     name = f"\0trio-unixconn-drain-{os.getpid()}"
 
     async def handler(conn: UnixConnection) -> None:
@@ -181,7 +181,7 @@ async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> N
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan")])
-async def test_drain_with_no_deadline_at_all(path: Path, timeout: float) -> None:
+async def test_drain_rejects_bad_timeout(path: Path, timeout: float) -> None:
     """A timeout that is no length of time is refused, and the server goes on."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
@@ -193,7 +193,7 @@ async def test_drain_with_no_deadline_at_all(path: Path, timeout: float) -> None
 
 
 async def test_drain_without_free_descriptors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drain that needs a descriptor to take the path away waits for one; handlers go on."""
+    """A drain that needs a descriptor to remove the path waits for one; handlers continue."""
     tries = counted(monkeypatch, _bind, "unbind")
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
@@ -208,10 +208,10 @@ async def test_drain_without_free_descriptors(path: Path, monkeypatch: pytest.Mo
             await ask(client)
 
 
-async def test_drain_that_may_not_take_the_path_away(
+async def test_drain_that_cannot_remove_the_path(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path that cannot be taken away is logged, and handlers finish all the same."""
+    """A path that cannot be removed is logged, and handlers finish."""
 
     def unbind(_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -229,7 +229,7 @@ async def test_drain_that_may_not_take_the_path_away(
     path.unlink()
 
 
-async def test_cancelled_while_draining(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_drain_cancelled(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that is cancelled while another process is at the path leaves no path."""
     lock = path.with_name(".s.lock")
     async with trio.open_nursery() as nursery:
@@ -299,7 +299,7 @@ async def crash(conn: UnixConnection) -> None:
     raise RuntimeError("crashed")
 
 
-async def test_handler_that_crashes(path: Path) -> None:
+async def test_handler_errors_raise(path: Path) -> None:
     """By default an exception out of a handler ends the server, as in any trio program."""
     with pytest.raises(ExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
@@ -316,7 +316,7 @@ def leaves(exc: BaseException) -> list[BaseException]:
     return [leaf for each in inner for leaf in leaves(each)] if inner else [exc]
 
 
-async def test_handler_that_crashes_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_handler_errors_log(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With handler_errors="log" it is logged with its peer, counted, and the server goes on."""
 
     async def handler(conn: UnixConnection) -> None:
@@ -346,7 +346,7 @@ async def test_handler_that_crashes_alone(path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("how", ["drain", "cancel"])
 @pytest.mark.parametrize("handler_errors", ["raise", "log"])
-async def test_handler_that_crashes_when_cancelled(
+async def test_handler_errors_of_a_cancelled_handler(
     path: Path, caplog: pytest.LogCaptureFixture, how: str, handler_errors: str
 ) -> None:
     """What a handler raises while it is cancelled is not lost, and treated as ever."""
@@ -383,8 +383,10 @@ async def test_handler_that_crashes_when_cancelled(
         assert "crashed at the end" in caplog.text
 
 
-async def test_handler_that_ends_the_program(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is no Exception ends the server also with handler_errors="log", and is not logged."""
+async def test_handler_errors_log_does_not_catch_base_exceptions(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A BaseException ends the server even with handler_errors="log", and is not logged."""
 
     async def handler(conn: UnixConnection) -> None:
         raise SystemExit(7)
@@ -403,7 +405,7 @@ async def test_handler_that_ends_the_program(path: Path, caplog: pytest.LogCaptu
     assert not caplog.records
 
 
-async def test_crash_where_peers_are_unknown(
+async def test_handler_errors_log_with_an_unknown_peer(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the system does not report the peer, the log has "unknown", and the server goes on."""
@@ -425,7 +427,9 @@ async def test_crash_where_peers_are_unknown(
         assert record.exc_info[0] is RuntimeError
 
 
-async def test_control_c_reaches_handlers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_serve_unix_control_c_reaches_handlers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Handlers run unprotected from Control-C, as any task; what hands them connections not."""
     protected: list[bool] = []
     real = UnixServer._start
@@ -447,7 +451,9 @@ async def test_control_c_reaches_handlers(path: Path, monkeypatch: pytest.Monkey
     assert protected == [True, False]
 
 
-async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_serve_unix_policy_check_that_raises(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """An exception of a check is handled as one of a handler; the peer is not admitted."""
 
     async def check(_: object) -> bool:
@@ -465,7 +471,7 @@ async def test_check_that_crashes(path: Path, caplog: pytest.LogCaptureFixture) 
     assert "the check crashed" in caplog.text
 
 
-async def test_denied(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_serve_unix_policy_denies(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A denied client gets the end of the stream; it is logged and counted."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path, policy=PeerPolicy(uids=[54321]))
@@ -478,7 +484,7 @@ async def test_denied(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"denied pid {os.getpid()} uid {os.geteuid()}" in record.getMessage()
 
 
-async def test_check_that_waits_delays_no_other_connection(path: Path) -> None:
+async def test_serve_unix_policy_check_delays_no_other_connection(path: Path) -> None:
     """While a check waits for one peer, others are served."""
     answer = trio.Event()
     asked: list[object] = []
@@ -499,10 +505,10 @@ async def test_check_that_waits_delays_no_other_connection(path: Path) -> None:
         server.drain()
 
 
-async def test_no_free_descriptor(
+async def test_serve_unix_without_a_free_descriptor(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without free descriptors the server waits, says so once, and goes on."""
+    """Without free descriptors the server waits, logs that once, and continues."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         tries = counted(monkeypatch, Acceptor, "back_off")
@@ -536,7 +542,7 @@ async def test_drain_retries_accept(
 async def test_drain_raises_permanent_error_of_accept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that a retry cannot mend ends a drain, too."""
+    """A permanent error of accept ends a drain, too."""
     with pytest.raises(ExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
             server = await start(nursery, echo, path)
@@ -549,7 +555,7 @@ async def test_drain_raises_permanent_error_of_accept(
 async def test_serve_unix_raises_permanent_error_of_accept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that a retry cannot mend ends the server."""
+    """A permanent error of accept ends the server."""
     listener = await open_unix_listener(path)
     fail_accept(monkeypatch, [errno.EIO])
     with pytest.raises(ExceptionGroup) as caught:
@@ -558,8 +564,8 @@ async def test_serve_unix_raises_permanent_error_of_accept(
     assert listener.socket.fileno() == -1
 
 
-async def test_listener_of_ones_own(path: Path) -> None:
-    """A listener may be given instead; its own policy is asked, too, and it is closed."""
+async def test_serve_unix_with_a_listener(path: Path) -> None:
+    """A listener is accepted instead of a path; its policy is asked too, and it is closed."""
     listener = await open_unix_listener(path, policy=PeerPolicy.same_user())
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, listener)
@@ -571,7 +577,7 @@ async def test_listener_of_ones_own(path: Path) -> None:
         await listener.accept()
 
 
-async def test_policy_of_a_listener_while_draining(path: Path) -> None:
+async def test_drain_asks_the_policy_of_the_listener(path: Path) -> None:
     """A drain asks the listener's policy about the connections in the queue, too."""
 
     async def check(_: object) -> bool:
@@ -612,7 +618,7 @@ async def test_drain_while_a_listener_asks_its_policy(path: Path) -> None:
     assert (server.accepted, server.denied) == (1, 0)
 
 
-async def test_inherited_listener(path: Path) -> None:
+async def test_drain_of_an_inherited_listener(path: Path) -> None:
     """A drain of an inherited listener leaves queue and path to other processes."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
@@ -635,14 +641,14 @@ async def test_inherited_listener(path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_connections": 0}, {"handler_errors": "ignore"}])
-async def test_wrong_options(path: Path, options: Any) -> None:
+async def test_serve_unix_rejects_wrong_options(path: Path, options: Any) -> None:
     """Wrong options are rejected before anything happens."""
     with pytest.raises(ValueError, match=next(iter(options))):
         await serve_unix(echo, path, **options)
     assert not path.exists()
 
 
-async def test_wrong_options_leave_a_listener_alone(path: Path) -> None:
+async def test_serve_unix_with_wrong_options_leaves_the_listener_open(path: Path) -> None:
     """With wrong options a listener stays its caller's, and open."""
     async with await open_unix_listener(path) as listener:
         with pytest.raises(TypeError):
@@ -663,16 +669,18 @@ async def test_wrong_options_leave_a_listener_alone(path: Path) -> None:
         {"receive_descriptors": False},
     ],
 )
-async def test_options_that_a_listener_has_already(path: Path, options: Any) -> None:
-    """What is decided when a listener is opened cannot be given with an open one."""
+async def test_serve_unix_rejects_options_of_an_open_listener(path: Path, options: Any) -> None:
+    """Options for opening a listener are rejected with an open one."""
     async with await open_unix_listener(path) as listener:
         with pytest.raises(ValueError, match=next(iter(options))):
             await serve_unix(echo, listener, **options)
         assert path.exists()
 
 
-async def test_options_of_the_listener(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is for the listener is what the listener is opened with."""
+async def test_serve_unix_passes_options_to_the_listener(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options for the listener are passed to it."""
     given: dict[str, Any] = {}
     wanted = {
         "mode": 0o640,
@@ -696,8 +704,8 @@ async def test_options_of_the_listener(path: Path, monkeypatch: pytest.MonkeyPat
     assert given == wanted
 
 
-async def test_path_in_use(path: Path) -> None:
-    """A server that cannot have its path says so, and the other one goes on."""
+async def test_serve_unix_path_in_use(path: Path) -> None:
+    """A server whose path is in use raises, and the other server continues."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         with pytest.raises(AddressInUseError):
@@ -707,8 +715,8 @@ async def test_path_in_use(path: Path) -> None:
         server.drain()
 
 
-async def test_hundred_clients_and_no_backlog(path: Path) -> None:
-    """A hundred clients that connect at once to a backlog of 0 are all served, none falsely."""
+async def test_serve_unix_a_hundred_clients_with_backlog_0(path: Path) -> None:
+    """A hundred clients that connect at once to a backlog of 0 are all served."""
     served = 0
 
     async def client() -> None:
@@ -726,7 +734,7 @@ async def test_hundred_clients_and_no_backlog(path: Path) -> None:
     assert served == server.accepted == 100
 
 
-async def test_cancelled_clients_of_a_full_backlog(path: Path) -> None:
+async def test_open_unix_connection_cancelled_with_a_full_backlog(path: Path) -> None:
     """Clients that are cancelled while the queue is full leak nothing."""
     before = len(os.listdir("/proc/self/fd"))
     async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
