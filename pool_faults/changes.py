@@ -137,7 +137,7 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
             after.append(await taken(server, pid) - now)
 
     figures = await _under_load(sizes, "submit", act)
-    retried = next(each.value for each in figures if each.name == "handed to another worker")
+    retried = next(each.value for each in figures if each.name == "retried on another worker")
     return [
         shown("times without room", 2 * sizes.rounds),
         at_least("jobs that moved on", retried, 1),
