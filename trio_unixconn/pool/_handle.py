@@ -30,7 +30,7 @@ import logging
 import math
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -561,7 +561,8 @@ class WorkerHandle(DescriptorOwner):
     def _on_beat(self, _: bytes) -> None:
         """Do nothing: the time was noted when it arrived."""
 
-    _FRAME_HANDLERS: Final[Mapping[int, Callable[[WorkerHandle, bytes], None]]] = {
+    # Pyright takes the first argument for Self, which is not WorkerHandle here.
+    _FRAME_HANDLERS: Final[Mapping[int, Callable[[Any, bytes], None]]] = {
         _protocol.TAKEN: _on_taken,
         _protocol.REFUSED: _on_refused,
         _protocol.DONE: _on_done,
