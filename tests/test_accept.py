@@ -304,7 +304,7 @@ async def test_accept_pending_of_a_socket_that_is_made_blocking_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """accept_pending() looks at the flag before each accept(2), not once for all."""
+    """accept_pending() checks the flag before each accept(2)."""
     raw = listener.socket._sock  # type: ignore[attr-defined]
     real = type(raw)._accept
 

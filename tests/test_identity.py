@@ -105,7 +105,7 @@ class Simulated:
 
 
 @peer_pidfds
-async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
+async def test_open_peer_pidfd(listener: UnixListener) -> None:
     """The pidfd is of the process that connected, close-on-exec, and readable after its exit."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn) as pidfd:
@@ -119,7 +119,7 @@ async def test_pidfd_of_a_living_peer(listener: UnixListener) -> None:
 
 
 @peer_pidfds
-async def test_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
+async def test_open_peer_pidfd_at_the_connecting_end(listener: UnixListener) -> None:
     """For a client it is of the process that listens."""
     async with await open_unix_connection(path_of(listener)) as conn:
         with opened_pidfd(conn) as pidfd, open(f"/proc/self/fdinfo/{pidfd}") as file:
@@ -144,7 +144,7 @@ async def test_open_peer_pidfd_of_a_zombie_and_of_a_reaped_peer(listener: UnixLi
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ESRCH])
-def test_gone_as_older_kernels_say_it(number: int) -> None:
+def test_open_peer_pidfd_of_a_gone_peer_on_older_kernels(number: int) -> None:
     """EINVAL, which Linux 6.5 says for a reaped peer, is PeerGoneError, too."""
     with pytest.raises(PeerGoneError) as caught:
         _identity.open_peer_pidfd(Simulated.that_fails(number))
@@ -152,12 +152,12 @@ def test_gone_as_older_kernels_say_it(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOPROTOOPT, errno.ENODATA])
-def test_no_pidfds_in_this_kernel(number: int) -> None:
+def test_open_peer_pidfd_without_kernel_support(number: int) -> None:
     """If the kernel has no SO_PEERPIDFD, there is no pidfd."""
     assert _identity.open_peer_pidfd(Simulated.that_fails(number)) is None
 
 
-def test_no_pidfds_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_peer_pidfd_without_platform_support(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the option has no number, there is no pidfd."""
     monkeypatch.setattr(_kernel, "SO_PEERPIDFD", None)
     assert _identity.open_peer_pidfd(Simulated.that_fails(errno.EIO)) is None
@@ -171,7 +171,7 @@ def test_open_peer_pidfd_raises_other_errors() -> None:
 
 
 @peer_pidfds
-async def test_pidfd_without_a_free_descriptor() -> None:
+async def test_open_peer_pidfd_without_a_free_descriptor() -> None:
     """Without a free descriptor it is EMFILE, even if all facts are read; groups need none."""
     one, two = connection_pair()
     async with one, two:
@@ -202,7 +202,7 @@ def no_signals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @peer_pidfds
 @pytest.mark.usefixtures("no_signals")
-async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> None:
+async def test_open_peer_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> None:
     """A peer that cannot be sent a signal is there until it is reaped, nevertheless."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with opened_pidfd(conn):
@@ -215,10 +215,10 @@ async def test_pidfd_of_a_peer_that_takes_no_signals(listener: UnixListener) -> 
 
 @peer_pidfds
 @pytest.mark.usefixtures("no_signals")
-async def test_pidfd_where_nothing_tells(
+async def test_open_peer_pidfd_without_proc_and_signals(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With neither signals nor /proc, a pidfd of what has ended is returned all the same."""
+    """With neither signals nor /proc, a pidfd of an exited process is returned."""
 
     def missing(_: int) -> int:
         raise FileNotFoundError
@@ -232,7 +232,7 @@ async def test_pidfd_where_nothing_tells(
             assert select.select([pidfd], [], [], 0)[0]
 
 
-async def test_a_connection_that_is_closed() -> None:
+async def test_get_peer_identity_of_a_closed_connection() -> None:
     """Nothing is told about the peer of a connection that this side has closed."""
     one, two = connection_pair()
     await one.aclose()
@@ -261,7 +261,7 @@ async def test_a_connection_that_is_closed() -> None:
     [[], [4711], [1, 2, 70000], list(range(20000, 20256)), list(range(20000, 20300))],
     ids=len,
 )
-async def test_groups(listener: UnixListener, groups: list[int]) -> None:
+async def test_get_peer_groups(listener: UnixListener, groups: list[int]) -> None:
     """The supplementary groups are those that the peer had, however many; Python takes 256."""
     async with (
         client_process(path_of(listener), uid=OTHER_UID, gid=54321, groups=groups) as client,
@@ -275,7 +275,7 @@ async def test_groups(listener: UnixListener, groups: list[int]) -> None:
             assert peer.groups == tuple(groups)
 
 
-def test_no_groups_in_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_peer_groups_without_kernel_support(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel cannot tell groups it is NotSupportedError; other errors come out."""
     with pytest.raises(NotSupportedError, match=r"4\.13"):
         _identity.get_peer_groups(Simulated.that_fails(errno.ENOPROTOOPT))
@@ -286,7 +286,7 @@ def test_no_groups_in_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         _identity.get_peer_groups(Simulated.that_fails(errno.EIO))
 
 
-async def test_no_groups_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_identity_without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """An identity can be gathered without groups; they are None then, and not none."""
     monkeypatch.setattr(_kernel, "SO_PEERGROUPS", None)
     one, two = connection_pair()
@@ -296,8 +296,8 @@ async def test_no_groups_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None
             assert "groups unknown" in str(peer)
 
 
-def test_an_option_that_takes_more_than_there_is() -> None:
-    """Options of any length say what is wrong with errno, as Python's getsockopt does."""
+def test_getsockopt_of_any_length() -> None:
+    """Errors have their errno, as those of getsockopt, and shorter results are cut."""
     one, two = socket.socketpair()
     with one, two:
         with pytest.raises(OSError, match="not available") as caught:
@@ -309,7 +309,7 @@ def test_an_option_that_takes_more_than_there_is() -> None:
         assert data == one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 1024)
 
 
-def test_security_context_here() -> None:
+def test_get_peer_security_context_here() -> None:
     """The label is what the kernel says, or None where no security module gives one."""
     one, two = socket.socketpair()
     with one, two:
@@ -330,13 +330,13 @@ def test_security_context_here() -> None:
         (b"\0", None),
     ],
 )
-def test_security_context(label: bytes, text: str | None) -> None:
+def test_get_peer_security_context(label: bytes, text: str | None) -> None:
     """A label is text, without the NUL that SELinux appends; an empty one is none."""
     sock: Any = Simulated(lambda *_: label)
     assert _identity.get_peer_security_context(sock) == text
 
 
-def test_no_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_peer_security_context_without_support(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no security module gives a label it is None; other errors come out."""
     for number in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
         assert _identity.get_peer_security_context(Simulated.that_fails(number)) is None
@@ -346,7 +346,7 @@ def test_no_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _identity.get_peer_security_context(Simulated.that_fails(errno.EIO)) is None
 
 
-def test_long_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_peer_security_context_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A label that is longer than Python's getsockopt takes is asked for again, in full."""
     asked: list[int] = []
 
@@ -361,7 +361,7 @@ def test_long_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [_kernel.SO_PEERSEC]
 
 
-async def test_label_in_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_identity_security_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The methods of a connection and its identity tell the label, and a log shows it quoted."""
     monkeypatch.setattr(_kernel, "SO_PEERGROUPS", None)
     monkeypatch.setattr(_identity, "_option", lambda *_: b"a b\n\0")
@@ -403,7 +403,7 @@ def cgroup_of(pid: int | None) -> str | None:
     return next((line[3:] for line in lines if line.startswith("0::")), None)
 
 
-def test_described_for_a_log() -> None:
+def test_identity_str() -> None:
     """Groups are numbers with commas, "none", or "unknown"."""
     ids = Credentials(1, 2, 3)
     assert str(PeerIdentity(ids, (5, 6))) == "pid 1 uid 2 gid 3 groups 5,6"
@@ -449,7 +449,7 @@ async def test_identity_of_a_peer_that_was_reaped(listener: UnixListener) -> Non
 
 
 @peer_pidfds
-async def test_identity_that_is_closed() -> None:
+async def test_identity_close() -> None:
     """Closed, also twice, it keeps ids and groups, and leaves the rest open."""
     one, two = connection_pair()
     async with one, two:
@@ -467,7 +467,7 @@ async def test_identity_that_is_closed() -> None:
 
 
 @peer_pidfds
-async def test_identity_that_is_dropped() -> None:
+async def test_identity_dropped() -> None:
     """An identity that is not closed is closed when it is collected, with a ResourceWarning."""
     one, two = connection_pair()
     async with one, two:
@@ -509,7 +509,7 @@ def newcomer_with(pid: int) -> subprocess.Popen[bytes]:
 
 @as_root
 @peer_pidfds
-async def test_pid_that_is_another_process_s(listener: UnixListener) -> None:
+async def test_identity_of_a_reused_pid(listener: UnixListener) -> None:
     """When another process has the peer's pid, nothing of that process is reported."""
     async with client_process(path_of(listener)) as client, await listener.accept() as conn:
         with conn.get_peer_identity() as early:
@@ -542,7 +542,7 @@ async def killed(client: PeerProcess) -> None:
 
 @peer_pidfds
 @pytest.mark.parametrize("newcomer", [False, True])
-async def test_peer_that_dies_while_it_is_looked_at(
+async def test_identity_of_a_peer_that_dies_meanwhile(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch, *, newcomer: bool
 ) -> None:
     """One that dies between its pid and what /proc says is gone, and its successor is not told."""
@@ -564,7 +564,7 @@ async def test_peer_that_dies_while_it_is_looked_at(
 
 
 @peer_pidfds
-async def test_peer_that_is_about_to_end(
+async def test_identity_of_an_exiting_peer(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process with a directory in /proc that no longer runs a program is gone."""
@@ -584,7 +584,9 @@ async def test_peer_that_is_about_to_end(
 
 
 @peer_pidfds
-async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_identity_without_proc(
+    listener: UnixListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without /proc its facts are NotSupportedError; is_alive works."""
 
     def missing(pidfd: int) -> int:
@@ -600,8 +602,10 @@ async def test_no_proc(listener: UnixListener, monkeypatch: pytest.MonkeyPatch) 
 
 
 @peer_pidfds
-async def test_no_unified_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where only control groups of version 1 are in use, it is NotSupportedError."""
+async def test_read_cgroup_without_unified_cgroups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With control groups of version 1 only, it is NotSupportedError."""
     file = tmp_path / "cgroup"
     file.write_text("12:cpu:/x\n1:name=systemd:/x\n")
     one, two = connection_pair()
@@ -639,7 +643,7 @@ async def test_identity_without_a_free_descriptor() -> None:
 
 @as_root
 @peer_pidfds
-async def test_another_user_s_process(listener: UnixListener) -> None:
+async def test_identity_of_another_user(listener: UnixListener) -> None:
     """Of another user's process there is a pidfd; its program is not for us to see."""
     async with reporting_process("connect", path_of(listener), uid=str(OTHER_UID)) as process:
         async with await listener.accept():
@@ -653,7 +657,7 @@ async def test_another_user_s_process(listener: UnixListener) -> None:
 @mount_namespaces
 @as_root
 @peer_pidfds
-async def test_hidden_in_proc(listener: UnixListener) -> None:
+async def test_identity_of_a_process_hidden_in_proc(listener: UnixListener) -> None:
     """A peer that /proc hides (hidepid) is alive, and looking at it is PermissionError."""
     under = unshared("-m", then="mount -t proc -o hidepid=invisible proc /proc && ")
     async with reporting_process(
@@ -669,7 +673,7 @@ async def test_hidden_in_proc(listener: UnixListener) -> None:
 
 @pid_namespaces
 @peer_pidfds
-async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
+async def test_identity_of_a_peer_in_a_nested_pid_namespace(listener: UnixListener) -> None:
     """A peer in a container is told of with the pid that it has out here."""
     under = in_pid_namespace()
     async with (
@@ -687,7 +691,7 @@ async def test_peer_in_a_pid_namespace_below(listener: UnixListener) -> None:
 
 @pid_namespaces
 @peer_pidfds
-async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
+async def test_identity_of_a_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None:
     """To a process in a container, a peer outside has no pid, and still lives and ends."""
     under = in_pid_namespace("--mount-proc")
     async with reporting_process("connect", path_of(listener), under=under) as process:
@@ -702,7 +706,9 @@ async def test_peer_outside_of_the_pid_namespace(listener: UnixListener) -> None
 
 @pid_namespaces
 @peer_pidfds
-async def test_peer_outside_of_the_pid_namespace_that_ended(listener: UnixListener) -> None:
+async def test_identity_of_an_exited_peer_outside_of_the_pid_namespace(
+    listener: UnixListener,
+) -> None:
     """To a process in a container, a peer outside that was reaped is gone."""
     under = in_pid_namespace("--mount-proc")
     directory = Path(path_of(listener)).parent
