@@ -448,7 +448,7 @@ async def test_wrap_and_async_reject_wrong_types() -> None:
             adapter.wrap("nope")  # type: ignore[arg-type]
         gio = adapter.wrap(one)
         with pytest.raises(
-            TypeError, match="cancellable must be a Cancellable or None, not function"
+            TypeError, match="cancellable must be a Cancellable or None, got function"
         ):
             gio.send_credentials_async(lambda *_: None)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="callback must be callable or None, got str"):

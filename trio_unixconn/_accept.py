@@ -198,7 +198,7 @@ async def close_listening_socket(sock: trio.socket.SocketType) -> None:
 
     Closing it closes the connections in its queue, and the file descriptors that clients have sent
     over them. This waits until it is closed, so that its address can be bound again, but not for
-    longer than CLOSE_GRACE, and not if cancelled; then the thread goes on.
+    longer than CLOSE_GRACE, and not if cancelled; then the thread continues.
     """
     raw = raw_socket(sock)
     if raw.fileno() != -1:

@@ -168,7 +168,7 @@ class UnixSocketAddress:
     def get_path(self) -> str:
         """Return the path or the abstract name, without its NUL; ``""`` if anonymous.
 
-        It is what a peer or a caller chose, unescaped; for logs use :meth:`to_string`.
+        It has the bytes that a peer or a caller chose, unescaped; for logs use :meth:`to_string`.
         """
         return os.fsdecode(self.native.removeprefix(b"\0"))
 

@@ -556,7 +556,7 @@ def _no_lock(place: _Location, name: bytes, exc: OSError) -> OSError:
 
 
 def _pid_of_lock(status: os.stat_result) -> int | None:
-    """Return the pid of the process that has locked a file, if the kernel says so."""
+    """Return the pid of the process that has locked a file, if the kernel reports it."""
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
         with open("/proc/locks", encoding="ascii", errors="replace") as locks:

@@ -161,7 +161,7 @@ async def _perform(operation: Operation) -> AsyncResult:
         return AsyncResult(operation, None, exc)
     except trio.Cancelled:
         # The adapter's block is cancelled. The callback runs, so that it can clean up, and the
-        # cancellation goes on.
+        # cancellation continues.
         error = OperationCancelled("the callback adapter was cancelled")
         _call_back(operation, AsyncResult(operation, None, error))
         raise

@@ -47,7 +47,7 @@ def check_cancellable(value: Cancellable) -> None:
     """
     if not isinstance(value, Cancellable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"cancellable must be a Cancellable or None, not {type(value).__name__} "
+            f"cancellable must be a Cancellable or None, got {type(value).__name__} "
             "(for a timeout, use trio.fail_after)"
         )
 
@@ -135,7 +135,7 @@ class Cancellable(DescriptorOwner):
     signal handler or a finalizer may interrupt trio itself, so there, as with all of trio, use
     ``token.run_sync_soon(cancellable.cancel)``.
 
-    What the kernel has already done is not undone: an operation that has its result when the
+    A finished system call is not undone: an operation that has its result when the
     Cancellable is cancelled returns that result.
     """
 
@@ -352,7 +352,7 @@ class Cancellable(DescriptorOwner):
 
     def _attach(self, target: CancelTarget) -> bool:
         """Have ``target`` cancelled with this; return False if this is cancelled already."""
-        # No lock: cancel() sets the flag and then copies the set, this adds and then looks at
+        # No lock: cancel() sets the flag and then copies the set, this adds and then checks
         # the flag, so that at least one of the two sees the other; both may.
         self._targets.add(target)
         if self._cancelled:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("trio_unixconn")
 
-# File descriptors, the close method of an object, and what to call when all of that is closed.
+# File descriptors, the close method of an object, and a function to call after they are closed.
 _Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None, Callable[[], object] | None]"
 
 # How long a thread may be in close(2) before another one takes over the queue, in seconds.
@@ -57,7 +57,7 @@ STUCK_AFTER: Final = 0.5
 MAX_THREADS: Final = 1000
 # How long close_fds_batched() collects file descriptors, in seconds.
 BATCH_DELAY: Final = 0.005
-# How long wait_closed() sleeps between two looks at the counter, in seconds.
+# How long wait_closed() sleeps between two reads of the counter, in seconds.
 _POLL_INTERVAL: Final = 0.001
 
 
@@ -169,7 +169,7 @@ class _Closer:
                 with suppress(OSError, ValueError):
                     close()
         except Exception:
-            # A mistake in this process. The thread goes on with what others have queued.
+            # A mistake in this process. The thread continues with the rest of the queue.
             logger.exception("closing failed")
         finally:
             with self.lock:
@@ -221,7 +221,7 @@ def _after_fork() -> None:
         if close != before.close_batched:
             _closer.add((fds, close, None))
     _closer.add_batched(before.batched)
-    # If the fork happened within add(), that goes on with these: its threads do not exist here.
+    # If the fork happened within add(), that continues with these: its threads do not exist here.
     before.threads.clear()
 
 

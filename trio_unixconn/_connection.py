@@ -475,7 +475,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         With all four seals the bytes stay as they are. ``seals=Seals.SHRINK`` also accepts
         memory that its sender can still write to, as Wayland clients send it: then the bytes can
-        change at any time, even between two looks at the same byte. Copy them before they are
+        change at any time, even between two reads of the same byte. Copy them before they are
         checked, with ``bytes(view)``. Memory that can shrink is never accepted.
 
         Args:
@@ -695,7 +695,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         await self._sender.wait_writable()
 
     async def send_eof(self) -> None:
-        """End the stream in this direction; receiving goes on. As ``trio.SocketStream``."""
+        """End the stream in this direction; receiving still works. As ``trio.SocketStream``."""
         await self._sender.send_eof()
 
     @enable_ki_protection

@@ -1,4 +1,4 @@
-"""What kind of file a descriptor is open on, and a Python object that owns it.
+"""The kind of file that a descriptor refers to, and Python objects that own it.
 
 Invariant: only :func:`open_checked_file` asks a file server, and so may wait for one. A function
 that raises has left the descriptor open and its owner's, unless its docstring says that it takes

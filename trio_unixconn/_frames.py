@@ -6,7 +6,7 @@ else has been sent.
 
 A frame is a header and a body. The header is the kind (1 byte), whether file descriptors come with
 the frame (1 byte), and the length of the body (4 bytes), in native byte order: both ends are on one
-machine. If the kernel dropped the file descriptors of a frame, the frame says so (``fds`` is
+machine. If the kernel dropped the file descriptors of a frame, the frame reports it (``fds`` is
 None), and its receiver rejects it.
 """
 

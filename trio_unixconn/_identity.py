@@ -97,7 +97,7 @@ def _check_exists(pidfd: int) -> None:
         try:
             pid = pid_of(pidfd)
         except (FileNotFoundError, PermissionError):
-            # Without /proc that is unknown. The pidfd is the right one all the same.
+            # Without /proc that is unknown. The pidfd is the right one nevertheless.
             return
         if pid == _REAPED:
             raise PeerGoneError(errno.ESRCH, _GONE) from None
@@ -350,8 +350,8 @@ def _read_bytes(path: str) -> bytes:
 def _threads(directory: str) -> list[str]:
     """Return the directories of the threads of a process.
 
-    If the main thread has exited, while others go on, the process has no program and no command
-    line in its own directory.
+    If the main thread has exited, while other threads run, the process has no program and no
+    command line in its own directory.
     """
     return [f"{directory}/task/{thread}" for thread in os.listdir(f"{directory}/task")]
 

@@ -272,7 +272,7 @@ def queue_size(listener: UnixListener) -> int:
 
 
 async def remove_path(listener: UnixListener) -> None:
-    """Remove the path of a listener; log an error, because a drain goes on without it."""
+    """Remove the path of a listener; log an error, because a drain continues without it."""
     try:
         await listener._remove_path()  # noqa: SLF001 - of this file
     except OSError:

@@ -127,7 +127,7 @@ class PeerPolicy:
 
     @property
     def needs_groups(self) -> bool:
-        """Whether the policy looks at the groups of a peer."""
+        """Whether the policy needs the groups of a peer."""
         return bool(self._gids) or self._check is not None
 
     async def admits(self, peer: PeerIdentity) -> bool:
@@ -180,7 +180,7 @@ class _Composed(PeerPolicy):
 
     @property
     def needs_groups(self) -> bool:
-        """Whether one of them looks at groups."""
+        """Whether one of them needs groups."""
         return self._left.needs_groups or self._right.needs_groups
 
     async def admits(self, peer: PeerIdentity) -> bool:

@@ -53,8 +53,8 @@ _PEEK: Final = _FLAGS | _kernel.MSG_PEEK
 # On Linux, MSG_PEEK installs duplicates of the file descriptors. FreeBSD returns pointers of the
 # kernel in their place.
 _CAN_PEEK: Final = sys.platform == "linux"
-# Not 1: once it has enough plain bytes, a peek still goes on to the next message, and installs the
-# descriptors of that. So a single byte with descriptors can be two messages; of two it is one.
+# Not 1: once it has enough plain bytes, a peek still continues to the next message, and installs
+# the descriptors of that. So a single byte with descriptors can be two messages; of two it is one.
 _PEEK_SIZE: Final = 2
 # None where credentials are not sent in a message of their own.
 _PASSCRED: Final = None if _kernel.SCM_CREDENTIALS is None else _kernel.SO_PASSCRED
@@ -249,9 +249,9 @@ class Receiver(ConnectedSocket):
     def take_arrived(self, max_fds: int) -> list[int]:
         """Take messages with file descriptors that have arrived, up to ``max_fds`` of them.
 
-        What was read ahead is first. Then it peeks at each message, which installs duplicates
-        of its file descriptors. If they fit, they are what is returned, and the message is
-        read without them. If not, they are closed, and the message stays where it is.
+        Messages that were read ahead come first. Then it peeks at each message, which installs
+        duplicates of its file descriptors. If they fit, they are returned, and the message is read
+        without them. If not, they are closed, and the message stays where it is.
 
         A message of more than one byte stays: send_fd() and send_fds() send one byte.
 

@@ -10,7 +10,7 @@ and ``send_all`` do themselves. What the kernel did not take becomes a _SendProg
 ``_send_later`` alternates between waiting and ``advance`` until everything is sent:
 
     advance -> 0        everything is sent
-            -> EAGAIN   the socket is full, or took a part: poll(2) says when to go on
+            -> EAGAIN   the socket is full, or took a part: poll(2) says when to continue
             -> others   a resource is exhausted, while poll(2) says that the socket is writable:
                         sleep, for longer each time, and for RETRY_TIMEOUT at the most
             raises      the kernel rejects the message
@@ -244,7 +244,7 @@ class Sender(ConnectedSocket):
                 try:
                     await self._send_later(progress, refusal, cancellable)
                 except trio.Cancelled:
-                    # What the kernel has taken is not undone: the result is how many.
+                    # Messages that were sent are not undone: the result is their number.
                     if not progress.sent:
                         raise
         except FAILURES as exc:
@@ -288,7 +288,7 @@ class Sender(ConnectedSocket):
     async def _send_later(
         self, progress: _SendProgress, refusal: int, cancellable: Cancellable | None
     ) -> None:
-        """Wait and go on until everything is sent; see the top of this file."""
+        """Wait and continue until everything is sent; see the top of this file."""
         owned: list[int] = []
         pause, deadline = INITIAL_BACKOFF, None
         try:

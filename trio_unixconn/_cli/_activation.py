@@ -37,7 +37,7 @@ UNNAMED: Final = "unknown"
 def is_inherited(number: int) -> bool:
     """Whether a descriptor is open, and was before this process began."""
     try:
-        # What this process has opened itself is not inheritable (PEP 446).
+        # Descriptors that this process has opened itself are not inheritable (PEP 446).
         return os.get_inheritable(number)
     except (OSError, OverflowError):
         return False

@@ -230,7 +230,7 @@ async def _raise_when_signalled(
 
 
 def _headings(exc: BaseException) -> Iterator[str]:
-    """Return what groups say that are not trio's, which say nothing."""
+    """Return the messages of exception groups; those of trio's own groups say nothing."""
     inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
     if inner and (message := getattr(exc, "message", "")) != _OF_TRIO:
         yield message

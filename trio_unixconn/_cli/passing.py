@@ -82,7 +82,7 @@ class Meeting:
 SocketArgument = Annotated[
     str,
     typer.Argument(
-        metavar="PATH", help="Where to meet: a path, @name for an abstract name, or a unix: URI."
+        metavar="PATH", help="The socket: a path, @name for an abstract name, or a unix: URI."
     ),
 ]
 AnyUser = Annotated[
@@ -91,7 +91,7 @@ AnyUser = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", help="Give up after so long (default: never)."),
+    typer.Option(metavar="SECONDS", help="Give up after SECONDS (default: never)."),
 ]
 
 

@@ -32,12 +32,12 @@ def peer(
         str,
         typer.Argument(
             metavar="PATH",
-            help="Where it listens: a path, @name for an abstract name, or a unix: URI.",
+            help="The socket: a path, @name for an abstract name, or a unix: URI.",
         ),
     ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after so long.")] = 10,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after SECONDS.")] = 10,
 ) -> None:
     """Say which process listens at PATH, as the kernel knows it.
 

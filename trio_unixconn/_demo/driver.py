@@ -332,7 +332,7 @@ async def hand_over_file(connection: UnixConnection, fd: int) -> tuple[wire.Seen
             # pread leaves alone the position of the open file, which the worker reads along.
             here = await wire.digest(fd, os.pread)
         except OSError:
-            # The worker answers all the same, and the answers must stay in step.
+            # The worker answers nevertheless, and the answers must stay in step.
             with suppress(OSError):
                 await seen_there(connection)
             raise
@@ -374,7 +374,7 @@ async def hand_over_tcp(connection: UnixConnection) -> tuple[wire.Seen, wire.See
         await client.send_eof()
         answer = b"".join([chunk async for chunk in client])
     here = wire.Seen(identity, len(request), hashlib.sha256(request).hexdigest())
-    # What counts is the digest that was received over the TCP connection itself.
+    # The digest that was received over the TCP connection itself is compared.
     there = attrs.evolve(await seen_there(connection), sha256=answer.decode())
     return here, there
 

@@ -36,7 +36,7 @@ sys.stdin.read()
 
 
 class UnexpectedError(Exception):
-    """Something does not do what it is there for."""
+    """A feature does not have the expected effect."""
 
 
 def expect(condition: bool, otherwise: str) -> None:  # noqa: FBT001 - as assert has it

@@ -17,10 +17,10 @@ from .lab import Lab
 from .report import Limit
 
 SETTINGS: Final = {
-    "net.core.somaxconn": "connections that may wait at a listener, whatever backlog it asks for",
-    "net.unix.max_dgram_qlen": "messages that may wait at a socket for datagrams",
-    "net.core.wmem_default": "bytes that may be on their way in one direction of a connection",
-    "net.core.rmem_default": "bytes that may wait at a socket; Unix sockets do not use it",
+    "net.core.somaxconn": "maximum of a listener's queue, whatever backlog it requests",
+    "net.unix.max_dgram_qlen": "maximum of messages in the queue of a datagram socket",
+    "net.core.wmem_default": "maximum of bytes in flight in one direction of a connection",
+    "net.core.rmem_default": "size of a receive buffer; Unix sockets do not use it",
     "fs.nr_open": "the highest value of RLIMIT_NOFILE",
     "fs.file-max": "open files of the whole system",
 }

@@ -83,7 +83,7 @@ def close_on_exec(lab: Lab) -> str:
 
 
 def truncation(lab: Lab) -> str:
-    """The kernel says so when a descriptor finds no free slot."""
+    """The kernel reports a descriptor for which there was no free slot."""
     import resource  # noqa: PLC0415 - not on Windows
 
     one, two = lab.pair()

@@ -14,9 +14,9 @@ class Feature:
 
     Attributes:
       since: the first version that has it.
-      works: whether it did what it is there for.
+      works: whether it has the expected effect.
       seen: what happened when it was tried.
-      otherwise: what this library does where it is missing.
+      otherwise: the behaviour of this library without it.
       is_core: whether the library is of little use without.
     """
 
