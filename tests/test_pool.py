@@ -22,7 +22,7 @@ from trio_unixconn import (
     Seals,
     WorkerStartError,
 )
-from trio_unixconn.pool import JobReceipt, open_worker_pool
+from trio_unixconn.pool import JobReceipt, _cpus, open_worker_pool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,10 +53,12 @@ async def test_open_worker_pool_waits_until_workers_are_ready(shared: Path) -> N
     assert sorted(map(int, lines(shared / "ended"))) == sorted(began)
 
 
-async def test_workers_default() -> None:
-    """By default there is a worker for each CPU that this process can use."""
+@pytest.mark.parametrize("quota", [None, 0.5])
+async def test_workers_default(quota: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default there is a worker for each CPU of the affinity, as far as the quota allows it."""
+    monkeypatch.setattr(_cpus, "cpu_quota", lambda: quota)
     async with open_worker_pool(CALLS) as pool:
-        assert len(pids(pool)) == len(os.sched_getaffinity(0))
+        assert len(pids(pool)) == (1 if quota else len(os.sched_getaffinity(0)))
 
 
 async def test_open_worker_pool_with_the_largest_limits() -> None:

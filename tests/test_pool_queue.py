@@ -498,3 +498,40 @@ async def test_cancel_of_many_jobs() -> None:
         queue.cancel(job)
     assert queued(queue) == [0, *range(400, 500)]
     queue.clear("the test ended")
+
+
+class CountedId(int):
+    """The id of a job, which counts how often it is hashed or compared."""
+
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedId.looks += 1
+        return int(self) == other
+
+    def __hash__(self) -> int:
+        CountedId.looks += 1
+        return int.__hash__(self)
+
+
+class CountedJob(PendingJob):
+    """A job that counts, as its id does, how often it is compared."""
+
+    def __eq__(self, other: object) -> bool:
+        CountedId.looks += 1
+        return self is other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+async def test_cancel_does_not_look_at_other_jobs() -> None:
+    """The cost of a cancellation does not grow with the number of queued jobs."""
+    queue = queue_for()
+    jobs = [CountedJob(CountedId(each), -1, 0, queue._counters, 0.0) for each in range(1000)]
+    await put(queue, jobs)
+    CountedId.looks = 0
+    for job in reversed(jobs[1:]):
+        queue.cancel(job)
+    assert CountedId.looks <= 10 * len(jobs)
+    assert queued(queue) == [0]
+    queue.cancel(jobs[0])

@@ -239,6 +239,13 @@ async def test_open_worker_pool_starts_few_workers_at_a_time(
         await until(lambda: bool(opened))
 
 
+@pytest.mark.parametrize(("cpus", "count"), [(1, 2), (2, 2), (8, 8)])
+def test_max_starting(cpus: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many workers start at a time as this process can use CPUs, at least two."""
+    monkeypatch.setattr(_supervisor, "available_cpus", lambda: cpus)
+    assert _supervisor.max_starting() == count
+
+
 async def test_open_worker_pool_starts_others_beside_one_that_waits(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
