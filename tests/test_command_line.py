@@ -97,7 +97,7 @@ def test_demo_as_json(directory: Path) -> None:
     assert report["cancelled"] == [True, True]
 
 
-def test_many_files_are_summed_up(tmp_path: Path) -> None:
+def test_demo_rows(tmp_path: Path) -> None:
     """Only --rows files are listed, and the rest is counted."""
     for number in range(50):
         (tmp_path / str(number)).write_text(str(number))
@@ -106,7 +106,7 @@ def test_many_files_are_summed_up(tmp_path: Path) -> None:
     assert "... and 101 more, the same on both sides" in done.stdout
 
 
-def test_files_that_differ() -> None:
+def test_demo_reports_different_files() -> None:
     """A file that reads differently on both sides is a clear line and exit status 1."""
     done = run("demo", "/proc/sys/kernel/random/uuid")  # another one at each reading
     assert done.returncode == 1
@@ -115,15 +115,15 @@ def test_files_that_differ() -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "fifo"])
-def test_what_cannot_be_handed_over(directory: Path, what: str) -> None:
-    """A path that is not there, or no file, is exit status 2 before anything happens."""
+def test_demo_rejects_missing_paths(directory: Path, what: str) -> None:
+    """A missing path, or one that is not a file, is exit status 2 before anything happens."""
     done = run("demo", str(directory / what))
     assert done.returncode == 2
     assert done.stderr.startswith(f"trio-unixconn: {directory / what}: ")
     assert done.stdout == ""
 
 
-def test_the_installed_command() -> None:
+def test_main_installed_script() -> None:
     """The script trio-unixconn is the same command line."""
     script = Path(sysconfig.get_path("scripts"), "trio-unixconn")
     if not script.exists():
@@ -132,7 +132,7 @@ def test_the_installed_command() -> None:
     assert "demo" in done.stdout
 
 
-def test_without_the_extra() -> None:
+def test_main_without_the_extra() -> None:
     """Without typer and rich the command says which extra is missing."""
     program = (
         "import sys; sys.modules['rich'] = sys.modules['typer'] = None; import runpy; "
@@ -167,7 +167,7 @@ SEEN = wire.Seen("1:2", 3, "a" * 64)
 OTHER = wire.Seen("1:9", 3, "b" * 64)
 
 
-def test_every_difference_is_said() -> None:
+def test_demo_reports_every_difference() -> None:
     """Each kind of difference has its line."""
     report = driver.Report(
         transfers=[driver.Transfer(1, "file", [1, 2, 3], SEEN, OTHER, 0.1)],
@@ -187,9 +187,7 @@ def test_every_difference_is_said() -> None:
     assert descriptors == "worker 1: 5 descriptors were open before, 6 after"
 
 
-def test_unreadable_files_and_folders_are_named(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_lists_unreadable_files(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be opened is listed with the reason, and the rest is handed over."""
     real_open, real_scandir = os.open, os.scandir
 
@@ -219,7 +217,7 @@ def test_unreadable_files_and_folders_are_named(
         (trio.TooSlowError(), "TooSlowError"),
     ],
 )
-def test_a_demonstration_that_fails(
+def test_demo_with_a_worker_that_fails(
     error: Exception, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that dies or hangs is a clear line and exit status 1."""
@@ -234,7 +232,7 @@ def test_a_demonstration_that_fails(
     assert f"trio-unixconn: {text}" in done.stderr
 
 
-def test_a_mistake_in_the_demonstration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected error is not hidden."""
 
     async def fail(*_: object) -> None:
@@ -245,8 +243,8 @@ def test_a_mistake_in_the_demonstration(monkeypatch: pytest.MonkeyPatch) -> None
         CliRunner().invoke(command_line.app, ["demo"], catch_exceptions=False)
 
 
-async def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
-    """A worker that ends before it listens is an error that says so."""
+async def test_demo_worker_that_cannot_start(tmp_path: Path) -> None:
+    """A worker that exits before it listens is an error with that reason."""
     path = tmp_path / "taken"
     path.write_text("")
     report = driver.Report()
@@ -256,10 +254,8 @@ async def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
     assert report.transfers == []
 
 
-async def test_a_worker_that_crashes_at_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that ends with an exit status other than 0 is an error that says so."""
+async def test_demo_worker_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with an exit status other than 0 is an error with that status."""
 
     async def something_unknown(_: int, connection: trio_unixconn.UnixConnection, *__: Any) -> None:
         await connection.send_all(b"?")
@@ -272,7 +268,7 @@ async def test_a_worker_that_crashes_at_its_end(
         await driver.one_worker(1, str(tmp_path / "s"), [], report, progress)
 
 
-async def test_a_worker_that_ends_early() -> None:
+async def test_demo_worker_that_exits_early() -> None:
     """A stream that ends before the answer is EOFError."""
     one, two = trio_unixconn.connection_pair()
     async with one:
@@ -282,8 +278,8 @@ async def test_a_worker_that_ends_early() -> None:
             await wire.receive_answer(one)
 
 
-async def test_a_receive_that_is_not_cancelled() -> None:
-    """If a descriptor comes where the receive should have been cancelled, the report says so."""
+async def test_demo_receive_that_is_not_cancelled() -> None:
+    """If a descriptor arrives in spite of the cancellation, the report has it."""
     one, two = trio_unixconn.connection_pair()
     async with one, two:
         await two.send_fd(0)
@@ -297,7 +293,7 @@ def test_descriptors_are_counted_elsewhere_too(monkeypatch: pytest.MonkeyPatch) 
     assert wire.count_descriptors() == before
 
 
-def test_odd_names(tmp_path: Path) -> None:
+def test_demo_odd_names(tmp_path: Path) -> None:
     """Names with newlines, escapes, markup and bytes that are no text are shown as escapes."""
     for name in (b"a\nb", b"\xff", b"[bold]x", b"\x1b[31m"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
@@ -308,7 +304,7 @@ def test_odd_names(tmp_path: Path) -> None:
         assert shown in done.stdout
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_demo_file_that_cannot_be_read(tmp_path: Path) -> None:
     """A file whose reading fails is listed with the reason, and the others are handed over."""
     (tmp_path / "good").write_text("x")
     done = run("demo", "/proc/self/mem", str(tmp_path))
@@ -317,8 +313,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(tmp_path / "good") in done.stdout
 
 
-def test_a_file_that_vanishes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is gone when it is looked at is a problem with a name, not an end."""
+def test_demo_file_that_vanishes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is gone when it is opened is listed as a problem."""
     real = Path.lstat
 
     def lstat(self: Path) -> os.stat_result:
@@ -332,10 +328,10 @@ def test_a_file_that_vanishes(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     assert problems == [f"{directory / 'one'}: No such file or directory"]
 
 
-async def test_a_file_that_keeps_us_waiting(
+async def test_demo_file_without_data(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of which nothing comes is given up with the reason."""
+    """A file without data is given up with the reason."""
     reading, writing = os.pipe()
     monkeypatch.setattr(wire, "SECONDS_TO_ANSWER", 0.01)
     with pytest.raises(OSError, match="no data for"):
@@ -359,7 +355,7 @@ def is_worker(pid: str) -> bool:
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")],
 )
-def test_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: str) -> None:
+def test_demo_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: str) -> None:
     """A signal ends it at once with one line and its status; no worker and no file is left."""
     temporary = tmp_path / "t"
     temporary.mkdir()
@@ -394,7 +390,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, status: int, said: 
     assert os.listdir(temporary) == []
 
 
-def test_a_worker_ends_with_its_starter(tmp_path: Path) -> None:
+def test_demo_worker_exits_with_its_parent(tmp_path: Path) -> None:
     """A worker exits at the end of its standard input, even if no client has connected."""
     command = [sys.executable, "-m", "trio_unixconn._demo.worker", str(tmp_path / "s")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

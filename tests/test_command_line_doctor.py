@@ -35,7 +35,7 @@ def features() -> dict[str, Feature]:
     return {each.name: each for each in examine().features}
 
 
-def test_as_tables() -> None:
+def test_doctor_tables() -> None:
     """Every feature and limit has its row, in 80 columns, and the core works here."""
     done = run("doctor", env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_as_tables() -> None:
     assert "descriptors and credentials pass" in done.stdout
 
 
-def test_as_json() -> None:
+def test_doctor_json() -> None:
     """--json has every feature, limit and version, as they are."""
     done = run("doctor", "--json")
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_as_json() -> None:
     assert values["net.core.somaxconn"] == somaxconn
 
 
-def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is as before, no child is left, and no file; the guard looks for descriptors."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="tu-") as directory:
@@ -102,7 +102,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SCM_MAX_FD", 254, ["253 descriptors a message"]),
     ],
 )
-def test_what_is_missing(
+def test_doctor_missing_features(
     constant: str, value: int | None, missing: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the platform lacks is found missing, with what happened, and the rest is not."""
@@ -115,8 +115,8 @@ def test_what_is_missing(
     assert all(found[name].seen for name in missing)
 
 
-def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where descriptors or credentials do not pass, the exit status is 1, and it says why."""
+def test_doctor_without_descriptors_or_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If descriptors or credentials do not pass, the exit status is 1, with the reason."""
     monkeypatch.setattr(_kernel, "AF_UNIX", None)
     done = CliRunner().invoke(command_line.app, ["doctor"])
     assert done.exit_code == 1
@@ -130,8 +130,8 @@ def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_what_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a sandbox forbids is not there, and nothing is raised."""
+def test_doctor_forbidden_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature that a sandbox forbids is listed as missing, and nothing is raised."""
 
     def forbidden(*_: Any, **__: Any) -> Any:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -146,8 +146,8 @@ def test_what_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["SO_PEERPIDFD of a reaped peer"].works is False
 
 
-def test_an_error_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that says nothing is called by its name."""
+def test_doctor_error_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without text is shown by its name."""
 
     def fail(*_: Any) -> Any:
         raise TimeoutError
@@ -168,8 +168,8 @@ class Elder:
         return self.sock.getsockopt(*arguments)
 
 
-def test_reaped_on_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel says EINVAL of a reaped peer, it is reported as gone all the same."""
+def test_doctor_reaped_peer_on_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel says EINVAL of a reaped peer, it is reported as gone nevertheless."""
     child = lab.Lab.child
 
     def elder(self: lab.Lab) -> Any:
@@ -182,7 +182,7 @@ def test_reaped_on_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert feature.seen == "the kernel says Invalid argument; reported as gone"
 
 
-def test_expectations() -> None:
+def test_doctor_unexpected_results() -> None:
     """What is not as expected is an error with that text."""
     lab.expect_error(PeerGoneError, lambda: (_ for _ in ()).throw(PeerGoneError()), "")
     with pytest.raises(lab.UnexpectedError, match="nothing was raised"):
@@ -191,7 +191,7 @@ def test_expectations() -> None:
         lab.expect(condition=False, otherwise="it is not so")
 
 
-def test_security_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_security_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The active security modules are named where the system lists them."""
     text = tmp_path / "lsm"
     text.write_text("capability,yama\n")
@@ -201,13 +201,13 @@ def test_security_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "No such file" in probes.security_modules()
 
 
-def test_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_security_label(monkeypatch: pytest.MonkeyPatch) -> None:
     """A label that a security module gives is shown."""
     monkeypatch.setattr(probes, "get_peer_security_context", lambda _: "unconfined")
     assert features()["SO_PEERSEC"].seen.startswith("'unconfined' (active: ")
 
 
-def test_limits_that_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_unknown_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that cannot be read or measured are unknown, with the reason."""
     monkeypatch.setattr(_kernel, "AF_UNIX", None)
     monkeypatch.setattr(limits, "SETTINGS", {"net.none": "nothing"})

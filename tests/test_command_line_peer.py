@@ -23,8 +23,8 @@ def by_name(name: str | None) -> str:
 
 
 @pytest.mark.parametrize("form", ["@{}", "unix:abstract={}"])
-def test_who_listens(form: str) -> None:
-    """Everything about the process that listens is told, as the kernel knows it."""
+def test_peer_describes_the_listening_process(form: str) -> None:
+    """The output has everything that the kernel reports about the listening process."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("\0" + ABSTRACT)
         server.listen()
@@ -39,8 +39,8 @@ def test_who_listens(form: str) -> None:
     assert lines["program"] == os.readlink("/proc/self/exe")
 
 
-def test_as_json(tmp_path: Path) -> None:
-    """--json tells the same, with null and a reason for what is not known."""
+def test_peer_json(tmp_path: Path) -> None:
+    """--json has the same facts, with null and a reason for unknown ones."""
     path = tmp_path / ("x\N{SNOWMAN}\n" + "x" * 100) / "socket"
     path.parent.mkdir()
     directory = os.open(path.parent, os.O_RDONLY)
@@ -65,8 +65,8 @@ def test_as_json(tmp_path: Path) -> None:
     ]
 
 
-def test_who_has_ended() -> None:
-    """A process that has ended is said to be gone; nothing of another with its pid is shown."""
+def test_peer_that_has_exited() -> None:
+    """An exited process is shown as gone; nothing of another process with its pid is shown."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("\0" + ABSTRACT)
         listen = "import socket; socket.socket(fileno=0).listen()"
@@ -91,7 +91,7 @@ def test_who_has_ended() -> None:
         ("unix:", 2, "expected the URI of one Unix socket"),
     ],
 )
-def test_nobody_is_there(name: str, status: int, said: str) -> None:
+def test_peer_without_a_server(name: str, status: int, said: str) -> None:
     """Without a listening process, one line and the exit status 1, no traceback."""
     done = run("peer", name)
     assert done.returncode == status
@@ -99,8 +99,8 @@ def test_nobody_is_there(name: str, status: int, said: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_who_does_not_accept() -> None:
-    """Where the queue stays full, the command gives up in time."""
+def test_peer_timeout() -> None:
+    """If the queue stays full, the command gives up after the timeout."""
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind("\0" + ABSTRACT)
         server.listen(0)
@@ -110,7 +110,7 @@ def test_who_does_not_accept() -> None:
     assert done.stderr == f"trio-unixconn: @{ABSTRACT}: not done within 0.05 seconds\n"
 
 
-async def test_what_is_not_known() -> None:
+async def test_peer_unknown_facts() -> None:
     """Facts that the kernel does not report, or does not permit to see, are unknown."""
     identity = PeerIdentity(Credentials(0, 3_999_999_999, 3_999_999_999), (3_999_999_999,))
     facts = {each.name: each for each in await peer._facts(identity)}
@@ -125,7 +125,7 @@ async def test_what_is_not_known() -> None:
     assert "SO_PEERGROUPS" in facts["groups"].text
 
 
-def test_without_databases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_without_user_databases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no names of users and groups, there are numbers."""
     monkeypatch.setattr(_kernel, "_database", lambda _: None)
     assert _kernel.name_of_user(0) is None

@@ -26,7 +26,7 @@ def sample(time: float, *handled: int, accepted: int = 0, gone: int = 0) -> Samp
 ################################################################
 
 
-def test_the_first_sample_has_no_rates() -> None:
+def test_sampler_first_sample_has_no_rates() -> None:
     """The first sample has no rates, because there is none before it."""
     status = Sampler().take(sample(10, 500, accepted=700))
     assert [each.rate for each in status.rows] == [0]
@@ -34,7 +34,7 @@ def test_the_first_sample_has_no_rates() -> None:
     assert status.memory == 5 << 20
 
 
-def test_rates_are_per_second() -> None:
+def test_sampler_rates_are_per_second() -> None:
     """Counts are divided by the time between the samples, whatever that is."""
     sampler = Sampler()
     sampler.take(sample(10, 0, 100, accepted=0))
@@ -43,8 +43,8 @@ def test_rates_are_per_second() -> None:
     assert (status.accepted_rate, status.handled_rate) == (25, 5)
 
 
-def test_rates_are_of_the_last_seconds() -> None:
-    """What was before the window does not count any more."""
+def test_sampler_rates_of_the_last_seconds() -> None:
+    """Samples before the window do not count."""
     sampler = Sampler()
     for time in range(20):
         status = sampler.take(sample(time, 100 * time))
@@ -55,7 +55,7 @@ def test_rates_are_of_the_last_seconds() -> None:
     assert len(sampler._samples) == 6
 
 
-def test_a_new_worker_begins_at_nothing() -> None:
+def test_sampler_of_a_new_worker() -> None:
     """The count of a new worker starts at 0; that of the old one is not subtracted."""
     sampler = Sampler()
     sampler.take(sample(0, 1000))
@@ -64,7 +64,7 @@ def test_a_new_worker_begins_at_nothing() -> None:
     assert status.handled_rate == 5
 
 
-def test_two_samples_at_one_time() -> None:
+def test_sampler_of_two_samples_at_one_time() -> None:
     """Nothing is divided by zero."""
     sampler = Sampler()
     sampler.take(sample(0, 0))
@@ -109,7 +109,7 @@ def big() -> Status:
 
 
 def test_80_columns() -> None:
-    """Nothing is cut or folded in 80 columns, also of large numbers."""
+    """Nothing is cut or folded in 80 columns, even with large numbers."""
     text = shown(big())
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80

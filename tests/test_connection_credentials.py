@@ -35,7 +35,7 @@ async def peers_own(peer: Peer) -> Credentials:
     return Credentials(await peer.ask("pid"), os.geteuid(), os.getegid())
 
 
-async def test_sent() -> None:
+async def test_send_credentials() -> None:
     """The peer gets our pid, uid and gid with exactly one NUL byte."""
     async with stdlib_peer() as peer:
         await peer.ask("passcred")
@@ -45,7 +45,7 @@ async def test_sent() -> None:
         assert (got["data"], got["messages"], got["fds"]) == ("00", 1, [])
 
 
-async def test_received_late() -> None:
+async def test_receive_credentials_sent_before() -> None:
     """Credentials that were sent before we ask are received; SO_PASSCRED is off again."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], credentials=True)
@@ -53,8 +53,8 @@ async def test_received_late() -> None:
         assert passcred(peer.conn) == 0
 
 
-async def test_received_while_waiting() -> None:
-    """SO_PASSCRED is on while we wait, and off again when the credentials have come."""
+async def test_receive_credentials_while_waiting() -> None:
+    """SO_PASSCRED is on while it waits, and off after the credentials are received."""
     async with stdlib_peer() as peer:
         got: list[Credentials] = []
 
@@ -70,7 +70,7 @@ async def test_received_while_waiting() -> None:
         assert passcred(peer.conn) == 0
 
 
-async def test_option_that_was_on_stays_on() -> None:
+async def test_receive_credentials_keeps_passcred_on() -> None:
     """SO_PASSCRED is left on if it was on."""
     async with stdlib_peer() as peer:
         peer.conn.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -79,7 +79,7 @@ async def test_option_that_was_on_stays_on() -> None:
         assert passcred(peer.conn) == 1
 
 
-async def test_only_one_byte_is_read() -> None:
+async def test_receive_credentials_reads_one_byte() -> None:
     """What follows the byte with the credentials stays in the stream."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], credentials=True, data=b"\0rest".hex())
@@ -87,7 +87,7 @@ async def test_only_one_byte_is_read() -> None:
         assert await peer.conn.receive_some() == b"rest"
 
 
-async def test_a_byte_without_credentials() -> None:
+async def test_receive_credentials_of_a_byte_without() -> None:
     """For a byte without credentials, receive_credentials returns those of the socket's peer."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[], data=b"xy".hex())
@@ -98,7 +98,7 @@ async def test_a_byte_without_credentials() -> None:
 
 @pytest.mark.parametrize("credentials", [False, True])
 async def test_receive_credentials_rejects_a_descriptor(*, credentials: bool) -> None:
-    """A descriptor is an error, closed; the option is restored and the next message comes."""
+    """A descriptor is an error, and closed; the option is restored; the next message arrives."""
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"]], credentials=credentials)
         await peer.ask("send", kinds=[], credentials=True)
@@ -120,7 +120,7 @@ async def test_receive_credentials_with_truncated_descriptors() -> None:
         assert caught.value.arrived == 2
 
 
-async def test_closed_while_waiting_restores_the_option() -> None:
+async def test_receive_credentials_closed_restores_passcred() -> None:
     """Closing a connection that waits for credentials switches SO_PASSCRED off: others share it."""
     one, two = connection_pair()
     shared = one.socket.dup()
@@ -138,7 +138,7 @@ async def test_closed_while_waiting_restores_the_option() -> None:
         shared.close()
 
 
-async def test_cancelled_while_waiting_restores_the_option() -> None:
+async def test_receive_credentials_cancelled_restores_passcred() -> None:
     """A cancellation switches SO_PASSCRED off again."""
     one, two = connection_pair()
     async with one, two:
@@ -158,7 +158,7 @@ sock.recv(1)
 """
 
 
-async def test_peer_of_a_real_connection(tmp_path: os.PathLike[str]) -> None:
+async def test_get_peer_credentials(tmp_path: os.PathLike[str]) -> None:
     """get_peer_credentials names the process that connected, and to it the one that listens."""
     path = os.path.join(tmp_path, "s")
     async with (
@@ -188,7 +188,7 @@ sock.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, ids)])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_another_user() -> None:
+async def test_receive_credentials_of_another_user() -> None:
     """Credentials of a process that became another user are that user's."""
     ours, theirs = socket.socketpair()
     with theirs:

@@ -98,7 +98,7 @@ HANDOVERS: dict[str, Callable[[UnixConnection, UnixConnection], Awaitable[object
 
 
 @pytest.mark.parametrize("hand_over", HANDOVERS.values(), ids=HANDOVERS)
-async def test_handover_refuses_what_was_read_ahead(
+async def test_send_fd_and_submit_reject_what_was_read_ahead(
     hand_over: Callable[[UnixConnection, UnixConnection], Awaitable[object]],
 ) -> None:
     """A connection that holds messages is not sent or submitted, and loses none of them."""
@@ -122,7 +122,7 @@ async def test_handover_refuses_what_was_read_ahead(
         os.close(await four.receive_fd())
 
 
-async def test_detach_refuses_what_was_read_ahead() -> None:
+async def test_detach_rejects_what_was_read_ahead() -> None:
     """A connection that holds messages is not detached; once they are received, it is."""
     one, two = connection_pair()
     async with two:
@@ -138,7 +138,7 @@ async def test_detach_refuses_what_was_read_ahead() -> None:
         os.close(one.detach())
 
 
-async def test_detach_refuses_an_error_that_was_read_ahead() -> None:
+async def test_detach_rejects_an_error_that_was_read_ahead() -> None:
     """An error that the kernel reports only once is not lost by a hand-over either."""
     one, two = connection_pair()
     await one.send_all(b"never read")
@@ -271,7 +271,7 @@ async def test_detach_after_receiving_without_reading_ahead(read: str) -> None:
             assert await again.receive_credentials() == Credentials()
 
 
-async def test_number_of_a_closed_connection_can_be_sent() -> None:
+async def test_send_fd_number_of_a_closed_connection() -> None:
     """A number is guarded only while the connection is open, even if its socket was closed."""
     for close in (UnixConnection.aclose, close_socket):
         one, two = connection_pair()

@@ -18,19 +18,19 @@ from trio_unixconn._ucred import LAYOUTS, PLATFORMS, platform_named
 GROUPS = struct.pack("=h2x16I", 2, 30, 40, *[0] * 14)
 
 
-def test_default_is_this_process() -> None:
+def test_credentials_default() -> None:
     """Credentials() is the calling process with its effective ids."""
     assert Credentials() == Credentials(os.getpid(), os.geteuid(), os.getegid())
 
 
-def test_frozen() -> None:
+def test_credentials_are_frozen() -> None:
     """Credentials cannot be changed, and equal ones are one key."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         Credentials().pid = 1  # type: ignore[misc]
     assert len({Credentials(1, 2, 3), Credentials(1, 2, 3)}) == 1
 
 
-def test_gio_accessors() -> None:
+def test_credentials_gio_accessors() -> None:
     """The accessors return what Gio's return."""
     credentials = Credentials(10, 20, 30)
     assert credentials.get_unix_pid() == 10
@@ -40,7 +40,7 @@ def test_gio_accessors() -> None:
     assert credentials.to_string() == "GCredentials:linux-ucred:pid=10,uid=20,gid=30"
 
 
-def test_unknown_ids() -> None:
+def test_credentials_unknown_ids() -> None:
     """-1 is unknown: not in the text, an error of the accessor, and never the same user."""
     unknown = Credentials(-1, -1, 5)
     assert unknown.to_string() == "GCredentials:linux-ucred:gid=5"
@@ -63,13 +63,15 @@ def test_unknown_ids() -> None:
         ((1, 0, -2), ValueError),
     ],
 )
-def test_ids_out_of_range(ids: tuple[int, int, int], error: type[Exception]) -> None:
+def test_credentials_reject_ids_out_of_range(
+    ids: tuple[int, int, int], error: type[Exception]
+) -> None:
     """The constructor rejects a value that is not an id."""
     with pytest.raises(error):
         Credentials(*ids)
 
 
-def test_ids_of_a_class_of_their_own() -> None:
+def test_credentials_accept_subclasses_of_int() -> None:
     """An id may be of a class of ints."""
 
     class Number(enum.IntEnum):
@@ -78,7 +80,7 @@ def test_ids_of_a_class_of_their_own() -> None:
     assert Credentials(Number.ONE, 0, 0) == Credentials(1, 0, 0)
 
 
-def test_same_user_of_something_else() -> None:
+def test_is_same_user_rejects_other_types() -> None:
     """is_same_user of anything but Credentials is a TypeError."""
     with pytest.raises(TypeError, match="other must be a Credentials, got int"):
         Credentials().is_same_user(1)  # type: ignore[arg-type]
