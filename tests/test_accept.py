@@ -129,7 +129,7 @@ async def test_accept_backs_off(
     autojump_clock: MockClock,
     number: int,
 ) -> None:
-    """If accept(2) always fails, it is called a few times a second, logged once, and goes on."""
+    """If accept(2) always fails, it is called a few times a second, and logged once."""
     async with await open_unix_connection(path):
         with pytest.MonkeyPatch.context() as patch:
             calls = fail_accept(patch, always(number))
@@ -239,7 +239,7 @@ async def test_back_off_delays(autojump_clock: MockClock) -> None:
     sys.platform == "linux" and platform.machine() in {"x86_64", "aarch64"}, "seccomp of Linux"
 )
 async def test_serve_unix_without_permission_to_accept(path: Path) -> None:
-    """If a seccomp filter forbids accept4, that is logged once, and the program goes on."""
+    """If a seccomp filter forbids accept4, that is logged once, and the program continues."""
     with trio.fail_after(60):
         done = await trio.run_process(
             [sys.executable, str(PEERS / "no_accept.py"), str(path)], capture_stdout=True
@@ -333,7 +333,7 @@ async def test_accept_pending_of_a_closed_socket(listener: UnixListener) -> None
 
 
 async def test_drain_of_a_server_whose_listener_is_closed(path: Path) -> None:
-    """If other code closes the listener while a drain waits for a slot, the error says so."""
+    """If the listener is closed while a drain waits for a slot, the error has the reason."""
     is_over = trio.Event()
     served = await open_unix_listener(path)
 
@@ -475,7 +475,7 @@ async def test_aclose_with_a_waiting_connection_frees_the_name() -> None:
 
 
 async def test_aclose_that_is_cancelled(path: Path) -> None:
-    """A cancelled aclose() gives the socket to the closing thread all the same."""
+    """A cancelled aclose() gives the socket to the closing thread nevertheless."""
     listener = await open_unix_listener(path)
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -487,7 +487,7 @@ async def test_aclose_that_is_cancelled(path: Path) -> None:
 
 
 async def test_close_listening_socket_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no thread can be started to wait in, the socket is closed all the same."""
+    """If no thread can be started to wait in, the socket is closed nevertheless."""
     closed: list[bool] = []
 
     async def no_thread(*_: object, **__: object) -> None:

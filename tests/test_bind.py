@@ -530,7 +530,7 @@ async def test_owner_and_group(path: Path, options: Any, uid: int, gid: int) -> 
 
 
 async def test_owner_without_permission(path: Path) -> None:
-    """A process that may not set the owner gets an error that says so, and leaves nothing."""
+    """A process that may not set the owner gets an error with that reason, and leaves nothing."""
     path.parent.chmod(0o777)
     with as_nobody(path.parent), pytest.raises(PermissionError) as caught:
         await open_unix_listener(path, owner=OTHER_UID)
@@ -597,7 +597,7 @@ async def test_permissions_without_o_path(
 async def test_permissions_without_proc(
     path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
-    """Without /proc, only a mode that the umask leaves can be set; the error says so."""
+    """Without /proc, only a mode that the umask leaves can be set; the error has that reason."""
     monkeypatch.setattr(os.path, "lexists", lambda _: False)
     async with await open_unix_listener(path, mode=0o644):
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -837,7 +837,7 @@ async def test_file_of_the_user_at_the_name_of_the_lock(path: Path, content: str
 
 
 async def test_lock_that_cannot_be_written(path: Path) -> None:
-    """A file that can only be read is locked all the same."""
+    """A file that can only be read is locked nevertheless."""
     lock = path.with_name(".s.lock")
     lock.write_text("x")
     lock.chmod(0o444)
@@ -1150,7 +1150,7 @@ async def test_aclose_when_cancelled(path: Path) -> None:
 
 
 async def test_aclose_without_the_directory(path: Path) -> None:
-    """A listener whose directory was removed or moved closes all the same."""
+    """A listener whose directory was removed or moved can be closed."""
     directory = path.with_name("below")
     directory.mkdir()
     listener = await open_unix_listener(directory / "s")

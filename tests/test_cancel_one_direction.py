@@ -58,7 +58,7 @@ def waiting() -> tuple[int, int]:
 
 
 async def test_send_all_waits_on() -> None:
-    """A sender that waits for room is not ended by the Cancellable of a receiver."""
+    """A sender that waits for space is not ended by the Cancellable of a receiver."""
     one, two = connection_pair()
     cancellable = Cancellable()
     async with one, two, trio.open_nursery() as nursery:
@@ -312,7 +312,7 @@ async def test_wait_cancellable_of_a_closed_socket(
 
 
 async def test_send_message_then_aclose_leaves_other_connections_alone() -> None:
-    """A send whose connection is closed after a short write says so; others are not busy."""
+    """A send that is closed after a short write is ConnectionClosedError; others are not busy."""
     one, two = connection_pair()
     three, four = connection_pair()
 

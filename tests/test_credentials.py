@@ -169,7 +169,7 @@ def test_unknown_layout() -> None:
 
 
 def test_no_layout_for_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an unknown platform native bytes are NotSupportedError and the text says so."""
+    """On an unknown platform native bytes are NotSupportedError with that reason."""
     monkeypatch.setattr(_credentials, "PLATFORM", None)
     with pytest.raises(NotSupportedError):
         Credentials(1, 2, 3).to_native()

@@ -674,7 +674,7 @@ async def test_identity_of_a_process_hidden_in_proc(listener: UnixListener) -> N
 @pid_namespaces
 @peer_pidfds
 async def test_identity_of_a_peer_in_a_nested_pid_namespace(listener: UnixListener) -> None:
-    """A peer in a container is told of with the pid that it has out here."""
+    """A peer in a container has its pid in this namespace."""
     under = in_pid_namespace()
     async with (
         client_process(path_of(listener), under=under) as client,
@@ -792,7 +792,7 @@ async def test_read_exe_of_a_process_without_main_thread(listener: UnixListener)
 async def test_read_command_line_of_a_process_without_arguments(
     listener: UnixListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process can have an empty command line; it is alive all the same."""
+    """A process can have an empty command line; it is alive nevertheless."""
     monkeypatch.setattr(_identity, "_read_bytes", lambda _: b"")
     async with client_process(path_of(listener)), await listener.accept() as conn:
         with conn.get_peer_identity() as peer:

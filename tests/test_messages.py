@@ -169,7 +169,7 @@ async def test_as_many_as_allowed(most: int) -> None:
 
 @pytest.mark.parametrize("most", [0, 1, 2, 252])
 async def test_one_more_than_allowed(most: int) -> None:
-    """One more than max_fds is an error with the bytes; all are closed, the stream goes on."""
+    """One more than max_fds is an error with the bytes; all are closed, the stream continues."""
     one, two = connection_pair()
     async with one, two:
         with some(most + 1) as fds:
@@ -263,7 +263,7 @@ async def test_bad_send(arguments: Any, error: type[Exception], text: str) -> No
 
 
 async def test_closed_descriptor() -> None:
-    """A closed one among the descriptors is EBADF, nothing is sent, the connection goes on."""
+    """A closed one among the descriptors is EBADF, nothing is sent, the connection is usable."""
     one, two = connection_pair()
     closed = os.dup(0)
     os.close(closed)

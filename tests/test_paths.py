@@ -137,7 +137,7 @@ async def test_directory_of_another_user(path: Path) -> None:
 async def test_relative_path_without_working_directory(
     path: Path, monkeypatch: pytest.MonkeyPatch, use: Any
 ) -> None:
-    """A relative path in a working directory that was removed says so."""
+    """A relative path in a working directory that was removed is an error with that reason."""
     path.mkdir()
     monkeypatch.chdir(path)
     path.rmdir()
@@ -199,7 +199,7 @@ trio.run(main)
 
 @as_root
 def test_chroot_without_proc(tmp_path: Path) -> None:
-    """Without /proc a listener works, and what requires /proc is one error that says so."""
+    """Without /proc a listener works, and what requires /proc is one error with that reason."""
     done = subprocess.run(
         [sys.executable, "-c", CHROOTED, str(tmp_path)],
         capture_output=True,

@@ -776,7 +776,7 @@ NO_PROC = "mount -t tmpfs none /proc && "
 async def test_policy_in_a_user_namespace_without_proc(
     path: Path, under: list[str], reported: int, admitted: list[str]
 ) -> None:
-    """If the map cannot be read, no policy admits 65534; other ids are known all the same."""
+    """If the map cannot be read, no policy admits 65534; other ids are known nevertheless."""
     async with (
         await open_unix_listener(path, mode=0o666) as listener,
         reporting_process("connect", path, under=under) as process,
@@ -1101,7 +1101,7 @@ async def test_policy_asks_for_what_it_needs(path: Path, monkeypatch: pytest.Mon
 
 
 async def test_policy_check_of_a_closed_connection(path: Path) -> None:
-    """A connection that is closed while its policy is asked can be denied all the same."""
+    """A connection that is closed while its policy is asked can still be denied."""
     async with await open_unix_listener(path) as listener, await open_unix_connection(path):
         conn = await listener.accept()
 

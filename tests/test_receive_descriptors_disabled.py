@@ -168,7 +168,7 @@ RECEIVING: list[Callable[[UnixConnection], Awaitable[Any]]] = [
 async def test_refused_here(
     receive: Callable[[UnixConnection], Awaitable[Any]], kinds: list[list[str]]
 ) -> None:
-    """Where the kernel cannot refuse, every way to receive closes what comes, and says so."""
+    """If the kernel cannot reject them, every receive method closes descriptors, and raises."""
     async with refusing_peer() as (peer, conn):
         for _ in range(2):
             await peer.ask("send", kinds=kinds)

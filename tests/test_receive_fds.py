@@ -54,7 +54,7 @@ async def test_burst() -> None:
 
 @pytest.mark.parametrize("room", [1, 2, 4])
 async def test_message_that_does_not_fit_stays(room: int) -> None:
-    """A message of more descriptors than there is room left for stays for the next receive."""
+    """A message with more descriptors than still fit stays for the next receive."""
     one, two = connection_pair()
     async with one, two:
         with some(6) as fds:
@@ -69,7 +69,7 @@ async def test_message_that_does_not_fit_stays(room: int) -> None:
 
 
 async def test_message_that_does_not_fit_serves_the_next() -> None:
-    """A message that did not fit is received whole by one that has room."""
+    """A message that did not fit is received whole by a receive with enough space."""
     one, two = connection_pair()
     async with one, two:
         with some(6) as fds:

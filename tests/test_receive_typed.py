@@ -645,7 +645,7 @@ async def test_send_buffer_rejects_without_asking_a_file_server() -> None:
 
 
 async def test_call_in_file_thread_after_the_end_of_the_run() -> None:
-    """A call that is still hanging when trio's run ends disposes of its result all the same."""
+    """A call that is still hanging when trio's run ends closes its result nevertheless."""
 
     async def main() -> None:
         one, two = connection_pair()

@@ -102,7 +102,7 @@ async def test_send_and_closed_while_it_waits(
 async def test_send_and_closed_as_it_wakes(
     name: str, way: Callable[[UnixConnection], None]
 ) -> None:
-    """Closed when the kernel has reported room, and before the sending task runs."""
+    """Closed when the kernel has reported space, and before the sending task runs."""
     sends: dict[str, Send] = {
         **SENDS,
         "send_fd": lambda conn: conn.send_fd(0),

@@ -214,7 +214,7 @@ async def test_send_fd_of_objects_that_own_a_socket(tmp_path: Path) -> None:
 
 
 async def test_send_fd_of_a_closed_owner() -> None:
-    """A connection that is closed is a ValueError that says so; nothing is sent."""
+    """A connection that is closed is a ValueError with that reason; nothing is sent."""
     one, two = connection_pair()
     closed, far = connection_pair()
     await closed.aclose()

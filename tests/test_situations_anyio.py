@@ -118,7 +118,7 @@ async def test_connection_talks_to_anyio(streams: Streams) -> None:
 
 
 async def test_send_eof_to_anyio(streams: Streams) -> None:
-    """After send_eof() anyio's stream has ended in that direction, and goes on in the other."""
+    """After send_eof() anyio's stream has ended in that direction, and works in the other."""
     conn, stream = streams
     await conn.send_eof()
     with pytest.raises(anyio.EndOfStream):

@@ -106,7 +106,7 @@ def packed(*fds: int) -> bytes:
 
 
 def received_by(sock: socket.socket, size: int, room: int) -> tuple[bytes, list[int], int]:
-    """Call recvmsg with this much room, and return data, whole descriptors and flags."""
+    """Call recvmsg with a buffer of this size, and return data, whole descriptors and flags."""
     data, ancdata, flags, _ = sock.recvmsg(size, room)
     fds: list[int] = []
     for level, kind, payload in ancdata:
@@ -122,7 +122,7 @@ def received_by(sock: socket.socket, size: int, room: int) -> tuple[bytes, list[
 
 @pytest.mark.parametrize("count", [1, 2, 4, 10, 253])
 async def test_send_message_and_receive_message_with_stdlib_fds_functions(count: int) -> None:
-    """socket.send_fds and recv_fds understand us, and we them, with more room than was sent."""
+    """socket.send_fds and recv_fds understand us, and we them, with larger buffers than needed."""
     with connection_and_socket() as (conn, sock), numbered(count) as fds:
         async with conn:
             socket.send_fds(sock, [b"mes", b"sage"], fds)
@@ -466,7 +466,7 @@ async def test_open_unix_listener_takes_backlog(tmp_path: Path, backlog: Any) ->
 
 
 async def test_receive_into_of_a_part_of_a_message() -> None:
-    """Descriptors are refused and closed; the error has the bytes, and the next read goes on."""
+    """Descriptors are refused and closed; the error has the bytes, and the next read works."""
     with connection_and_socket() as (conn, sock), numbered(1) as fds:
         socket.send_fds(sock, [b"hello"], fds)
         async with conn:
@@ -567,7 +567,7 @@ async def test_receive_fd_after_shutdown_of_this_side() -> None:
 
 
 async def test_shutdown_of_the_peer_while_send_waits() -> None:
-    """A send that waits for room ends when the peer shuts both directions down.
+    """A send that waits for space ends when the peer shuts both directions down.
 
     If it shuts down reading only, Linux reports no event to a socket that polls for room.
     """

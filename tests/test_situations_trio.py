@@ -154,7 +154,7 @@ def reversed_pair(make: Maker) -> Maker:
 
 
 async def test_connection_passes_check_half_closeable_stream(make: Maker) -> None:
-    """Trio's largest suite passes on connections of every origin, with room and without."""
+    """Trio's largest suite passes on connections of every origin, with free and full buffers."""
     await trio.testing.check_half_closeable_stream(make, clogged(make))
 
 

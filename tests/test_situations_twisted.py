@@ -206,7 +206,7 @@ async def test_refused_descriptor_is_closed(
 
 
 async def test_refused_descriptor_is_closed_by_receive_descriptors_false() -> None:
-    """A descriptor that was in the queue before it was refused is closed, and that is told."""
+    """A descriptor that was in the queue before it was refused is closed, and reported."""
     ours, theirs = socket.socketpair()
     probe, cargo = socket.socketpair()
     with probe, theirs:
@@ -298,7 +298,7 @@ async def test_receive_fd_async_with_a_callback_that_raises(*, finishes: bool) -
 
 
 async def test_cancellable_callback_that_raises_does_not_keep_a_receive() -> None:
-    """A callback of a Cancellable raises: receive_fd ends all the same, nothing is lost."""
+    """A callback of a Cancellable raises: receive_fd ends nevertheless, nothing is lost."""
     one, two = connection_pair()
     cancellable = Cancellable()
 
