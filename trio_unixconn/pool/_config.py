@@ -169,7 +169,7 @@ class PoolConfig:
     kill_process_group: bool = attrs.field(default=False, validator=_bool, kw_only=True)
 
     def worker_config(self, index: int) -> WorkerConfig:
-        """Return what the worker of a slot is started with."""
+        """Return the configuration of the worker of a slot."""
         finite = self.hang_timeout < math.inf
         cpus = self.cpu_affinity
         return WorkerConfig(

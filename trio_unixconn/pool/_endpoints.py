@@ -45,7 +45,7 @@ from . import _protocol
 
 
 class EndpointKind(enum.IntEnum):
-    """What the file descriptor of a job is open on, and so what a handler gets."""
+    """The kind of a job's file descriptor, which decides what object a handler gets."""
 
     #: There is none: the handler gets None.
     NONE = _protocol.NO_DESCRIPTOR

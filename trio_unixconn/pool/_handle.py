@@ -83,7 +83,7 @@ class HandleState(enum.Enum):
 
 
 class HandleOwner(Protocol):
-    """What a handle calls: the supervisor."""
+    """The methods of the supervisor that a handle calls."""
 
     def dispatch(self) -> None:
         """Called when the worker can accept more jobs."""

@@ -1,4 +1,4 @@
-"""What the functions of a user get in a worker: Job for handlers, WorkerInfo for a setup.
+"""The arguments of a user's functions in a worker: Job for handlers, WorkerInfo for a setup.
 
 Source: socket(7) (SO_LINGER)
 """
@@ -44,7 +44,7 @@ class WorkerInfo:
 
 @attrs.define(eq=False)
 class Job(DescriptorOwner):
-    """What a handler gets together with its stream.
+    """A job, the second argument of its handler; the first one is the stream.
 
     Attributes:
       id: the pool's number for the job, as in :class:`JobReceipt`.

@@ -76,7 +76,7 @@ class JobEnd(enum.Enum):
 
 @attrs.frozen
 class JobReceipt:
-    """What :meth:`WorkerPool.submit` returns: the worker that has accepted a job.
+    """The result of :meth:`WorkerPool.submit`: the worker that has accepted a job.
 
     Attributes:
       id: the pool's number for the job, which its handler has as ``job.id``.

@@ -227,9 +227,9 @@ class JobQueue(DescriptorOwner):
             lane = self._pinned.get(each.index)
             pinned = nothing if lane is None else lane.jobs
             load = len(each.in_flight)
-            room = min(share_size + len(pinned), each.limit, self._max_in_flight - load)
-            if room:
-                turns.append((load, each.recent, each.index, room, each, [], pinned))
+            size = min(share_size + len(pinned), each.limit, self._max_in_flight - load)
+            if size:
+                turns.append((load, each.recent, each.index, size, each, [], pinned))
         heapify(turns)
         while turns:
             load, recent, index, size, handle, share, pinned = turns[0]

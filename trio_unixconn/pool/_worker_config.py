@@ -1,4 +1,4 @@
-"""What a worker process is started with, and the checks of the options that it is made from.
+"""The configuration of a worker process, and the checks of the options that it is made from.
 
 Source: setrlimit(2), sched_setaffinity(2), nice(2)
 """
@@ -32,7 +32,7 @@ WORKER_VARIABLE: Final = "TRIO_UNIXCONN_WORKER"
 
 @attrs.frozen
 class WorkerConfig:
-    """What one worker is started with; all of it is checked already.
+    """The configuration of one worker, which is checked already.
 
     Attributes:
       handler: the import string of the handler.
