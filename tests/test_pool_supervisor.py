@@ -151,6 +151,32 @@ async def test_drain_during_restart_ends_both(shared: Path) -> None:
         assert children() == {}
 
 
+async def test_drain_during_restart_ends_it_while_jobs_are_queued(shared: Path) -> None:
+    """restart() raises when the drain begins, not when the queue is empty."""
+    write(shared, "wait 1")
+    async with (
+        open_worker_pool(HOLD, workers=1, max_in_flight=1, setup=NUMBERED) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        second, theirs = ends()
+        async with client_of(pool) as first, second.stream:
+            nursery.start_soon(pool.submit, theirs)
+            async with trio.open_nursery() as changes:
+
+                async def restart() -> None:
+                    with pytest.raises(PoolClosedError, match="is draining"):
+                        await pool.restart()
+
+                changes.start_soon(restart)
+                await until(lambda: len(lines(shared / "started")) == 2)
+                nursery.start_soon(pool.drain)
+            assert pool.statistics().queued == 1
+            await first.end()
+            # The old worker goes on until the queue is empty.
+            assert (await second.line())[1] == 2
+    assert pool.statistics().handled == 2
+
+
 async def test_drain_during_restart_ends_new_workers_that_are_ready(shared: Path) -> None:
     """A new worker that waits for others to be ready does not outlive the drain."""
     write(shared, "wait 3")
