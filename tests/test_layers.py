@@ -72,6 +72,7 @@ PACKAGES = {
         "serve.log",
         "serve.output",
         "serve.children",
+        "serve.directory",
         "serve.pid_file",
         "serve.__init__",
         "_activation",

@@ -7,6 +7,7 @@ stays open.
 from __future__ import annotations
 
 import errno
+import os
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,7 @@ import attrs
 import trio
 
 from ... import _kernel
+from ..._address import UnixSocketAddress
 from ..._listener import UnixListener, open_unix_listener
 from .._activation import from_systemd, is_inherited
 from .._console import address_of, argument_of, fail
@@ -21,7 +23,7 @@ from .._console import address_of, argument_of, fail
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..._address import UnixSocketAddress
+    from typing_extensions import Self
 
     Listener = trio.SocketListener | UnixListener
 
@@ -35,6 +37,10 @@ class TCPBind:
     text: str
     host: str
     port: int
+
+    def made_absolute(self) -> Self:
+        """Return this."""
+        return self
 
     async def open(self, mode: int) -> Sequence[Listener]:  # noqa: ARG002 - a path's
         """Listen at every address of the host."""
@@ -50,6 +56,10 @@ class UnixBind:
 
     address: UnixSocketAddress
 
+    def made_absolute(self) -> UnixBind:
+        """Return one that does not depend on the current directory."""
+        return UnixBind(absolute_address(self.address))
+
     async def open(self, mode: int) -> Sequence[Listener]:
         """Listen there."""
         return [await open_unix_listener(self.address, mode=mode)]
@@ -61,6 +71,10 @@ class InheritedBind:
 
     text: str
     fds: Sequence[int]
+
+    def made_absolute(self) -> Self:
+        """Return this."""
+        return self
 
     async def open(self, mode: int) -> Sequence[Listener]:  # noqa: ARG002 - a path's
         """Take them over."""
@@ -96,6 +110,13 @@ def read_bind(text: str) -> Bind:
         except ValueError as exc:
             fail(f"systemd: {exc}")
     return fail(f"--bind: expected {_FORMS}, got {text}", status=2)
+
+
+def absolute_address(address: UnixSocketAddress) -> UnixSocketAddress:
+    """Return an address that does not depend on the current directory."""
+    if address.get_is_abstract():
+        return address
+    return UnixSocketAddress.path(os.path.abspath(address.get_path()))
 
 
 def _tcp(text: str, rest: str) -> TCPBind:

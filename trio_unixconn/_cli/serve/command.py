@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import logging
 import os
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -62,6 +61,13 @@ def serve(
     workers: Annotated[
         int | None,
         typer.Option("--workers", "-w", help="How many; default: one for each processor."),
+    ] = None,
+    chdir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Run the workers there; a symbolic link is looked up again by each restart.",
+        ),
     ] = None,
     setup: Annotated[
         str | None,
@@ -192,7 +198,8 @@ def serve(
     """
     # --help needs none of it.
     from ...pool._config import PoolConfig  # noqa: PLC0415
-    from .binds import read_bind  # noqa: PLC0415
+    from .binds import absolute_address, read_bind  # noqa: PLC0415
+    from .directory import WorkingDirectory, put_current_directory_on_path  # noqa: PLC0415
     from .output import open_missing_streams, print_error  # noqa: PLC0415
     from .service import (  # noqa: PLC0415
         ServeConfig,
@@ -226,16 +233,34 @@ def serve(
         pool = PoolConfig(handler, **options)
     except ValueError as exc:
         fail(str(exc), status=2)
-    _put_current_directory_on_path()
+    binds, stats = [read_bind(each) for each in bind], None
+    if stats_socket is not None:
+        stats = address_of(stats_socket)
+    directory = None
+    if chdir is not None:
+        # Relative paths are those of the directory that the command was started in.
+        binds = [each.made_absolute() for each in binds]
+        stats = None if stats is None else absolute_address(stats)
+        directory = WorkingDirectory(_absolute(chdir))
+    log_file = None if log_file is None else _absolute(log_file)
+    pid_file = None if pid_file is None else _absolute(pid_file)
+    if directory is None:
+        put_current_directory_on_path()
+    else:
+        try:
+            directory.enter()
+        except OSError as exc:
+            fail(f"--chdir {chdir}: {exc.strerror}")
     if reload:
         # Python takes a compiled file for current if its source has the same size and second.
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     config = ServeConfig(
         handler=handler,
-        binds=[read_bind(each) for each in bind],
+        binds=binds,
         mode=_mode(mode),
         options=options,
-        stats_socket=None if stats_socket is None else address_of(stats_socket),
+        stats_socket=stats,
+        directory=directory,
         reload=reload,
         table=is_terminal() and not plain,
         max_draining=2 * pool.workers if max_draining is None else max_draining,
@@ -250,11 +275,11 @@ def serve(
         ignore_signals()
 
 
-def _put_current_directory_on_path() -> None:
-    """Let the project that one stands in be found, as ``python -m`` does."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        return fail(f"{path}: the current directory was deleted; use an absolute path")
 
 
 def _size(text: str) -> int:

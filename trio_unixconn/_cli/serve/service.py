@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..._listener import UnixListener
     from ...pool import WorkerPoolOptions
     from .binds import Bind
+    from .directory import WorkingDirectory
     from .log import LogFormat
 
 # Seconds between two pictures of the table.
@@ -64,6 +65,7 @@ class ServeConfig:
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
       max_draining: how many old workers may be draining while new ones start.
+      directory: where the workers run, if that may be another after a restart.
       pid_file: the path of a file with the process id.
       log_file, log_format, log_level: as of :class:`Log`.
     """
@@ -76,6 +78,7 @@ class ServeConfig:
     reload: bool
     table: bool
     max_draining: int
+    directory: WorkingDirectory | None
     pid_file: str | None
     log_file: str | None
     log_format: LogFormat
@@ -274,14 +277,21 @@ class _Service:
         await self._wait_for_old_workers(server, why)
         logger.info("%s: restarting the workers", why)
         try:
-            await server.pool.restart()
+            with self._entered_directory():
+                await server.pool.restart()
         except WorkerStartError as exc:
             logger.error("%s\nthe old workers go on", exc)
+        except OSError as exc:
+            logger.error("%s: %s; the old workers go on", exc.filename, exc.strerror)
         except PoolClosedError as exc:
             # What has closed it ends the server, too.
             logger.info("%s: %s", why, exc)
         else:
             logger.info("restarted: %s", _workers(server))
+
+    def _entered_directory(self) -> AbstractContextManager[object]:
+        directory = self._config.directory
+        return nullcontext() if directory is None else directory.entered()
 
     async def _wait_for_old_workers(self, server: WorkerServer, why: str) -> None:
         """Wait until a restart leaves at most ``max_draining`` old workers."""
