@@ -29,9 +29,10 @@ from serve_cli import (
     serving,
     until,
 )
+from watchfiles import Change
 
 from trio_unixconn._cli.serve import command
-from trio_unixconn._cli.serve.reload import directories_of
+from trio_unixconn._cli.serve.reload import ReloadFilter, directories_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -603,36 +604,127 @@ def test_plain_lines_on_a_terminal(project: Path, arguments: list[str], term: st
 ################################################################
 
 
-def changed_until(served: Served, path: Path, text: str, answers: bytes) -> None:
-    """Write a file repeatedly until the change is noticed: the watch may not have begun."""
-
-    def is_new() -> bool:
-        if answer(str(served.folder / "s")) == answers:
-            return True
-        path.write_text(text)
-        time.sleep(0.3)
-        return False
-
-    until(is_new)
+def watched(served: Served) -> str:
+    """Return the line that says what is watched, which precedes the one of the workers."""
+    return next(line for line in served.lines if "watching " in line)
 
 
 def test_reload(project: Path) -> None:
     """A changed file restarts the workers; a broken one is logged, and the old ones go on."""
     with serving(project, "once", "--reload") as served:
-        assert f"watching {project}\n" in served.line("watching")
-        changed_until(served, project / "app.py", APP.replace("one", "two"), b"two")
+        assert f"INFO: watching {project}\n" in watched(served)
+        (project / "app.py").write_text(APP.replace("one", "two"))
         assert f"changed: {project / 'app.py'}: restarting" in served.line("changed")
         served.line("restarted")
+        assert answer(str(project / "s")) == b"two"
         (project / "app.py").write_text("this is no Python")
         served.line("SyntaxError")
         served.line("the old workers go on")
         assert answer(str(project / "s")) == b"two"
         # What is no Python file is of no interest.
         (project / "notes.txt").write_text("x")
-        changed_until(served, project / "app.py", APP.replace("one", "three"), b"three")
+        (project / "app.py").write_text(APP.replace("one", "three"))
+        served.line("restarted")
+        assert answer(str(project / "s")) == b"three"
         told = served.drained()
-    assert "notes.txt" not in told
+    assert "notes.txt" not in "".join(served.lines) + told
     assert "drained" in told
+
+
+def test_reload_sees_a_change_while_workers_import(project: Path) -> None:
+    """A file that is saved while the first workers import it is imported again."""
+    gate = "\nimport os, time\nopen('importing', 'w').close()\n"
+    gate += "while os.path.exists('gate'):\n    time.sleep(0.01)\n"
+    (project / "app.py").write_text(APP + gate)
+    (project / "gate").touch()
+    with started(
+        *("serve", "app:once", "--bind", "unix:s", "--workers", "1", "--reload"),
+        cwd=project,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=hear_signals,
+    ) as process:
+        served = Served(process, project)
+        until((project / "importing").exists)
+        (project / "app.py").write_text(APP.replace("one", "two"))
+        (project / "gate").unlink()
+        served.line("changed: ")
+        served.line("restarted: ")
+        assert answer(str(project / "s")) == b"two"
+        served.drained()
+
+
+def test_reload_include_and_exclude(project: Path) -> None:
+    """Files of other names restart the workers, and excluded files and directories do not."""
+    (project / "generated").mkdir()
+    arguments = ("--reload-include", "*.html", "--reload-exclude", "generated")
+    with serving(project, "once", "--reload", *arguments, "--reload-exclude", "test_*") as served:
+        for name in ("generated/page.html", "test_app.py", "notes.txt", "page.html"):
+            (project / name).write_text("x")
+        assert f"changed: {project}/page.html: restarting" in served.line("changed")
+        served.line("restarted")
+        served.drained()
+
+
+def test_reload_filter_matches_names_and_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern is for the last part of a path, or for all of it from the current directory on."""
+    monkeypatch.chdir(tmp_path)
+    exclude = ["build", "docs/*.py", "/elsewhere/*", tmp_path.name]
+    wanted = ReloadFilter([str(tmp_path)], ["*.html", "data/*.json"], exclude)
+
+    def is_wanted(name: str) -> bool:
+        return wanted(Change.modified, str(tmp_path / name))
+
+    yes = ["a.py", "x/a.py", "x/a.html", "data/a.json", "x/docs/a.py"]
+    no = ["a.txt", "a.json", "build/a.py", "x/build/y/a.py", "docs/a.py", "__pycache__/a.py"]
+    assert [name for name in [*yes, *no] if is_wanted(name)] == yes
+    assert not wanted(Change.added, "/elsewhere/a.py")
+    assert wanted(Change.added, "/other/a.py")
+
+
+def test_reload_at_the_inotify_limit(project: Path) -> None:
+    """Where nothing can be watched, that is logged, and the server serves."""
+    limit = "echo 0 > /proc/sys/user/max_inotify_instances"
+    shell = ["unshare", "-Ur", "sh", "-c", f'{limit} && exec "$@"', "-"]
+    if subprocess.run([*shell, "true"], check=False).returncode and "CI" not in os.environ:
+        pytest.skip("needs a user namespace")
+    with subprocess.Popen(
+        [
+            *(*shell, *COMMAND, "serve", "app:once", "--bind", "unix:s"),
+            *("--workers", "1", "--reload"),
+        ],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,  # noqa: PLW1509
+    ) as process:
+        served = Served(process, project)
+        served.line("WARNING: not watching: ")
+        served.line("ready: ")
+        assert answer(str(project / "s")) == b"one"
+        served.drained()
+
+
+def test_reload_in_a_deleted_directory(project: Path) -> None:
+    """Without a current directory nothing is watched, which is logged."""
+    gone = project / "gone"
+    shell = ["sh", "-c", f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$@"', "-"]
+    program = [sys.executable, "-c", "from trio_unixconn.__main__ import main; main()"]
+    arguments = ["serve", "app:once", "--bind", f"unix:{project}/s", "--workers", "1", "--reload"]
+    with subprocess.Popen(
+        [*shell, *program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(project)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,  # noqa: PLW1509
+    ) as process:
+        served = Served(process, project)
+        served.line("WARNING: not watching: ")
+        served.line("ready: ")
+        served.drained()
 
 
 def test_reload_of_a_package_elsewhere(project: Path) -> None:
@@ -646,6 +738,7 @@ def test_reload_of_a_package_elsewhere(project: Path) -> None:
         cwd=project,
         env={
             **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join(
                 [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
@@ -654,8 +747,10 @@ def test_reload_of_a_package_elsewhere(project: Path) -> None:
     ) as process:
         served = Served(process, project)
         served.line("ready: ")
-        assert f"watching {project}, {package}\n" in served.line("watching")
-        changed_until(served, package / "app.py", APP.replace("one", "two"), b"two")
+        assert f"watching {project}, {package}\n" in watched(served)
+        (package / "app.py").write_text(APP.replace("one", "two"))
+        served.line("restarted")
+        assert answer(str(project / "s")) == b"two"
         served.drained()
 
 

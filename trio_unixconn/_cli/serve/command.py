@@ -167,6 +167,16 @@ def serve(
     reload: Annotated[
         bool, typer.Option("--reload", help="Restart the workers when Python files change.")
     ] = False,
+    reload_include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Watch files of these names, too; repeatable (default: *.py)."
+        ),
+    ] = None,
+    reload_exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Do not watch these files or directories; repeatable."),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Lines instead of a table, even on a terminal.")
     ] = False,
@@ -262,6 +272,8 @@ def serve(
         stats_socket=stats,
         directory=directory,
         reload=reload,
+        reload_include=reload_include or [],
+        reload_exclude=reload_exclude or [],
         table=is_terminal() and not plain,
         max_draining=2 * pool.workers if max_draining is None else max_draining,
         pid_file=pid_file,

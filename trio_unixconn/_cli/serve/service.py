@@ -64,6 +64,7 @@ class ServeConfig:
       stats_socket: where the statistics are to be had.
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
+      reload_include, reload_exclude: which files matter, as of :class:`ReloadFilter`.
       max_draining: how many old workers may be draining while new ones start.
       directory: where the workers run, if that may be another after a restart.
       pid_file: the path of a file with the process id.
@@ -77,6 +78,8 @@ class ServeConfig:
     stats_socket: UnixSocketAddress | None
     reload: bool
     table: bool
+    reload_include: Sequence[str]
+    reload_exclude: Sequence[str]
     max_draining: int
     directory: WorkingDirectory | None
     pid_file: str | None
@@ -135,6 +138,9 @@ class _Service:
             self._addresses = [name_of(each) for each in listeners]
             for name in self._addresses:
                 logger.info("listening at %s", name)
+            if self._config.reload:
+                # Before the workers import anything.
+                await nursery.start(self._watch)
             async with trio.open_nursery() as serving:
                 # The server owns the listeners from here on, whether it starts or not.
                 server: WorkerServer = await serving.start(
@@ -254,8 +260,6 @@ class _Service:
     async def _stay_up_to_date(self, server: WorkerServer) -> None:
         with self._while_open:
             async with trio.open_nursery() as nursery:
-                if self._config.reload:
-                    nursery.start_soon(self._watch)
                 nursery.start_soon(self._keep_size, server)
                 async for why in self._requests:
                     await self._restart(server, why)
@@ -307,13 +311,27 @@ class _Service:
         while too_many():  # noqa: ASYNC110
             await trio.sleep(_DRAINING_CHECK)
 
-    async def _watch(self) -> None:
-        from .reload import directories_of, watch  # noqa: PLC0415 - for development only
+    async def _watch(self, task_status: trio.TaskStatus[None]) -> None:
+        """Ask for a restart after each change, from the moment that this is started."""
+        from .reload import ReloadFilter, directories_of, watch  # noqa: PLC0415 - for development
 
-        directories = directories_of(self._config.handler)
+        def failed(why: str) -> None:
+            logger.warning("not watching: %s", why)
+
+        config = self._config
+        try:
+            directories = directories_of(config.handler)
+        except OSError as exc:
+            failed(str(exc))
+            task_status.started()
+            return
         logger.info("watching %s", ", ".join(directories))
         await watch(
-            directories, lambda names: self._ask_for_restart(f"changed: {', '.join(names)}")
+            directories,
+            ReloadFilter(directories, config.reload_include, config.reload_exclude),
+            lambda names: self._ask_for_restart(f"changed: {', '.join(names)}"),
+            failed,
+            task_status=task_status,
         )
 
     ################################################################
