@@ -10,6 +10,7 @@ trio-unixconn serve pool_http:handler --bind tcp:127.0.0.1:8000
 import os
 import signal
 import sys
+from contextlib import suppress
 from email.utils import formatdate
 from functools import partial
 
@@ -22,6 +23,30 @@ from trio_unixconn.pool import Job, WorkerServer, serve_with_workers
 # In seconds, with the wait for the next request: shorter than the drain_timeout of a pool, so that
 # idle clients do not keep the old workers.
 LONGEST_EXCHANGE = 20
+# In seconds, how long an idle connection stays open while the worker drains. A client that is just
+# sending its next request gets an answer, with "Connection: close". Without this wait the
+# connection would be closed under that request, and without a limit, one idle client would keep
+# the old worker for LONGEST_EXCHANGE.
+LAST_IDLE_WAIT = 1
+
+
+async def receive_request(stream: trio.abc.Stream, http: h11.Connection, job: Job) -> bool:
+    """Wait for the first bytes of a request. Return False if the connection can be closed."""
+    if http.trailing_data[0]:
+        return True  # sent together with the request before
+    data = b""
+    async with trio.open_nursery() as nursery:
+
+        async def end_soon() -> None:
+            await job.draining.wait()
+            nursery.cancel_scope.deadline = trio.current_time() + LAST_IDLE_WAIT
+
+        nursery.start_soon(end_soon)
+        with suppress(trio.BrokenResourceError):  # the client has left
+            data = bytes(await stream.receive_some())
+        nursery.cancel_scope.cancel()
+    http.receive_data(data)
+    return data != b""
 
 
 async def next_event(stream: trio.abc.Stream, http: h11.Connection) -> object:
@@ -33,7 +58,7 @@ async def next_event(stream: trio.abc.Stream, http: h11.Connection) -> object:
     return event
 
 
-async def answer(stream: trio.abc.Stream, http: h11.Connection, greeting: bytes) -> None:
+async def answer(stream: trio.abc.Stream, http: h11.Connection, greeting: bytes, job: Job) -> None:
     status, text, more, head = 200, greeting, [], False
     try:
         request = await next_event(stream, http)
@@ -48,12 +73,14 @@ async def answer(stream: trio.abc.Stream, http: h11.Connection, greeting: bytes)
             status, text, more = 405, b"not so\n", [(b"Allow", b"GET, HEAD")]
     except h11.RemoteProtocolError as exc:
         status, text, more = exc.error_status_hint, b"bad request\n", [(b"Connection", b"close")]
+    if job.draining.is_set():
+        more = [*more, (b"Connection", b"close")]  # the next request goes to a new worker
     headers = [
         (b"Date", formatdate(usegmt=True).encode()),
         (b"Content-Type", b"text/plain"),
         (b"Content-Length", b"%d" % len(text)),
     ]
-    response = h11.Response(status_code=status, headers=headers + more)
+    response = h11.Response(status_code=status, headers=[*headers, *more])
     whole = [http.send(response), http.send(h11.Data(data=b"" if head else text))]
     await stream.send_all(b"".join(each or b"" for each in whole))
     http.send(h11.EndOfMessage())
@@ -64,9 +91,12 @@ async def handler(stream: trio.abc.Stream, job: Job) -> None:
     greeting = b"Hello from process %d, for job %d!\n" % (os.getpid(), job.id)
     http = h11.Connection(h11.SERVER)
     try:
-        while http.our_state is h11.IDLE and not job.draining.is_set():
+        # Not until the worker drains: a connection is closed only after an answer has said so.
+        while http.our_state is h11.IDLE:
             with trio.fail_after(LONGEST_EXCHANGE):
-                await answer(stream, http, greeting)
+                if not await receive_request(stream, http, job):
+                    break
+                await answer(stream, http, greeting, job)
             if http.our_state is http.their_state is h11.DONE:
                 http.start_next_cycle()
     except (trio.BrokenResourceError, trio.TooSlowError):
@@ -88,7 +118,7 @@ async def serve_until_told(port: int) -> None:
                     await server.pool.restart()  # with the code as it is now
                 except WorkerStartError as exc:
                     print(f"{exc}\nthe old workers go on", file=sys.stderr)
-            server.drain(timeout=1)  # requests under way are finished
+            server.drain(timeout=5)  # requests under way are finished
 
 
 async def get(stream: trio.SocketStream, http: h11.Connection) -> bytes:
