@@ -102,7 +102,7 @@ def test_sigttin_with_a_broken_handler(project: Path) -> None:
         served.drained()
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"])
 def test_signal_before_and_after_serving_does_not_kill(project: Path, name: str) -> None:
     """A signal that changes something ends nothing, whenever it arrives."""
     number = getattr(signal, name)

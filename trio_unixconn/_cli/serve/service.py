@@ -51,8 +51,8 @@ _REPORT: Final = 0.5
 # Seconds between two looks at how many old workers are left.
 _DRAINING_CHECK: Final = 0.1
 _STOP: Final = ("SIGINT", "SIGTERM")
-_WITHOUT_EFFECT: Final = ("SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")
-SIGNALS: Final = (*_STOP, "SIGQUIT", "SIGHUP", *_WITHOUT_EFFECT)
+_CHANGES: Final = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")
+SIGNALS: Final = (*_STOP, "SIGQUIT", *_CHANGES)
 
 
 @attrs.frozen(kw_only=True)
@@ -196,9 +196,13 @@ class _Service:
         if not heard:
             task_status.started()
             return
-        with trio.open_signal_receiver(*heard) as signals:
-            task_status.started()
-            await self._heed(signals)
+        try:
+            with trio.open_signal_receiver(*heard) as signals:
+                task_status.started()
+                await self._heed(signals)
+        finally:
+            # What is left takes a moment, and its exit status is certain.
+            ignore_signals()
 
     async def _heed(self, signals: AsyncIterable[int]) -> None:
         async for number in signals:
@@ -408,14 +412,14 @@ def catch_signals() -> None:
     Not before it listens to them, and not when it has ended to. A function, unlike SIG_IGN, is not
     inherited by the workers.
     """
-    for number in heard_signals(_WITHOUT_EFFECT):
+    for number in heard_signals(_CHANGES):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _do_nothing)
 
 
 def ignore_signals() -> None:
-    """Ignore those signals from now on: Python removes other handlers before it exits."""
-    for number in heard_signals(_WITHOUT_EFFECT):
+    """Ignore all signals from now on: Python removes other handlers before it exits."""
+    for number in heard_signals(SIGNALS):
         signal.signal(number, signal.SIG_IGN)
 
 
