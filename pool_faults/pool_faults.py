@@ -51,7 +51,7 @@ from rich.console import Console
 from rich.table import Table
 
 # No scene takes so long, in seconds, unless a task waits in vain.
-LONGEST = 300
+LONGEST = 600
 MARKDOWN = Path(__file__).with_suffix(".md")
 
 SCENES: dict[str, Any] = {
