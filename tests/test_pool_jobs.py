@@ -190,6 +190,30 @@ async def test_submit_waits_while_max_queue_is_reached(shared: Path) -> None:
     assert len({each.id for each in receipts}) == 10
 
 
+async def test_statistics_of_times(shared: Path) -> None:
+    """The statistics have the age of the queue, the time until jobs are accepted, and handling."""
+    async with (
+        open_worker_pool(HOLD, workers=1, max_in_flight=1) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        second, theirs = ends()
+        async with client_of(pool) as first, second.stream:
+            begin = trio.current_time()
+            nursery.start_soon(pool.submit, theirs)
+            await until(lambda: pool.statistics().queue_age > 0.05)
+            found = pool.statistics()
+            assert found.queue_age <= trio.current_time() - begin
+            assert (found.wait.count, found.handling.count) == (1, 0)
+            await first.end()
+            await second.line()
+            found = pool.statistics()
+            assert (found.queue_age, found.wait.count, found.handling.count) == (0.0, 2, 1)
+            assert found.wait.sum > 0.05
+            # The first job was handled for as long as the second one was queued.
+            assert found.handling.sum > 0.05
+        assert (await at_rest(pool)).handling.count == 2
+
+
 async def test_submit_that_waits_for_a_slot_while_the_pool_drains(shared: Path) -> None:
     """A submitter that waits for a slot gets JobRefusedError when the pool drains."""
     async with open_worker_pool(HOLD, workers=1, max_in_flight=1, max_queue=1) as pool:

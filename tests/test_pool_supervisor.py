@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -616,10 +617,16 @@ async def test_worker_that_refuses_some_batches_is_kept(
             assert slot.refusals == 0
 
 
-async def test_sigterm_during_a_restart_that_fails(shared: Path) -> None:
-    """SIGTERM to a worker whose slot is busy is remembered until the slot is free again."""
+@pytest.mark.parametrize("tick", [0.05, 600.0])
+async def test_sigterm_during_a_restart_that_fails(
+    tick: float, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to a worker whose slot is busy is remembered, and counts when it is not any more."""
+    monkeypatch.setattr(_supervisor, "TICK", tick)
     write(shared, "wait 1", "fail 1")
-    async with open_worker_pool(NUMBER, workers=1, setup=NUMBERED) as pool:
+    async with open_worker_pool(
+        NUMBER, workers=1, setup=NUMBERED, start_timeout=6000, hang_timeout=math.inf
+    ) as pool:
         before = pids(pool)
         with watched(before) as pidfds:
             async with trio.open_nursery() as nursery:

@@ -116,6 +116,7 @@ async def test_submit_worker_that_dies_goes_to_its_successor(shared: Path) -> No
         assert client.receipt is not None
         assert (client.receipt.worker, client.receipt.pid) == (1, pid)
         assert pid == pids(pool)[1] != victim
+        assert [each.restarts for each in pool.statistics().workers] == [0, 1]
         await client.end()
 
 
@@ -264,6 +265,9 @@ async def test_submit_to_one_worker_without_free_descriptors(shared: Path) -> No
         found = await at_rest(pool)
         assert found.retried >= 1
         assert (found.handled, found.deaths) == (4, 0)
+        refusals = {each.pid: each.refusals for each in found.workers}
+        assert refusals.pop(receipts[0].pid) == 0
+        assert sum(refusals.values()) == found.retried
         assert {pid: open_in(pid) for pid in poor.values()} == before
         # A job without a file descriptor needs none in the worker.
         async with trio.open_nursery() as nursery:
