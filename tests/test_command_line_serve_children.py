@@ -193,6 +193,45 @@ def test_pid_file_is_replaced_after_a_crash(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_pid_file_that_vanishes_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server that removes or replaces its file at the same time is no error."""
+    path, link, flock = tmp_path / "pid", os.link, fcntl.flock
+    steps = ["exists", "unlinked", "replaced"]
+
+    def racing_link(source: str, target: str) -> None:
+        if steps and steps[0] == "exists":
+            steps.pop(0)
+            # And it is gone when it is opened.
+            raise FileExistsError
+        link(source, target)
+
+    def racing_flock(file: int, operation: int) -> None:
+        flock(file, operation)
+        if os.fstat(file).st_size == 0 and steps:
+            step = steps.pop(0)
+            path.unlink()
+            if step == "replaced":
+                path.write_text("1\n")
+
+    monkeypatch.setattr(os, "link", racing_link)
+    monkeypatch.setattr(fcntl, "flock", racing_flock)
+    with pid_file(str(path)):
+        assert path.read_text() == f"{os.getpid()}\n"
+    for _ in range(2):
+        path.write_text("")
+        with pid_file(str(path)):
+            assert path.read_text() == f"{os.getpid()}\n"
+    assert steps == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_zombie_of_a_process_that_is_gone() -> None:
+    """A process that is gone while it is looked at is no zombie."""
+    assert not children._is_zombie_of("0", 1)
+
+
 def test_pid_file_none() -> None:
     """Without --pid-file nothing is written."""
     with pid_file(None):

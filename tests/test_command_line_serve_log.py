@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import re
 import resource
 import signal
@@ -39,6 +40,8 @@ import sys
 
 async def once(stream, job):
     data = await stream.receive_some(100)
+    for number in range(200 if data == b"flood" else 0):
+        print("line", number)
     print("printed", data)
     print("on standard error", file=sys.stderr)
     await stream.send_all(b"one")
@@ -432,6 +435,51 @@ def test_print_of_a_handler_is_shown_above_the_table(project: Path) -> None:
         text = terminal.end()
     assert text.count("printed b'x'") == 1
     assert text.count("on standard error") == 1
+
+
+def test_flood_of_a_handler_above_the_table_is_counted(project: Path) -> None:
+    """Of more lines than a terminal can take between two pictures, the rest is counted."""
+    with closing(Terminal(project)) as terminal:
+        terminal.shows("app:once, up 0:00:0")
+        assert ask(project, b"flood") == b"one"
+        terminal.shows("more lines, which --plain prints", "handled 1 (")
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.end()
+
+
+def test_log_reports_a_record_that_cannot_be_formatted() -> None:
+    """A wrong record is reported on standard error, as logging does, and the next one is logged."""
+    program = (
+        "from trio_unixconn._cli.serve.log import logger, start_log\n"
+        "log = start_log(file=None, form='text', level=20, table=False)\n"
+        "logger.info('%d', 'x')\n"
+        "logger.info('one %d', 2)\n"
+        "log.stop()\n"
+    )
+    done = subprocess.run(
+        [COMMAND[0], "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.endswith(" INFO: one 2\n")
+    assert "--- Logging error ---" in done.stderr
+
+
+def test_captured_stream_without_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no pseudoterminal is left, workers get a pipe."""
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    master, slave = pty.openpty()
+    lines: list[bytes] = []
+    monkeypatch.setattr(os, "openpty", fail)
+    stream = CapturedStream(slave, lines.append)
+    assert not os.isatty(slave)
+    os.write(slave, b"one\n")
+    stream.restore(60)
+    assert os.isatty(slave)
+    for fd in (stream.original, slave, master):
+        os.close(fd)
+    assert lines == [b"one"]
 
 
 def test_stalled_terminal_stops_nothing(project: Path) -> None:

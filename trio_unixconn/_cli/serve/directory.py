@@ -44,15 +44,16 @@ class WorkingDirectory:
 
     @contextmanager
     def entered(self) -> Generator[str, None, None]:
-        """Enter the directory, and go back if the block raises."""
-        before, entry = os.open(".", os.O_RDONLY | os.O_DIRECTORY), self._entry
+        """Enter the directory again, and go back if the block raises."""
+        entry = self._entry
+        assert entry is not None  # noqa: S101 - enter() comes first
+        before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
                 yield self.enter()
             except BaseException:
                 os.fchdir(before)
-                if entry is not None:
-                    self._put_on_path(entry)
+                self._put_on_path(entry)
                 raise
         finally:
             os.close(before)

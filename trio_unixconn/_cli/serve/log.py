@@ -289,10 +289,6 @@ class Screen:
         if text:
             self._log.terminal.put(text.encode(self.encoding, "backslashreplace"))
 
-    def isatty(self) -> bool:
-        """Return True."""
-        return True
-
 
 def _encoding(stream: TextIO | None) -> str:
     """Return the encoding of a stream, which is None if the parent process has closed it."""

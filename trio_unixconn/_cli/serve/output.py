@@ -110,7 +110,10 @@ class LineOutput(DescriptorOwner):
         return self._gone
 
     def reopen(self) -> None:
-        """Have the file opened again, after what waits is written."""
+        """Have the file opened again, after what waits is written.
+
+        Only with the arguments ``reopen`` and ``on_reopened``.
+        """
         with self._changed:
             self._must_reopen = True
             self._changed.notify()
@@ -188,7 +191,8 @@ class LineOutput(DescriptorOwner):
     def _reopen_now(self) -> None:
         error = None
         try:
-            fd = self._open_again() if self._open_again is not None else os.dup(self._fd)
+            assert self._open_again is not None  # noqa: S101 - reopen() says that there is one
+            fd = self._open_again()
         except OSError as exc:
             error = exc
         else:
@@ -197,8 +201,8 @@ class LineOutput(DescriptorOwner):
             with self._changed:
                 self._gone = False
             os.close(old)
-        if self._on_reopened is not None:
-            self._on_reopened(error)
+        assert self._on_reopened is not None  # noqa: S101 - as for reopen
+        self._on_reopened(error)
 
 
 def block_signals() -> None:
