@@ -12,6 +12,7 @@ import signal
 from array import array
 from collections import deque
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -225,6 +226,10 @@ def answer(job_id: int, data: bytes = b"an answer") -> bytes:
 
 def error(job_id: int) -> bytes:
     return _protocol.pack_job_result(_protocol.ERROR, job_id, b"it failed")
+
+
+def has_started(workers: list[FakeWorker], count: int) -> bool:
+    return len(workers) == count
 
 
 def log_ids(worker: FakeWorker, *ids: int) -> None:
@@ -513,6 +518,48 @@ async def test_worker_that_shuts_down_receiving_and_lives_is_killed(
         assert submitters.outcomes == {"a job": JobReceipt(1, 0, workers[1].pid)}
         found = await at_rest(pool)
     assert (found.retried, found.handled, found.abandoned) == (1, 1, 0)
+
+
+async def test_hang_timeout_of_a_batch_without_an_answer(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A worker that sends heartbeats and never answers a batch is killed after hang_timeout."""
+    async with fake_pool(monkeypatch, hang_timeout=20) as (pool, workers):
+        (deaf,) = workers
+        async with submitters_of(pool) as submitters:
+            begin = trio.current_time()
+            submitters.submit("a job")
+            await deaf.batch()
+            while deaf.status is None:
+                with suppress(UnixConnectionError):
+                    await deaf.say(BEAT)
+                await trio.sleep(0.5)
+            assert trio.current_time() - begin == pytest.approx(20, abs=2)
+        assert submitters.outcomes == {"a job": JobReceipt(1, 0, workers[1].pid)}
+        found = await at_rest(pool)
+    assert (found.retried, found.handled, found.abandoned) == (1, 1, 0)
+
+
+async def test_jobs_that_only_the_completion_log_has_clear_the_crashes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that dies before it can report a handled job has handled it: pauses do not grow."""
+    async with fake_pool(monkeypatch, liars=3, crash_limit=1) as (pool, workers):
+        async with submitters_of(pool) as submitters:
+            for number in range(3):
+                submitters.submit(f"job {number}")
+                await until(partial(has_started, workers, number + 1))
+                (job_id,) = await workers[number].take()
+                await until(lambda: bool(pool._supervisor.slots[0].handle.in_flight))
+                submitters.submit(f"another job {number}")
+                await workers[number].take()
+                log_ids(workers[number], job_id)
+                await until(lambda: len(pool._supervisor.slots[0].handle.in_flight) == 2)
+                workers[number].exit(-signal.SIGSEGV)
+                await until(partial(has_started, workers, number + 2))
+                assert pool._supervisor.slots[0].deaths == 1
+        found = await at_rest(pool)
+    assert (found.handled, found.abandoned) == (3, 3)
 
 
 @pytest.mark.parametrize("claimed", [(), (A_JOB,), (A_CALL,), (A_JOB, A_CALL)])

@@ -137,6 +137,7 @@ class WorkerHandle(DescriptorOwner):
       started_at: when it was ready, in trio's time; infinity before.
       last_heard: when something of it arrived.
       idle_since: when it finished its last job.
+      batch_sent_at: when its batch was sent; infinity if there is none that it must answer.
       accepted, handled, failed: the numbers of its jobs.
       refusals: the number of batches that it has refused.
       died_with_jobs: whether it had jobs when it ended.
@@ -170,6 +171,7 @@ class WorkerHandle(DescriptorOwner):
         self._wants_more = True
         self._batch_id = 0
         self._expects_batch_answer = False
+        self.batch_sent_at: float = math.inf
         # The batch stands for itself: there is one at most.
         self._outgoing: deque[bytes | None] = deque()
         self._outgoing_changed = trio.lowlevel.ParkingLot()
@@ -317,6 +319,8 @@ class WorkerHandle(DescriptorOwner):
                 abandoned.append(job)
                 job.settle(JobEnd.ABANDONED, error)
         self.died_with_jobs = bool(batch or abandoned)
+        if len(abandoned) < len(in_flight):
+            self._owner.on_finished(self, len(in_flight) - len(abandoned))
         if batch:
             self._owner.requeue(batch, self.error, counts=True)
         self.ready.set()
@@ -363,6 +367,8 @@ class WorkerHandle(DescriptorOwner):
                 else:
                     raise
             else:
+                if self._expects_batch_answer:
+                    self.batch_sent_at = trio.current_time()
                 return
         # Nothing was sent, so the worker asks for nothing.
         self._expects_batch_answer = False
@@ -505,6 +511,7 @@ class WorkerHandle(DescriptorOwner):
         if batch_id != self._batch_id or not self._expects_batch_answer:
             raise ProtocolError(f"got an answer to batch {batch_id}, which is not outstanding")
         self._expects_batch_answer = False
+        self.batch_sent_at = math.inf
         jobs, self.batch = self.batch, []
         return jobs
 

@@ -675,6 +675,7 @@ class Supervisor(DescriptorOwner):
         """Forgive all silence: the machine was suspended, or this process did not run."""
         for handle in self.alive:
             self.alive[handle] = handle.last_heard = now
+            handle.batch_sent_at = max(handle.batch_sent_at, now)
 
     def _check_clocks(self, now: float) -> None:
         """Kill workers that hang."""
@@ -694,6 +695,12 @@ class Supervisor(DescriptorOwner):
                 self._overdue.add(handle)
                 logger.warning("%r: no heartbeat for %.1f s, killing it", handle, silence)
                 handle.kill(f"hung for {silence:.1f} s")
+            elif now - handle.batch_sent_at > options.hang_timeout:
+                # Its event loop runs, but does not receive.
+                self._overdue.add(handle)
+                late = now - handle.batch_sent_at
+                logger.warning("%r: no answer to a batch for %.1f s, killing it", handle, late)
+                handle.kill(f"did not answer a batch for {late:.1f} s")
 
     def _check_limits(self, now: float, *, with_memory: bool) -> None:
         """Replace workers that have reached a limit, or that could not be replaced before."""
