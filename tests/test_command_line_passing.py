@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import stat
@@ -281,18 +282,122 @@ def test_too_many_or_too_few(count: int, path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_came(path: Path) -> None:
-    """A stream that ends without a descriptor is an error, and the command is not run."""
-    with started("receive-fd", path, *shell("echo ran")) as receiver:
-        wait_for_socket(path, receiver)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
-        done = ended(receiver)
+def test_receive_fd_connect_receives_nothing(path: Path) -> None:
+    """With --connect, a stream that ends without a descriptor is an error; nothing is run."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        with started("receive-fd", "--connect", path, *shell("echo ran")) as receiver:
+            server.accept()[0].close()
+            done = ended(receiver)
     assert done.returncode == 1
     assert done.stdout == ""
     assert (
         done.stderr == f"trio-unixconn: {path}: end of stream while waiting for a file descriptor\n"
     )
+
+
+def test_receive_fd_ignores_connections_that_bring_nothing(directory: Path, path: Path) -> None:
+    """Neither a second receive-fd, nor peer, nor a silent client ends or holds up the first."""
+    with started("receive-fd", path, *shell("cat <&3")) as receiver:
+        wait_for_socket(path, receiver)
+        second = run("receive-fd", path)
+        assert second.returncode == 1
+        assert "Address already in use" in second.stderr
+        assert run("peer", path).returncode == 0
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(str(path))
+            sent = run("send-fd", path, directory / "one")
+            assert (sent.returncode, sent.stderr) == (0, "")
+            done = ended(receiver)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\n", "")
+
+
+def test_send_fd_listen_ignores_connections_that_receive_nothing(
+    directory: Path, path: Path
+) -> None:
+    """With --listen, send-fd goes on until a process has received the descriptor."""
+    with started("send-fd", "--listen", path, directory / "one") as sender:
+        wait_for_socket(path, sender)
+        for _ in range(3):
+            assert run("peer", path).returncode == 0
+        done = run("receive-fd", "--connect", path, *shell("cat <&3"))
+        assert done.stdout == "one\n", done.stderr
+        assert ended(sender).returncode == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--listen",)])
+def test_send_fd_reports_a_peer_that_does_not_receive_all(
+    options: tuple[str, ...], directory: Path, path: Path
+) -> None:
+    """The exit status is 1 if the peer closes before it has received the last descriptor."""
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        if not options:
+            server.bind(str(path))
+            server.listen()
+        files = (directory / "one", directory / "two")
+        with started("send-fd", *options, path, *files) as sender:
+            if options:
+                wait_for_socket(path, sender)
+                client.connect(str(path))
+                conn = client
+            else:
+                conn, _ = server.accept()
+            _, fds, _, _ = socket.recv_fds(conn, 1, 1)
+            os.close(fds[0])
+            # The second one is there, and stays there.
+            poller = select.poll()
+            poller.register(conn, select.POLLIN)
+            assert poller.poll(60_000)
+            conn.close()
+            done = ended(sender)
+    assert done.returncode == 1
+    assert done.stderr.startswith("trio-unixconn: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_send_fd_waits_until_received(directory: Path, path: Path) -> None:
+    """The exit status is not 0 while the descriptor is in the queue of a server."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        done = run("send-fd", "--timeout", "1", path, directory / "one")
+    assert done.returncode == 1
+    assert done.stderr == f"trio-unixconn: {path}: not done within 1 seconds\n"
+
+
+@pytest.mark.parametrize("where", ["socket", "later/socket"])
+def test_send_fd_wait(where: str, directory: Path) -> None:
+    """With --wait, the receiver, and its directory, may be started later."""
+    path = directory / where
+    with started("send-fd", "--wait", "60", path, directory / "one") as sender:
+        path.parent.mkdir(exist_ok=True)
+        done = run("receive-fd", path, *shell("cat <&3"))
+        assert done.stdout == "one\n", done.stderr
+        assert ended(sender).returncode == 0
+
+
+def test_receive_fd_wait(directory: Path, path: Path) -> None:
+    """With --connect and --wait, the sender may be started later."""
+    with started("receive-fd", "--connect", "--wait", "60", path, *shell("cat <&3")) as receiver:
+        assert run("send-fd", "--listen", path, directory / "one").returncode == 0
+        assert ended(receiver).stdout == "one\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--blocking",)])
+def test_receive_fd_blocking(options: tuple[str, ...], path: Path) -> None:
+    """--blocking clears O_NONBLOCK, and nothing else does."""
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    try:
+        look = program("import os; print(os.get_blocking(3))")
+        with started("receive-fd", *options, path, *look) as receiver:
+            wait_for_socket(path, receiver)
+            sent = run("send-fd", path, "--fd", str(writing), pass_fds=[writing])
+            assert sent.returncode == 0, sent.stderr
+            assert ended(receiver).stdout == f"{bool(options)}\n"
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 ################################################################
@@ -382,6 +487,10 @@ def test_another_user_is_let_in() -> None:
             2,
             "--any-user can only be used",
         ),
+        (["send-fd", "--wait", "0.02", "{path}", "{dir}/one"], 1, "{path}: No such file or"),
+        (["send-fd", "--wait", "-1", "{path}", "-"], 2, "--wait is a number of seconds"),
+        (["send-fd", "--listen", "--wait", "1", "{path}", "-"], 2, "--wait can only be used"),
+        (["receive-fd", "--wait", "1", "{path}"], 2, "--wait can only be used"),
         (["send-fd", "--timeout", "nan", "{path}", "-"], 2, "--timeout is a number of seconds"),
         (["send-fd", "@", "-"], 2, "'@' is an abstract name without a character"),
         (["send-fd", "unix:nowhere", "-"], 2, "expected the URI of one Unix socket"),
