@@ -309,8 +309,14 @@ TestJobs.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 ################################################################
 
 
-async def test_wait_of_submit_returns_its_receipt() -> None:
-    """A submitter waits until the job is acknowledged."""
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [(None, None), (JobEnd.HANDLED, None), (JobEnd.ABANDONED, None), (JobEnd.FAILED, CAUSE)],
+)
+async def test_wait_of_submit_returns_its_receipt(
+    end: JobEnd | None, outcome: Exception | None
+) -> None:
+    """A submitter gets its receipt, even if the job is settled before its task runs again."""
     job = pending()
     job.send()
     receipts: list[JobReceipt] = []
@@ -322,6 +328,8 @@ async def test_wait_of_submit_returns_its_receipt() -> None:
         nursery.start_soon(submit)
         await trio.testing.wait_all_tasks_blocked()
         job.acknowledge(2, 7, 1.0)
+        if end is not None:
+            job.settle(end, outcome)
     assert receipts == [JobReceipt(1, 2, 7)]
 
 
