@@ -50,6 +50,11 @@ def hear_signals() -> None:
         signal.signal(each, signal.SIG_DFL)
 
 
+def import_path(project: Path) -> str:
+    """Return a PYTHONPATH with a directory in front."""
+    return os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def make_project(directory: Path) -> Path:
     """Make a directory with a module of handlers, ``app``, to run a server in."""
     project = directory / "project"

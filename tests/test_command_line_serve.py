@@ -24,6 +24,7 @@ from serve_cli import (
     answer,
     connected,
     hear_signals,
+    import_path,
     make_project,
     rest_of,
     serving,
@@ -715,7 +716,7 @@ def test_reload_in_a_deleted_directory(project: Path) -> None:
     arguments = ["serve", "app:once", "--bind", f"unix:{project}/s", "--workers", "1", "--reload"]
     with subprocess.Popen(
         [*shell, *program, *arguments],
-        env={**os.environ, "PYTHONPATH": str(project)},
+        env={**os.environ, "PYTHONPATH": import_path(project)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli import COMMAND, ended, run
-from serve_cli import Served, answer, hear_signals, make_project, until
+from serve_cli import Served, answer, hear_signals, import_path, make_project, until
 
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
 
@@ -178,7 +178,7 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
     command = [*program, "serve", "app:once", "--bind", bind, "--workers", "1"]
     with subprocess.Popen(
         deleted(command, project),
-        env={**os.environ, "PYTHONPATH": str(project)},
+        env={**os.environ, "PYTHONPATH": import_path(project)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
