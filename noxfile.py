@@ -170,10 +170,15 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Cause the same faults in this library and in others; ``--write`` keeps the table."""
+    """Cause the same faults in this library and in others; ``--write`` keeps the table.
+
+    Without arguments, the random test of the pool is next, for three minutes.
+    """
     install(session, "faults")
     session.run("python", "faults/faults.py", *session.posargs)
     session.run("python", "faults/backlog.py", *session.posargs)
+    if not session.posargs:
+        session.run("python", "pool_faults/pool_faults.py", "--random", "180")
 
 
 @nox.session(name="pool-faults")
