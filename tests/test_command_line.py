@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from cli import run_in_this_process
 from typer.testing import CliRunner
 
 import trio_unixconn
@@ -72,6 +73,61 @@ def test_demo_in_80_columns(directory: Path) -> None:
     assert sum(" the worker " in row for row in rows) == 4
 
 
+def test_demo_breaks_no_word_in_80_columns(tmp_path: Path) -> None:
+    """A path is continued in the next line only after a slash, a dot, a dash or an underscore."""
+    file = tmp_path / "alphabetical" / "beautiful_gardens" / "character-encoding.txt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    done = run("demo", str(file), env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    for word in ("alphabetical/", "beautiful_", "gardens/", "character-", "encoding."):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", [(), ("demo",), ("send-fd",), ("serve",)])
+def test_main_help(command: tuple[str, ...], option: str) -> None:
+    """Both -h and --help print the help of the command line, and of each command."""
+    done = run_in_this_process(*command, option)
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+
+
+def test_main_version() -> None:
+    """--version prints the version."""
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"trio-unixconn {trio_unixconn.__version__}\n")
+
+
+def test_main_show_completion() -> None:
+    """The script that a shell evaluates is printed, and its requests are answered."""
+    asked = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = run("--show-completion", "bash", env=asked)
+    assert done.returncode == 0, done.stderr
+    assert "complete -o default -F" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [("doctor",), ("doctor", "--json"), ("demo", __file__), ("--version",)]
+)
+@pytest.mark.parametrize("output", ["/dev/full", None])
+def test_main_output_that_cannot_be_written(command: tuple[str, ...], output: str | None) -> None:
+    """A full disk and a closed standard output are one line and exit status 1."""
+    words = " ".join([sys.executable, "-m", "trio_unixconn", *command])
+    redirection = ">&-" if output is None else f">{output}"
+    done = subprocess.run(
+        ["sh", "-c", f"{words} {redirection}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    why = "Bad file descriptor" if output is None else "No space left on device"
+    assert done.stderr == f"trio-unixconn: standard output: {why}\n"
+    assert done.returncode == 1
+
+
 def test_demo_as_json(directory: Path) -> None:
     """--json has every transfer and exchange, with the worker, as both sides saw it."""
     done = run("demo", "--json", str(directory))
@@ -116,9 +172,9 @@ def test_demo_reports_different_files() -> None:
 
 @pytest.mark.parametrize("what", ["missing", "fifo"])
 def test_demo_rejects_missing_paths(directory: Path, what: str) -> None:
-    """A missing path, or one that is not a file, is exit status 2 before anything happens."""
+    """A missing path, or one that is not a file, is exit status 1 before anything happens."""
     done = run("demo", str(directory / what))
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.startswith(f"trio-unixconn: {directory / what}: ")
     assert done.stdout == ""
 

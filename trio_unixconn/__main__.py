@@ -5,10 +5,15 @@ The commands are in ``_cli``. Only they need typer and rich, the extra ``cli``.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from ._version import __version__
+
 try:
     import typer
 
     from ._cli import demo, doctor, passing, peer
+    from ._cli._console import end_output, say
     from ._cli.serve.command import serve
 except ImportError as _exc:
     raise SystemExit(
@@ -20,9 +25,30 @@ app: typer.Typer = typer.Typer(
     name="trio-unixconn",
     help="Pass open files, sockets and proof of identity between processes.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        say(f"trio-unixconn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Pass open files, sockets and proof of identity between processes."""
+
+
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command()(peer.peer)
@@ -33,7 +59,10 @@ app.command()(serve)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        end_output()
 
 
 if __name__ == "__main__":

@@ -97,8 +97,10 @@ def become(command: Sequence[str], fds: Sequence[int], names: Sequence[str]) -> 
     # Python ignores these from its start on, and exec(2) would leave it at that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for output in (sys.stdout, sys.stderr):
+        # A stream that was closed at the start is None.
+        if output is not None:
+            output.flush()
     try:
         os.execvpe(command[0], [*command], environment)  # noqa: S606 - what the user said
     except OSError as exc:

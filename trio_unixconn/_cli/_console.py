@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 
 import trio
 import typer
@@ -21,7 +23,7 @@ from .._address import UnixSocketAddress
 from ..errors import UnixConnectionError, WorkerStartError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
 T = TypeVar("T")
 
@@ -59,12 +61,42 @@ def address_of(text: str) -> UnixSocketAddress:
 
 def say(line: str) -> None:
     """Print a line, unfolded, so that grep and cut work on it."""
-    print(printable(line))  # noqa: T201 - a command line's work
+    with writing() as output:
+        print(printable(line), file=output)
 
 
 def say_json(value: Any) -> None:
     """Print for machines."""
-    print(json.dumps(value, indent=1))  # noqa: T201 - the output of the command
+    with writing() as output:
+        print(json.dumps(value, indent=1), file=output)
+
+
+@contextmanager
+def writing() -> Generator[TextIO, None, None]:
+    """Write to standard output, or end with a line that says why that is not possible."""
+    if sys.stdout is None:
+        fail(f"standard output: {os.strerror(errno.EBADF)}")
+    try:
+        yield sys.stdout
+    except OSError as exc:
+        fail(f"standard output: {exc.strerror}")
+
+
+def end_output() -> None:
+    """Write what is still buffered for standard output, or end as :func:`writing` does.
+
+    Python does so itself, but with a traceback, and exit status 120.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as exc:
+        # What remains in the buffer is to be discarded.
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
+        sys.stderr.write(f"trio-unixconn: standard output: {exc.strerror}\n")
+        raise SystemExit(1) from None
 
 
 def complain(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,13 +14,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ._console import fail, printable, run, say, say_json
+from ._console import fail, printable, run, say, say_json, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from .._demo.driver import Report, Transfer
 
+# The maximum width of the columns beside that of the name, with all lines.
+_OTHER_COLUMNS = 61
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -44,14 +47,16 @@ def demo(
     try:
         files, problems = driver.files_in(paths or sorted(_PACKAGE.rglob("*.py")))
     except OSError as exc:
-        fail(f"{exc.filename}: {exc.strerror}", status=2)
+        fail(f"{exc.filename}: {exc.strerror}")
+    errors = Console(stderr=True)
     with Progress(
         TextColumn("handing over"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=errors,
         transient=True,
+        disable=not errors.is_terminal,
     ) as bar:
         task = bar.add_task("", total=None)
 
@@ -84,11 +89,13 @@ def _print_tables(report: Report, rows: int) -> None:
         table.add_column("ms", justify="right", no_wrap=True)
         for each in shown:
             if each.worker == worker:
-                _add_row(table, each)
-        console.print(table)
+                _add_row(table, each, console.width - _OTHER_COLUMNS)
+        with writing():
+            console.print(table)
     if len(shown) < len(report.transfers):
         say(f"... and {len(report.transfers) - len(shown)} more, the same on both sides")
-    console.print(_exchanges(report))
+    with writing():
+        console.print(_exchanges(report))
     say(
         f"{sum(report.cancelled)} of {len(report.cancelled)} receives were cancelled by a thread; "
         "what was sent after them still arrived"
@@ -124,16 +131,26 @@ def _exchanges(report: Report) -> Table:
     return table
 
 
-def _add_row(table: Table, each: Transfer) -> None:
+def _add_row(table: Table, each: Transfer, width: int) -> None:
     here, there = each.here, each.there
     table.add_row(
-        escape(printable(each.what)),
+        escape(_folded(printable(each.what), width)),
         f"{here.identity}\n{there.identity}",
         f"{here.bytes}\n{there.bytes}",
         f"{here.sha256[:12]}\n{there.sha256[:12]}",
         f"{each.seconds * 1000:.1f}",
         style="" if each.same else "red",
     )
+
+
+def _folded(text: str, width: int) -> str:
+    """Return a path in lines, ended after a separator, so that no word is broken that fits."""
+    lines = [""]
+    for word in re.findall(r"[^/_. -]*[/_. -]*", text):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 def _spaced(numbers: Iterable[int]) -> str:

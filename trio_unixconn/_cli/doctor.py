@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ._console import fail, printable, say, say_json
+from ._console import fail, printable, say, say_json, writing
 
 if TYPE_CHECKING:
     from .._doctor.report import Examination
@@ -62,7 +62,8 @@ def _print_tables(found: Examination) -> None:
             escape(seen),
             style="" if feature.works else "red" if feature.is_core else "yellow",
         )
-    console.print(table)
+    with writing():
+        console.print(table)
     table = Table(title="Limits", title_justify="left")
     table.add_column("limit", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
@@ -70,7 +71,8 @@ def _print_tables(found: Examination) -> None:
     for limit in found.limits:
         value = "unknown" if limit.value is None else str(limit.value)
         table.add_row(limit.name, value, escape(printable(limit.meaning)))
-    console.print(table)
+    with writing():
+        console.print(table)
     say(
         "descriptors and credentials pass: this library works here"
         if found.works
