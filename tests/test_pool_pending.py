@@ -53,6 +53,16 @@ def test_settle_counts_and_closes() -> None:
         assert not is_open(fd)
 
 
+def test_acknowledge_keeps_little_data() -> None:
+    """Of large data, the pool keeps the first 4,096 bytes while a worker handles the job."""
+    for data in b"few", bytes(4096), bytes(range(256)) * 100:
+        job = PendingJob(1, -1, 0, Counters(), 0.0, data)
+        job.send()
+        assert job.data == data
+        job.acknowledge(0, 7, 1.0)
+        assert job.data == data[:4096]
+
+
 def test_settle_twice() -> None:
     """A job cannot be settled twice."""
     job = pending()

@@ -55,6 +55,10 @@ _FILES: Final = frozenset({EndpointKind.OTHER})
 _UNIX_SOCKETS: Final = frozenset({EndpointKind.UNIX, EndpointKind.UNIX_WITHOUT_DESCRIPTORS})
 
 
+#: What a pool keeps of the data of a job that a worker has, for AbandonedJob, in bytes.
+MAX_KEPT_DATA: Final = 4096
+
+
 class JobState(enum.Enum):
     """The states of a job."""
 
@@ -96,7 +100,7 @@ class PendingJob(DescriptorOwner):
       id: the pool's number for it. Jobs that were submitted later have higher numbers.
       fd: its file descriptor, which this owns; -1 if it has none or if it is closed.
       kind: what the worker makes of the file descriptor, an ``EndpointKind``.
-      data: the bytes that its handler gets.
+      data: the bytes that its handler gets; after acknowledge the first MAX_KEPT_DATA of them.
       worker: the index of the only worker that may have it; None for any.
       wants_answer: whether the submitter waits for what the handler returns.
       peer: the address of the peer, if a server of the pool accepted the connection.
@@ -178,6 +182,8 @@ class PendingJob(DescriptorOwner):
         self._check(JobState.SENT)
         self.state = JobState.ACKNOWLEDGED
         self.acknowledged_at = now
+        if len(self.data) > MAX_KEPT_DATA:
+            self.data = self.data[:MAX_KEPT_DATA]
         self.close()
         if self._task is not None and not self.wants_answer:
             self._tell(JobReceipt(self.id, worker, pid))

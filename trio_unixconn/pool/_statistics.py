@@ -154,7 +154,7 @@ class AbandonedJob:
       worker: the index of the worker.
       pid: the ID of its process, which has ended.
       peer: the address of the peer, if :func:`serve_with_workers` accepted the connection.
-      data: the bytes that were submitted with it.
+      data: the first 4,096 bytes of those that were submitted with it.
       seconds: how long its handler ran.
     """
 
