@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -392,3 +392,27 @@ def test_import_of_pool_needs_no_extra() -> None:
         "import trio_unixconn.pool"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("sent", [b"GET /metrics HT", b"GET / HTTP/1.1\r\nHost: x\r\n", b"pro"])
+async def test_serve_statistics_half_sent_requests(
+    sent: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that send half a request do not hold up the next scrape; the oldest are ended."""
+    # None of them ends because of its time.
+    monkeypatch.setattr(_stats_server, "EXCHANGE_TIMEOUT", math.inf)
+    count = 3 * _stats_server.MAX_EXCHANGES
+    path = tmp_path / "stats"
+    async with asked_at(path), AsyncExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            conn = await stack.enter_async_context(await open_unix_connection(path))
+            await conn.send_all(sent)
+            clients.append(conn)
+        async with await open_unix_connection(path) as conn:
+            await conn.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await conn.receive_some()).startswith(b"HTTP/1.1 200 OK")
+        for conn in clients[: count - _stats_server.MAX_EXCHANGES]:
+            # ConnectionBrokenError: it was ended before its bytes were received.
+            with suppress(ConnectionBrokenError):
+                assert await conn.receive_some() == b""

@@ -1,7 +1,7 @@
 """serve_statistics: the statistics of a pool, as JSON and for Prometheus, at a Unix socket.
 
-Each connection is one request and one answer. No client can stop the pool, or keep a connection
-for longer than an answer takes.
+Each connection is one request and one answer. No client can stop the pool, keep a connection for
+longer than an answer takes, or hold up the answer to another client.
 
 Sources: RFC 9110, RFC 9112, https://prometheus.io/docs/instrumenting/exposition_formats/ (text
 format 0.0.4)
@@ -44,7 +44,9 @@ EXCHANGE_TIMEOUT: Final = 5.0
 # The maximum length of a line, and of the head of an HTTP request, in bytes.
 MAX_LINE: Final = 8192
 CHUNK_SIZE: Final = 4096
-MAX_CONNECTIONS: Final = 64
+# The maximum number of exchanges. One more ends the oldest, which is the least likely to go on: a
+# scrape that is complete is answered in a few milliseconds.
+MAX_EXCHANGES: Final = 64
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 JSON_TYPE: Final = "application/json"
@@ -91,24 +93,40 @@ async def serve_statistics(
             "serve_statistics needs h11; install it with: pip install 'trio_unixconn[cli]'"
         )
     await serve_unix(
-        partial(_answer, source),
+        partial(_answer, source, {}),
         address,
         policy=PeerPolicy.same_user() if policy is None else policy,
         mode=mode,
         receive_descriptors=isinstance(address, UnixListener),
-        max_connections=MAX_CONNECTIONS,
+        max_connections=2 * MAX_EXCHANGES,
         handler_errors="log",
         task_status=task_status,
     )
 
 
-async def _answer(source: WorkerServer | WorkerPool, conn: UnixConnection) -> None:
-    try:
-        with trio.move_on_after(EXCHANGE_TIMEOUT):
+async def _answer(
+    source: WorkerServer | WorkerPool,
+    exchanges: dict[trio.CancelScope, None],
+    conn: UnixConnection,
+) -> None:
+    """Answer a client.
+
+    Args:
+      exchanges: those in progress, the oldest one first.
+    """
+    if len(exchanges) >= MAX_EXCHANGES:
+        oldest = next(iter(exchanges))
+        del exchanges[oldest]
+        oldest.cancel()
+    with trio.move_on_after(EXCHANGE_TIMEOUT) as scope:
+        exchanges[scope] = None
+        try:
             await _answer_in_time(source, conn)
-    except UnixConnectionError:
-        # The client has closed the connection.
-        pass
+        except UnixConnectionError:
+            # The client has closed the connection.
+            pass
+        finally:
+            exchanges.pop(scope, None)
 
 
 async def _answer_in_time(source: WorkerServer | WorkerPool, conn: UnixConnection) -> None:
