@@ -270,9 +270,9 @@ def test_a_handler_that_cannot_be_imported(project: Path) -> None:
     [
         (
             ["--bind", "127.0.0.1:80"],
-            "expected tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N or systemd",
+            "expected tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, systemd or systemd:NAME",
         ),
-        (["--bind", "fd:x"], "fd:N or systemd, got fd:x"),
+        (["--bind", "fd:x"], "systemd or systemd:NAME, got fd:x"),
         (["--bind", "tcp::8000"], "every address of this machine is 0.0.0.0 or [::]"),
         (["--bind", "tcp:::1:8000"], "with an address of IPv6 in brackets"),
         (["--bind", "tcp:8000"], "expected tcp:HOST:PORT, with"),
@@ -440,7 +440,8 @@ def test_another_kind_of_socket(project: Path) -> None:
         it.drained()
 
 
-def test_what_systemd_passes(project: Path) -> None:
+@pytest.mark.parametrize("where", ["systemd", "systemd:x"])
+def test_what_systemd_passes(where: str, project: Path) -> None:
     """LISTEN_FDS from 3 on are served, and the workers see nothing of it."""
     (project / "app.py").write_text(
         APP.replace(
@@ -453,7 +454,7 @@ def test_what_systemd_passes(project: Path) -> None:
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='x'); "
             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         )
-        arguments = ["serve", "app:once", "--bind", "systemd", "--workers", "1"]
+        arguments = ["serve", "app:once", "--bind", where, "--workers", "1"]
         with subprocess.Popen(
             [sys.executable, "-c", program, str(tcp.fileno()), *COMMAND[1:], *arguments],
             cwd=project,
@@ -467,6 +468,34 @@ def test_what_systemd_passes(project: Path) -> None:
             served.line("ready: ")
             assert answer(tcp.getsockname()) == b"[]"
             served.drained()
+
+
+@pytest.mark.parametrize(
+    ("names", "binds", "expected"),
+    [
+        ("a:b:a", ["systemd:b", "systemd:a"], "[[4], [3, 5]]\n"),
+        ("a:b:a", ["systemd"], "[[3, 4, 5]]\n"),
+        ("a", ["systemd:unknown"], "[[4, 5]]\n"),
+        ("", ["systemd:unknown"], "[[3, 4, 5]]\n"),
+        ("a:b:a", ["systemd:c"], "no socket has the name c (LISTEN_FDNAMES: a, b)"),
+    ],
+)
+def test_systemd_names(names: str, binds: list[str], expected: str) -> None:
+    """systemd:NAME takes the sockets with that name, each time that it is given."""
+    program = (
+        "import os, sys; from trio_unixconn._cli.serve.binds import read_bind; "
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='3'); "
+        "os.environ['LISTEN_FDNAMES'] = sys.argv[1]; "
+        "print([read_bind(each).fds for each in sys.argv[2:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, names, *binds],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert expected in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ._console import fail
@@ -43,23 +44,41 @@ def is_inherited(number: int) -> bool:
         return False
 
 
-def from_systemd() -> list[int]:
+def from_systemd(name: str | None = None) -> list[int]:
     """Return the descriptors that systemd, or a program that imitates it, has passed.
 
-    The variables that say so are removed: they are about this process, not about its children.
+    Args:
+      name: which of them, as FileDescriptorName= says. Default: all.
 
     Raises:
-      ValueError: none were passed to this process.
+      ValueError: none were passed to this process, or none with that name.
     """
+    passed = _passed_by_systemd()
+    found = [number for number, each in passed if name in (None, each)]
+    if not found:
+        names = ", ".join(dict.fromkeys(each for _, each in passed))
+        raise ValueError(f"no socket has the name {name} (LISTEN_FDNAMES: {names})")
+    return found
+
+
+@cache
+def _passed_by_systemd() -> tuple[tuple[int, str], ...]:
+    """Return the number and the name of each descriptor.
+
+    The variables are removed: they are about this process, not about its children.
+    """
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
     if not count.isdecimal() or int(count) == 0:
         raise ValueError("no sockets were passed (LISTEN_FDS)")
     if pid != str(os.getpid()):
         raise ValueError(
             f"the sockets were passed to process {pid!r} (LISTEN_PID), and this is {os.getpid()}"
         )
-    return list(range(FIRST, FIRST + int(count)))
+    # Without the variable, none has a name.
+    names += [UNNAMED] * (int(count) - len(names))
+    numbers = range(FIRST, FIRST + int(count))
+    return tuple((number, name or UNNAMED) for number, name in zip(numbers, names, strict=False))
 
 
 ################################################################

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Listener = trio.SocketListener | UnixListener
 
-_FORMS: Final = "tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N or systemd"
+_FORMS: Final = "tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, systemd or systemd:NAME"
 
 
 @attrs.frozen
@@ -104,11 +104,11 @@ def read_bind(text: str) -> Bind:
         return UnixBind(address_of(text if is_uri or not rest else rest))
     if kind == "fd" and rest.isdecimal():
         return InheritedBind(text, [int(rest)])
-    if text == "systemd":
+    if text == "systemd" or (kind == "systemd" and rest):
         try:
-            return InheritedBind(text, from_systemd())
+            return InheritedBind(text, from_systemd(rest or None))
         except ValueError as exc:
-            fail(f"systemd: {exc}")
+            fail(f"{text}: {exc}")
     return fail(f"--bind: expected {_FORMS}, got {text}", status=2)
 
 

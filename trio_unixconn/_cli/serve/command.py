@@ -51,8 +51,8 @@ def serve(
             "--bind",
             "-b",
             metavar="WHERE",
-            help="tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, or systemd for the sockets that it "
-            "has passed; repeatable.",
+            help="tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, or systemd[:NAME] for the sockets "
+            "that it has passed; repeatable.",
         ),
     ],
     mode: Annotated[
