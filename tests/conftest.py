@@ -52,6 +52,23 @@ def no_test_leaks(fd_leak_guard: None) -> None:
     """The open file descriptors after the test are those from before it."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def default_signals() -> Iterator[None]:
+    """No signal is ignored that Python does not ignore by itself.
+
+    nohup ignores SIGHUP, and shells ignore SIGINT and SIGQUIT in what they start with ``&``. The
+    commands that the tests start would inherit that.
+    """
+    ignored = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in signal.valid_signals() - {signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}
+        if signal.getsignal(number) is signal.SIG_IGN
+    }
+    yield
+    for number, before in ignored.items():
+        signal.signal(number, before)
+
+
 @pytest.fixture
 def default_sigint() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, even if the tests were started with SIGINT ignored.

@@ -55,6 +55,12 @@ def import_path(project: Path) -> str:
     return os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def environment_without_directory(project: Path) -> dict[str, str]:
+    """Return variables for a command in a deleted directory, which coverage cannot measure."""
+    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
+    return {**environment, "PYTHONPATH": import_path(project)}
+
+
 def make_project(directory: Path) -> Path:
     """Make a directory with a module of handlers, ``app``, to run a server in."""
     project = directory / "project"

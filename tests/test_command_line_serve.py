@@ -23,8 +23,8 @@ from serve_cli import (
     Terminal,
     answer,
     connected,
+    environment_without_directory,
     hear_signals,
-    import_path,
     make_project,
     rest_of,
     serving,
@@ -745,7 +745,7 @@ def test_reload_in_a_deleted_directory(project: Path) -> None:
     arguments = ["serve", "app:once", "--bind", f"unix:{project}/s", "--workers", "1", "--reload"]
     with subprocess.Popen(
         [*shell, *program, *arguments],
-        env={**os.environ, "PYTHONPATH": import_path(project)},
+        env=environment_without_directory(project),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 from cli import COMMAND, ended, run
-from serve_cli import Served, answer, hear_signals, import_path, make_project, until
+from serve_cli import (
+    Served,
+    answer,
+    environment_without_directory,
+    hear_signals,
+    make_project,
+    until,
+)
 
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
 
@@ -178,7 +185,7 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
     command = [*program, "serve", "app:once", "--bind", bind, "--workers", "1"]
     with subprocess.Popen(
         deleted(command, project),
-        env={**os.environ, "PYTHONPATH": import_path(project)},
+        env=environment_without_directory(project),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -190,7 +197,11 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
         served.drained()
     for option in ("--log-file", "--pid-file", "--chdir"):
         done = subprocess.run(
-            deleted([*command, option, "x"], project), capture_output=True, text=True, check=False
+            deleted([*command, option, "x"], project),
+            env=environment_without_directory(project),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 1
         said = "x: the current directory was deleted; use an absolute path"

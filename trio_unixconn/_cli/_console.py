@@ -79,7 +79,14 @@ def writing() -> Generator[TextIO, None, None]:
     try:
         yield sys.stdout
     except OSError as exc:
+        _discard_output()
         fail(f"standard output: {exc.strerror}")
+
+
+def _discard_output() -> None:
+    """Discard what is still buffered for standard output: writing it failed."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
 
 
 def end_output() -> None:
@@ -92,9 +99,7 @@ def end_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as exc:
-        # What remains in the buffer is to be discarded.
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 1)
+        _discard_output()
         sys.stderr.write(f"trio-unixconn: standard output: {exc.strerror}\n")
         raise SystemExit(1) from None
 
