@@ -61,6 +61,16 @@ def environment_without_directory(project: Path) -> dict[str, str]:
     return {**environment, "PYTHONPATH": import_path(project)}
 
 
+def write_program(project: Path) -> Path:
+    """Write a program that is the command, and return its path.
+
+    With -c or -m, Python 3.13.0 cannot import socket in a directory that was deleted.
+    """
+    path = project / "command.py"
+    path.write_text("from trio_unixconn.__main__ import main\n\nmain()\n")
+    return path
+
+
 def make_project(directory: Path) -> Path:
     """Make a directory with a module of handlers, ``app``, to run a server in."""
     project = directory / "project"

@@ -29,6 +29,7 @@ from serve_cli import (
     rest_of,
     serving,
     until,
+    write_program,
 )
 from watchfiles import Change
 
@@ -741,7 +742,7 @@ def test_reload_in_a_deleted_directory(project: Path) -> None:
     """Without a current directory nothing is watched, which is logged."""
     gone = project / "gone"
     shell = ["sh", "-c", f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$@"', "-"]
-    program = [sys.executable, "-c", "from trio_unixconn.__main__ import main; main()"]
+    program = [sys.executable, str(write_program(project))]
     arguments = ["serve", "app:once", "--bind", f"unix:{project}/s", "--workers", "1", "--reload"]
     with subprocess.Popen(
         [*shell, *program, *arguments],

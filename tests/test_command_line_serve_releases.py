@@ -18,6 +18,7 @@ from serve_cli import (
     hear_signals,
     make_project,
     until,
+    write_program,
 )
 
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
@@ -180,7 +181,7 @@ def deleted(command: list[str], project: Path) -> list[str]:
 
 def test_serve_in_a_deleted_directory(project: Path) -> None:
     """With absolute paths and an importable handler it serves; a relative path is a line."""
-    program = [sys.executable, "-c", "from trio_unixconn.__main__ import main; main()"]
+    program = [sys.executable, str(write_program(project))]
     bind = f"unix:{project}/s"
     command = [*program, "serve", "app:once", "--bind", bind, "--workers", "1"]
     with subprocess.Popen(
