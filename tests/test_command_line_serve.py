@@ -580,7 +580,7 @@ def test_statistics(project: Path) -> None:
 def test_the_table(project: Path) -> None:
     """A terminal shows the workers and the totals, with what is logged above, and the summary."""
     with closing(Terminal(project)) as terminal:
-        first = terminal.shows("workers ")
+        first = terminal.shows("workers ", "app:once, ")
         assert "app:once, starting" in first or "app:once, up" in first
         terminal.shows("app:once, up 0:00:0")
         for _ in range(3):

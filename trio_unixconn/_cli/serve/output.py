@@ -68,7 +68,7 @@ class LineOutput(DescriptorOwner):
         self._closing = False
         self._lost = 0
         self._why = ""
-        # Whether the last line that was written has no newline.
+        # Whether the last line was written in part only.
         self._torn = False
         self._thread = threading.Thread(target=self._run, name=f"output {fd}", daemon=True)
         self._thread.start()
@@ -185,7 +185,8 @@ class LineOutput(DescriptorOwner):
                     self._gone = exc.errno in _GONE
                 break
         if done:
-            self._torn = view[done - 1] != ord(b"\n")
+            # A picture of the table ends without a newline, and is whole nevertheless.
+            self._torn = done < len(view) and view[done - 1] != ord(b"\n")
         return done
 
     def _reopen_now(self) -> None:
