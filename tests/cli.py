@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -36,9 +37,14 @@ def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 def run_in_this_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command that fails before it starts anything; a new Python costs 20 times as much."""
     words = [*map(str, arguments)]
+    # A server that ends ignores signals.
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     done = CliRunner().invoke(
         command_line.app, words, env={"COLUMNS": "200"}, catch_exceptions=False
     )
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 

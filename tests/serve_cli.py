@@ -45,9 +45,11 @@ async def fail(stream, job):
 
 
 def hear_signals() -> None:
-    """Restore signals that a shell has ignored because it started the tests in the background."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    """Restore signals that are ignored or blocked where the tests were started."""
+    for each in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(each) is signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def import_path(project: Path) -> str:
