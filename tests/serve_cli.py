@@ -86,7 +86,7 @@ class Served:
     """A server's process, and the lines that it has printed."""
 
     process: subprocess.Popen[str]
-    folder: Path
+    directory: Path
     lines: list[str] = attrs.field(factory=list[str])
 
     def line(self, text: str) -> str:
