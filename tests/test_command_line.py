@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import trio_unixconn
 from trio_unixconn import __main__ as command_line
-from trio_unixconn._demo import driver, wire
+from trio_unixconn._cli.demo import driver, wire
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
@@ -403,7 +403,7 @@ async def test_demo_file_without_data(
 
 def is_worker(pid: str) -> bool:
     with contextlib.suppress(OSError):
-        return "_demo.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+        return "demo.worker" in Path(f"/proc/{pid}/cmdline").read_text()
     return False
 
 
@@ -448,7 +448,7 @@ def test_demo_interrupted(tmp_path: Path, number: signal.Signals, status: int, s
 
 def test_demo_worker_exits_with_its_parent(tmp_path: Path) -> None:
     """A worker exits at the end of its standard input, even if no client has connected."""
-    command = [sys.executable, "-m", "trio_unixconn._demo.worker", str(tmp_path / "s")]
+    command = [sys.executable, "-m", "trio_unixconn._cli.demo.worker", str(tmp_path / "s")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 
 import trio_unixconn
 from trio_unixconn import __main__ as command_line, _kernel
-from trio_unixconn._doctor import lab, limits, probes
-from trio_unixconn._doctor.examination import examine
+from trio_unixconn._cli.doctor import lab, limits, probes
+from trio_unixconn._cli.doctor.examination import examine
 from trio_unixconn.errors import PeerGoneError
 
 if TYPE_CHECKING:
     import socket
 
-    from trio_unixconn._doctor.report import Feature
+    from trio_unixconn._cli.doctor.report import Feature
 
 
 def features() -> dict[str, Feature]:

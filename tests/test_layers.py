@@ -16,8 +16,6 @@ LAYERS = [
     "__init__",
     "__main__",
     "_cli",
-    "_demo",
-    "_doctor",
     "testing",
     "pool",
     "_server",
@@ -59,8 +57,18 @@ LAYERS = [
 ]
 PACKAGES = {
     "_cli": [
-        "demo",
-        "doctor",
+        "demo.command",
+        "demo.driver",
+        "demo.worker",
+        "demo.wire",
+        "demo.__init__",
+        "doctor.command",
+        "doctor.examination",
+        "doctor.probes",
+        "doctor.limits",
+        "doctor.lab",
+        "doctor.report",
+        "doctor.__init__",
         "passing",
         "peer",
         "serve.command",
@@ -79,8 +87,6 @@ PACKAGES = {
         "_console",
         "__init__",
     ],
-    "_demo": ["driver", "worker", "wire", "__init__"],
-    "_doctor": ["examination", "probes", "limits", "lab", "report", "__init__"],
     "pool": [
         "_bootstrap",
         "__init__",
@@ -203,7 +209,7 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in {"sendmsg", "recvmsg", "recvmsg_into"}
     }
-    lab = {("_doctor.lab", "sendmsg"), ("_doctor.lab", "recvmsg")}
+    lab = {("_cli.doctor.lab", "sendmsg"), ("_cli.doctor.lab", "recvmsg")}
     assert callers - lab == {
         ("_sender", "sendmsg"),
         ("_receiver", "recvmsg"),

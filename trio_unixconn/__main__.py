@@ -12,8 +12,10 @@ from ._version import __version__
 try:
     import typer
 
-    from ._cli import demo, doctor, passing, peer
+    from ._cli import passing, peer
     from ._cli._console import end_output, say
+    from ._cli.demo.command import demo
+    from ._cli.doctor.command import doctor
     from ._cli.serve.command import serve
 except ImportError as _exc:
     raise SystemExit(
@@ -49,8 +51,8 @@ def _options(
     """Pass open files, sockets and proof of identity between processes."""
 
 
-app.command()(demo.demo)
-app.command()(doctor.doctor)
+app.command()(demo)
+app.command()(doctor)
 app.command()(peer.peer)
 app.command()(passing.send_fd)
 app.command()(passing.receive_fd)

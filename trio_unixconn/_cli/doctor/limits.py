@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from .. import _ancillary, _kernel
-from .._paths import LONGEST
+from ... import _ancillary, _kernel
+from ..._paths import LONGEST
 from .lab import Lab
 from .report import Limit
 

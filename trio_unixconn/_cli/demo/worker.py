@@ -1,4 +1,4 @@
-"""A worker of the demonstration: ``python -m trio_unixconn._demo.worker PATH``.
+"""A worker of the demonstration: ``python -m trio_unixconn._cli.demo.worker PATH``.
 
 Invariant: every descriptor that arrives is closed before the answer is sent.
 """
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from .._callbacks import open_callback_adapter
-from .._listener import open_unix_listener
+from ..._callbacks import open_callback_adapter
+from ..._listener import open_unix_listener
 from . import wire
 
 if TYPE_CHECKING:
-    from .._callback_connection import CallbackConnection
-    from .._connection import UnixConnection
-    from .._credentials import Credentials
-    from .._results import AsyncResult
+    from ..._callback_connection import CallbackConnection
+    from ..._connection import UnixConnection
+    from ..._credentials import Credentials
+    from ..._results import AsyncResult
 
 
 async def read_to_the_end(connection: UnixConnection) -> None:

@@ -14,8 +14,8 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from .. import _ancillary, _kernel
-from .._owner import DescriptorOwner
+from ... import _ancillary, _kernel
+from ..._owner import DescriptorOwner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .._ancillary import ControlMessage, Received
+    from ..._ancillary import ControlMessage, Received
 
 PATIENCE: Final = 10.0
 

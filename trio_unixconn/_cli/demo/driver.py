@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from .._callbacks import open_callback_adapter
-from .._cancellable import Cancellable
-from .._client import open_unix_connection
-from .._credentials import Credentials
-from ..errors import OperationCancelled
+from ..._callbacks import open_callback_adapter
+from ..._cancellable import Cancellable
+from ..._client import open_unix_connection
+from ..._credentials import Credentials
+from ...errors import OperationCancelled
 from . import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from .._callback_connection import CallbackConnection
-    from .._connection import UnixConnection
-    from .._results import AsyncResult
+    from ..._callback_connection import CallbackConnection
+    from ..._connection import UnixConnection
+    from ..._results import AsyncResult
 
 WORKERS = 2
 _SUN_PATH = 107
@@ -222,7 +222,7 @@ async def one_worker(
     number: int, path: str, files: list[Path], report: Report, progress: Progress
 ) -> None:
     """Start a worker at ``path``, do everything with it, and end it."""
-    command = [sys.executable, "-m", "trio_unixconn._demo.worker", path]
+    command = [sys.executable, "-m", "trio_unixconn._cli.demo.worker", path]
     with held_pipe() as lifeline:
         async with trio.open_nursery() as nursery:
             process: trio.Process = await nursery.start(

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from .. import _ancillary, _kernel, _memfd
-from .._address import UnixSocketAddress
-from .._credentials import Credentials, peer_credentials
-from .._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
-from .._paths import LONGEST, bindable, connectable
-from ..errors import PeerGoneError
+from ... import _ancillary, _kernel, _memfd
+from ..._address import UnixSocketAddress
+from ..._credentials import Credentials, peer_credentials
+from ..._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
+from ..._paths import LONGEST, bindable, connectable
+from ...errors import PeerGoneError
 from .lab import PATIENCE, Lab, expect, expect_error
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ._console import fail, printable, run, say, say_json, writing
+from .._console import fail, printable, run, say, say_json, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .._demo.driver import Report, Transfer
+    from .driver import Report, Transfer
 
 # The maximum width of the columns beside that of the name, with all lines.
 _OTHER_COLUMNS = 61
-_PACKAGE = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parents[2]
 
 
 def demo(
@@ -42,7 +42,7 @@ def demo(
     Both sides read to the end, and say what they read; they exchange credentials, by await
     and by callback. Exit status 1 if anything differs.
     """
-    from .._demo import driver  # noqa: PLC0415 - --help needs none of it
+    from . import driver  # noqa: PLC0415 - --help needs none of it
 
     try:
         files, problems = driver.files_in(paths or sorted(_PACKAGE.rglob("*.py")))

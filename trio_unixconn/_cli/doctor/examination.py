@@ -11,7 +11,7 @@ import sys
 import attrs
 import trio
 
-from .._version import __version__
+from ..._version import __version__
 from .lab import Lab
 from .limits import limits
 from .probes import PROBES, Probe

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ._console import fail, printable, say, say_json, writing
+from .._console import fail, printable, say, say_json, writing
 
 if TYPE_CHECKING:
-    from .._doctor.report import Examination
+    from .report import Examination
 
 
 def doctor(
@@ -25,7 +25,7 @@ def doctor(
     Exit status 1 if descriptors or credentials do not pass.
     What is missing otherwise costs only what the table says.
     """
-    from .._doctor.examination import examine  # noqa: PLC0415 - --help needs none of it
+    from .examination import examine  # noqa: PLC0415 - --help needs none of it
 
     found = examine()
     if as_json:

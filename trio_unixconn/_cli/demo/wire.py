@@ -19,8 +19,8 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .._connection import UnixConnection
-    from .._credentials import Credentials
+    from ..._connection import UnixConnection
+    from ..._credentials import Credentials
 
 FILE: Final = b"F"
 TCP: Final = b"T"
