@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.abspath(".."))
 
 import trio_unixconn
+import trio_unixconn.pool
+import trio_unixconn.testing
 
 if TYPE_CHECKING:
     from docutils.nodes import Element
@@ -75,10 +79,35 @@ _OTHER_PROJECTS = (
 )
 
 
-def _hide_constructor(
+def _name_defining_modules() -> None:
+    """Make each public class name the file that defines it, as it did before it was exported.
+
+    Autodoc reads the order of its methods, and their overloads, in the module that it names.
+    """
+    for module in [each for key, each in sys.modules.items() if key.startswith("trio_unixconn")]:
+        source = inspect.getsource(module)
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and re.search(rf"^class {name}\b", source, re.MULTILINE):
+                value.__module__ = module.__name__
+
+
+_name_defining_modules()
+
+
+def _show_signature(
     _app: Sphinx, _what: str, name: str, _obj: object, _options: object, *signature: str | None
 ) -> tuple[str | None, str | None]:
-    return ("", None) if name in _MADE_BY_THE_LIBRARY else (signature[0], signature[1])
+    """Hide the constructors above, and show defaults as they are written in Python."""
+    if name in _MADE_BY_THE_LIBRARY:
+        return "", None
+    arguments, returned = signature
+    if arguments:
+        arguments = re.sub(r"<(\w+\.\w+): \d+>", r"\1", arguments)
+        arguments = re.sub(r"= inf\b", "= math.inf", arguments)
+        arguments = re.sub(
+            r"\bmode: int = (\d+)", lambda found: f"mode: int = {int(found[1]):#o}", arguments
+        )
+    return arguments, returned
 
 
 def _read_as_prose(
@@ -115,7 +144,7 @@ def _look_in_the_package(
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
-    app.connect("autodoc-process-signature", _hide_constructor)
+    app.connect("autodoc-process-signature", _show_signature)
     app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)
     app.connect("missing-reference", _look_in_the_package)

@@ -53,6 +53,7 @@ LAYERS = [
     "_buffers",
     "_owner",
     "errors",
+    "_public",
     "_version",
 ]
 PACKAGES = {

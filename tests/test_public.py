@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pickle
+import pkgutil
+import traceback
+from types import FunctionType
+
+import pytest
 
 import trio_unixconn
 from trio_unixconn import errors
+
+
+def public_modules() -> list[str]:
+    """Return the modules without an underscore that say what they export."""
+    names = [
+        each.name
+        for each in pkgutil.walk_packages(trio_unixconn.__path__, "trio_unixconn.")
+        if "._" not in each.name and not each.name.endswith(".__main__")
+    ]
+    found = ["trio_unixconn", *names]
+    return [each for each in found if hasattr(importlib.import_module(each), "__all__")]
+
+
+def public_objects() -> list[tuple[str, str]]:
+    """Return the name of every public class and function, with the module that exports it."""
+    return [
+        (module, name)
+        for module in public_modules()
+        for name in importlib.import_module(module).__all__
+        if isinstance(getattr(importlib.import_module(module), name), type | FunctionType)
+    ]
 
 
 def test_all_is_what_there_is() -> None:
@@ -39,3 +67,32 @@ def test_everything_public_is_described() -> None:
             ]
         missing += [key for key, member in members if not inspect.getdoc(member)]
     assert missing == []
+
+
+def test_public_modules_are_found() -> None:
+    """The tests below see the package, its errors, the pool and the tools for tests."""
+    expected = {
+        "trio_unixconn",
+        *(f"trio_unixconn.{name}" for name in ("errors", "pool", "testing")),
+    }
+    assert expected <= set(public_modules())
+
+
+@pytest.mark.parametrize(("module", "name"), public_objects())
+def test_public_name_says_where_it_is_imported_from(module: str, name: str) -> None:
+    """A public class or function names a module that exports it; so does its pickle."""
+    value = getattr(importlib.import_module(module), name)
+    assert value.__module__ in public_modules()
+    exporter = importlib.import_module(value.__module__)
+    assert name in exporter.__all__
+    assert getattr(exporter, value.__qualname__) is value
+    assert pickle.loads(pickle.dumps(value)) is value
+
+
+def test_repr_and_traceback_say_the_public_name() -> None:
+    """The repr of a class, and a traceback, have the name that a program imports."""
+    assert repr(trio_unixconn.UnixConnection) == "<class 'trio_unixconn.UnixConnection'>"
+    error = trio_unixconn.EndOfStreamError("end of stream")
+    assert traceback.format_exception_only(error) == [
+        "trio_unixconn.EndOfStreamError: end of stream\n"
+    ]

@@ -30,6 +30,7 @@ from ._messages import (
     UnixFDMessage as UnixFDMessage,
 )
 from ._policy import PeerPolicy as PeerPolicy
+from ._public import export as _export
 from ._results import AsyncReadyCallback as AsyncReadyCallback, AsyncResult as AsyncResult
 from ._server import UnixServer as UnixServer, serve_unix as serve_unix
 from ._version import __version__ as __version__
@@ -113,3 +114,5 @@ __all__ = [
     "open_unix_listener",
     "serve_unix",
 ]
+
+_export(globals())

@@ -345,7 +345,7 @@ class Cancellable(DescriptorOwner):
 
         ``with cancellable.scope() as scope`` gives a ``trio.CancelScope``. If this is cancelled
         already, the block does not start; if it is cancelled while the block runs, the block is
-        cancelled. Either way :class:`~trio_unixconn.errors.OperationCancelled` is raised. An
+        cancelled. Either way :class:`OperationCancelled` is raised. An
         outer cancellation of trio's stays a cancellation, and so does ``scope.cancel()``.
         """
         return CancellableScope(self)

@@ -4,6 +4,7 @@
 accepts connections, and ``serve_statistics`` answers with the statistics of both.
 """
 
+from .._public import export as _export
 from ._config import WorkerPoolOptions as WorkerPoolOptions
 from ._endpoints import Submittable as Submittable
 from ._job import Job as Job, WorkerInfo as WorkerInfo
@@ -37,3 +38,5 @@ __all__ = [
     "serve_statistics",
     "serve_with_workers",
 ]
+
+_export(globals())

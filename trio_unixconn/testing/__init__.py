@@ -4,6 +4,7 @@ Invariant: no module but ``plugin`` needs pytest, which finds that one by its en
 """
 
 from .._connection import connection_pair as connection_pair
+from .._public import export as _export
 from ._descriptors import (
     assert_no_fd_leak as assert_no_fd_leak,
     limit_descriptors as limit_descriptors,
@@ -20,3 +21,5 @@ __all__ = [
     "open_descriptors",
     "unclog",
 ]
+
+_export(globals())
