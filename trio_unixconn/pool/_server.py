@@ -42,7 +42,7 @@ from ._endpoints import EndpointKind
 from ._pool import check_run, config_of, open_worker_pool, put_accepted, queue_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from typing_extensions import Unpack
 
@@ -369,3 +369,28 @@ async def serve_with_workers(
     finally:
         with trio.CancelScope(shield=True):
             await _close(listeners)
+
+
+@enable_ki_protection
+async def serve_when_ready(
+    handler: str,
+    open_listeners: Callable[[], Awaitable[Sequence[AnyListener]]],
+    *,
+    task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[WorkerPoolOptions],
+) -> None:
+    """Serve as :func:`serve_with_workers`; the listeners are opened when all workers are ready.
+
+    For a server that takes the paths of another one, which goes on if the workers cannot start.
+
+    Args:
+      open_listeners: returns different, open listeners, which the server owns; or raises, and none
+        is left open.
+    """
+    async with open_worker_pool(handler, **options) as pool:
+        listeners = await open_listeners()
+        try:
+            await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
+        finally:
+            with trio.CancelScope(shield=True):
+                await _close(listeners)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket as stdlib_socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -17,17 +18,41 @@ import trio
 from ... import _kernel
 from ..._address import UnixSocketAddress
 from ..._listener import UnixListener, open_unix_listener
+from ..._policy import PeerPolicy
 from .._activation import from_systemd, is_inherited
 from .._console import address_of, argument_of, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
     Listener = trio.SocketListener | UnixListener
 
 _FORMS: Final = "tcp:HOST:PORT, unix:PATH, unix:@NAME, fd:N, systemd or systemd:NAME"
+# The permission bits of paths. An option that lets other users in is of no use without them.
+_DEFAULT_MODE: Final = 0o600
+_GROUP_MODE: Final = 0o660
+_POLICY_MODE: Final = 0o666
+# The largest number means "unchanged" to chown(2), and "no such id" to every kernel.
+_MAX_ID: Final = 2**32 - 2
+
+
+@attrs.frozen(kw_only=True)
+class UnixOptions:
+    """What Unix sockets get that are opened here.
+
+    Attributes:
+      mode, owner, group: of a path, as of :func:`open_unix_listener`.
+      replace: whether a path is taken even from a server that is alive.
+      policy: which peers may connect, also to an abstract name or an inherited socket.
+    """
+
+    mode: int = _DEFAULT_MODE
+    owner: int | None = None
+    group: int | None = None
+    replace: bool = False
+    policy: PeerPolicy | None = None
 
 
 @attrs.frozen
@@ -42,7 +67,12 @@ class TCPBind:
         """Return this."""
         return self
 
-    async def open(self, mode: int) -> Sequence[Listener]:  # noqa: ARG002 - a path's
+    @property
+    def keys(self) -> Sequence[object]:
+        """What no other bind can have; two of port 0 are different."""
+        return [("tcp", self.host, self.port)] if self.port else []
+
+    async def open(self, _: UnixOptions) -> Sequence[Listener]:
         """Listen at every address of the host."""
         try:
             return await trio.open_tcp_listeners(self.port, host=self.host)
@@ -60,9 +90,33 @@ class UnixBind:
         """Return one that does not depend on the current directory."""
         return UnixBind(absolute_address(self.address))
 
-    async def open(self, mode: int) -> Sequence[Listener]:
+    @property
+    def keys(self) -> Sequence[object]:
+        """What no other bind can have."""
+        with suppress(FileNotFoundError):
+            return [absolute_address(self.address)]
+        # The current directory was deleted.
+        return [self.address]
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is no abstract name."""
+        return not self.address.get_is_abstract()
+
+    async def open(self, options: UnixOptions) -> Sequence[Listener]:
         """Listen there."""
-        return [await open_unix_listener(self.address, mode=mode)]
+        if not self.is_path:
+            return [await open_unix_listener(self.address, policy=options.policy)]
+        return [
+            await open_unix_listener(
+                self.address,
+                mode=options.mode,
+                owner=options.owner,
+                group=options.group,
+                replace=options.replace,
+                policy=options.policy,
+            )
+        ]
 
 
 @attrs.frozen
@@ -76,13 +130,18 @@ class InheritedBind:
         """Return this."""
         return self
 
-    async def open(self, mode: int) -> Sequence[Listener]:  # noqa: ARG002 - a path's
+    @property
+    def keys(self) -> Sequence[object]:
+        """What no other bind can have."""
+        return self.fds
+
+    async def open(self, options: UnixOptions) -> Sequence[Listener]:
         """Take them over."""
         found: list[Listener] = []
         try:
             # One by one: those before the one that cannot be are closed.
             for fd in self.fds:
-                found.append(_inherited(fd))  # noqa: PERF401
+                found.append(_inherited(fd, options.policy))  # noqa: PERF401
         except (OSError, ValueError) as exc:
             await close_all(found)
             why = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -91,6 +150,11 @@ class InheritedBind:
 
 
 Bind = TCPBind | UnixBind | InheritedBind
+
+
+################################################################
+# The command line
+################################################################
 
 
 def read_bind(text: str) -> Bind:
@@ -110,6 +174,111 @@ def read_bind(text: str) -> Bind:
         except ValueError as exc:
             fail(f"{text}: {exc}")
     return fail(f"--bind: expected {_FORMS}, got {text}", status=2)
+
+
+def check_different(binds: Sequence[Bind]) -> None:
+    """End with exit status 2 if two of them are the same."""
+    found: set[object] = set()
+    for bind in binds:
+        for key in bind.keys:
+            if key in found:
+                fail(f"--bind {_text(bind)}: this is given twice", status=2)
+            found.add(key)
+
+
+def read_unix_options(
+    binds: Sequence[Bind],
+    *,
+    mode: str | None,
+    owner: str | None,
+    group: str | None,
+    replace: bool,
+    allow_user: Sequence[str],
+    allow_group: Sequence[str],
+) -> UnixOptions:
+    """Read the options of Unix sockets, or end with exit status 2.
+
+    An option that has no effect on any of ``binds`` is an error.
+    """
+    for name, value in (
+        ("--mode", mode is not None),
+        ("--owner", owner is not None),
+        ("--group", group is not None),
+        ("--replace", replace),
+    ):
+        if value and not any(map(_has_path, binds)):
+            fail(f"{name} can only be used with --bind unix:PATH", status=2)
+    for name, values in (("--allow-user", allow_user), ("--allow-group", allow_group)):
+        if values and not any(map(_has_unix_socket, binds)):
+            fail(
+                f"{name} can only be used with a Unix socket; the peer of a TCP connection is "
+                "known by its address only",
+                status=2,
+            )
+    policy, default_mode = None, _DEFAULT_MODE
+    if group is not None:
+        default_mode = _GROUP_MODE
+    if allow_user or allow_group:
+        default_mode = _POLICY_MODE
+        policy = PeerPolicy(
+            uids=[_id("--allow-user", each, _kernel.user_named) for each in allow_user],
+            gids=[_id("--allow-group", each, _kernel.group_named) for each in allow_group],
+        )
+    return UnixOptions(
+        mode=default_mode if mode is None else _mode(mode),
+        owner=None if owner is None else _id("--owner", owner, _kernel.user_named),
+        group=None if group is None else _id("--group", group, _kernel.group_named),
+        replace=replace,
+        policy=policy,
+    )
+
+
+def _has_path(bind: Bind) -> bool:
+    return isinstance(bind, UnixBind) and bind.is_path
+
+
+def _has_unix_socket(bind: Bind) -> bool:
+    if isinstance(bind, InheritedBind):
+        return any(map(_can_be_unix, bind.fds))
+    return isinstance(bind, UnixBind)
+
+
+def _can_be_unix(fd: int) -> bool:
+    try:
+        sock = stdlib_socket.socket(fileno=fd)
+    except (OSError, OverflowError):
+        # To be reported when it is opened.
+        return True
+    try:
+        return sock.family == _kernel.AF_UNIX
+    finally:
+        sock.detach()
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        fail(f"--mode: expected permission bits in octal, 0 to 777, got {text}", status=2)
+    return mode
+
+
+def _id(option: str, text: str, look_up: Callable[[str], int]) -> int:
+    """Return an id for a name or a number; as in chown(1), a name of digits is a name."""
+    try:
+        return look_up(text)
+    except ValueError as exc:
+        if not (text.isascii() and text.isdecimal()):
+            fail(f"{option}: {exc}", status=2)
+    if int(text) > _MAX_ID:
+        fail(f"{option}: expected a name or a number from 0 to {_MAX_ID}, got {text}", status=2)
+    return int(text)
+
+
+def _text(bind: Bind) -> str:
+    return f"unix:{argument_of(bind.address)}" if isinstance(bind, UnixBind) else bind.text
 
 
 def absolute_address(address: UnixSocketAddress) -> UnixSocketAddress:
@@ -133,13 +302,18 @@ def _tcp(text: str, rest: str) -> TCPBind:
     return TCPBind(text, inner, int(port))
 
 
-def _inherited(fd: int) -> Listener:
+################################################################
+# Listeners
+################################################################
+
+
+def _inherited(fd: int, policy: PeerPolicy | None) -> Listener:
     if not is_inherited(fd):
         raise ValueError(f"descriptor {fd} is not open; the parent process must pass it on")
     sock = stdlib_socket.socket(fileno=fd)
     if sock.family == _kernel.AF_UNIX:
         sock.detach()
-        return UnixListener.from_fd(fd)
+        return UnixListener.from_fd(fd, policy=policy)
     try:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     except BaseException:
@@ -149,16 +323,19 @@ def _inherited(fd: int) -> Listener:
     return listener
 
 
-async def open_all(binds: Sequence[Bind], mode: int) -> list[Listener]:
+async def open_all(binds: Sequence[Bind], options: UnixOptions) -> list[Listener]:
     """Listen everywhere.
 
     Raises:
       OSError: with what was said, or the address; all are closed then.
     """
     found: list[Listener] = []
+    if options.replace:
+        # Last what cannot be undone: when this fails, the other server should still have its path.
+        binds = sorted(binds, key=_has_path)
     try:
         for bind in binds:
-            found += await bind.open(mode)
+            found += await bind.open(options)
     except BaseException:
         await close_all(found)
         raise

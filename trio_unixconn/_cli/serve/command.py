@@ -56,8 +56,39 @@ def serve(
         ),
     ],
     mode: Annotated[
-        str, typer.Option(metavar="OCTAL", help="The permission bits of the paths.")
-    ] = "600",
+        str | None,
+        typer.Option(
+            metavar="OCTAL",
+            help="The permission bits of the paths; default: 600, with --group 660, with "
+            "--allow-user or --allow-group 666.",
+        ),
+    ] = None,
+    owner: Annotated[
+        str | None, typer.Option(metavar="USER", help="The owner of the paths, a name or number.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="The group of the paths, a name or number.")
+    ] = None,
+    allow_user: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="USER", help="Deny other users the Unix sockets; a name or number; repeatable."
+        ),
+    ] = None,
+    allow_group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Admit members of this group to the Unix sockets, as --allow-user; repeatable.",
+        ),
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Take the paths from a server that is alive, when the workers are ready.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option("--workers", "-w", help="How many; default: one for each processor."),
@@ -208,7 +239,12 @@ def serve(
     """
     # --help needs none of it.
     from ...pool._config import PoolConfig  # noqa: PLC0415
-    from .binds import absolute_address, read_bind  # noqa: PLC0415
+    from .binds import (  # noqa: PLC0415
+        absolute_address,
+        check_different,
+        read_bind,
+        read_unix_options,
+    )
     from .directory import WorkingDirectory, put_current_directory_on_path  # noqa: PLC0415
     from .output import open_missing_streams, print_error  # noqa: PLC0415
     from .service import (  # noqa: PLC0415
@@ -243,7 +279,23 @@ def serve(
         pool = PoolConfig(handler, **options)
     except ValueError as exc:
         fail(str(exc), status=2)
+    for name, patterns in (
+        ("--reload-include", reload_include),
+        ("--reload-exclude", reload_exclude),
+    ):
+        if patterns and not reload:
+            fail(f"{name} can only be used with --reload", status=2)
     binds, stats = [read_bind(each) for each in bind], None
+    check_different(binds)
+    unix_options = read_unix_options(
+        binds,
+        mode=mode,
+        owner=owner,
+        group=group,
+        replace=replace,
+        allow_user=allow_user or [],
+        allow_group=allow_group or [],
+    )
     if stats_socket is not None:
         stats = address_of(stats_socket)
     directory = None
@@ -267,7 +319,7 @@ def serve(
     config = ServeConfig(
         handler=handler,
         binds=binds,
-        mode=_mode(mode),
+        unix_options=unix_options,
         options=options,
         stats_socket=stats,
         directory=directory,
@@ -302,13 +354,3 @@ def _size(text: str) -> int:
     if not (number.isascii() and number.isdigit()):
         fail(f"--max-memory: expected bytes, such as 500000000 or 500M, got {text}", status=2)
     return int(number) * _SUFFIXES[suffix]
-
-
-def _mode(text: str) -> int:
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        fail(f"--mode: expected permission bits in octal, 0 to 777, got {text}", status=2)
-    return mode

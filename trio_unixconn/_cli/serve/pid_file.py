@@ -22,11 +22,12 @@ MAX_SIZE: Final = 32
 
 
 @contextmanager
-def pid_file(path: str | None) -> Generator[None, None, None]:
+def pid_file(path: str | None, *, replace: bool = False) -> Generator[None, None, None]:
     """Have a file with the process id in this block.
 
     Args:
       path: None for no file.
+      replace: whether to take the path from a process that holds a file there.
 
     Raises:
       OSError: another process holds it; it is a file of another kind; or it cannot be written.
@@ -36,7 +37,7 @@ def pid_file(path: str | None) -> Generator[None, None, None]:
         return
     path = os.path.abspath(path)
     with ExitStack() as stack:
-        fd = _write(path, stack)
+        fd = _write(path, stack, replace=replace)
         try:
             yield
         finally:
@@ -46,14 +47,14 @@ def pid_file(path: str | None) -> Generator[None, None, None]:
                     os.unlink(path)
 
 
-def _write(path: str, stack: ExitStack) -> int:
+def _write(path: str, stack: ExitStack, *, replace: bool) -> int:
     temporary = f"{path}.{os.getpid()}.new"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     except FileExistsError:
         # Of a process with this pid, which is gone.
         os.unlink(temporary)
-        return _write(path, stack)
+        return _write(path, stack, replace=replace)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, path) from exc
     stack.callback(os.close, fd)
@@ -64,7 +65,7 @@ def _write(path: str, stack: ExitStack) -> int:
             with suppress(FileExistsError):
                 os.link(temporary, path)
                 return fd
-            if _replace_stale(temporary, path):
+            if _rename_over(temporary, path, even_if_held=replace):
                 return fd
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, path) from exc
@@ -73,15 +74,16 @@ def _write(path: str, stack: ExitStack) -> int:
             os.unlink(temporary)
 
 
-def _replace_stale(temporary: str, path: str) -> bool:
-    """Rename over a file that no process holds; False if it has gone, or is another one."""
+def _rename_over(temporary: str, path: str, *, even_if_held: bool) -> bool:
+    """Rename over a file of another process; False if it has gone, or is another one."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
         content = os.read(fd, MAX_SIZE + 1)
-        _lock(fd, path, content)
+        if not even_if_held:
+            _lock(fd, path, content)
         if content and not content.strip().isdigit():
             raise OSError(errno.EEXIST, "expected a file with a process id, got another file", path)
         if not os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):

@@ -21,7 +21,8 @@ from rich.live import Live
 from ..._listener import open_unix_listener
 from ..._version import __version__
 from ...errors import PoolClosedError, WorkerStartError
-from ...pool import WorkerServer, serve_statistics, serve_with_workers
+from ...pool import WorkerServer, serve_statistics
+from ...pool._server import serve_when_ready, serve_with_workers
 from .._console import Signalled, heard_signals
 from .binds import name_of, open_all
 from .children import reap_adopted_children
@@ -31,13 +32,13 @@ from .status import Sample, Sampler
 from .table import render
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Sequence
+    from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
     from types import FrameType
 
     from ..._address import UnixSocketAddress
     from ..._listener import UnixListener
     from ...pool import WorkerPoolOptions
-    from .binds import Bind
+    from .binds import Bind, Listener, UnixOptions
     from .directory import WorkingDirectory
     from .log import LogFormat
 
@@ -60,7 +61,7 @@ class ServeConfig:
     """What was asked for.
 
     Attributes:
-      mode: the permission bits of paths.
+      unix_options: what Unix sockets of ``binds`` get.
       stats_socket: where the statistics are to be had.
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
@@ -73,7 +74,7 @@ class ServeConfig:
 
     handler: str
     binds: Sequence[Bind]
-    mode: int
+    unix_options: UnixOptions
     options: WorkerPoolOptions
     stats_socket: UnixSocketAddress | None
     reload: bool
@@ -117,6 +118,7 @@ class _Service:
         self._begun = trio.current_time()
         self._addresses: list[str] = []
         self._server: WorkerServer | None = None
+        self._stats: UnixListener | None = None
         # One that waits is enough: it brings in all that has changed until then.
         self._asked, self._requests = trio.open_memory_channel[str](1)
         # How many workers there are to be, and when that was changed.
@@ -130,30 +132,19 @@ class _Service:
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
             nursery.start_soon(self._report_ended_jobs)
-            stack.enter_context(pid_file(self._config.pid_file))
             if self._config.table:
                 nursery.start_soon(self._show)
-            stats = await self._open_stats(stack)
-            listeners = await open_all(self._config.binds, self._config.mode)
-            self._addresses = [name_of(each) for each in listeners]
-            for name in self._addresses:
-                logger.info("listening at %s", name)
             if self._config.reload:
                 # Before the workers import anything.
                 await nursery.start(self._watch)
             async with trio.open_nursery() as serving:
-                # The server owns the listeners from here on, whether it starts or not.
-                server: WorkerServer = await serving.start(
-                    partial(
-                        serve_with_workers, self._config.handler, listeners, **self._config.options
-                    )
-                )
+                server = await self._start_server(serving, stack)
                 self._server = server
                 self._workers = _count(server)
                 nursery.start_soon(reap_adopted_children, partial(_pids, server))
                 logger.info("ready: %s", _workers(server))
-                if stats is not None:
-                    nursery.start_soon(serve_statistics, server, stats)
+                if self._stats is not None:
+                    nursery.start_soon(serve_statistics, server, self._stats)
                 nursery.start_soon(self._stay_up_to_date, server)
             # It has drained.
             nursery.cancel_scope.cancel()
@@ -171,6 +162,31 @@ class _Service:
             trio.current_time() - self._begun,
         )
 
+    async def _start_server(self, serving: trio.Nursery, stack: AsyncExitStack) -> WorkerServer:
+        """Listen and start workers, in the order that fits."""
+        handler, options = self._config.handler, self._config.options
+        serve: Callable[..., Awaitable[None]]
+        if self._config.unix_options.replace:
+            # The other server goes on if the workers cannot start.
+            serve = partial(serve_when_ready, handler, partial(self._listen, stack), **options)
+        else:
+            # Clients that connect early wait, and what cannot be bound is known at once. The server
+            # owns the listeners, whether it starts or not.
+            serve = partial(serve_with_workers, handler, await self._listen(stack), **options)
+        server: WorkerServer = await serving.start(serve)
+        return server
+
+    async def _listen(self, stack: AsyncExitStack) -> Sequence[Listener]:
+        """Take everything that clients and operators find this server by."""
+        config = self._config
+        stack.enter_context(pid_file(config.pid_file, replace=config.unix_options.replace))
+        self._stats = await self._open_stats(stack)
+        listeners = await open_all(config.binds, config.unix_options)
+        self._addresses = [name_of(each) for each in listeners]
+        for name in self._addresses:
+            logger.info("listening at %s", name)
+        return listeners
+
     async def _report_ended_jobs(self) -> None:
         while True:
             await trio.sleep(_REPORT)
@@ -180,7 +196,9 @@ class _Service:
         address = self._config.stats_socket
         if address is None:
             return None
-        listener = await open_unix_listener(address, receive_descriptors=False)
+        listener = await open_unix_listener(
+            address, receive_descriptors=False, replace=self._config.unix_options.replace
+        )
         stack.push_async_exit(listener)
         logger.info("statistics at %s", name_of(listener))
         return listener
