@@ -57,7 +57,7 @@ def oldest_dependencies() -> list[str]:
 # The pool, the command line, and programs that measure or stress.
 NOT_CORE = [
     f"--ignore-glob=tests/{pattern}"
-    for pattern in ("test_pool*", "test_command_line*", "*benchmark*", "hostile/*", "*/test_pool*")
+    for pattern in ("pool/*", "cli/*", "bench/*", "faults/*", "hostile/*", "*/test_pool*")
 ]
 
 
@@ -110,7 +110,7 @@ def model_soak(session: nox.Session) -> None:
     install(session, "tests")
     session.run(
         "pytest",
-        "tests/test_model.py",
+        "tests/core/test_model.py",
         "-o",
         "faulthandler_timeout=0",
         *session.posargs,
@@ -165,7 +165,7 @@ def examples(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Send a million descriptors; memory, descriptors and processor time must stay flat."""
     install(session)
-    session.run("python", "soak/soak.py", *session.posargs)
+    session.run("python", "-m", "tests.faults.soak", *session.posargs)
 
 
 @nox.session
@@ -175,31 +175,31 @@ def faults(session: nox.Session) -> None:
     Without arguments, the random test of the pool is next, for three minutes.
     """
     install(session, "faults")
-    session.run("python", "faults/faults.py", *session.posargs)
-    session.run("python", "faults/backlog.py", *session.posargs)
+    session.run("python", "-m", "tests.faults.connections", *session.posargs)
+    session.run("python", "-m", "tests.faults.connections.backlog", *session.posargs)
     if not session.posargs:
-        session.run("python", "pool_faults/pool_faults.py", "--random", "180")
+        session.run("python", "-m", "tests.faults.pool", "--random", "180")
 
 
 @nox.session(name="pool-faults")
 def pool_faults(session: nox.Session) -> None:
     """Kill, stop, starve and replace workers under load; ``--quick``, ``--only``, ``--random``."""
     install(session)
-    session.run("python", "pool_faults/pool_faults.py", *session.posargs)
+    session.run("python", "-m", "tests.faults.pool", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure beside other libraries; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""
     install(session, "bench")
-    session.run("python", "benchmarks/bench.py", *session.posargs)
+    session.run("python", "-m", "tests.bench.connections", *session.posargs)
 
 
 @nox.session(name="pool-bench")
 def pool_bench(session: nox.Session) -> None:
     """Measure the worker pool beside Node's cluster and others; ``--quick``, ``--help``."""
     install(session)
-    session.run("python", "pool_bench/contest.py", *session.posargs)
+    session.run("python", "-m", "tests.bench.pool", *session.posargs)
 
 
 @nox.session

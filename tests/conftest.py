@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from pools import children
-from time_limits import limit_time, report_skip
 
+from tests._helpers.pools import children
+from tests._helpers.time_limits import limit_time, report_skip
 from trio_unixconn.testing import plugin
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import trio_unixconn
+from tests._helpers.processes import ROOT
 
 PACKAGE = Path(trio_unixconn.__file__).parent
 
@@ -220,7 +221,7 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
 
 def test_design_describes_each_layer() -> None:
     """The table of layers in the design has a row for each layer, and for each module of pool."""
-    text = (Path(__file__).parents[1] / "docs" / "explanation" / "design.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "design.md").read_text()
     table = text.partition("## Layers")[2].partition("Why it is divided")[0]
     named = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
     pool = {f"pool.{name}" for name in PACKAGES["pool"]} - {"pool.__init__"}

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests._helpers.processes import ROOT
+
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^## (.*?)\n\n```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
-from helpers import free_descriptors
 
-from hostile.calls import MIXES, Driver, names, one_call
+from tests._helpers.helpers import free_descriptors
+from tests.hostile.calls import MIXES, Driver, names, one_call
 from trio_unixconn import ConnectionBrokenError, UnixConnection
 
 # One Python is enough.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from interop.harness import require_glib
-from interop.programs import require_program
+from tests.interop.harness import require_glib
+from tests.interop.programs import require_program
 
 
 @pytest.fixture(scope="session")

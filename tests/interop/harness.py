@@ -14,7 +14,7 @@ import attrs
 import pytest
 import trio
 
-from interop.peers.open_files import described, opened
+from tests.interop.peers.open_files import described, opened
 from trio_unixconn import (
     AsyncResult,
     Cancellable,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from interop.harness import missing_peer
+from tests.interop.harness import missing_peer
 from trio_unixconn import (
     UnixConnection,
     UnixSocketAddress,

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from interop.harness import (
+from tests.interop.harness import (
     GLIBS,
     OURS,
     WAYS,
@@ -22,7 +22,7 @@ from interop.harness import (
     receive_exactly,
     require_glib,
 )
-from interop.peers.open_files import KINDS, identity, opened
+from tests.interop.peers.open_files import KINDS, identity, opened
 from trio_unixconn import (
     Credentials,
     IOErrorEnum,

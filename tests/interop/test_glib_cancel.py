@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from interop.harness import (
+from tests.interop.harness import (
     GLIBS,
     OURS,
     connected,
@@ -20,7 +20,7 @@ from interop.harness import (
     receive_described,
     set_passcred,
 )
-from interop.peers.open_files import described, opened
+from tests.interop.peers.open_files import described, opened
 from trio_unixconn import (
     AsyncResult,
     Cancellable,

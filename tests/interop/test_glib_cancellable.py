@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from interop.harness import SYSTEM_PYTHON
-from interop.peers import cancellable_scenarios
+from tests.interop.harness import SYSTEM_PYTHON
+from tests.interop.peers import cancellable_scenarios
 
 PROGRAM = Path(cancellable_scenarios.__file__)
 NAMES = [scenario.__name__ for scenario in cancellable_scenarios.SCENARIOS]

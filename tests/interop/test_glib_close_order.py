@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import pytest
 import trio
-from helpers import clog
 
-from interop.harness import SYSTEM_PYTHON
+from tests._helpers.helpers import clog
+from tests.interop.harness import SYSTEM_PYTHON
 from trio_unixconn import (
     AsyncResult,
     CallbackConnection,

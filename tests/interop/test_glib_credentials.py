@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from interop.harness import (
+from tests.interop.harness import (
     GLIBS,
     OURS,
     as_json,

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from interop.harness import (
+from tests.interop.harness import (
     OURS,
     GLibPeer,
     connected,
@@ -23,7 +23,7 @@ from interop.harness import (
     passcred,
     receive_described,
 )
-from interop.peers.open_files import opened
+from tests.interop.peers.open_files import opened
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

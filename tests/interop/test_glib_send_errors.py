@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from interop.harness import SYSTEM_PYTHON
+from tests.interop.harness import SYSTEM_PYTHON
 from trio_unixconn import SendError
 
 pytestmark = pytest.mark.usefixtures("real_glib")

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from http_clients import clients_of, http_server, wait_for_answers
-from serve_cli import until
 
-from interop.programs import require_program
+from tests._helpers.http_clients import clients_of, http_server, wait_for_answers
+from tests._helpers.serve_cli import until
+from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Generator

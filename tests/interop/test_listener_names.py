@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from interop.dbus import open_bus
-from interop.harness import missing_peer
-from interop.programs import first_line, running
+from tests.interop.dbus import open_bus
+from tests.interop.harness import missing_peer
+from tests.interop.programs import first_line, running
 from trio_unixconn import open_unix_listener
 
 if TYPE_CHECKING:

@@ -6,18 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
 
-from interop.programs import first_line, output_of, running
+from tests._helpers.processes import ROOT
+from tests.interop.programs import first_line, output_of, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "pool_http.py"
+EXAMPLE: Final = ROOT / "examples" / "pool_http.py"
 
 
 @pytest.fixture

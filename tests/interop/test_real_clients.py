@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from interop.harness import in_step, started_peer
-from interop.programs import first_line, output_of, require_program, running, serving
+from tests._helpers.processes import ROOT
+from tests.interop.harness import in_step, started_peer
+from tests.interop.programs import first_line, output_of, require_program, running, serving
 from trio_unixconn import UnixConnection, UnixSocketAddress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "http_server.py"
+EXAMPLE: Final = ROOT / "examples" / "http_server.py"
 # More than a socket buffer holds, without repetition.
 MEGABYTES: Final = b"".join(hashlib.sha256(b"%d" % n).digest() for n in range(5_000_000 // 32))
 

@@ -7,10 +7,9 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING
 
-from cli import COMMAND
-from serve_cli import Served, answer, connected, hear_signals, make_project, until
-
-from interop.programs import require_program
+from tests._helpers.cli import COMMAND
+from tests._helpers.serve_cli import Served, answer, connected, hear_signals, make_project, until
+from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
     from pathlib import Path

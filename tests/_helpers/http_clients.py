@@ -1,0 +1,103 @@
+"""The HTTP example as a server, and clients that keep their connections alive."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tests._helpers.cli import started
+from tests._helpers.processes import ROOT
+from tests._helpers.serve_cli import Served, hear_signals, until
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+EXAMPLES = ROOT / "examples"
+
+
+@contextmanager
+def http_server(*arguments: str) -> Generator[tuple[Served, int], None, None]:
+    """Run the example with two workers, and return it with its port."""
+    with started(
+        *("serve", "pool_http:handler", "--bind", "tcp:127.0.0.1:0", "--workers", "2", *arguments),
+        cwd=EXAMPLES,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=hear_signals,
+    ) as process:
+        served = Served(process, EXAMPLES)
+        found = re.search(r":(\d+)\n", served.line("listening at"))
+        assert found
+        served.line("ready: ")
+        yield served, int(found[1])
+
+
+@attrs.define
+class KeepAliveClient:
+    """A client that sends one request after the other on a connection, until it is told to end.
+
+    It opens another connection only after an answer with ``Connection: close``. Everything else
+    that ends a connection is a failure.
+    """
+
+    port: int
+    answered: int = 0
+    connections: int = 0
+    failures: list[str] = attrs.field(factory=list[str])
+    pause: float = 0
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            self.connections += 1
+            try:
+                self._use(connection, stop)
+            except (OSError, http.client.HTTPException) as exc:
+                self.failures.append(repr(exc))
+            finally:
+                connection.close()
+
+    def _use(self, connection: http.client.HTTPConnection, stop: threading.Event) -> None:
+        while not stop.is_set():
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status != 200 or b"Hello" not in body:
+                self.failures.append(f"{answer.status} {body!r}")
+            self.answered += 1
+            if answer.will_close:
+                return
+            time.sleep(self.pause)
+
+
+@contextmanager
+def clients_of(port: int, count: int) -> Generator[Sequence[KeepAliveClient], None, None]:
+    """Run clients in threads, and wait for their last answers at the end of the block."""
+    stop = threading.Event()
+    clients = [KeepAliveClient(port, pause=index * 0.002) for index in range(count)]
+    threads = [threading.Thread(target=each.run, args=(stop,)) for each in clients]
+    for thread in threads:
+        thread.start()
+    try:
+        yield clients
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def wait_for_answers(clients: Sequence[KeepAliveClient], count: int) -> None:
+    """Wait until each client has got so many more answers."""
+    before = [each.answered for each in clients]
+    until(
+        lambda: all(
+            each.answered >= answered + count or each.failures
+            for each, answered in zip(clients, before, strict=True)
+        )
+    )

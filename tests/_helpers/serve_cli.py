@@ -1,0 +1,246 @@
+"""Servers of ``trio-unixconn serve`` as processes, and terminals to run them on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import socket
+import struct
+import subprocess
+import termios
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pyte
+
+from tests._helpers.cli import COMMAND, ended, started
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+APP = """
+import trio
+
+ANSWER = b"one"
+
+async def once(stream, job):
+    await stream.receive_some(100)
+    await stream.send_all(ANSWER)
+
+async def hold(stream, job):
+    await stream.send_all(b"held")
+    await stream.receive_some(100)
+    await stream.send_all(ANSWER)
+
+async def fail(stream, job):
+    await stream.receive_some(100)
+    raise RuntimeError("not today")
+"""
+
+
+def hear_signals() -> None:
+    """Restore signals that are ignored or blocked where the tests were started."""
+    for each in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(each) is signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def import_path(project: Path) -> str:
+    """Return a PYTHONPATH with a directory in front."""
+    return os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def environment_without_directory(project: Path) -> dict[str, str]:
+    """Return variables for a command in a deleted directory, which coverage cannot measure."""
+    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
+    return {**environment, "PYTHONPATH": import_path(project)}
+
+
+def write_program(project: Path) -> Path:
+    """Write a program that is the command, and return its path.
+
+    With -c or -m, Python 3.13.0 cannot import socket in a directory that was deleted.
+    """
+    path = project / "command.py"
+    path.write_text("from trio_unixconn.__main__ import main\n\nmain()\n")
+    return path
+
+
+def make_project(directory: Path) -> Path:
+    """Make a directory with a module of handlers, ``app``, to run a server in."""
+    project = directory / "project"
+    project.mkdir()
+    (project / "app.py").write_text(APP)
+    return project
+
+
+@attrs.define
+class Served:
+    """A server's process, and the lines that it has printed."""
+
+    process: subprocess.Popen[str]
+    directory: Path
+    lines: list[str] = attrs.field(factory=list[str])
+
+    def line(self, text: str) -> str:
+        """Read until a line has that in it, and return it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(("".join(self.lines), ended(self.process)))
+
+    def has_line(self, text: str, timeout: float) -> bool:
+        """Read for so many seconds; return whether a line has that in it."""
+        assert self.process.stdout is not None
+        while select.select([self.process.stdout], [], [], timeout)[0]:
+            data = os.read(self.process.stdout.fileno(), 65536).decode()
+            self.lines.append(data)
+            if text in data:
+                return True
+        return False
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def drained_output(self) -> str:
+        """Have it drain, and return what it has printed to standard output since."""
+        self.send(signal.SIGTERM)
+        done = ended(self.process)
+        assert done.returncode == 0, done
+        return str(done.stdout)
+
+    def drained(self) -> str:
+        """Have it drain, and return what it has printed since."""
+        self.send(signal.SIGTERM)
+        done = ended(self.process)
+        assert done.returncode == 0, done
+        assert done.stderr == ""
+        return str(done.stdout)
+
+
+@contextmanager
+def serving(
+    project: Path, handler: str, *arguments: str, **options: Any
+) -> Generator[Served, None, None]:
+    """Serve at ``s`` with one worker, from when it is ready on."""
+    # Compiled files are told from newer sources only by whole seconds and sizes.
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
+    with started(
+        *("serve", f"app:{handler}", "--bind", "unix:s", "--workers", "1", *arguments),
+        **{"cwd": project, "env": env, "preexec_fn": hear_signals, **options},
+    ) as process:
+        served = Served(process, project)
+        served.line("ready: ")
+        yield served
+
+
+def connected(address: Any) -> socket.socket:
+    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+    client = socket.socket(socket.AF_UNIX if isinstance(address, (str, bytes)) else family)
+    client.settimeout(60)
+    client.connect(address)
+    return client
+
+
+def answer(address: Any) -> bytes:
+    """Send a byte, and return all that comes."""
+    with connected(address) as client:
+        client.sendall(b"x")
+        return rest_of(client)
+
+
+def rest_of(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def take_terminal() -> None:
+    """Make standard input the controlling terminal of this session."""
+    hear_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Terminal:
+    """A terminal of 80 columns with a server in front of it."""
+
+    def __init__(
+        self,
+        project: Path,
+        *arguments: str,
+        program: Sequence[str] = COMMAND,
+        controlling: bool = False,
+        **environment: str,
+    ) -> None:
+        self.screen = pyte.HistoryScreen(80, 30, history=1000)
+        self._stream = pyte.ByteStream(self.screen)
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
+        env = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+        }
+        self.process = subprocess.Popen(
+            [*program, "serve", "app:once", "--bind", "unix:s", "--workers", "2", *arguments],
+            cwd=project,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**env, "TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            start_new_session=controlling,
+            preexec_fn=take_terminal if controlling else hear_signals,  # noqa: PLW1509
+        )
+        os.close(slave)
+
+    def read(self) -> bool:
+        """Read what comes; False at its end."""
+        if select.select([self._master], [], [], 0.05)[0]:
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:
+                return False
+            self._stream.feed(data)
+        return True
+
+    def shows(self, *texts: str) -> str:
+        """Wait until those are on the screen; return all of it."""
+        until(lambda: self.read() and all(text in self.text() for text in texts))
+        return self.text()
+
+    def text(self) -> str:
+        before = [
+            "".join(line[column].data for column in range(80)).rstrip()
+            for line in self.screen.history.top
+        ]
+        return "\n".join([*before, *(line.rstrip() for line in self.screen.display)])
+
+    def end(self) -> str:
+        while self.read():
+            pass
+        assert self.process.wait(60) == 0
+        return self.text()
+
+    def hang_up(self) -> None:
+        """Close the terminal, as its window would."""
+        os.close(self._master)
+        self._master = -1
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self._master != -1:
+            os.close(self._master)

@@ -1,0 +1,353 @@
+"""Ratios, goals and regressions of a result, as tables and as Markdown.
+
+A result has the structure of ``result.json``. Nothing is measured in this file.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from rich.table import Table
+
+from .cases import CASES, GOALS, GROUPS, MEMORY, MOST_MEMORY, OURS, STREAM, Case, Goal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+Result = dict[str, Any]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Return the ratio within each turn."""
+    return [one / two for one, two in zip(over, under, strict=False) if two]
+
+
+def is_ours(name: str) -> bool:
+    """Whether an entry is of this library, in any variant."""
+    return name.split(":", maxsplit=1)[0] == OURS
+
+
+def summary(case: Case, values: dict[str, list[float]]) -> Result:
+    """Return medians and spreads of a case, of the values and of the ratios to ours."""
+    reference = next(filter(is_ours, values))
+    return {
+        "unit": case.unit,
+        "figure": case.figure,
+        "group": case.group,
+        "reference": reference,
+        "implementations": {
+            name: {
+                **spread(measured),
+                "ratio": spread(ratios(measured, values[reference]) or [float("nan")]),
+                "values": [float(f"{value:.5g}") for value in measured],
+            }
+            for name, measured in values.items()
+        },
+    }
+
+
+def ratio_of(
+    result: Result, over: tuple[str, str], under: tuple[str, str]
+) -> dict[str, float] | None:
+    """Return the ratio of two implementations, turn by turn; None if one did not run."""
+    found = [
+        result["cases"].get(case, {}).get("implementations", {}).get(name)
+        for case, name in (over, under)
+    ]
+    if None in found:
+        return None
+    both = ratios(*(each["values"] for each in found))
+    return spread(both) if both else None
+
+
+################################################################
+# Goals
+################################################################
+
+
+@attrs.frozen
+class Verdict:
+    """A goal, and what was measured."""
+
+    goal: str
+    expected: str
+    measured: dict[str, float] | None
+    is_met: bool | None
+
+    @property
+    def word(self) -> str:
+        """One word for the verdict."""
+        return {True: "met", False: "missed", None: "not measured"}[self.is_met]
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return the row of a table."""
+        if self.measured is None:
+            return self.goal, self.expected, "", "", self.word
+        median, low, high = (f"{self.measured[key]:.3g}" for key in ("median", "low", "high"))
+        return self.goal, self.expected, median, f"{low} to {high}", self.word
+
+
+def judge(result: Result) -> list[Verdict]:
+    """Compare the measured ratios with the goals."""
+    verdicts = []
+    for goal in GOALS:
+        ratio = ratio_of(result, goal.over, goal.under)
+        expected = f"at {'least' if goal.at_least else 'most'} {goal.bound:.4g}"
+        met = None if ratio is None else goal.is_met(ratio["median"])
+        verdicts.append(Verdict(goal.text, expected, ratio, met))
+    beyond = None
+    memory = result["cases"].get(MEMORY, {}).get("implementations", {})
+    if OURS in memory and STREAM in memory:
+        pairs = zip(memory[OURS]["values"], memory[STREAM]["values"], strict=True)
+        beyond = spread([ours - theirs for ours, theirs in pairs])
+    verdicts.append(
+        Verdict(
+            "bytes of an idle connection beyond those of trio.SocketStream",
+            f"at most {MOST_MEMORY}",
+            beyond,
+            None if beyond is None else beyond["median"] <= MOST_MEMORY,
+        )
+    )
+    return verdicts
+
+
+################################################################
+# Regressions
+################################################################
+
+
+@attrs.frozen
+class Change:
+    """A ratio in the kept result and in this run.
+
+    Attributes:
+      titles: the cases of the two sides.
+      relative_to: the other implementation.
+      worse: the factor by which trio_unixconn got slower.
+    """
+
+    titles: tuple[str, ...]
+    what: str
+    relative_to: str
+    then: float
+    now: float
+    worse: float
+
+
+@attrs.frozen
+class Comparison:
+    """The regressions, the number of ratios compared, and notes on what could not be compared."""
+
+    regressions: list[Change]
+    compared: int
+    notes: list[str]
+
+
+def compare(then: Result, now: Result, tolerance: float) -> Comparison:
+    """Compare with a kept result, by the ratios to the others and by the goals.
+
+    In a case, trio_unixconn has got slower if it has relative to most of the others: a change
+    relative to only one is a change of that one. The ratio of a goal is compared directly.
+    """
+    changes = [
+        change
+        for title in then["cases"]
+        if title in now["cases"]
+        for change in _changes_in(title, then, now)
+    ]
+    changes += filter(None, (_change_of(goal, then, now) for goal in GOALS))
+    return Comparison(
+        [change for change in changes if change.worse > tolerance],
+        len(changes),
+        [*_only_in(then, now, "only in the kept result"), *_only_in(now, then, "only in this run")],
+    )
+
+
+def confirmed(first: Comparison, again: Comparison) -> Comparison:
+    """Return the first comparison with only those regressions that were seen again."""
+    seen = {change.what for change in again.regressions}
+    lasting = [change for change in first.regressions if change.what in seen]
+    return attrs.evolve(first, regressions=lasting)
+
+
+def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
+    names = [name for name in then["cases"][title]["implementations"] if _ran(now, title, name)]
+    for ours in filter(is_ours, names):
+        found = []
+        for other in names:
+            if is_ours(other):
+                continue
+            old, new = (ratio_of(each, (title, ours), (title, other)) for each in (then, now))
+            if old and new and old["median"] > 0:
+                found.append((new["median"] / old["median"], old["median"], new["median"], other))
+        if found:
+            # The median; of two, the one that is in our favour.
+            worse, old_ratio, new_ratio, other = sorted(found)[(len(found) - 1) // 2]
+            yield Change((title,), f"{title}: {ours}", other, old_ratio, new_ratio, worse)
+
+
+def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
+    old, new = (ratio_of(each, goal.over, goal.under) for each in (then, now))
+    if not (old and new and old["median"] > 0 and new["median"] > 0):
+        return None
+    before, after = old["median"], new["median"]
+    worse = before / after if goal.at_least else after / before
+    return Change((goal.over[0], goal.under[0]), f"goal: {goal.text}", "", before, after, worse)
+
+
+def _ran(result: Result, title: str, name: str) -> bool:
+    return name in result["cases"].get(title, {}).get("implementations", {})
+
+
+def _only_in(one: Result, two: Result, where: str) -> Iterable[str]:
+    whole = [title for title in one["cases"] if title not in two["cases"]]
+    if whole:
+        yield f"cases {where}: {', '.join(whole)}"
+    lacking: dict[str, None] = {}
+    for title in one["cases"]:
+        if title not in whole:
+            for name in one["cases"][title]["implementations"]:
+                if not _ran(two, title, name):
+                    lacking[name] = None
+    for name in lacking:
+        reason = two["missing"].get(name) or two["failed"].get(name)
+        yield f"implementation {where}: {name}{f' ({reason})' if reason else ''}"
+
+
+################################################################
+# Tables
+################################################################
+
+
+def human(value: float, figure: str) -> str:
+    """Write a time, or a number of bytes."""
+    if figure == "bytes":
+        return f"{value:,.0f} B"
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def cells_of(name: str, case: Result) -> tuple[str, str, str, str]:
+    """Return the row of an implementation."""
+    row = case["implementations"][name]
+    ratio = row["ratio"]
+    return (
+        name,
+        human(row["median"], case["figure"]),
+        f"{ratio['median']:.2f}",
+        f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+    )
+
+
+def headings_of(case: Result) -> tuple[str, str, str, str]:
+    """Return the headings of a case's table."""
+    return "", f"per {case['unit']}", f"ratio to {case['reference']}", "quartiles of the ratio"
+
+
+def table_of(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> Table:
+    """Return a table without rows; numbers are the columns that have figures."""
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i in numbers else "left")
+    return table
+
+
+def show(result: Result, console: Console) -> None:
+    """Print what was measured, and which implementations are missing."""
+    for title, case in result["cases"].items():
+        table = table_of(title, headings_of(case), (1, 2, 3))
+        for name in case["implementations"]:
+            table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
+        console.print(table)
+    show_absent(result, console)
+
+
+def show_absent(result: Result, console: Console) -> None:
+    """Print which implementations are missing or failed."""
+    for kind in ("missing", "failed"):
+        for name, why in result[kind].items():
+            console.print(f"{kind}: {name} ({why})", style="yellow", markup=False)
+
+
+def show_goals(verdicts: Iterable[Verdict], console: Console) -> None:
+    """Print the goals."""
+    table = table_of("Goals", ("goal", "expected", "measured", "quartiles", ""), (2, 3))
+    for verdict in verdicts:
+        table.add_row(*verdict.cells(), style="red" if verdict.is_met is False else "")
+    console.print(table)
+
+
+def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
+    """Print the regressions, and what was not compared."""
+    if found.regressions:
+        headings = ("slower than before", "relative to", "ratio before", "now", "worse by")
+        table = table_of("Regressions", headings, (2, 3, 4))
+        for each in found.regressions:
+            numbers = (f"{each.then:.3g}", f"{each.now:.3g}", f"{each.worse:.2f}")
+            table.add_row(each.what, each.relative_to, *numbers, style="red")
+        console.print(table)
+    for note in found.notes:
+        console.print(f"not compared: {note}", style="yellow", markup=False)
+    console.print(
+        f"{found.compared} ratios compared, {len(found.regressions)} worse by more than a "
+        f"factor of {tolerance:g}"
+    )
+
+
+def markdown(result: Result) -> str:
+    """Return the tables for the documentation, between the markers that it includes them by."""
+    lines = ["<!-- Written by nox -s bench -- --write. -->", "", *machine_lines(result)]
+    for group in GROUPS:
+        lines += [f"<!-- begin {group} -->", ""]
+        for case in CASES:
+            found = result["cases"].get(case.title)
+            if case.group == group and found:
+                lines += [*row_of(case.title, *headings_of(found)[1:]), *row_of(*["---"] * 4)]
+                for name in found["implementations"]:
+                    cells = cells_of(name, found)
+                    lines += row_of(*(f"**{cell}**" if is_ours(name) else cell for cell in cells))
+                lines.append("")
+        lines += [f"<!-- end {group} -->", ""]
+    return "\n".join([*lines, *goal_lines(judge(result))]) + "\n"
+
+
+def machine_lines(result: Result) -> list[str]:
+    """Return the machine and the versions of all implementations, in Markdown."""
+    lines = ["<!-- begin machine -->", ""]
+    kind = "quick" if result["quick"] else "full"
+    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
+    lines += row_of("implementation", "version") + row_of("---", "---")
+    for name, version in result["versions"].items():
+        lines += row_of(name, version)
+    for key in ("missing", "failed"):
+        for name, why in result[key].items():
+            lines += row_of(name, f"**{key}**: {why}")
+    return [*lines, "", "<!-- end machine -->", ""]
+
+
+def goal_lines(verdicts: Iterable[Verdict]) -> list[str]:
+    """Return the goals in Markdown."""
+    lines = ["<!-- begin goals -->", "", *row_of("goal", "expected", "measured", "quartiles", "")]
+    lines += row_of(*["---"] * 5)
+    for verdict in verdicts:
+        *words, last = verdict.cells()
+        lines += row_of(*words, f"**{last}**" if verdict.is_met is False else last)
+    return [*lines, "", "<!-- end goals -->"]
+
+
+def row_of(*cells: str) -> list[str]:
+    """Return the line of a table in Markdown."""
+    return [f"| {' | '.join(cells)} |"]

@@ -1,0 +1,119 @@
+"""What is measured of worker pools, for how long, and what is due.
+
+The rule of this file: values only. A load is the same for all implementations; a goal is about what
+was measured in the same run.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from tests.bench.connections.cases import OURS, Goal
+
+# One connection of so many burns CPU; for how long, serving.py says.
+BURN_ONE_IN = 50
+# Connections at a time in a closed loop.
+AT_ONCE = 64
+# Arrivals in an open loop, as a share of what the slowest with workers serves in a closed one.
+SHARE = 0.6
+# Who serves less than this share of the arrivals is left out: its queue only grows.
+SPARE = 0.9
+# The share of this machine that others may use in a turn before it is run once more.
+MOST_DISTURBED = 0.10
+
+
+@attrs.frozen
+class Load:
+    """What connections come.
+
+    Attributes:
+      seconds: how long one run is, when it is full.
+      quick: the same, when it is quick; 0 leaves the load out then.
+      burns: whether some of them burn CPU.
+      is_open: whether they come when they are due, or each when another has ended.
+      idle: how many others are open beside and say nothing; None: none, and that is for
+        everybody. A load with idle ones is ours alone.
+      rounds: at most so many, because one takes long.
+      fresh: after so many turns everybody is started afresh, because where a process happens to
+        have its memory makes it faster or slower for all its life; 0: never.
+    """
+
+    title: str
+    seconds: float
+    quick: float
+    burns: bool = False
+    is_open: bool = False
+    idle: int | None = None
+    rounds: int = 1000
+    fresh: int = 0
+
+    @property
+    def figure(self) -> str:
+        """What is compared: the rate where nothing else limits it, or the latency."""
+        return "p99" if self.is_open else "rate"
+
+
+EVEN = "even work, closed loop"
+UNEVEN = "uneven work, closed loop"
+EVEN_OPEN = "even work, open loop"
+UNEVEN_OPEN = "uneven work, open loop"
+MEMORY = "memory of the parent"
+# Jobs in flight when memory is measured, and idle connections at most.
+MANY = 10_000
+
+
+def beside(idle: int) -> str:
+    """Return the title of the load with so many idle connections."""
+    return f"even work, closed loop, {idle:,} idle beside"
+
+
+LOADS = [
+    Load(EVEN, 2, 0.5, fresh=2),
+    Load(UNEVEN, 3, 0.8, burns=True),
+    Load(EVEN_OPEN, 2, 0.5, is_open=True),
+    Load(UNEVEN_OPEN, 5, 1.5, burns=True, is_open=True),
+    Load(beside(1), 2, 0.5, idle=1, rounds=5),
+    Load(beside(100), 2, 0, idle=100, rounds=5),
+    Load(beside(MANY), 2, 0.5, idle=MANY, rounds=5),
+]
+MEMORY_ROUNDS, QUICK_MEMORY_ROUNDS = 3, 1
+
+NODE = "Node's cluster"
+REUSEPORT = "trio, SO_REUSEPORT"
+SHARED = "trio, a shared listener"
+SINGLE = "trio, one process"
+
+
+@attrs.frozen(kw_only=True)
+class PoolGoal(Goal):
+    """A ratio that is due, of one of the figures."""
+
+    figure: str
+
+
+def _goal(
+    text: str, load: str, other: str, bound: float, figure: str, *, at_least: bool = False
+) -> PoolGoal:
+    return PoolGoal(text, (load, OURS), (load, other), bound, at_least, figure=figure)
+
+
+GOALS = [
+    _goal("connections a second, ours / Node's cluster", EVEN, NODE, 1.2, "rate", at_least=True),
+    _goal("connections a second, ours / SO_REUSEPORT", EVEN, REUSEPORT, 1.0, "rate", at_least=True),
+    # One in 50 takes 50 ms by itself, so the 99th percentile of all cannot be below that.
+    _goal("p99 under uneven work, ours / SO_REUSEPORT", UNEVEN_OPEN, REUSEPORT, 0.5, "p99"),
+    _goal("the same, of those that burn nothing", UNEVEN_OPEN, REUSEPORT, 0.5, "light p99"),
+    PoolGoal(
+        "connections a second with 10,000 idle / with 1",
+        (beside(MANY), OURS),
+        (beside(1), OURS),
+        0.9,
+        at_least=True,
+        figure="rate",
+    ),
+]
+# The share of the most busy worker to the mean share, where all work is the same.
+MOST_SKEW = 1.1
+EVEN_LOADS = [EVEN, EVEN_OPEN]
+# Bytes in the parent, with MANY jobs in flight, beyond what it had with none.
+MOST_MEMORY = 3_000_000

@@ -1,0 +1,45 @@
+"""A little of each scene of ``nox -s pool-faults``; figures in seconds are ignored here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests._helpers.helpers import until
+from tests._helpers.processes import environment, python
+from tests.faults.pool.runner import SCENES
+from trio_unixconn.pool import open_worker_pool
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("scene", SCENES)
+def test_pool_faults_scene(scene: str, tmp_path: Path) -> None:
+    """The records of clients, pool and handlers agree."""
+    figures = tmp_path / "figures"
+    # A process that is killed leaves half a file of coverage data.
+    env = {name: value for name, value in environment().items() if "COVERAGE_" not in name}
+    done = subprocess.run(
+        python("tests.faults.pool", "--tiny", "--only", scene, "--json", str(figures)),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+        check=False,
+    )
+    assert figures.exists(), done.stderr
+    found = json.loads(figures.read_text())["scenes"][scene]["figures"]
+    wrong = [each for each in found if not each["holds"] and "seconds" not in each["name"]]
+    assert not wrong, done.stderr
+
+
+async def test_open_worker_pool_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_worker_pool() waits for workers on a kernel without pidfds, too."""
+    monkeypatch.delattr(os, "pidfd_open")
+    async with open_worker_pool("tests._helpers.pool_handlers:do", workers=2) as pool:
+        pid = pool.statistics().workers[0].pid
+        await pool.restart()
+        await until(lambda: all(each.pid != pid for each in pool.statistics().workers))
