@@ -34,6 +34,7 @@ extensions = [
 nitpicky = True
 nitpick_ignore = [
     # Type aliases; reference/index.md says what they are.
+    ("py:class", "AddressLike"),
     ("py:class", "FileDescriptor"),
     ("py:class", "Buffer"),
     ("py:class", "ControlMessage"),

@@ -219,6 +219,53 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
     }
 
 
+# Private names of other projects, which have no public way to the same.
+FOREIGN_PRIVATE = {
+    ("_accept", "_accept"),  # of socket.socket: without a socket object for each connection
+    ("_sockopts", "_sock"),  # of trio's sockets
+    ("pool._process", "_args_from_interpreter_flags"),  # of subprocess
+    ("pool._process", "_xoptions"),  # of sys, documented
+    ("pool._worker", "_exit"),  # of os, documented
+}
+
+
+def private_names(text: str) -> set[str]:
+    """Return the private names that a module uses and does not define."""
+    defined: set[str] = set()
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                defined.add(node.name)
+            case ast.Name(ctx=ast.Store()):
+                defined.add(node.id)
+            case ast.Attribute(ctx=ast.Store()):
+                defined.add(node.attr)
+            case ast.Attribute():
+                used.add(node.attr)
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                used.add(name)
+            case ast.ImportFrom(module=str()):
+                used.update(alias.name for alias in node.names)
+    # _replace() and its like are the public methods of named tuples.
+    public = {"_replace", "_asdict", "_make", "_fields"}
+    return {name for name in used - defined - public if re.match(r"_(?!_)", name)}
+
+
+def test_private_names_stay_in_their_file() -> None:
+    """A private name is used only in the file that defines it; a file's own classes are its own."""
+    used = {
+        (name, key) for name, path in modules().items() for key in private_names(path.read_text())
+    }
+    assert used == FOREIGN_PRIVATE
+
+
+def test_a_private_name_of_another_file_would_be_seen() -> None:
+    """The check itself can fail: it sees attributes, imports and getattr."""
+    text = "from ._a import _b\nfrom . import _c\nx._d\ngetattr(x, '_e')\nself._f = self._f\n"
+    assert private_names(text) == {"_b", "_d", "_e"}
+
+
 def test_design_describes_each_layer() -> None:
     """The table of layers in the design has a row for each layer, and for each module of pool."""
     text = (ROOT / "docs" / "explanation" / "design.md").read_text()

@@ -4,7 +4,10 @@ Open files, sockets and proof of identity from one process to another on the sam
 ``Gio.UnixConnection``, awaitable, cancellable and without leaks.
 """
 
-from ._address import UnixSocketAddress as UnixSocketAddress
+from ._address import (
+    AddressLike as AddressLike,
+    UnixSocketAddress as UnixSocketAddress,
+)
 from ._callback_connection import CallbackConnection as CallbackConnection
 from ._callbacks import (
     CallbackAdapter as CallbackAdapter,
@@ -63,6 +66,7 @@ from .errors import (
 
 __all__ = [
     "AddressInUseError",
+    "AddressLike",
     "AsyncReadyCallback",
     "AsyncResult",
     "CallbackAdapter",

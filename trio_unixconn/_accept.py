@@ -100,7 +100,7 @@ class Acceptor:
         # Not accept(): to make a socket object of each takes 3 of the 35 us that a server with
         # workers spends on a connection, and it only passes the file descriptor on.
         sock: Any = self._sock
-        accept: Callable[[], Accepted] = sock._accept  # noqa: SLF001 - of the standard library
+        accept: Callable[[], Accepted] = sock._accept
         accepted: list[Accepted] = []
         try:
             while len(accepted) < limit:

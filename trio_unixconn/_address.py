@@ -13,9 +13,11 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
-from typing import Final
+from typing import Final, TypeAlias
 
 import attrs
+
+_PathName: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 _FORMS: Final = (
     "unix:/absolute/path, unix:///absolute/path, unix:path=... or unix:abstract=..., with bytes "
@@ -70,7 +72,7 @@ class UnixSocketAddress:
         return cls(_encoded(name, "name"))
 
     @classmethod
-    def path(cls, path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> UnixSocketAddress:
+    def path(cls, path: _PathName) -> UnixSocketAddress:
         """Return the address of a path in the file system.
 
         Raises:
@@ -90,7 +92,7 @@ class UnixSocketAddress:
     @classmethod
     def from_any(
         cls,
-        address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
+        address: AddressLike,
         *,
         argument: str = "address",
     ) -> UnixSocketAddress:
@@ -199,6 +201,10 @@ class UnixSocketAddress:
         return f"@{self.to_string()}" if self.get_is_abstract() else self.to_string()
 
 
+# What a function that takes an address takes; see UnixSocketAddress.from_any().
+AddressLike: TypeAlias = _PathName | UnixSocketAddress
+
+
 def check_address(address: UnixSocketAddress, argument: str) -> None:
     """Raise TypeError unless this is an address; the error calls it ``argument``."""
     if not isinstance(address, UnixSocketAddress):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -207,7 +213,7 @@ def check_address(address: UnixSocketAddress, argument: str) -> None:
         )
 
 
-def _encoded(name: str | bytes | os.PathLike[str] | os.PathLike[bytes], argument: str) -> bytes:
+def _encoded(name: _PathName, argument: str) -> bytes:
     try:
         return os.fsencode(name)
     except TypeError:

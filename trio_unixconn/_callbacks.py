@@ -195,11 +195,11 @@ async def open_callback_adapter() -> AsyncGenerator[CallbackAdapter, None]:
         adapter = CallbackAdapter(nursery)
         try:
             yield adapter
-            await adapter._drain()  # noqa: SLF001 - of this module
+            await adapter._drain()
         except BaseException:
-            adapter._refuse()  # noqa: SLF001 - of this module
+            adapter._refuse()
             nursery.cancel_scope.cancel()
             # Operations begun in other threads may not have arrived yet, and need the nursery.
             with trio.CancelScope(shield=True):
-                await adapter._drain()  # noqa: SLF001 - of this module
+                await adapter._drain()
             raise

@@ -420,7 +420,7 @@ class CancellableScope(DescriptorOwner):
 
     def __enter__(self) -> trio.CancelScope:
         scope = self._scope.__enter__()
-        if not self._cancellable._attach(self._target):  # noqa: SLF001 - of this module
+        if not self._cancellable._attach(self._target):
             self._scope.__exit__(None, None, None)
             raise OperationCancelled(_CANCELLED)
         return scope
@@ -431,7 +431,7 @@ class CancellableScope(DescriptorOwner):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        self._cancellable._detach(self._target)  # noqa: SLF001 - of this module
+        self._cancellable._detach(self._target)
         handled = self._scope.__exit__(exc_type, exc, traceback)
         if self._target.triggered and self._scope.cancelled_caught:
             raise OperationCancelled(_CANCELLED) from None
@@ -556,13 +556,13 @@ async def wait_cancellable(
         return
     task = current_task()
     waker = _CancelWaker(task)
-    if not cancellable._attach(waker):  # noqa: SLF001 - of this module
+    if not cancellable._attach(waker):
         await trio.lowlevel.checkpoint()
         raise OperationCancelled(_CANCELLED)
     try:
         await _sleep(wait(raw), task, waker)
     finally:
-        cancellable._detach(waker)  # noqa: SLF001 - of this module
+        cancellable._detach(waker)
     if waker.triggered:
         # An outer cancellation of trio's comes first.
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -10,22 +10,19 @@ from __future__ import annotations
 import errno
 import random
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _bind, _kernel
-from ._address import UnixSocketAddress
+from ._address import AddressLike, UnixSocketAddress
 from ._closing import close_socket
 from ._connection import UnixConnection
 from ._paths import connectable, describe_connect_error
 from ._policy import PeerPolicy, check_peer, check_policy
 from ._sockopts import disable_passrights, enable_passing
 from .errors import PeerDeniedError
-
-if TYPE_CHECKING:
-    import os
 
 # Between two attempts to connect while the queue of the listener is full, in seconds.
 INITIAL_BACKOFF: Final = 0.001
@@ -34,11 +31,9 @@ MAX_BACKOFF: Final = 0.1
 
 @enable_ki_protection
 async def open_unix_connection(
-    address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
+    address: AddressLike,
     *,
-    local_address: (
-        str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress | None
-    ) = None,
+    local_address: AddressLike | None = None,
     policy: PeerPolicy | None = None,
     credentials: bool = False,
     pidfds: bool = False,

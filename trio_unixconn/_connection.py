@@ -947,16 +947,25 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
 def close_now(conn: UnixConnection) -> None:
     """Close a connection as ``aclose`` does, without its checkpoint."""
-    receiver = conn._receiver  # noqa: SLF001 - of this file
+    receiver = conn._receiver
     receiver.release()
     if not conn.is_closed():
         notify_closing(receiver.raw)
         _closing.close_socket(receiver.raw)
 
 
+def close_outside_run(conn: UnixConnection) -> None:
+    """Close a connection that no task uses, even where no trio run is.
+
+    Trio closes its sockets only in a run, where it wakes the tasks that wait.
+    """
+    conn._receiver.release()
+    _closing.close_socket(conn._receiver.raw)
+
+
 def accepts_descriptors(conn: UnixConnection) -> bool:
     """Whether the peer may send file descriptors (``receive_descriptors``)."""
-    return not isinstance(conn._receiver, RefusingReceiver)  # noqa: SLF001 - of this file
+    return not isinstance(conn._receiver, RefusingReceiver)
 
 
 # isinstance(conn, trio.SocketStream) must hold, and trio does not allow subclasses.

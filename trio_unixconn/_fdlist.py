@@ -75,8 +75,8 @@ class UnixFDList(ClosableOwner):
     def owning(cls, fds: list[int]) -> UnixFDList:
         """Make a list that owns what the kernel returned, and keeps the list object itself."""
         fd_list = cls.__new__(cls)
-        fd_list._fds = fds  # noqa: SLF001 - its own class
-        fd_list._gaps = False  # noqa: SLF001 - its own class
+        fd_list._fds = fds
+        fd_list._gaps = False
         return fd_list
 
     def append(self, fd: int) -> int:

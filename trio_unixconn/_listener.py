@@ -9,7 +9,6 @@ Sources: bind(2), listen(2), accept(2), unix(7), trio's SocketListener
 from __future__ import annotations
 
 import logging
-import os
 import socket as stdlib_socket
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +17,7 @@ from trio.lowlevel import enable_ki_protection
 
 from . import _bind, _closing, _kernel
 from ._accept import Acceptor, close_listening_socket
-from ._address import UnixSocketAddress, check_address
+from ._address import AddressLike, UnixSocketAddress, check_address
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
 from ._policy import PeerPolicy, admit_or_close, check_policy
@@ -214,7 +213,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
 @enable_ki_protection
 async def accept_connection(listener: UnixListener) -> UnixConnection:
     """Accept one connection, without asking the policy."""
-    return make_connection(listener, *await listener._acceptor.accept())  # noqa: SLF001 - of this file
+    return make_connection(listener, *await listener._acceptor.accept())
 
 
 @enable_ki_protection
@@ -224,13 +223,13 @@ def accept_pending(listener: UnixListener) -> tuple[UnixConnection | None, OSErr
     Returns:
       None if there is none, and an error to be passed to :func:`back_off`.
     """
-    accepted, error = listener._acceptor.accept_pending(1)  # noqa: SLF001 - of this file
+    accepted, error = listener._acceptor.accept_pending(1)
     return make_connection(listener, *accepted[0]) if accepted else None, error
 
 
 async def back_off(listener: UnixListener, error: OSError) -> None:
     """Wait before the next connection is accepted."""
-    await listener._acceptor.back_off(error)  # noqa: SLF001 - of this file
+    await listener._acceptor.back_off(error)
 
 
 @enable_ki_protection
@@ -241,7 +240,7 @@ def make_connection(listener: UnixListener, fd: int, name: str | bytes) -> UnixC
         return UnixConnection(
             trio.socket.from_stdlib_socket(sock),
             receive_descriptors=receives_descriptors(listener),
-            local_address=listener._address,  # noqa: SLF001 - of this file
+            local_address=listener._address,
             remote_address=UnixSocketAddress.from_native(name),
         )
     except BaseException:
@@ -251,7 +250,7 @@ def make_connection(listener: UnixListener, fd: int, name: str | bytes) -> UnixC
 
 async def admits(listener: UnixListener, conn: UnixConnection) -> bool:
     """Whether the listener's policy admits the peer; if not, it is counted and ``conn`` closed."""
-    policy = listener._policy  # noqa: SLF001 - of this file
+    policy = listener._policy
     if policy is None or await admit_or_close(conn, policy):
         return True
     listener.denied += 1
@@ -259,22 +258,22 @@ async def admits(listener: UnixListener, conn: UnixConnection) -> bool:
 
 
 def has_policy(listener: UnixListener) -> bool:
-    return listener._policy is not None  # noqa: SLF001 - of this file
+    return listener._policy is not None
 
 
 def receives_descriptors(listener: UnixListener) -> bool:
-    return listener._receive_descriptors  # noqa: SLF001 - of this file
+    return listener._receive_descriptors
 
 
 def queue_size(listener: UnixListener) -> int:
     """Return how many connections can be in the queue; 0 if other processes may accept them."""
-    return listener._queue_size  # noqa: SLF001 - of this file
+    return listener._queue_size
 
 
 async def remove_path(listener: UnixListener) -> None:
     """Remove the path of a listener; log an error, because a drain continues without it."""
     try:
-        await listener._remove_path()  # noqa: SLF001 - of this file
+        await listener._remove_path()
     except OSError:
         logger.exception(
             "%s: cannot remove the path; it stays, for the next server to replace",
@@ -319,7 +318,7 @@ async def _id_of(value: int | str | None, look_up: Callable[[str], int]) -> int 
 
 @enable_ki_protection
 async def open_unix_listener(
-    address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress,
+    address: AddressLike,
     *,
     mode: int = 0o600,
     owner: int | str | None = None,
@@ -418,7 +417,7 @@ async def open_unix_listener(
         # While a live server was replaced, clients may have connected to it.
         _closing.close_socket(sock)
         raise
-    listener._queue_size = backlog + 1  # noqa: SLF001 - its other constructor
+    listener._queue_size = backlog + 1
     if unlink_on_close:
-        listener._binding = binding  # noqa: SLF001 - as its constructor
+        listener._binding = binding
     return listener

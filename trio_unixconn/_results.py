@@ -118,12 +118,12 @@ def finish_result(result: AsyncResult, source: Source, tag: str) -> Any:
     """
     if not isinstance(result, AsyncResult):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected an AsyncResult, got {type(result).__name__}")
-    return result._finish(source, tag)  # noqa: SLF001 - of this module
+    return result._finish(source, tag)
 
 
 def discard_result(result: AsyncResult) -> None:
     """Close the file descriptors of a result that is not finished; never blocks."""
-    result._discard_value()  # noqa: SLF001 - of this module
+    result._discard_value()
 
 
 @attrs.define(eq=False)

@@ -39,9 +39,7 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
-    import os
-
-    from ._address import UnixSocketAddress
+    from ._address import AddressLike, UnixSocketAddress
     from ._policy import PeerPolicy
 
 logger: Final = logging.getLogger("trio_unixconn")
@@ -216,7 +214,7 @@ def crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException 
 @enable_ki_protection
 async def serve_unix(
     handler: Handler,
-    address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress | UnixListener,
+    address: AddressLike | UnixListener,
     *,
     policy: PeerPolicy | None = None,
     max_connections: int | None = None,
@@ -307,7 +305,7 @@ async def serve_unix(
         slots=slots,
     )
     try:
-        await server._serve(task_status)  # noqa: SLF001 - this is its only caller
+        await server._serve(task_status)
     finally:
         # Not "async with", for the same reason as with a connection.
         with trio.CancelScope(shield=True):

@@ -263,17 +263,17 @@ class WorkerPool(DescriptorOwner):
 
 def queue_of(pool: WorkerPool) -> JobQueue:
     """Return the queue of a pool."""
-    return pool._queue  # noqa: SLF001 - this file's class
+    return pool._queue
 
 
 def config_of(pool: WorkerPool) -> PoolConfig:
     """Return the options of a pool."""
-    return pool._supervisor.options  # noqa: SLF001 - this file's class
+    return pool._supervisor.options
 
 
 def check_run(pool: WorkerPool) -> None:
     """Raise RuntimeError unless this is the thread and the trio.run of a pool."""
-    pool._check_run()  # noqa: SLF001 - this file's class
+    pool._check_run()
 
 
 def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: EndpointKind) -> None:
@@ -282,7 +282,7 @@ def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: En
     Args:
       accepted: file descriptors, which the pool owns afterwards, and the addresses of the peers.
     """
-    now, counters, ids = trio.current_time(), pool._counters, pool._ids  # noqa: SLF001
+    now, counters, ids = trio.current_time(), pool._counters, pool._ids
     queue_of(pool).put_many(
         [PendingJob(next(ids), fd, kind, counters, now, peer=peer) for fd, peer in accepted]
     )

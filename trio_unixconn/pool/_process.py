@@ -190,7 +190,7 @@ def _interpreter_options() -> list[str]:
     flags: Callable[[], list[str]] = getattr(subprocess, "_args_from_interpreter_flags")  # noqa: B009 - no type checker knows it
     options = flags()
     for name in _KEPT_XOPTIONS:
-        value = sys._xoptions.get(name)  # noqa: SLF001 - documented, for all its underscore
+        value = sys._xoptions.get(name)
         if value is not None:
             options += ["-X", name if value is True else f"{name}={value}"]
     return options

@@ -365,7 +365,7 @@ async def serve_with_workers(
         raise ValueError("expected different listeners, got one of them twice")
     try:
         async with open_worker_pool(handler, **options) as pool:
-            await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
+            await WorkerServer(pool, listeners)._serve(task_status)
     finally:
         with trio.CancelScope(shield=True):
             await _close(listeners)
@@ -390,7 +390,7 @@ async def serve_when_ready(
     async with open_worker_pool(handler, **options) as pool:
         listeners = await open_listeners()
         try:
-            await WorkerServer(pool, listeners)._serve(task_status)  # noqa: SLF001
+            await WorkerServer(pool, listeners)._serve(task_status)
         finally:
             with trio.CancelScope(shield=True):
                 await _close(listeners)

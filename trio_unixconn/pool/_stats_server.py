@@ -28,10 +28,9 @@ from ..errors import UnixConnectionError
 from ._server import WorkerServer
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Mapping
 
-    from .._address import UnixSocketAddress
+    from .._address import AddressLike
     from .._connection import UnixConnection
     from .._server import UnixServer
     from ._pool import WorkerPool
@@ -55,7 +54,7 @@ TEXT_TYPE: Final = "text/plain; charset=utf-8"
 
 async def serve_statistics(
     source: WorkerServer | WorkerPool,
-    address: str | bytes | os.PathLike[str] | os.PathLike[bytes] | UnixSocketAddress | UnixListener,
+    address: AddressLike | UnixListener,
     *,
     policy: PeerPolicy | None = None,
     mode: int | None = None,

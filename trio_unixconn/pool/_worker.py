@@ -311,19 +311,20 @@ class _Worker:
 
     async def _handle_frame(self, handlers: trio.Nursery, frame: Frame) -> None:
         kind, body, fds = frame
-        if kind == _protocol.JOBS:
-            await self._take_batch(handlers, body, fds)
-        elif kind == _protocol.CANCEL:
-            for job_id in _protocol.unpack_job_ids(body):
-                scope = self._scopes.get(job_id)
-                if scope is not None:
-                    # So that it does not look as if it had run out of time.
-                    scope.deadline = math.inf
-                    scope.cancel()
-        elif kind == _protocol.DRAIN:
-            self._drain(_protocol.unpack_seconds(body))
-        else:
-            raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
+        match kind:
+            case _protocol.JOBS:
+                await self._take_batch(handlers, body, fds)
+            case _protocol.CANCEL:
+                for job_id in _protocol.unpack_job_ids(body):
+                    scope = self._scopes.get(job_id)
+                    if scope is not None:
+                        # So that it does not look as if it had run out of time.
+                        scope.deadline = math.inf
+                        scope.cancel()
+            case _protocol.DRAIN:
+                self._drain(_protocol.unpack_seconds(body))
+            case _:
+                raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
 
     async def _take_batch(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
         batch, jobs = _protocol.unpack_jobs(body)

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from .. import _kernel
-from .._closing import close_socket
-from .._connection import UnixConnection, connection_pair
+from .._connection import UnixConnection, close_outside_run, connection_pair
 from ..errors import ConnectionClosedError, EndOfStreamError
 
 if TYPE_CHECKING:
@@ -90,7 +89,4 @@ def closing_pair() -> Generator[tuple[UnixConnection, UnixConnection], None, Non
         yield pair
     finally:
         for conn in pair:
-            # trio closes its sockets only in a run, where it wakes waiting tasks.
-            receiver = conn._receiver  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-            receiver.release()
-            close_socket(receiver.raw)
+            close_outside_run(conn)
