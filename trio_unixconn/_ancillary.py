@@ -243,7 +243,7 @@ def unpack(message: RawMessage) -> Received:
 
 
 def _unpack_credentials(received: Received, kind: tuple[int, int], payload: bytes) -> None:
-    assert _CREDENTIALS is not None  # noqa: S101 - the table says so
+    assert _CREDENTIALS is not None  # the table says so
     if kind[1] == _OWN and len(payload) == _ucred.size and received.credentials is None:
         # The same bytes as in the peer's last message, mostly.
         received.credentials = credentials_from_ucred(payload)

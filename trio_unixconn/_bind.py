@@ -481,7 +481,7 @@ def _unlink_same(place: _Location, name: bytes, status: os.stat_result) -> None:
 
 @contextmanager
 def _locked(place: _Location) -> Generator[None, None, None]:
-    import fcntl  # noqa: PLC0415 - not on Windows
+    import fcntl  # not on Windows
 
     name = _beside(place.name, b".lock")
     fd = _open_lock(place, name)

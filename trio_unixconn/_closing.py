@@ -379,8 +379,8 @@ def _count_unread() -> Callable[[int], bytes] | None:
     Cached, because an import statement takes as long as the system call.
     """
     try:
-        import fcntl  # noqa: PLC0415
-        import termios  # noqa: PLC0415
+        import fcntl
+        import termios
     except ImportError:
         return None
     return lambda fd: fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0")

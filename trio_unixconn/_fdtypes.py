@@ -350,6 +350,6 @@ def describe(*kinds: DescriptorKind) -> str:
 
 def _fcntl(fd: int, command: int) -> int:
     # Not on Windows, where descriptors are not passed either.
-    import fcntl  # noqa: PLC0415
+    import fcntl
 
     return fcntl.fcntl(fd, command)

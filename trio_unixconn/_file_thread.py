@@ -104,7 +104,7 @@ class _Call(Generic[_T]):
 
     def result(self) -> _T:
         """Return what the call returned, or raise what it raised."""
-        assert self._outcome is not None  # noqa: S101 - the callers have waited
+        assert self._outcome is not None  # the callers have waited
         return self._outcome.unwrap()
 
 

@@ -119,7 +119,7 @@ def free_descriptors() -> int:
     directory is the number of its entries.
     """
     try:
-        import resource  # noqa: PLC0415 - not on Windows
+        import resource  # not on Windows
 
         used = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
     except (ImportError, OSError):
@@ -196,7 +196,7 @@ def getsockopt_of_any_length(fd: int, level: int, option: int, length: int) -> b
     Raises:
       OSError: from getsockopt(2); ERANGE if the option is longer than ``length`` bytes.
     """
-    import ctypes  # noqa: PLC0415 - rare: for peers in more than 256 groups
+    import ctypes  # rare: for peers in more than 256 groups
 
     libc = ctypes.CDLL(None, use_errno=True)
     buffer, size = ctypes.create_string_buffer(length), ctypes.c_uint32(length)

@@ -183,6 +183,6 @@ def map_readonly(fd: int, max_bytes: int, seals: Seals = Seals.ALL) -> memoryvie
 
 def _fcntl(fd: int, command: int, argument: int) -> int:
     # Not on Windows, which has no memfds either.
-    import fcntl  # noqa: PLC0415
+    import fcntl
 
     return fcntl.fcntl(fd, command, argument)

@@ -158,7 +158,7 @@ class Receiver(ConnectedSocket):
           ConnectionClosedError: the socket was closed without this connection.
           OSError: the kernel reported it in place of a message.
         """
-        assert self.ahead is not None  # noqa: S101 - the caller has looked
+        assert self.ahead is not None  # the caller has looked
         if self.is_closed():
             self.ahead.drop()
             self.check_open()

@@ -196,7 +196,7 @@ def limit_error(number: int) -> OSError:
 
 def _nofile() -> str:
     try:
-        import resource  # noqa: PLC0415 - not on Windows
+        import resource  # not on Windows
     except ImportError:  # pragma: no cover - Windows
         return "unknown"
     return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])

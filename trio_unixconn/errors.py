@@ -126,7 +126,7 @@ class UnixConnectionError(Exception):
     sent: int = 0
 
 
-class OperationCancelled(UnixConnectionError):
+class OperationCancelled(UnixConnectionError):  # noqa: N818 - as Gio and trio call it
     """A :class:`~trio_unixconn.Cancellable` was cancelled.
 
     Trio's own cancellation is never turned into this: it stays ``trio.Cancelled``.

@@ -171,7 +171,7 @@ async def drain(conn: UnixConnection, count: int) -> list[int]:
 async def until(holds: Callable[[], bool]) -> None:
     """Wait for a condition that has no event."""
     with trio.fail_after(30):
-        while not holds():  # noqa: ASYNC110 - there is no event
+        while not holds():
             await trio.sleep(0.001)
 
 

@@ -214,7 +214,7 @@ async def _strange_answer(stream: Any, job: Job) -> None:
 async def _turn_deaf(stream: Any, job: Job) -> None:
     """Stop receiving when a file exists; the worker notices it when a second file exists."""
     directory = Path(os.environ["POOL_FOLDER"])
-    while not (directory / "stop receiving").exists():  # noqa: ASYNC110 - there is no event
+    while not (directory / "stop receiving").exists():
         await trio.sleep(0.001)
     with socket.socket(fileno=os.dup(own_end())) as sock:
         sock.shutdown(socket.SHUT_RD)
@@ -354,7 +354,7 @@ async def waiting() -> AsyncGenerator[None, None]:
     """Have all workers but the first wait before they are ready, until there is a file."""
     if not first("one"):
         note("waits", os.getpid())
-        while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
             await trio.sleep(0.01)
     yield
 
@@ -373,7 +373,7 @@ async def two_are_ready() -> AsyncGenerator[None, None]:
     """Have all workers but the first two wait, until there is a file."""
     if not first("one") and not first("two"):
         note("waits", os.getpid())
-        while not Path(os.environ["POOL_FOLDER"], "go on").exists():  # noqa: ASYNC110 - no event
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
             await trio.sleep(0.01)
     note("ready", os.getpid())
     yield

@@ -202,7 +202,7 @@ class Terminal:
             stderr=slave,
             env={**env, "TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **environment},
             start_new_session=controlling,
-            preexec_fn=take_terminal if controlling else hear_signals,  # noqa: PLW1509
+            preexec_fn=take_terminal if controlling else hear_signals,
         )
         os.close(slave)
 

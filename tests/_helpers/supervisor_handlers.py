@@ -40,7 +40,7 @@ async def numbered() -> AsyncGenerator[int, None]:
     """Do what the test has written for the n-th worker: ``wait n``, ``fail n``, ``poor n``."""
     number = take_number()
     note("started", number)
-    while shared(f"wait {number}").exists():  # noqa: ASYNC110 - there is no event
+    while shared(f"wait {number}").exists():
         await trio.sleep(0.005)
     if shared(f"fail {number}").exists():
         raise LookupError(f"worker {number} fails")

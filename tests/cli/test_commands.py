@@ -424,7 +424,7 @@ def test_demo_interrupted(tmp_path: Path, number: signal.Signals, status: int, s
         text=True,
         start_new_session=True,
         # A shell that runs these tests in the background may have ignored it.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         env={**os.environ, "TMPDIR": str(temporary)},
     ) as process:
         tasks = Path(f"/proc/{process.pid}/task")

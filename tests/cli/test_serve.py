@@ -175,7 +175,7 @@ def test_from_a_script(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("ready: ")
@@ -463,7 +463,7 @@ def test_what_systemd_passes(where: str, project: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=[tcp.fileno()],
-            preexec_fn=hear_signals,  # noqa: PLW1509
+            preexec_fn=hear_signals,
         ) as process:
             served = Served(process, project)
             served.line("ready: ")
@@ -729,7 +729,7 @@ def test_reload_at_the_inotify_limit(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("WARNING: not watching: ")
@@ -750,7 +750,7 @@ def test_reload_in_a_deleted_directory(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("WARNING: not watching: ")

@@ -65,7 +65,7 @@ def test_process_1_reaps_adopted_children(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("(pid 1)")
@@ -94,11 +94,11 @@ async def test_reap_adopted_children_leaves_own_ones(monkeypatch: pytest.MonkeyP
     other = subprocess.Popen([sys.executable, "-c", ""])
     with trio.fail_after(60):
         # No event says that a child is a zombie.
-        while not zombies() >= {own.pid, other.pid}:  # noqa: ASYNC110
+        while not zombies() >= {own.pid, other.pid}:
             await trio.sleep(0.01)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reap_adopted_children, lambda: {own.pid})
-            while zombies() != {own.pid}:  # noqa: ASYNC110
+            while zombies() != {own.pid}:
                 await trio.sleep(0.01)
             assert own.wait() == 3
             # ECHILD, which subprocess takes for success.

@@ -330,7 +330,7 @@ def test_log_file_is_opened_again_on_sigusr1(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         until(lambda: log.exists() and "ready: " in log.read_text())
         log.rename(old)
@@ -354,7 +354,7 @@ def test_log_file_that_is_full_recovers(project: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=project,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         until((project / "s").exists)
         assert ask(project, b"x") == b""
@@ -407,7 +407,7 @@ def test_log_level(project: Path) -> None:
         cwd=project,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         until((project / "s").exists)
         assert ask(project, b"secret") == b""

@@ -65,7 +65,7 @@ def released(directory: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     )
 
 
@@ -190,7 +190,7 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("ready: ")
@@ -220,7 +220,7 @@ def test_serve_with_closed_standard_streams(project: Path, closed: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         log = project / "log"
         until(lambda: log.exists() and "ready: " in log.read_text())
@@ -253,7 +253,7 @@ def test_serve_without_proc(project: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         served.line("ready: ")

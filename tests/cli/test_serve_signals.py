@@ -182,7 +182,7 @@ def test_max_draining_bounds_old_workers(project: Path) -> None:
 
 def test_signals_of_a_background_process_group(project: Path) -> None:
     """A server in the background of a terminal that stops writers (tostop) is not stopped."""
-    from tests._helpers.serve_cli import Terminal  # noqa: PLC0415
+    from tests._helpers.serve_cli import Terminal
 
     program = (
         "import os, signal, subprocess, sys, termios; "

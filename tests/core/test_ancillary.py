@@ -289,7 +289,7 @@ def test_credentials_cannot_be_sent_everywhere(
 
 def test_freebsd_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """On FreeBSD credentials travel as a cmsgcred of type SCM_CREDS."""
-    import attrs  # noqa: PLC0415
+    import attrs
 
     message = PLATFORMS["freebsd"].message
     assert message is not None

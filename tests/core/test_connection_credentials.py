@@ -111,7 +111,7 @@ async def test_receive_credentials_rejects_a_descriptor(*, credentials: bool) ->
 
 async def test_receive_credentials_with_truncated_descriptors() -> None:
     """Descriptors for which there was no slot are DescriptorsTruncatedError here too."""
-    from tests._helpers.helpers import free_descriptors  # noqa: PLC0415
+    from tests._helpers.helpers import free_descriptors
 
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"] * 3])

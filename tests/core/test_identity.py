@@ -741,7 +741,7 @@ async def stopped(pid: int) -> None:
     with trio.fail_after(30):
         for each in pids:
             status = Path(f"/proc/{each}/status")
-            while "\nState:\tT" not in status.read_text():  # noqa: ASYNC110 - nothing tells
+            while "\nState:\tT" not in status.read_text():
                 await trio.sleep(0.01)
 
 

@@ -346,7 +346,7 @@ async def test_serve_unix_policy_check_that_raises(
 async def settled(condition: Callable[[], bool]) -> None:
     """Wait for a condition that has no event."""
     with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - it has no event
+        while not condition():
             await trio.sleep(0.001)
 
 

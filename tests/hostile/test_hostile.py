@@ -102,7 +102,7 @@ async def everything_closed(before: int) -> None:
     # has been told to close.
     gc.collect()
     with trio.move_on_after(10):
-        while open_count() != before:  # noqa: ASYNC110 - the closing thread sends no event
+        while open_count() != before:
             await trio.sleep(0.001)
     assert open_count() == before, "descriptors leaked"
 

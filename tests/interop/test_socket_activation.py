@@ -39,7 +39,7 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         until((project / "u").exists)
@@ -75,7 +75,7 @@ def test_systemd_socket_activate_with_a_policy(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_signals,  # noqa: PLW1509
+        preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
         until((project / "u").exists)

@@ -129,7 +129,7 @@ def become(command: Sequence[str], fds: Sequence[int], names: Sequence[str]) -> 
 
 def _arrange(fds: Sequence[int]) -> None:
     """Have ``fds`` at their places, inheritable, and nothing else above standard error."""
-    import fcntl  # noqa: PLC0415 - not on Windows
+    import fcntl  # not on Windows
 
     places = range(FIRST, FIRST + len(fds))
     # First everything out of the way: a place may be held by one that belongs elsewhere.

@@ -28,7 +28,7 @@ def main() -> None:
         message, _, setup_data = file.read().partition(b"\n")
     fields = json.loads(message)
     sys.path[:] = fields["path"]
-    from trio_unixconn.pool._worker import run_worker  # noqa: PLC0415
+    from trio_unixconn.pool._worker import run_worker
 
     # As in a program of the user.
     sys.argv[:] = sys.argv[4:]

@@ -180,7 +180,7 @@ async def _answer_http(
       pages: the type, and what makes the text, of each path.
     """
     # Of an extra.
-    import h11  # noqa: PLC0415
+    import h11
 
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_LINE)
     status, kind, text, more = 200, TEXT_TYPE, "", list[tuple[str, str]]()
@@ -192,7 +192,7 @@ async def _answer_http(
             if request is not h11.NEED_DATA:
                 break
             data = await conn.receive_some(CHUNK_SIZE)
-        assert isinstance(request, h11.Request)  # noqa: S101 - that is first, or an error
+        assert isinstance(request, h11.Request)  # that is first, or an error
         method, path = request.method, request.target.partition(b"?")[0]
         if path not in pages:
             status, text = 404, "expected / (JSON) or /metrics (Prometheus)\n"

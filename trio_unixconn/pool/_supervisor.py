@@ -460,7 +460,7 @@ class Supervisor(DescriptorOwner):
                 return handle
             # Usually it exits by itself, but what it has imported may have threads that do not.
             await handle.leave(0.0)
-        assert handle.error is not None  # noqa: S101 - it has ended
+        assert handle.error is not None  # it has ended
         raise handle.error
 
     def _start_process(self, index: int) -> WorkerHandle:
@@ -599,7 +599,7 @@ class Supervisor(DescriptorOwner):
     def _on_crash(self, slot: Slot) -> None:
         """Count the death of a worker that was not asked to end, and start another one."""
         handle = slot.handle
-        assert handle.error is not None  # noqa: S101 - it has ended
+        assert handle.error is not None  # it has ended
         self.counters.deaths += 1
         logger.warning("%s; another one is started", handle.error)
         if trio.current_time() - handle.started_at >= LONG_LIFE:

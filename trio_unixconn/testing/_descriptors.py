@@ -105,7 +105,7 @@ def _look_at(fd: int, directory: str) -> _Open:
 
 def _limits() -> tuple[int, int]:
     # Not on Windows, where open descriptors cannot be listed either.
-    import resource  # noqa: PLC0415
+    import resource
 
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -222,7 +222,7 @@ def limit_descriptors(count: int) -> Generator[None, None, None]:
         raise ValueError(f"count must be non-negative, got {count}")
     top = max(open_descriptors(), default=-1) + 1 + count
 
-    import resource  # noqa: PLC0415 - not on Windows
+    import resource  # not on Windows
 
     soft, hard = _limits()
     if soft != resource.RLIM_INFINITY:

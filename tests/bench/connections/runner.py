@@ -315,7 +315,7 @@ def main() -> int:
     if given.json:
         given.json.write_text(text)
     if given.write:
-        from .charts import draw  # noqa: PLC0415 - matplotlib is needed only for this
+        from .charts import draw  # matplotlib is needed only for this
 
         RESULT.write_text(text)
         TABLES.write_text(markdown(result))

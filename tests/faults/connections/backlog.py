@@ -77,7 +77,7 @@ async def trios(path: str) -> str:
 
 async def anyios(path: str) -> str:
     """Connect with anyio, on any event loop, and ask."""
-    import anyio  # noqa: PLC0415 - may be missing
+    import anyio  # may be missing
 
     async with await anyio.connect_unix(path) as stream:
         try:

@@ -94,9 +94,9 @@ class TrioUnixconn(Implementation):
         operate: Callable[[Any], Coroutine[Any, Any, Any]],
         context: Context | None = None,
     ) -> Any:
-        import trio  # noqa: PLC0415 - an implementation may be missing
+        import trio  # an implementation may be missing
 
-        from trio_unixconn import UnixConnection  # noqa: PLC0415
+        from trio_unixconn import UnixConnection
 
         async def main() -> Any:
             async with UnixConnection.from_stdlib_socket(sock) as conn:
@@ -131,8 +131,8 @@ class TrioUnixconn(Implementation):
     def send_data(
         self, sock: socket.socket, data: bytes, fds: list[int], meanwhile: Meanwhile
     ) -> None:
-        import trio  # noqa: PLC0415
-        from trio.testing import wait_all_tasks_blocked  # noqa: PLC0415
+        import trio
+        from trio.testing import wait_all_tasks_blocked
 
         async def operate(conn: Any) -> None:
             done = Done()
@@ -150,8 +150,8 @@ class TrioUnixconn(Implementation):
         self._run(sock, operate)
 
     def receive_cancelled(self, sock: socket.socket, push: Callable[[], None]) -> Any:
-        import trio  # noqa: PLC0415
-        from trio.testing import wait_all_tasks_blocked  # noqa: PLC0415
+        import trio
+        from trio.testing import wait_all_tasks_blocked
 
         async def operate(conn: Any) -> list[int]:
             got: list[int] = []
@@ -186,8 +186,8 @@ class Anyio(Implementation):
         operate: Callable[[Any], Coroutine[Any, Any, Any]],
         context: Context | None = None,
     ) -> Any:
-        import anyio  # noqa: PLC0415
-        from anyio.abc import UNIXSocketStream  # noqa: PLC0415
+        import anyio
+        from anyio.abc import UNIXSocketStream
 
         async def main() -> Any:
             async with await UNIXSocketStream.from_socket(sock) as stream:
@@ -214,7 +214,7 @@ class Anyio(Implementation):
     def send_data(
         self, sock: socket.socket, data: bytes, fds: list[int], meanwhile: Meanwhile
     ) -> None:
-        import anyio  # noqa: PLC0415
+        import anyio
 
         async def operate(stream: Any) -> None:
             done = Done()
@@ -232,7 +232,7 @@ class Anyio(Implementation):
         self._run(sock, operate)
 
     def receive_cancelled(self, sock: socket.socket, push: Callable[[], None]) -> Any:
-        import anyio  # noqa: PLC0415
+        import anyio
 
         async def operate(stream: Any) -> list[int]:
             got: list[int] = []

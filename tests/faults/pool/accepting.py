@@ -165,7 +165,7 @@ class Accepting:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(call_many)
-            while pool.statistics().workers[last].in_flight < 40:  # noqa: ASYNC110 - no event
+            while pool.statistics().workers[last].in_flight < 40:
                 await trio.sleep(0.001)
             scope.cancel()
             nursery.start_soon(call_late)

@@ -35,7 +35,7 @@ async def _until_gone(pid: int, server: Running) -> float:
     """Wait until a worker has ended; return the seconds."""
     begin = trio.current_time()
     with trio.move_on_after(PATIENCE):
-        while pid in server.workers():  # noqa: ASYNC110 - it is another process
+        while pid in server.workers():
             await trio.sleep(0.02)
     return round(trio.current_time() - begin, 2)
 

@@ -270,7 +270,7 @@ def _options(rng: random.Random, records: Path | str) -> dict[str, Any]:
 
 async def _end_block(episode: Episode, ending: str, block: trio.CancelScope) -> None:
     if ending == "rest":
-        while episode.waiting:  # noqa: ASYNC110 - there is no event
+        while episode.waiting:
             await trio.sleep(0.01)
     elif ending == "drain":
         await episode.pool.drain(episode.rng.random() * 2)
@@ -315,7 +315,7 @@ async def play(rng: random.Random, seconds: float, records: str) -> Counter[str]
                     inside.cancel_scope.cancel()
                 # The pool has ended.
                 with trio.move_on_after(SETTLED_WITHIN):
-                    while episode.waiting:  # noqa: ASYNC110 - there is no event
+                    while episode.waiting:
                         await trio.sleep(0.01)
                 if episode.waiting:
                     episode.errors.append(f"{episode.waiting} submitters wait after the pool's end")

@@ -40,7 +40,7 @@ _CRASH_LIMIT = 100
 async def until(holds: Callable[[], Any]) -> None:
     """Wait for what only shows when one looks."""
     with trio.fail_after(PATIENCE):
-        while not holds():  # noqa: ASYNC110 - as said
+        while not holds():
             await trio.sleep(LOOK)
 
 

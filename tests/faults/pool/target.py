@@ -38,7 +38,7 @@ TOKEN_BYTES = 8
 async def records() -> AsyncGenerator[int, None]:
     """Keep the file open while a worker lives; files beside it make workers wait, or fail."""
     directory = Path(os.environ[RECORDS]).parent
-    while (directory / "hold").exists():  # noqa: ASYNC110 - there is no event
+    while (directory / "hold").exists():
         await trio.sleep(0.01)
     if (directory / "fail").exists():
         raise LookupError("this worker was told to fail")

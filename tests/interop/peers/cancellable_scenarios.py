@@ -3,8 +3,6 @@
 A program: its argument says whose class, "glib" or "ours". It prints the results as JSON.
 """
 
-# ruff: noqa: PLC0415 - each side imports what only its own Python has
-
 import json
 import os
 import select

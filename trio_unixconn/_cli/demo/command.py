@@ -42,7 +42,7 @@ def demo(
     Both sides read to the end, and say what they read; they exchange credentials, by await
     and by callback. Exit status 1 if anything differs.
     """
-    from . import driver  # noqa: PLC0415 - --help needs none of it
+    from . import driver  # --help needs none of it
 
     try:
         files, problems = driver.files_in(paths or sorted(_PACKAGE.rglob("*.py")))

@@ -237,7 +237,7 @@ async def one_worker(
                     start_new_session=True,
                 )
             )
-            assert process.stdout is not None  # noqa: S101 - it is a pipe
+            assert process.stdout is not None  # it is a pipe
             async with process.stdout:
                 said = b""
                 with trio.fail_after(wire.SECONDS_TO_ANSWER):

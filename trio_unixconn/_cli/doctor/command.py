@@ -25,7 +25,7 @@ def doctor(
     Exit status 1 if descriptors or credentials do not pass.
     What is missing otherwise costs only what the table says.
     """
-    from .examination import examine  # noqa: PLC0415 - --help needs none of it
+    from .examination import examine  # --help needs none of it
 
     found = examine()
     if as_json:

@@ -41,7 +41,7 @@ def limits() -> list[Limit]:
 def _descriptors() -> list[Limit]:
     names = ("RLIMIT_NOFILE, soft", "RLIMIT_NOFILE, hard", "descriptors free")
     try:
-        import resource  # noqa: PLC0415 - not on Windows
+        import resource  # not on Windows
     except ImportError as exc:
         return [Limit(name, None, str(exc)) for name in names]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -84,7 +84,7 @@ def close_on_exec(lab: Lab) -> str:
 
 def truncation(lab: Lab) -> str:
     """The kernel reports a descriptor for which there was no free slot."""
-    import resource  # noqa: PLC0415 - not on Windows
+    import resource  # not on Windows
 
     one, two = lab.pair()
     lab.send(one, _ancillary.pack_rights([lab.file()]))
@@ -280,7 +280,7 @@ def silent_until_listen(lab: Lab) -> str:
 
 def lock(lab: Lab) -> str:
     """A lock on a file keeps a second one out."""
-    import fcntl  # noqa: PLC0415 - not on Windows
+    import fcntl  # not on Windows
 
     path = os.path.join(lab.directory(), "lock")
     first, second = (

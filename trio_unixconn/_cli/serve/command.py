@@ -238,16 +238,16 @@ def serve(
     after a drain.
     """
     # --help needs none of it.
-    from ...pool._config import PoolConfig  # noqa: PLC0415
-    from .binds import (  # noqa: PLC0415
+    from ...pool._config import PoolConfig
+    from .binds import (
         absolute_address,
         check_different,
         read_bind,
         read_unix_options,
     )
-    from .directory import WorkingDirectory, put_current_directory_on_path  # noqa: PLC0415
-    from .output import open_missing_streams, print_error  # noqa: PLC0415
-    from .service import (  # noqa: PLC0415
+    from .directory import WorkingDirectory, put_current_directory_on_path
+    from .output import open_missing_streams, print_error
+    from .service import (
         ServeConfig,
         catch_signals,
         ignore_signals,

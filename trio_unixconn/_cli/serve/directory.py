@@ -46,7 +46,7 @@ class WorkingDirectory:
     def entered(self) -> Generator[str, None, None]:
         """Enter the directory again, and go back if the block raises."""
         entry = self._entry
-        assert entry is not None  # noqa: S101 - enter() comes first
+        assert entry is not None  # enter() comes first
         before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:

@@ -212,7 +212,7 @@ class Log(logging.Handler):
     ################################################################
 
     def _open_file(self) -> int:
-        assert self._path is not None  # noqa: S101 - only called with a file
+        assert self._path is not None  # only called with a file
         # Without O_NONBLOCK a FIFO that no process reads would block this call without end.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
         return os.open(self._path, flags, 0o666)

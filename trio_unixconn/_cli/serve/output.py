@@ -192,7 +192,7 @@ class LineOutput(DescriptorOwner):
     def _reopen_now(self) -> None:
         error = None
         try:
-            assert self._open_again is not None  # noqa: S101 - reopen() says that there is one
+            assert self._open_again is not None  # reopen() says that there is one
             fd = self._open_again()
         except OSError as exc:
             error = exc
@@ -202,7 +202,7 @@ class LineOutput(DescriptorOwner):
             with self._changed:
                 self._gone = False
             os.close(old)
-        assert self._on_reopened is not None  # noqa: S101 - as for reopen
+        assert self._on_reopened is not None  # as for reopen
         self._on_reopened(error)
 
 
@@ -266,9 +266,9 @@ def _channel_like(fd: int) -> tuple[int, int]:
     """Return two ends of a pipe, or of a terminal if ``fd`` is one."""
     if os.isatty(fd):
         # Not on Windows.
-        import fcntl  # noqa: PLC0415
-        import termios  # noqa: PLC0415
-        import tty  # noqa: PLC0415
+        import fcntl
+        import termios
+        import tty
 
         with suppress(OSError):
             master, slave = os.openpty()
@@ -300,4 +300,4 @@ def open_missing_streams() -> None:
             # The lowest free number is this one.
             fd = os.open(os.devnull, mode)
             os.set_inheritable(fd, True)
-            assert fd == number  # noqa: S101 - all below it are open
+            assert fd == number  # all below it are open

@@ -97,7 +97,7 @@ def _rename_over(temporary: str, path: str, *, even_if_held: bool) -> bool:
 
 
 def _lock(fd: int, path: str, content: bytes = b"") -> None:
-    import fcntl  # noqa: PLC0415 - not on Windows
+    import fcntl  # not on Windows
 
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -335,7 +335,7 @@ class _Service:
 
     async def _watch(self, task_status: trio.TaskStatus[None]) -> None:
         """Ask for a restart after each change, from the moment that this is started."""
-        from .reload import ReloadFilter, directories_of, watch  # noqa: PLC0415 - for development
+        from .reload import ReloadFilter, directories_of, watch  # for development
 
         def failed(why: str) -> None:
             logger.warning("not watching: %s", why)
