@@ -22,6 +22,7 @@ LAYERS = [
     "_server",
     "_listener",
     "_client",
+    "_datagram",
     "_policy",
     "_accept",
     "_callbacks",

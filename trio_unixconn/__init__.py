@@ -22,6 +22,11 @@ from ._connection import (
     connection_pair as connection_pair,
 )
 from ._credentials import Credentials as Credentials
+from ._datagram import (
+    Datagram as Datagram,
+    UnixDatagramSocket as UnixDatagramSocket,
+    open_unix_datagram as open_unix_datagram,
+)
 from ._fdlist import UnixFDList as UnixFDList
 from ._fdtypes import DescriptorKind as DescriptorKind
 from ._identity import PeerIdentity as PeerIdentity
@@ -42,6 +47,7 @@ from .errors import (
     ConnectionBrokenError as ConnectionBrokenError,
     ConnectionBusyError as ConnectionBusyError,
     ConnectionClosedError as ConnectionClosedError,
+    DatagramTruncatedError as DatagramTruncatedError,
     DescriptorsRefusedError as DescriptorsRefusedError,
     DescriptorsTruncatedError as DescriptorsTruncatedError,
     EndOfStreamError as EndOfStreamError,
@@ -77,6 +83,8 @@ __all__ = [
     "ConnectionBusyError",
     "ConnectionClosedError",
     "Credentials",
+    "Datagram",
+    "DatagramTruncatedError",
     "DescriptorKind",
     "DescriptorStream",
     "DescriptorsRefusedError",
@@ -102,6 +110,7 @@ __all__ = [
     "UnixConnection",
     "UnixConnectionError",
     "UnixCredentialsMessage",
+    "UnixDatagramSocket",
     "UnixFDList",
     "UnixFDMessage",
     "UnixListener",
@@ -115,6 +124,7 @@ __all__ = [
     "connection_pair",
     "open_callback_adapter",
     "open_unix_connection",
+    "open_unix_datagram",
     "open_unix_listener",
     "serve_unix",
 ]

@@ -342,7 +342,7 @@ def close_dropped(owner: object, sock: socket.socket) -> None:
 
 def _on_dropped(reference: weakref.ref[object]) -> None:
     sock = _sockets.pop(reference)
-    if sock.fileno() != -1 and has_unread(sock):
+    if sock.fileno() != -1 and (has_unread(sock) or is_readable(sock.fileno())):
         # The finalizer says the same of those that are left to it.
         # Not repr(): it has the peer's address, which the peer chose.
         text = f"unclosed {type(sock).__name__}, fd={sock.fileno()}"
@@ -363,10 +363,11 @@ def has_unread(sock: socket.socket | int) -> bool:
     try:
         return any(count(number))
     except OSError:
-        return _is_readable(number)
+        return is_readable(number)
 
 
-def _is_readable(number: int) -> bool:
+def is_readable(number: int) -> bool:
+    """Whether something is in the receive queue of a socket, even a datagram without bytes."""
     poll = select.poll()
     poll.register(number, select.POLLIN)
     return bool(poll.poll(0))

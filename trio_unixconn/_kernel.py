@@ -80,6 +80,7 @@ SCM_TIMESTAMPS: Final = tuple(filter(None, map(_numbered, (29, 35, 37, 63, 64, 6
 MSG_CTRUNC: Final = _named("MSG_CTRUNC") or 0
 MSG_DONTWAIT: Final = _named("MSG_DONTWAIT") or 0
 MSG_PEEK: Final = _named("MSG_PEEK") or 0
+MSG_TRUNC: Final = _named("MSG_TRUNC") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
 

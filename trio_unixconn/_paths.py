@@ -116,6 +116,31 @@ def describe_connect_error(exc: OSError, address: UnixSocketAddress) -> OSError:
 
     Type, errno and filename are those of the number.
     """
+    return _error(*_explain(exc, address, _CONNECTING), address)
+
+
+def describe_send_error(exc: OSError, address: UnixSocketAddress) -> tuple[int, str]:
+    """Return the errno and the text of an error for a datagram that was sent to an address."""
+    return _explain(exc, address, _SENDING)
+
+
+# What each errno says about a socket, for connecting to a stream socket.
+_CONNECTING: Final = {
+    errno.ECONNREFUSED: "no process is listening on this socket; is the server running?",
+    errno.EPROTOTYPE: "not a stream socket, but one for datagrams or packets",
+    errno.EACCES: "to connect takes write permission for the socket",
+}
+# The same for sending a datagram.
+_SENDING: Final = {
+    errno.ECONNREFUSED: "no process has this datagram socket open; is the receiver running?",
+    errno.EPROTOTYPE: "not a datagram socket, but one for streams or packets",
+    errno.EACCES: "to send takes write permission for the socket",
+    errno.EPERM: "this socket is connected, and receives from its peer only",
+}
+
+
+def _explain(exc: OSError, address: UnixSocketAddress, reasons: dict[int, str]) -> tuple[int, str]:
+    # Python itself rejects what does not fit into sockaddr_un, without a number.
     number = errno.ENAMETOOLONG if exc.errno is None else exc.errno
     text = os.strerror(number)
     if number == errno.ENAMETOOLONG:
@@ -123,13 +148,16 @@ def describe_connect_error(exc: OSError, address: UnixSocketAddress) -> OSError:
     elif address.get_is_abstract():
         more = ""
         if number == errno.ECONNREFUSED:
+            use = "is listening on" if reasons is _CONNECTING else "has a datagram socket with"
             more = (
-                "no process in this network namespace is listening on this abstract name; "
-                "to see all names: ss -xl"
+                f"no process in this network namespace {use} this abstract name; "
+                f"to see all names: ss {'-xl' if reasons is _CONNECTING else '-xa'}"
             )
+        elif number == errno.EPERM:
+            more = reasons.get(number, "")
     else:
-        more = _about_path(number, address.native)
-    return _error(number, f"{text}: {more}" if more else text, address)
+        more = _about_path(number, address.native, reasons)
+    return number, f"{text}: {more}" if more else text
 
 
 def _error(number: int, text: str, address: UnixSocketAddress) -> OSError:
@@ -140,7 +168,7 @@ def _error(number: int, text: str, address: UnixSocketAddress) -> OSError:
     return OSError(number, text, filename)
 
 
-def _about_path(number: int, path: bytes) -> str:
+def _about_path(number: int, path: bytes, reasons: dict[int, str]) -> str:
     try:
         status = os.lstat(path)
     except OSError:
@@ -155,11 +183,8 @@ def _about_path(number: int, path: bytes) -> str:
         what = f"symbolic link to a {what_is(status)}"
     if not stat.S_ISSOCK(status.st_mode):
         return f"not a socket ({what})"
-    return {
-        errno.ECONNREFUSED: "no process is listening on this socket; is the server running?",
-        errno.EPROTOTYPE: "not a stream socket, but one for datagrams or packets",
-        errno.EACCES: f"to connect takes write permission for the socket ({_permissions(status)})",
-    }.get(number, "")
+    reason = reasons.get(number, "")
+    return f"{reason} ({_permissions(status)})" if number == errno.EACCES else reason
 
 
 def _permissions(status: os.stat_result) -> str:

@@ -16,7 +16,7 @@ import struct
 import sys
 import warnings
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
@@ -70,6 +70,9 @@ class Receiver(ConnectedSocket):
     """
 
     __slots__ = ("_temporary_options", "_wants_pidfds", "ahead", "busy", "peer")
+
+    # With MSG_TRUNC, recvmsg_into returns the size of a datagram that was larger than the buffer.
+    into_flags: ClassVar[int] = _FLAGS
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
@@ -125,7 +128,7 @@ class Receiver(ConnectedSocket):
                 if into is None:
                     received = raw.recvmsg(size, _ROOM, _FLAGS)
                 else:
-                    received = _receive_into(raw, into)
+                    received = _receive_into(raw, into, self.into_flags)
             except BlockingIOError:
                 pass
             else:
@@ -141,7 +144,7 @@ class Receiver(ConnectedSocket):
                         await wait_cancellable(wait_readable, raw, cancellable)
                     if into is None:
                         return raw.recvmsg(size, _ROOM, _FLAGS)
-                    return _receive_into(raw, into)
+                    return _receive_into(raw, into, self.into_flags)
                 except BlockingIOError:
                     continue
         except FAILURES as exc:
@@ -375,9 +378,9 @@ class Receiver(ConnectedSocket):
         self._temporary_options = ()
 
 
-def _receive_into(raw: stdlib_socket.socket, into: memoryview) -> RawMessage:
+def _receive_into(raw: stdlib_socket.socket, into: memoryview, flags: int) -> RawMessage:
     """Receive one message; the data of it is the number of bytes in ``into``."""
-    received: Any = raw.recvmsg_into([into], _ROOM, _FLAGS)
+    received: Any = raw.recvmsg_into([into], _ROOM, flags)
     return cast("RawMessage", received)
 
 
@@ -385,6 +388,35 @@ def with_data(received: RawMessage, into: memoryview) -> RawMessage:
     """Return a message that was received into a buffer, with its bytes as its data."""
     count: Any = received[0]
     return (bytes(into[:count]), *received[1:])
+
+
+class DatagramReceiver(Receiver):
+    """The receiving direction of a datagram socket."""
+
+    __slots__ = ("_buffer",)
+
+    into_flags: ClassVar[int] = _FLAGS | _kernel.MSG_TRUNC
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        super().__init__(socket, raw)
+        # One for all datagrams: most are much smaller than the largest that may arrive.
+        self._buffer = bytearray()
+
+    @enable_ki_protection
+    async def receive_datagram(
+        self, max_bytes: int, cancellable: Cancellable | None
+    ) -> tuple[RawMessage, int]:
+        """Receive one datagram.
+
+        Returns:
+          Up to ``max_bytes`` bytes of it with its control messages, and how many bytes it has.
+        """
+        if len(self._buffer) < max_bytes:
+            self._buffer = bytearray(max_bytes)
+        with memoryview(self._buffer)[:max_bytes] as view:
+            received = await self.receive(max_bytes, cancellable, into=view)
+            count: Any = received[0]
+            return with_data(received, view), int(count)
 
 
 class RefusingReceiver(Receiver):

@@ -11,6 +11,7 @@ and ``send_all`` do themselves. What the kernel did not take becomes a _SendProg
 
     advance -> 0        everything is sent
             -> EAGAIN   the socket is full, or took a part: poll(2) says when to continue
+                        (of a datagram, the queue of its receiver is full; see DatagramSender)
             -> others   a resource is exhausted, while poll(2) says that the socket is writable:
                         sleep, for longer each time, and for RETRY_TIMEOUT at the most
             raises      the kernel rejects the message
@@ -39,15 +40,24 @@ from ._buffers import bytes_of
 from ._cancellable import checkpoint_cancellable, sleep_cancellable, wait_cancellable
 from ._closing import close_fds
 from ._fds import duplicate
+from ._paths import connectable, describe_send_error
 from ._socket import FAILURES, RETRY_TIMEOUT, ConnectedSocket, limit_error, with_sent
-from .errors import ConnectionBrokenError, ConnectionBusyError, OperationCancelled
+from .errors import (
+    ConnectionBrokenError,
+    ConnectionBusyError,
+    OperationCancelled,
+    SendError,
+    UnixConnectionError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._address import UnixSocketAddress
     from ._ancillary import SentCredentials
     from ._buffers import Buffer
     from ._cancellable import Cancellable
+    from ._socket import SendAttempt
 
 # A byte must travel with a control message on a stream; Gio sends NUL.
 NUL: Final = b"\0"
@@ -74,6 +84,8 @@ class _SendProgress:
     __slots__ = ("credentials", "data", "fds", "is_message", "sent", "total")
 
     unit = "bytes"
+    # To whom; only a datagram has one.
+    address: UnixSocketAddress | None = None
 
     def __init__(
         self,
@@ -160,6 +172,41 @@ class _BurstProgress(_SendProgress):
         rest, owned = duplicate(self.numbers[self.sent :])
         self.numbers = self.numbers[: self.sent] + rest
         return owned
+
+
+class _DatagramProgress(_SendProgress):
+    """One datagram, which is sent as a whole or not at all.
+
+    Attributes:
+      address: of its receiver; None: the one that the socket is connected to.
+    """
+
+    __slots__ = ("address",)
+
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        fds: Sequence[int],
+        credentials: SentCredentials | None,
+        address: UnixSocketAddress | None,
+    ) -> None:
+        super().__init__(data, fds, credentials)
+        self.address = address
+
+    def advance(self, raw: stdlib_socket.socket) -> int:
+        """Send it, or return the errno of the kernel's refusal; see the base class."""
+        messages = _ancillary.pack(self.fds, self.credentials)
+        try:
+            if self.address is None:
+                raw.sendmsg([self.data], messages, _FLAGS)
+            else:
+                with connectable(self.address) as name:
+                    raw.sendmsg([self.data], messages, _FLAGS, name)
+        except OSError as exc:
+            if exc.errno not in _RETRYABLE:
+                raise
+            return exc.errno
+        return 0
 
 
 class Sender(ConnectedSocket):
@@ -296,7 +343,7 @@ class Sender(ConnectedSocket):
             while refusal:
                 if refusal == errno.EAGAIN:
                     pause, deadline = INITIAL_BACKOFF, None
-                    await wait_cancellable(wait_writable, self.raw, cancellable)
+                    await self._wait_to_continue(progress, cancellable)
                 else:
                     now = trio.current_time()
                     if deadline is None:
@@ -317,6 +364,14 @@ class Sender(ConnectedSocket):
             close_fds(owned)
             if progress.is_message and 0 < progress.sent < progress.total:
                 self._cut = progress.sent
+
+    async def _wait_to_continue(
+        self,
+        progress: _SendProgress,  # noqa: ARG002 - of datagrams
+        cancellable: Cancellable | None,
+    ) -> None:
+        """Wait until it makes sense to continue after EAGAIN."""
+        await wait_cancellable(wait_writable, self.raw, cancellable)
 
     async def wait_writable(self) -> None:
         """Wait until the socket can be written to."""
@@ -361,6 +416,147 @@ class Sender(ConnectedSocket):
             ),
             self._cut,
         )
+
+
+class DatagramSender(Sender):
+    """The sending direction of a datagram socket.
+
+    How it waits for a receiver whose queue is full: sendmsg says EAGAIN then, but poll(2) of a
+    socket that is not connected says that it is writable, because it looks at the memory of this
+    socket only. To retry at once would spin, and to retry after a pause would be late. Of a
+    connected socket, poll looks at the queue of the peer, too. So a second socket, the probe, is
+    connected to the receiver, and waited for. Nothing is sent over it. If the receiver is closed
+    meanwhile, the kernel reports the probe as writable, and the next attempt to send reports the
+    error. Both sockets are waited for, one after the other, because EAGAIN can also mean that the
+    datagrams of this socket that wait in other queues fill its own buffer.
+    """
+
+    __slots__ = ("_probe",)
+
+    def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
+        super().__init__(socket, raw)
+        self._probe: stdlib_socket.socket | None = None
+
+    @enable_ki_protection
+    async def send_to(
+        self,
+        data: bytes | memoryview,
+        fds: Sequence[int],
+        credentials: SentCredentials | None,
+        address: UnixSocketAddress | None,
+        cancellable: Cancellable | None,
+    ) -> None:
+        """Send one datagram to an address, or to the peer of a connected socket."""
+        self._begin()
+        progress = _DatagramProgress(data, fds, credentials, address)
+        try:
+            if cancellable is not None:
+                await checkpoint_cancellable(cancellable)
+            await checkpoint_if_cancelled()
+            refusal = progress.advance(self.raw)
+            if not refusal:
+                await cancel_shielded_checkpoint()
+            else:
+                await self._send_later(progress, refusal, cancellable)
+        except FAILURES as exc:
+            raise await self.failed(exc, progress) from exc
+        finally:
+            self.busy = False
+
+    def release(self) -> None:
+        """Wake the task that waits for the probe, before the socket is closed."""
+        if self._probe is not None:
+            trio.lowlevel.notify_closing(self._probe)
+
+    async def _wait_to_continue(
+        self, progress: _SendProgress, cancellable: Cancellable | None
+    ) -> None:
+        await super()._wait_to_continue(progress, cancellable)
+        if progress.address is None or self.is_closed():
+            return
+        try:
+            self._probe = _open_probe(progress.address)
+        except OSError:
+            # No file descriptor is free, or the receiver is gone, which the next attempt reports.
+            await sleep_cancellable(MAX_BACKOFF, cancellable)
+            return
+        try:
+            await wait_cancellable(wait_writable, self._probe, cancellable)
+        finally:
+            # No process can have sent anything to it: it has no address.
+            self._probe.close()
+            self._probe = None
+
+    def _translated(
+        self,
+        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
+        attempt: SendAttempt | None,
+    ) -> UnixConnectionError:
+        error = super()._translated(exc, attempt)
+        if (
+            isinstance(exc, OSError)
+            and isinstance(attempt, _DatagramProgress)
+            and isinstance(error, (SendError, ConnectionBrokenError))
+        ):
+            return self._about_receiver(exc, attempt) or error
+        return error
+
+    def _about_receiver(self, exc: OSError, attempt: _DatagramProgress) -> SendError | None:
+        """Return the error for what only datagrams can meet; None for all others."""
+        number, address = exc.errno, attempt.address
+        plain = not attempt.fds and attempt.credentials is None
+        if number == errno.EMSGSIZE:
+            return SendError(errno.EMSGSIZE, self._describe_size(attempt))
+        if address is not None:
+            if number in _ABOUT_RECEIVER or (number == errno.EPERM and plain):
+                return SendError(*describe_send_error(exc, address), str(address))
+        elif number in (errno.ENOTCONN, errno.EDESTADDRREQ):
+            return SendError(errno.ENOTCONN, "this socket is not connected; pass to=ADDRESS")
+        elif number in (errno.ECONNREFUSED, errno.ECONNRESET):
+            return SendError(
+                errno.ECONNREFUSED, "the receiver that this socket is connected to is closed"
+            )
+        return None
+
+    def _describe_size(self, attempt: _DatagramProgress) -> str:
+        limit = self.raw.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF)
+        return (
+            f"a datagram of {attempt.total} bytes does not fit into the send buffer (SO_SNDBUF is "
+            f"{limit}); send large data as sealed memory (a memfd in fds=), or raise SO_SNDBUF"
+        )
+
+
+# What sendmsg says about the receiver of a datagram; None: Python says that a name is too long.
+_ABOUT_RECEIVER: Final = frozenset(
+    {
+        None,
+        errno.ECONNREFUSED,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.EACCES,
+        errno.EPROTOTYPE,
+        errno.ENAMETOOLONG,
+    }
+)
+
+
+def _open_probe(address: UnixSocketAddress) -> stdlib_socket.socket:
+    """Return a datagram socket that is connected to an address.
+
+    Raises:
+      OSError: from socket(2) or connect(2).
+    """
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    probe = stdlib_socket.socket(family, stdlib_socket.SOCK_DGRAM)
+    try:
+        probe.setblocking(False)
+        with connectable(address) as name:
+            probe.connect(name)
+    except BaseException:
+        probe.close()
+        raise
+    return probe
 
 
 def _busy() -> ConnectionBusyError:

@@ -29,6 +29,7 @@ _linger = struct.Struct("ii")
 
 _CONNECTED = "expected a connected Unix stream socket"
 _LISTENING = "expected a listening Unix stream socket"
+_DATAGRAM = "expected a Unix datagram socket"
 
 
 def enable_passing(sock: socket.socket, *, credentials: bool, pidfds: bool) -> None:
@@ -143,12 +144,25 @@ def check_listening(sock: trio.socket.SocketType | socket.socket) -> None:
         raise ValueError(f"{_LISTENING}, got one that does not listen; call listen() first")
 
 
-def _check_kind(sock: trio.socket.SocketType | socket.socket, family: int, expected: str) -> None:
+def check_datagram(sock: socket.socket) -> None:
+    """Raise ValueError unless *sock* is a Unix datagram socket."""
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    if not _kernel.HAS_SENDMSG:
+        raise NotSupportedError("this Python has no socket.sendmsg, recvmsg and CMSG_SPACE")
+    _check_kind(sock, family, _DATAGRAM, socket.SOCK_DGRAM)
+
+
+def _check_kind(
+    sock: trio.socket.SocketType | socket.socket,
+    family: int,
+    expected: str,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+) -> None:
     if sock.fileno() == -1:
         raise ValueError(f"{expected}, got one that is closed")
     if sock.family != family:
         raise ValueError(f"{expected}, got an {_name_of(sock.family)} socket")
-    if sock.type != socket.SOCK_STREAM:
+    if sock.type != kind:
         raise ValueError(f"{expected}, got a {_name_of(sock.type)} socket")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "ConnectionBrokenError",
     "ConnectionBusyError",
     "ConnectionClosedError",
+    "DatagramTruncatedError",
     "DescriptorsRefusedError",
     "DescriptorsTruncatedError",
     "EndOfStreamError",
@@ -106,6 +107,13 @@ class IOErrorEnum(enum.IntEnum):
 _CODES: Final = {
     errno.EPERM: IOErrorEnum.PERMISSION_DENIED,
     errno.EACCES: IOErrorEnum.PERMISSION_DENIED,
+    errno.ENOENT: IOErrorEnum.NOT_FOUND,
+    errno.ENOTDIR: IOErrorEnum.NOT_DIRECTORY,
+    errno.ELOOP: IOErrorEnum.TOO_MANY_LINKS,
+    errno.ENAMETOOLONG: IOErrorEnum.FILENAME_TOO_LONG,
+    errno.ECONNREFUSED: IOErrorEnum.CONNECTION_REFUSED,
+    errno.ENOTCONN: IOErrorEnum.NOT_CONNECTED,
+    errno.EMSGSIZE: IOErrorEnum.MESSAGE_TOO_LARGE,
     errno.EINVAL: IOErrorEnum.INVALID_ARGUMENT,
     errno.EMFILE: IOErrorEnum.TOO_MANY_OPEN_FILES,
     errno.ENFILE: IOErrorEnum.TOO_MANY_OPEN_FILES,
@@ -247,6 +255,39 @@ class DescriptorsTruncatedError(UnixConnectionError, OSError):
         )
 
 
+class DatagramTruncatedError(UnixConnectionError, OSError):
+    """A datagram was larger than the receiver allows; the rest of its bytes is lost.
+
+    Its file descriptors are closed. The socket is still usable: the next receive returns the next
+    datagram.
+
+    Attributes:
+      data: the first bytes of the datagram, as many as were allowed.
+      size: how many bytes it had.
+      sender: the address of the socket that sent it, a :class:`~trio_unixconn.UnixSocketAddress`.
+      credentials: the sender's, if the datagram has them; otherwise None.
+    """
+
+    code = IOErrorEnum.MESSAGE_TOO_LARGE
+
+    def __init__(self, data: bytes, size: int, sender: Any = None, credentials: Any = None) -> None:
+        super().__init__(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        self.data = data
+        self.size = size
+        # UnixSocketAddress and Credentials; those modules import this one.
+        self.sender: Any = sender
+        self.credentials: Any = credentials
+
+    def __reduce__(self) -> tuple[type[DatagramTruncatedError], tuple[bytes, int, Any, Any]]:
+        return type(self), (self.data, self.size, self.sender, self.credentials)
+
+    def __str__(self) -> str:
+        return (
+            f"expected a datagram of at most {len(self.data)} bytes, got {self.size} bytes from "
+            f"{self.sender}; the rest is lost; receive with a larger max_bytes"
+        )
+
+
 class SendError(UnixConnectionError, OSError):
     """The kernel rejected a message.
 
@@ -256,8 +297,13 @@ class SendError(UnixConnectionError, OSError):
     - EMFILE: no file descriptor is free for the duplicate that a waiting send needs.
     - EINVAL: a file descriptor of a kind that cannot be sent (io_uring).
     - ETOOMANYREFS, ENOBUFS, ENOMEM: a limit stayed exhausted for 30 seconds; the text names it.
-    - EPERM, ESRCH: this process may not send these credentials. As with ``OSError`` itself, the
-      error is then a ``PermissionError`` or a ``ProcessLookupError``, too.
+    - EPERM, ESRCH: this process may not send these credentials.
+    - ECONNREFUSED, ENOENT, EACCES, EPROTOTYPE, ENOTCONN: a datagram has no receiver, or not one
+      that this process may send to.
+    - EMSGSIZE: a datagram that is too large.
+
+    As with ``OSError`` itself, the error is also a ``PermissionError``, ``ProcessLookupError``,
+    ``ConnectionRefusedError`` or ``FileNotFoundError`` if the ``errno`` is one of theirs.
 
     The connection is still usable, except after a part of the bytes of a message: then the next
     send raises ConnectionBrokenError.
@@ -279,16 +325,27 @@ class SendError(UnixConnectionError, OSError):
 
 
 class _SendPermissionError(SendError, PermissionError):
-    """A SendError with EPERM."""
+    """A SendError with EPERM or EACCES."""
 
 
 class _SendProcessLookupError(SendError, ProcessLookupError):
     """A SendError with ESRCH."""
 
 
+class _SendConnectionRefusedError(SendError, ConnectionRefusedError):
+    """A SendError with ECONNREFUSED."""
+
+
+class _SendFileNotFoundError(SendError, FileNotFoundError):
+    """A SendError with ENOENT."""
+
+
 _SEND_ERRORS: Final[dict[int, type[SendError]]] = {
     errno.EPERM: _SendPermissionError,
+    errno.EACCES: _SendPermissionError,
     errno.ESRCH: _SendProcessLookupError,
+    errno.ECONNREFUSED: _SendConnectionRefusedError,
+    errno.ENOENT: _SendFileNotFoundError,
 }
 
 
