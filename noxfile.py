@@ -204,6 +204,7 @@ def pool_bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; a warning is an error."""
+    """Draw the pictures of the benchmark and build the documentation; a warning is an error."""
     install(session, "docs")
+    session.run("python", "-m", "tests.bench.connections.charts")
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")

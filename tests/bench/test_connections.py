@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.bench.connections.cases import CASES, GOALS, MEMORY, OURS, STREAM, Case
+from tests.bench.connections.cases import CASES, FLOOR, GOALS, MEMORY, OURS, STDLIB, STREAM, Case
 from tests.bench.connections.pairs import (
     IMPLEMENTATIONS,
     FailedError,
@@ -18,7 +18,7 @@ from tests.bench.connections.pairs import (
     installed,
     python,
 )
-from tests.bench.connections.report import compare, confirmed, judge, summary
+from tests.bench.connections.report import as_json, compare, condensed, confirmed, judge, summary
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -124,6 +124,34 @@ def result_of(**times: float) -> dict[str, Any]:
     # The same types as after reading a file.
     result: dict[str, Any] = json.loads(json.dumps({"cases": cases, "missing": {}, "failed": {}}))
     return result
+
+
+def test_condensed_keeps_goals_and_ratios() -> None:
+    """The kept result has no single values, and gives the same verdicts and comparisons."""
+    result = result_of(**{"ours": 2.0, "fds": 1.0, FLOOR: 1.9, STDLIB: 1.0})
+    kept = json.loads(as_json(condensed(result)))
+    assert "values" not in json.dumps(kept)
+    assert judge(kept) == judge(result)
+    assert judge(kept)[0].word == "met"
+    assert condensed(kept) == kept
+    slower = result_of(**{"ours": 3.0, "fds": 1.0, FLOOR: 1.9, STDLIB: 1.0})
+    assert compare(kept, slower, 1.1) == compare(result, slower, 1.1)
+    factors = [change.worse for change in compare(kept, slower, 1.1).regressions]
+    assert factors == pytest.approx([1.5, 1.5], rel=1e-3)
+
+
+def test_as_json_breaks_long_objects_only() -> None:
+    """as_json() writes a short object on one line, and each item of a long one on its own."""
+    short = {"a": 1, "b": [2, None]}
+    value = {"short": short, "long": {str(number): short for number in range(20)}}
+    text = as_json(value)
+    assert json.loads(text) == value
+    assert text.splitlines()[:3] == [
+        "{",
+        ' "short": {"a": 1, "b": [2, null]},',
+        ' "long": {',
+    ]
+    assert len(text.splitlines()) == 25
 
 
 def test_compare_finds_a_regression() -> None:

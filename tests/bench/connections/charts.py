@@ -1,7 +1,4 @@
-"""Draw the pictures of a result; ``python -m tests.bench.connections.charts`` draws the kept one.
-
-Invariant: the same result gives the same bytes.
-"""
+"""Draw the pictures of the kept result: ``python -m tests.bench.connections.charts``."""
 
 from __future__ import annotations
 
@@ -24,8 +21,6 @@ PICTURES = ROOT / "docs" / "explanation" / "performance"
 # Orange and grey differ in lightness too: visible in print, and to the colour-blind.
 OURS_COLOUR, OTHER_COLOUR, WHISKERS = "#e69f00", "#9aa5b1", "#333333"
 STYLE = {
-    # Names of elements are random otherwise.
-    "svg.hashsalt": "trio_unixconn",
     # Text stays text, drawn with the fonts of the viewer.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -67,11 +62,8 @@ def draw_group(title: str, cases: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{title}: less is better", x=0.01, ha="left", weight="bold")
     for field, (name, case) in zip(fields[:, 0], cases.items(), strict=True):
         draw_case(field, name, case)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(path, format="svg")
     plt.close(figure)
-    # The writer leaves blanks at the ends of lines; remove them.
-    lines = [line.rstrip() for line in path.read_text().splitlines()]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def draw_case(field: Any, title: str, case: dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
-"""Ratios, goals and regressions of a result, as tables and as Markdown.
-
-A result has the structure of ``result.json``. Nothing is measured in this file.
-"""
+"""Ratios, goals and regressions of a result, as tables and as Markdown."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -99,28 +97,71 @@ class Verdict:
         return self.goal, self.expected, median, f"{low} to {high}", self.word
 
 
+MEMORY_GOAL = "bytes of an idle connection beyond those of trio.SocketStream"
+
+
 def judge(result: Result) -> list[Verdict]:
     """Compare the measured ratios with the goals."""
+    measured = condensed(result)["goals"]
     verdicts = []
     for goal in GOALS:
-        ratio = ratio_of(result, goal.over, goal.under)
+        ratio = measured.get(goal.text)
         expected = f"at {'least' if goal.at_least else 'most'} {goal.bound:.4g}"
         met = None if ratio is None else goal.is_met(ratio["median"])
         verdicts.append(Verdict(goal.text, expected, ratio, met))
-    beyond = None
+    beyond = measured.get(MEMORY_GOAL)
+    is_small = None if beyond is None else beyond["median"] <= MOST_MEMORY
+    return [*verdicts, Verdict(MEMORY_GOAL, f"at most {MOST_MEMORY}", beyond, is_small)]
+
+
+################################################################
+# The kept result
+################################################################
+
+
+def condensed(result: Result) -> Result:
+    """Return what ``result.json`` keeps: medians and quartiles, and no single values."""
+    if "goals" in result:
+        return result
+    cases = {
+        title: {
+            **case,
+            "implementations": {
+                name: _rounded({key: row[key] for key in row if key != "values"})
+                for name, row in case["implementations"].items()
+            },
+        }
+        for title, case in result["cases"].items()
+    }
+    return {**result, "cases": cases, "goals": _rounded(_goals_of(result))}
+
+
+def _goals_of(result: Result) -> Result:
+    found = {goal.text: ratio_of(result, goal.over, goal.under) for goal in GOALS}
     memory = result["cases"].get(MEMORY, {}).get("implementations", {})
     if OURS in memory and STREAM in memory:
         pairs = zip(memory[OURS]["values"], memory[STREAM]["values"], strict=True)
-        beyond = spread([ours - theirs for ours, theirs in pairs])
-    verdicts.append(
-        Verdict(
-            "bytes of an idle connection beyond those of trio.SocketStream",
-            f"at most {MOST_MEMORY}",
-            beyond,
-            None if beyond is None else beyond["median"] <= MOST_MEMORY,
-        )
-    )
-    return verdicts
+        found[MEMORY_GOAL] = spread([ours - theirs for ours, theirs in pairs])
+    return {text: measured for text, measured in found.items() if measured}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.7g}")
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """Write a result as JSON, with an object on one line if it is short."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict) or len(line) + len(indent) < 200:
+        return line
+    inner = indent + " "
+    items = [
+        f"{inner}{json.dumps(key, ensure_ascii=False)}: {as_json(each, inner)}"
+        for key, each in value.items()
+    ]
+    return "{\n" + ",\n".join(items) + f"\n{indent}}}"
 
 
 ################################################################
@@ -161,6 +202,7 @@ def compare(then: Result, now: Result, tolerance: float) -> Comparison:
     In a case, trio_unixconn has got slower if it has relative to most of the others: a change
     relative to only one is a change of that one. The ratio of a goal is compared directly.
     """
+    then, now = condensed(then), condensed(now)
     changes = [
         change
         for title in then["cases"]
@@ -189,17 +231,24 @@ def _changes_in(title: str, then: Result, now: Result) -> Iterable[Change]:
         for other in names:
             if is_ours(other):
                 continue
-            old, new = (ratio_of(each, (title, ours), (title, other)) for each in (then, now))
-            if old and new and old["median"] > 0:
-                found.append((new["median"] / old["median"], old["median"], new["median"], other))
+            old, new = (_quotient(each, title, ours, other) for each in (then, now))
+            if old > 0 and new > 0:
+                found.append((new / old, old, new, other))
         if found:
             # The median; of two, the one that is in our favour.
             worse, old_ratio, new_ratio, other = sorted(found)[(len(found) - 1) // 2]
             yield Change((title,), f"{title}: {ours}", other, old_ratio, new_ratio, worse)
 
 
+def _quotient(result: Result, title: str, over: str, under: str) -> float:
+    """Return the quotient of two ratios to the reference; 0 if one was not measured."""
+    rows = result["cases"][title]["implementations"]
+    one, two = (rows[name]["ratio"]["median"] for name in (over, under))
+    return float(one / two) if two else 0.0
+
+
 def _change_of(goal: Goal, then: Result, now: Result) -> Change | None:
-    old, new = (ratio_of(each, goal.over, goal.under) for each in (then, now))
+    old, new = (each["goals"].get(goal.text) for each in (then, now))
     if not (old and new and old["median"] > 0 and new["median"] > 0):
         return None
     before, after = old["median"], new["median"]

@@ -37,7 +37,9 @@ from .cases import CASES, Case
 from .pairs import IMPLEMENTATIONS, FailedError, Implementation, MissingError, Pair
 from .report import (
     Result,
+    as_json,
     compare,
+    condensed,
     confirmed,
     is_ours,
     judge,
@@ -259,7 +261,7 @@ def add_choices(
     parser.add_argument(
         "--write",
         action="store_true",
-        help="replace the kept result, and the tables and pictures of the docs",
+        help="replace the figures of the documentation",
     )
     parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
 
@@ -311,15 +313,12 @@ def main() -> int:
     show(result, console)
     verdicts = judge(result)
     show_goals(verdicts, console)
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if given.json:
-        given.json.write_text(text)
+        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if given.write:
-        from .charts import draw  # matplotlib is needed only for this
-
-        RESULT.write_text(text)
-        TABLES.write_text(markdown(result))
-        draw(result)
+        kept_now = condensed(result)
+        RESULT.write_text(as_json(kept_now) + "\n")
+        TABLES.write_text(markdown(kept_now))
     wrong = bool(result["failed"])
     if kept:
         found = compare(kept, result, given.tolerance)

@@ -73,9 +73,7 @@ from .workloads import (
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-FOLDER = Path(__file__).parent
-RESULT = FOLDER / "result.json"
-TABLES = FOLDER / "result.md"
+TABLES = Path(__file__).with_name("result.md")
 ROUNDS, QUICK_ROUNDS = 7, 3
 # Of all implementations, before anything is measured, in connections, and in seconds at most.
 WARM_UP_CONNECTIONS = 20_000
@@ -369,11 +367,9 @@ def main() -> int:
     show(result, console)
     verdicts = judge(result)
     show_goals(verdicts, console)
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if given.json:
-        given.json.write_text(text)
+        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if given.write:
-        RESULT.write_text(text)
         TABLES.write_text(markdown(result))
     wrong = bool(result["failed"])
     if given.strict:
