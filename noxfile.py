@@ -136,10 +136,11 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the rules and the format of the code with ruff."""
+    """Check the rules and the format of the code with ruff, and the words of all text."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("python", "tests/lint/words.py")
 
 
 @nox.session

@@ -183,7 +183,7 @@ class UnixSocketAddress:
         return self.native[:1] == b"\0"
 
     def get_is_anonymous(self) -> bool:
-        """Return whether this is no name, as for a socketpair and most clients."""
+        """Return whether this is the empty name, as for a socketpair and most clients."""
         return not self.native
 
     def to_string(self) -> str:

@@ -184,8 +184,8 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
           SendError: the kernel rejects it, and nothing was sent. It is a
             ``ConnectionRefusedError`` if no process holds the socket of the receiver, a
             ``FileNotFoundError`` if there is none, and a ``PermissionError`` if this process may
-            not send to it. EPROTOTYPE: it is no datagram socket. EMSGSIZE: the data is too large;
-            send a memfd instead. EBADF and EMFILE as of :meth:`UnixConnection.send_fd`.
+            not send to it. EPROTOTYPE: it is not a datagram socket. EMSGSIZE: the data is too
+            large; send a memfd instead. EBADF and EMFILE as of :meth:`UnixConnection.send_fd`.
           DescriptorsRefusedError: the receiver does not accept file descriptors.
         """
         address = None if to is None else UnixSocketAddress.from_any(to, argument="to")

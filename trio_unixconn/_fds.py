@@ -1,7 +1,7 @@
 """File descriptors as callers pass them: ints, or objects that own one.
 
 Invariant: a number that is returned here is valid for as long as the caller keeps the object that
-it came from, and the caller's object is never changed.
+it was taken from, and the caller's object is never changed.
 
 Sources: fcntl(2) (F_GETFD), https://docs.python.org/3/c-api/file.html
 """

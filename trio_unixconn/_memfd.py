@@ -175,7 +175,7 @@ def map_readonly(fd: int, max_bytes: int, seals: Seals = Seals.ALL) -> memoryvie
     except OSError as exc:
         if exc.errno == errno.EMFILE:
             raise
-        # Not open for reading, or huge pages of which the size is no multiple.
+        # Not open for reading, or the size is not a multiple of huge pages.
         raise UnsafeBufferError(
             f"cannot map this memfd ({exc.strerror})", DescriptorKind.REGULAR_FILE
         ) from exc

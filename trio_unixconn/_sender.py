@@ -84,7 +84,7 @@ class _SendProgress:
     __slots__ = ("credentials", "data", "fds", "is_message", "sent", "total")
 
     unit = "bytes"
-    # To whom; only a datagram has one.
+    # Of the receiver; only a datagram has one.
     address: UnixSocketAddress | None = None
 
     def __init__(

@@ -26,7 +26,7 @@ SKIP_REASON: Final = pytest.StashKey[str]()
 
 
 def skip_reason(exc: BaseException) -> str:
-    """Return the reason of a skip, which may be in a group; "" if it is no skip."""
+    """Return the reason of a skip, which may be in a group; "" if it is not a skip."""
     if isinstance(exc, pytest.skip.Exception):
         return str(exc)
     return "".join(map(skip_reason, getattr(exc, "exceptions", ())))

@@ -166,7 +166,7 @@ def test_compare_finds_a_regression() -> None:
 
 
 def test_confirmed_drops_a_slowdown_that_is_not_seen_again() -> None:
-    """A slowdown that is not measured again is no regression."""
+    """A slowdown that is not measured again is not a regression."""
     kept = result_of(ours=2.0, other=1.0, another=4.0)
     slower = compare(kept, result_of(ours=24.0, other=10.0, another=40.0), 1.1)
     same = compare(kept, result_of(ours=20.0, other=10.0, another=40.0), 1.1)
@@ -176,7 +176,7 @@ def test_confirmed_drops_a_slowdown_that_is_not_seen_again() -> None:
 
 
 def test_compare_ignores_one_faster_implementation() -> None:
-    """A single other implementation getting faster is no regression."""
+    """A single other implementation getting faster is not a regression."""
     kept = result_of(ours=2.0, other=1.0, another=4.0, third=3.0)
     assert not compare(
         kept, result_of(ours=2.0, other=0.5, another=4.0, third=3.0), 1.1

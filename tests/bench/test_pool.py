@@ -1,4 +1,4 @@
-"""The pool's benchmark works: who is installed serves the load, and who is not is named."""
+"""The pool's benchmark works: what is installed serves the load, and what is not is named."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.bench.pool.workloads import (
 # One Python is enough.
 pytestmark = pytest.mark.once
 
-# Who is there wherever the tests run.
+# What is there wherever the tests run.
 ALWAYS = {"reuseport", "shared", "single"}
 
 
@@ -117,7 +117,7 @@ def test_every_implementation_serves(
 
 
 def test_the_same_seed_is_the_same_load(generator: Generator, single: Server) -> None:
-    """Connections of an open loop come at the same times, and as many burn, whoever serves."""
+    """Connections of an open loop begin at the same times, and as many burn, for each server."""
     one, two, other = (
         generator.run(single.port, burns=True, seconds=0.3, seed=seed, rate=300)
         for seed in (7, 7, 8)
@@ -127,7 +127,7 @@ def test_the_same_seed_is_the_same_load(generator: Generator, single: Server) ->
 
 
 def test_who_is_not_there_is_a_failure(generator: Generator, single: Server) -> None:
-    """Connections that nobody accepts are counted by what happened to them, and raised."""
+    """Connections that no process accepts are counted by what happened to them, and raised."""
     port = single.port
     single.close()
     measured = generator.run(port, burns=False, seconds=0.1, seed=1)
@@ -137,7 +137,7 @@ def test_who_is_not_there_is_a_failure(generator: Generator, single: Server) -> 
 
 
 def test_idle_connections_stand_and_go(generator: Generator, single: Server) -> None:
-    """Idle connections are open while the load runs beside them, and closed behind it."""
+    """Idle connections are open while the load runs beside them, and closed after it."""
     check(generator.run(single.port, burns=False, seconds=0.1, seed=1))
     before = single.descriptors()
     with generator.crowd(single.port, 50) as measure:
@@ -148,14 +148,14 @@ def test_idle_connections_stand_and_go(generator: Generator, single: Server) -> 
 
 
 def test_memory_is_that_of_a_new_parent(generator: Generator, tmp_path: Path) -> None:
-    """What jobs in flight take is measured in a server of its own, which ends behind it."""
+    """What jobs in flight take is measured in a server of its own, which ends after it."""
     grown = growth(named("single"), str(tmp_path), generator, 100)
     assert abs(grown) < 100 * 100_000
 
 
 @pytest.mark.parametrize("key", ["reuseport", "shared"])
 def test_workers_end_with_their_parent(key: str, tmp_path: Path) -> None:
-    """Also a parent that is killed leaves no process behind."""
+    """A parent leaves no process, even if it is killed."""
     server = Server(named(key), str(tmp_path))
     try:
         assert server.port
@@ -210,7 +210,7 @@ def measured_of(pids: dict[str, int], **more: Any) -> dict[str, Any]:
 
 
 def test_figures_count_everybody() -> None:
-    """The skew counts workers that served nobody, and the time that of all processes."""
+    """The skew counts workers that served nothing, and the time that of all processes."""
     measured = measured_of({"11": 300, "12": 100})
     before, after = {10: 1.0, 11: 1.0, 12: 1.0}, {10: 1.4, 11: 2.0, 12: 1.5, 13: 0.1}
     figures = figures_of(measured, 4, before, after)
@@ -228,7 +228,7 @@ def test_arrivals_are_what_the_slowest_can_carry() -> None:
 
 
 def test_what_others_disturbed_counts_less() -> None:
-    """Of the turns those count in which others used the machine least, whatever came of them."""
+    """Of the turns those count in which others used the machine least, whatever their results."""
     turns = [
         {"a": {"rate": float(i), "others": others}, "b": {"rate": 5.0, "others": 0.01}}
         for i, others in enumerate((0.3, 0.0, 0.2, 0.1))
@@ -286,7 +286,7 @@ def test_who_did_not_run_is_not_judged() -> None:
 
 
 def test_goals_are_about_what_is_measured() -> None:
-    """Both sides of each goal name a load and who runs it."""
+    """Both sides of each goal name a load and an implementation that runs it."""
     titles = {load.title: load for load in LOADS}
     assert len(titles) == len(LOADS)
     names = {each.name for each in IMPLEMENTATIONS}
@@ -297,7 +297,7 @@ def test_goals_are_about_what_is_measured() -> None:
 
 
 def test_tables_are_whole() -> None:
-    """The tables have each load, what came a second, the goals, and who is missing."""
+    """The tables have each load, its rate, the goals, and the missing implementations."""
     result = result_of(ours=6.0, reuseport=2.0)
     text = markdown(result)
     for title in (EVEN, EVEN_OPEN, UNEVEN_OPEN, beside(MANY)):

@@ -350,7 +350,7 @@ def test_descriptors_are_counted_elsewhere_too(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_demo_odd_names(tmp_path: Path) -> None:
-    """Names with newlines, escapes, markup and bytes that are no text are shown as escapes."""
+    """Names with newlines, escapes, markup and bytes that are not text are shown as escapes."""
     for name in (b"a\nb", b"\xff", b"[bold]x", b"\x1b[31m"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(name)

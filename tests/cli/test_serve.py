@@ -77,7 +77,7 @@ def test_several_binds(project: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signals) -> None:
-    """Who is being handled, or waits, is answered, and the exit status is 0."""
+    """Connections that are handled, or queued, are answered, and the exit status is 0."""
     with serving(project, "hold", "--max-in-flight", "1") as served:
         first, second = connected(str(project / "s")), connected(str(project / "s"))
         with first, second:
@@ -198,7 +198,7 @@ def test_restart(project: Path) -> None:
         served.send(signal.SIGHUP)
         served.line("restarted")
         assert answer(str(project / "s")) == b"the second"
-        (project / "app.py").write_text("this is no Python")
+        (project / "app.py").write_text("this is not Python")
         served.send(signal.SIGHUP)
         served.line("ERROR")
         served.line("SyntaxError")
@@ -648,11 +648,11 @@ def test_reload(project: Path) -> None:
         assert f"changed: {project / 'app.py'}: restarting" in served.line("changed")
         served.line("restarted")
         assert answer(str(project / "s")) == b"two"
-        (project / "app.py").write_text("this is no Python")
+        (project / "app.py").write_text("this is not Python")
         served.line("SyntaxError")
         served.line("the old workers go on")
         assert answer(str(project / "s")) == b"two"
-        # What is no Python file is of no interest.
+        # Other files than those of Python are ignored.
         (project / "notes.txt").write_text("x")
         (project / "app.py").write_text(APP.replace("one", "three"))
         served.line("restarted")

@@ -1,4 +1,4 @@
-"""Who may connect to what ``trio-unixconn serve`` binds, and servers that replace each other."""
+"""Access to what ``trio-unixconn serve`` binds, and servers that replace each other."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_check_different_in_a_deleted_directory(
 def test_serve_allow_user_and_group(
     project: Path, arguments: tuple[str, ...], *, admitted: bool
 ) -> None:
-    """Paths, abstract names and inherited sockets admit who is named; others are counted, logged.
+    """Paths, abstract names and inherited sockets admit only the named users; this is logged.
 
     TCP is as it was.
     """

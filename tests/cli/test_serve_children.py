@@ -26,7 +26,8 @@ def project(tmp_path: Path) -> Path:
     return make_project(tmp_path)
 
 
-# A handler that leaves ten processes behind, as a shell that runs something in the background.
+# A handler that starts ten processes and does not wait for them, as a shell that runs something
+# in the background.
 ORPHANS = """
 import subprocess
 
@@ -185,7 +186,7 @@ def test_pid_file_of_another_program_is_kept(tmp_path: Path) -> None:
 
 
 def test_pid_file_is_replaced_after_a_crash(tmp_path: Path) -> None:
-    """What a process of the same number has left is no obstacle."""
+    """What a process of the same number has left is not an obstacle."""
     path = tmp_path / "pid"
     (tmp_path / f"pid.{os.getpid()}.new").write_text("")
     with pid_file(str(path)):
@@ -196,7 +197,7 @@ def test_pid_file_is_replaced_after_a_crash(tmp_path: Path) -> None:
 def test_pid_file_that_vanishes_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another server that removes or replaces its file at the same time is no error."""
+    """Another server that removes or replaces its file at the same time is not an error."""
     path, link, flock = tmp_path / "pid", os.link, fcntl.flock
     steps = ["exists", "unlinked", "replaced"]
 
@@ -228,7 +229,7 @@ def test_pid_file_that_vanishes_is_tried_again(
 
 
 def test_zombie_of_a_process_that_is_gone() -> None:
-    """A process that is gone while it is looked at is no zombie."""
+    """A process that is gone while it is looked at is not a zombie."""
     assert not children._is_zombie_of("0", 1)
 
 

@@ -213,7 +213,7 @@ def test_unix_fd_list_with_a_wrong_argument(fds: Any, error: type[Exception], me
 
 
 def test_policy_check_that_is_a_class() -> None:
-    """A class is no async function: it would return an instance."""
+    """A class is not an async function: it would return an instance."""
     with pytest.raises(TypeError, match="got the class bool"):
         PeerPolicy(check=bool)  # type: ignore[arg-type]
 

@@ -318,7 +318,7 @@ async def test_dead_socket_with_connections(path: Path) -> None:
 async def test_dead_socket_removed_before_the_probe(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dead socket that another program removes before it is probed is no error."""
+    """A dead socket that another program removes before it is probed is not an error."""
     real = _bind._holder_of
 
     def holder_of(there: bytes) -> str | None:
@@ -332,7 +332,7 @@ async def test_dead_socket_removed_before_the_probe(
 
 
 async def test_dead_socket_removed_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dead socket that another program removes at the same time is no error."""
+    """A dead socket that another program removes at the same time is not an error."""
     real = _bind._unlink_dead
 
     def unlink_dead(*arguments: Any) -> None:

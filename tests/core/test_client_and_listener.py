@@ -132,7 +132,7 @@ async def test_aclose(path: Path) -> None:
 
 
 async def test_aclose_after_the_path_was_removed(path: Path) -> None:
-    """A path that another program has removed is no error for aclose()."""
+    """A path that another program has removed is not an error for aclose()."""
     listener = await open_unix_listener(path)
     path.unlink()
     await listener.aclose()

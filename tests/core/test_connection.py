@@ -385,7 +385,7 @@ async def test_from_fd() -> None:
 
 
 def wrong_socket(what: str) -> socket.socket:
-    """Make a socket that is no connected Unix stream socket."""
+    """Make a socket that is not a connected Unix stream socket."""
     if what == "SOCK_DGRAM":
         datagram, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         other.close()

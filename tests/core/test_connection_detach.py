@@ -227,7 +227,7 @@ async def test_fds_that_has_returned_all_leaves_no_guard(read: str) -> None:
 
 
 async def test_check_handover_of_a_guard_that_is_removed_meanwhile() -> None:
-    """A guard that the trio thread removes between the two look-ups is no error."""
+    """A guard that the trio thread removes between the two look-ups is not an error."""
     one, two = connection_pair()
     async with one, two:
         await read_ahead(one, two)

@@ -449,7 +449,7 @@ async def test_send_fd_waits_while_too_many_are_in_flight() -> None:
 
 KEYBOARD_INTERRUPT = """
 import os, signal, trio
-# Whoever started the tests may ignore it.
+# The process that started the tests may ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from trio_unixconn import connection_pair
 

@@ -277,7 +277,7 @@ async def test_closed_descriptor() -> None:
 
 @pytest.mark.parametrize("data", [b"", bytearray(), memoryview(b"")])
 async def test_nothing_alone(data: Any) -> None:
-    """No bytes with nothing else is no message, but a checkpoint."""
+    """Without bytes or anything else, nothing is sent; it is a checkpoint."""
     one, two = connection_pair()
     async with one, two:
         with assert_checkpoints():

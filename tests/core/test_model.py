@@ -447,7 +447,7 @@ class End:
 
     async def send(self, operation: Send, running: Running) -> None:
         if self.out.cut:
-            # Nobody can tell where in the stream the next byte would be.
+            # Where in the stream the next byte would be cannot be told.
             return
         conn, was_broken = self.conn, self.out.broken
         size: int | None = 0

@@ -364,7 +364,7 @@ async def accept_all(listener: UnixListener) -> None:
 
 
 async def test_policy_check_cancelled(path: Path) -> None:
-    """If a check is cancelled, its connection is closed, at both ends; that is no denial."""
+    """If a check is cancelled, its connection is closed, at both ends; that is not a denial."""
 
     async def forever(_: PeerIdentity) -> bool:
         await trio.sleep_forever()

@@ -338,7 +338,7 @@ async def test_options_that_are_missing(
 
 
 async def test_options_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another error of an option is no sign that it is missing."""
+    """Another error of an option is not a sign that it is missing."""
     monkeypatch.setattr(_kernel, "SOL_SOCKET", 77)
     with pytest.raises(OSError) as caught:
         await open_unix_connection(tmp_path / "s", credentials=True)

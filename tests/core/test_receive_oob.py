@@ -127,7 +127,7 @@ async def test_accept_sets_oobinline(tmp_path: Path) -> None:
 
 
 def test_enable_oobinline_without_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A platform without the option, or one that rejects it, is no error."""
+    """A platform without the option, or one that rejects it, is not an error."""
     one, two = socket.socketpair()
     with one, two:
         monkeypatch.setattr(_kernel, "SO_OOBINLINE", 9999)

@@ -105,7 +105,7 @@ async def test_send_fds_iterables() -> None:
 
 
 async def test_send_fds_empty() -> None:
-    """No file descriptors are no message, but a checkpoint."""
+    """Without file descriptors, nothing is sent; it is a checkpoint."""
     one, two = connection_pair()
     async with one, two:
         with assert_checkpoints():

@@ -182,7 +182,7 @@ async def test_drain_with_a_deadline(path: Path, autojump_clock: MockClock) -> N
 
 @pytest.mark.parametrize("timeout", [-1, float("nan")])
 async def test_drain_rejects_bad_timeout(path: Path, timeout: float) -> None:
-    """A timeout that is no length of time is refused, and the server goes on."""
+    """A timeout that is not a length of time is rejected, and the server goes on."""
     async with trio.open_nursery() as nursery:
         server = await start(nursery, echo, path)
         with pytest.raises(ValueError, match="timeout must be non-negative"):

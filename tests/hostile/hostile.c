@@ -169,14 +169,14 @@ static size_t one_control(char *at, int conn)
         memcpy(CMSG_DATA(header) + sizeof(int) * i, &fd, sizeof fd);
     }
     if (roll < 12) {
-        struct ucred who = {.pid = getpid(), .uid = getuid(), .gid = getgid()};
+        struct ucred claimed = {.pid = getpid(), .uid = getuid(), .gid = getgid()};
         if (!below(4))
-            who.pid = (pid_t)below(70000);
+            claimed.pid = (pid_t)below(70000);
         if (!below(8))
-            who.uid = below(3) - 1;
+            claimed.uid = below(3) - 1;
         header->cmsg_type = SCM_CREDENTIALS;
-        size = sizeof who + (below(8) ? 0 : below(8));
-        memcpy(CMSG_DATA(header), &who, sizeof who);
+        size = sizeof claimed + (below(8) ? 0 : below(8));
+        memcpy(CMSG_DATA(header), &claimed, sizeof claimed);
     } else if (roll < 17) {
         /* Kinds that are not for sending, and levels that the kernel passes over. */
         header->cmsg_type = (int)below(8);

@@ -706,7 +706,7 @@ async def test_batch_that_cannot_be_sent_yet_is_sent_before_drain(
 async def test_batch_that_is_refused_after_drain_goes_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """That a worker was draining is no attempt of a job, and no lack of descriptors."""
+    """A batch refused by a draining worker is not an attempt, nor a lack of descriptors."""
     async with fake_pool(monkeypatch, max_attempts=1) as (pool, workers):
         (old,) = workers
         async with submitters_of(pool) as submitters:

@@ -56,7 +56,7 @@ def test_check_accepts_model_that_holds(tmp_path: Path) -> None:
         ("n == 1", "invalid end state"),
         ("do :: n < 2 -> n++ :: n == 2 -> n = 0 od", "non-progress cycle"),
         ("do :: n < 200 -> n++ :: else -> break od; n == 0", "invalid end state"),
-        ("this is no statement", "an identifier"),
+        ("this is not a statement", "an identifier"),
         ("if :: n == 0 -> skip\n :: n == 1 ->\n n = 7\n fi", "no check reaches 'n = 7'"),
         ("n = 7 /* never: it is */", "is reached"),
     ],

@@ -365,7 +365,7 @@ async def test_serve_statistics_of_a_slow_client(
 async def test_serve_statistics_of_a_client_that_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that closes its connection before the answer is no error."""
+    """A client that closes its connection before the answer is not an error."""
     monkeypatch.setattr(_stats_server, "as_json", lambda *_: "x" * 2**24)
     async with asked_at(tmp_path / "s") as unix_server:
         async with await open_unix_connection(tmp_path / "s") as conn:

@@ -114,7 +114,7 @@ def test_executable_as_path() -> None:
 
 
 def test_executable_is_required_in_frozen_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that is no Python interpreter, or does not know its own, must name one."""
+    """A program that is not a Python interpreter, or does not know its own, must name one."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(ValueError, match="executable is required in a frozen program"):
         PoolConfig(HANDLER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
@@ -287,44 +286,21 @@ async def call_nothing(pool: WorkerPool) -> None:
         await pool.call()
 
 
-async def test_submit_to_workers_without_free_descriptors(
-    shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job that max_attempts workers could not receive is rejected, with the reason."""
-    monkeypatch.setattr(_supervisor, "MAX_REFUSALS", 2)
-    monkeypatch.setattr(_supervisor, "MAX_REST", 0.01)
+async def test_submit_to_workers_without_free_descriptors(shared: Path) -> None:
+    """A job that no worker can receive is rejected after max_attempts, with the reason."""
     async with open_worker_pool(
-        HOLD, workers=1, setup="tests._helpers.pool_handlers:destitute", max_attempts=3
+        HOLD, workers=1, setup="tests._helpers.pool_handlers:one_is_poor", max_attempts=4
     ) as pool:
-        first = pids(pool)
         client, theirs = ends()
-        with pytest.raises(JobRefusedError, match="not accepted after 3 attempts") as caught:
+        with pytest.raises(JobRefusedError, match="not accepted after 4 attempts") as caught:
             await pool.submit(theirs)
         assert isinstance(caught.value.__cause__, WorkerDiedError)
         assert "had no free file descriptor to receive it" in str(caught.value.__cause__)
         assert await client.read() == b""
         await client.end()
         found = await at_rest(pool)
-        assert (found.rejected, found.acknowledged) == (1, 0)
-        assert found.restarts >= 2
-        assert pids(pool) != first
+        assert (found.rejected, found.retried, found.acknowledged) == (1, 3, 0)
     assert lines(shared / "began") == []
-
-
-async def test_submit_to_a_worker_that_refuses_a_job_again_and_again(
-    shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One worker is one attempt, even if it refuses a job many times before it is replaced."""
-    monkeypatch.setattr(_supervisor, "MAX_REST", 0.01)
-    async with open_worker_pool(
-        HOLD, workers=1, setup="tests._helpers.pool_handlers:one_is_poor", max_attempts=2
-    ) as pool:
-        async with client_of(pool) as client:
-            assert client.receipt is not None
-            assert await client.line() == [client.receipt.pid, client.receipt.id]
-        found = await at_rest(pool)
-        assert (found.rejected, found.handled, found.restarts) == (0, 1, 1)
-        assert found.retried >= _supervisor.MAX_REFUSALS
 
 
 async def test_call_with_one_free_descriptor_in_the_worker(shared: Path) -> None:
@@ -392,31 +368,6 @@ async def test_call_without_a_free_descriptor_to_send_by(monkeypatch: pytest.Mon
         monkeypatch.setattr(UnixConnection, "send_message", send_message)
         assert await pool.call(null()) == b"nothing to do"
     assert len(tries) == 3
-
-
-async def test_call_after_an_unexpected_error_while_receiving(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An error in the task that reads from a worker is logged, and costs that worker only."""
-    receive = UnixConnection.receive_some
-    failures = iter([ZeroDivisionError("not expected")])
-
-    async def receive_some(self: UnixConnection, *arguments: Any, **options: Any) -> bytes:
-        data = await receive(self, *arguments, **options)
-        for failure in failures:
-            raise failure
-        return data
-
-    async with open_worker_pool(DO, workers=1) as pool:
-        first = pids(pool)
-        monkeypatch.setattr(UnixConnection, "receive_some", receive_some)
-        # It is retried, unless the worker has noted that it began.
-        with contextlib.suppress(WorkerDiedError):
-            assert await pool.call(data=b"") == b"nothing to do"
-        await until(lambda: pool.statistics().deaths == 1 and pids(pool) != first)
-        assert await pool.call(data=b"") == b"nothing to do"
-    assert "error in the pool, killing it" in caplog.text
-    assert "not expected" in caplog.text
 
 
 async def test_call_after_an_unexpected_error_of_the_pool(

@@ -126,7 +126,7 @@ def argument_of(address: UnixSocketAddress) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Show what a terminal would act on, and what is no text, as escapes.
+    """Show what a terminal would act on, and what is not text, as escapes.
 
     Args:
       keep: characters that are left as they are.

@@ -193,7 +193,7 @@ def _vary(limit: float | None) -> float:
     """Return a limit for one worker."""
     if limit is None:
         return math.inf
-    return limit * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - this is no secret
+    return limit * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - this is not a secret
 
 
 class Supervisor(DescriptorOwner):

@@ -1,6 +1,6 @@
 """The generator of load, a program in C: compiling it, running it.
 
-The rule of this file: one run is one process, and what it printed is returned as it is.
+Invariant: one run is one process, and what it printed is returned as it is.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.bench.connections.pairs import TIMEOUT, FailedError, compiled, failed
 from .workloads import AT_ONCE, BURN_ONE_IN
 
 SOURCE = Path(__file__).parent / "load.c"
-# Where latency is measured, the generator comes before whom it measures: else its own waiting
-# for a processor would be counted as theirs. Where the rate is, that would cost: it would be
-# woken for each connection, instead of for many at once.
+# Where latency is measured, the generator has a higher priority than the servers. Otherwise the
+# time that it waits for a processor would be counted as theirs. Where the rate is measured, that
+# would cost: it would be woken for each connection, instead of for many at once.
 PRIORITY = -15
 
 Measured = dict[str, Any]
@@ -34,12 +34,12 @@ class Generator:
     Attributes:
       command: how it is started.
       version: what it was compiled by.
-      folder: where its errors are kept.
+      directory: where its errors are kept.
     """
 
     command: list[str]
     version: str
-    folder: str
+    directory: str
 
     def run(
         self, port: int, *, burns: bool, seconds: float, seed: int, rate: float = 0
@@ -47,7 +47,7 @@ class Generator:
         """Load a port: AT_ONCE connections at a time, or with a rate so many a second."""
         with self._running(port, _words(seconds, seed, rate, burns=burns)) as (process, answer):
             if rate:
-                # Without the right to it, nobody's is raised.
+                # Not permitted: then it is raised for no implementation.
                 with suppress(PermissionError):
                     os.setpriority(os.PRIO_PROCESS, process.pid, PRIORITY)
             return answer()
@@ -74,7 +74,7 @@ class Generator:
         self, port: int, words: list[str]
     ) -> Yields[tuple[subprocess.Popen[bytes], Callable[[], Measured]]]:
         with ExitStack() as stack:
-            errors = stack.enter_context(open(os.path.join(self.folder, "load.stderr"), "w+"))
+            errors = stack.enter_context(open(os.path.join(self.directory, "load.stderr"), "w+"))
             process = stack.enter_context(
                 subprocess.Popen(
                     [*self.command, "--port", str(port), *words],
@@ -105,15 +105,15 @@ def _words(seconds: float, seed: int, rate: float = 0, *, burns: bool = False) -
     return words + (["--rate", str(rate), "--poisson"] if rate else ["--at-once", str(AT_ONCE)])
 
 
-def built(folder: str) -> Generator:
-    """Compile the generator into a folder; raise MissingError without a compiler."""
-    program = compiled(folder, SOURCE)
-    return Generator(program.command, program.version, folder)
+def built(directory: str) -> Generator:
+    """Compile the generator into a directory; raise MissingError without a compiler."""
+    program = compiled(directory, SOURCE)
+    return Generator(program.command, program.version, directory)
 
 
 def check(measured: Measured) -> None:
-    """Raise FailedError if a connection was not served: who drops some is not compared."""
+    """Raise FailedError if a connection was not served: then there is nothing to compare."""
     errors = {kind: count for kind, count in measured["errors"].items() if count}
     if errors or not measured["answered"]:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in errors.items()) or "none came"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in errors.items()) or "none was begun"
         raise FailedError(f"of {measured['begun']} connections were not answered: {kinds}")

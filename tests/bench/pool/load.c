@@ -1,10 +1,10 @@
-/* The load: connections to 127.0.0.1, each with one request, answered by the pid of who served it.
+/* The load: connections to 127.0.0.1, each with one request, answered by the pid of the server.
  *
- * The rule of this file: it costs as little as it can, beside those it measures, and it waits for
- * nobody. In a closed loop (--at-once N) a connection that ends is followed by the next: what is
- * measured is the rate. In an open loop (--rate R) connections arrive when they are due, however
- * many others are still waited for, and latency counts from when they were due: a server that
- * stands still is charged for all who wait, also for those that could not even be started.
+ * Invariant: it costs as little as it can, beside what it measures, and one connection
+ * never waits for another. In a closed loop (--at-once N) a connection that ends is followed by the next: what is
+ * measured is the rate. In an open loop (--rate R) connections begin at their times, however
+ * many others are still open, and latency counts from these times: a server that stands still is
+ * charged for all connections that wait, even for those that could not be started.
  *
  * A request is 64 bytes, of which the first says what to do: 'b' to burn CPU before answering,
  * '-' not to. Of each --burn-one-in connections that follow each other one burns, at a place that

@@ -1,7 +1,8 @@
-"""What the kernel says of processes: who belongs together, their processor time, memory, files.
+"""What the kernel says of processes: their children, processor time, memory and files.
 
-The rule of this file: it looks from outside, and nobody who is looked at takes part. Source:
-proc(5), clock_getcpuclockid(3).
+Invariant: it looks from outside, and the processes do not take part.
+
+Sources: proc(5), clock_getcpuclockid(3)
 """
 
 from __future__ import annotations

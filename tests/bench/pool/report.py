@@ -1,6 +1,6 @@
 """What was measured says: figures, goals; as tables and as Markdown.
 
-The rule of this file: it measures nothing. A result is what ``result.json`` holds.
+Invariant: it measures nothing. A result is what ``result.json`` holds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def figures_of(
 
     Args:
       measured: what the generator printed.
-      workers: how many processes serve; one that served nobody counts, too.
+      workers: how many processes serve; one that served no connection counts, too.
       before: processor seconds of each process, the first of which is not a worker unless it
         is the only one.
       after: the same, after the run.
@@ -81,7 +81,7 @@ def figures_of(
 
 
 def disturbance(turn: Turn) -> float:
-    """Return the share of the machine that others used, at the implementation whom it hit most."""
+    """Return the largest share of the machine that others used during one implementation's run."""
     return max((figures["others"] for figures in turn.values()), default=0.0)
 
 
@@ -92,7 +92,7 @@ def least_disturbed(turns: list[Turn], count: int) -> list[Turn]:
 
 
 def by_name(turns: list[Turn], names: Iterable[str]) -> dict[str, Figures]:
-    """Return the values of each of these implementations, who were in all turns, by figure."""
+    """Return the values of each of these implementations, which were in all turns, by figure."""
     return {
         name: {figure: [turn[name][figure] for turn in turns] for figure in turns[0][name]}
         for name in names
@@ -224,12 +224,12 @@ def cells_of(name: str, case: Result) -> list[str]:
 
 
 def title_of(title: str, case: Result) -> str:
-    """Return a load's title, with what came."""
+    """Return a load's title, with the rate of arrivals."""
     return f"{title}, {case['arrivals']:,.0f} a second" if case["arrivals"] else title
 
 
 def show(result: Result, console: Console) -> None:
-    """Print what was measured, and who is missing."""
+    """Print what was measured, and which implementations are missing."""
     for title, case in result["cases"].items():
         headings = headings_of(case)
         table = table_of(title_of(title, case), headings, range(1, len(headings)))

@@ -1,20 +1,20 @@
-"""How fast and how fair the worker pool is, beside everybody else who spreads connections.
+"""How fast and how fair the worker pool is, beside other ways to spread connections.
 
 All implementations of a load run in turn, A B C A B C, each in its own processes, which stay for
 all of the run; each turn begins with another. Before that each serves so many connections that it
 is warm, and then a short run of each load, which do not count. A turn in which other processes used
-this machine is run once more, and those in which they used it least count, whatever came of
-them. What is shown is the median of the ratios within each turn, and their quartiles; figures
+this machine is run once more, and those in which they used it least count, whatever their
+results. What is shown is the median of the ratios within each turn, and their quartiles; figures
 are shown beside it. Implementations that are not installed are named as missing.
 
 The load is made by a program in C. In a closed loop a connection follows another: that is the
-rate. In an open loop they come when they are due, at random times that are the same for all, so
-that those who wait while a server stands still are counted: that is the latency. Nobody is
+rate. In an open loop they begin at random times that are the same for all, so that
+connections that wait while a server stands still are counted: that is the latency. No process is
 pinned to a processor: the generator takes part of them all, from each implementation alike, and the
 kernel may move the rest. In an open loop the generator comes first where that is allowed.
 
 The exit status is 1 if an implementation failed, and with --strict if a goal is missed. A missed
-goal is otherwise no error: on a busy machine it says little.
+goal is otherwise not an error: on a busy machine it says little.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ WARM_UP = 0.3
 
 @attrs.define
 class Run:
-    """One run of the benchmark: who takes part, and what came of it so far."""
+    """One run of the benchmark: the implementations, and the results so far."""
 
-    folder: str
+    directory: str
     generator: Generator
     quick: bool
     rounds: int
@@ -99,10 +99,10 @@ class Run:
     capacities: dict[bool, dict[str, float]] = attrs.field(factory=dict)
 
     def start(self, implementations: list[PoolImplementation]) -> None:
-        """Start who is installed."""
+        """Start the implementations that are installed."""
         for implementation in implementations:
             try:
-                server = Server(implementation, self.folder)
+                server = Server(implementation, self.directory)
             except MissingError as exc:
                 self.missing[implementation.name] = str(exc)
             else:
@@ -146,7 +146,7 @@ class Run:
         self.servers.clear()
 
     def names_of(self, load: Load) -> list[str]:
-        """Return who runs a load."""
+        """Return the implementations that run a load."""
         return [name for name in self.servers if load.idle is None or name == OURS]
 
     def rounds_of(self, load: Load) -> int:
@@ -160,7 +160,7 @@ class Run:
     def measure(
         self, load: Load, progress: Progress, task: TaskID
     ) -> tuple[float | None, dict[str, Figures]]:
-        """Run a load in turns; return what came a second, and the figures of who did not fail."""
+        """Run a load in turns; return the arrivals a second, and figures where it did not fail."""
         names = self.names_of(load)
         warm = self._warm_up(load, names)
         # What was measured in full is better known than what warming up has shown.
@@ -211,7 +211,7 @@ class Run:
         implementation = self.servers[OURS].implementation
         for _ in range(times):
             try:
-                found.append(growth(implementation, self.folder, self.generator, MANY))
+                found.append(growth(implementation, self.directory, self.generator, MANY))
             except FailedError as exc:
                 self.failed[OURS] = f"{MEMORY}: {exc}"
                 break
@@ -282,13 +282,13 @@ def observed(server: Server, measure: Callable[[], Measured]) -> dict[str, float
 
 
 def growth(
-    implementation: PoolImplementation, folder: str, generator: Generator, jobs: int
+    implementation: PoolImplementation, directory: str, generator: Generator, jobs: int
 ) -> float:
     """Return the bytes that the parent of a new server takes more when so many are in flight.
 
     A new one each time, because memory that was in use before is not given back.
     """
-    server = Server(implementation, folder)
+    server = Server(implementation, directory)
     try:
         check(generator.run(server.port, burns=False, seconds=0.5, seed=1))
         descriptors, before = server.descriptors(), private_bytes(server.pid)
@@ -307,7 +307,7 @@ def run(
     *,
     quick: bool,
 ) -> Result:
-    """Measure everything; return what came of it."""
+    """Measure everything; return the results."""
     result: Result = {
         "machine": machine(),
         "rounds": rounds,
@@ -315,9 +315,9 @@ def run(
         "cases": {},
         "memory": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        generator = built(folder)
-        running = Run(folder, generator, quick, rounds)
+    with tempfile.TemporaryDirectory() as directory:
+        generator = built(directory)
+        running = Run(directory, generator, quick, rounds)
         try:
             running.start(implementations)
             total = sum(len(running.names_of(load)) * running.rounds_of(load) for load in loads)

@@ -1,7 +1,7 @@
-"""Who takes part: how each is started, watched from outside, and ended.
+"""The implementations: how each is started, watched from outside, and ended.
 
-The rule of this file: who cannot be started, or fails, is named with the reason, and of none
-that ended does a process stay.
+Invariant: an implementation that cannot be started, or fails, is named with the reason, and no
+process of it stays.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OWN_DESCRIPTORS = 16
 
 @attrs.frozen
 class PoolImplementation(Implementation):
-    """One who takes part, and how many processes of it serve."""
+    """An implementation, and how many processes of it serve."""
 
     workers: int = 4
 
@@ -56,11 +56,11 @@ def node(_: str) -> Program:
     return Program([command, str(NODE_PROGRAM)], f"Node {done.stdout.strip()}")
 
 
-def our_pool(folder: str) -> Program:
+def our_pool(directory: str) -> Program:
     """Return how this library's pool is started, if it has one."""
     if importlib.util.find_spec("trio_unixconn.pool") is None:
         raise MissingError(f"this {OURS} has no pool")
-    return python("our_pool", packages=[OURS, "trio"], package=PACKAGE)(folder)
+    return python("our_pool", packages=[OURS, "trio"], package=PACKAGE)(directory)
 
 
 def _trio(key: str, name: str, workers: int = 4) -> PoolImplementation:
@@ -80,13 +80,13 @@ IMPLEMENTATIONS = [
 class Server:
     """An implementation that serves a port, and its processes."""
 
-    def __init__(self, implementation: PoolImplementation, folder: str) -> None:
-        program = implementation.find(folder)
+    def __init__(self, implementation: PoolImplementation, directory: str) -> None:
+        program = implementation.find(directory)
         self.implementation = implementation
         self.version = program.version
         self._port = 0
         self._errors = open(  # noqa: SIM115 - the processes have it until they end
-            os.path.join(folder, f"{implementation.key}.stderr"), "w+"
+            os.path.join(directory, f"{implementation.key}.stderr"), "w+"
         )
         self._process = subprocess.Popen(
             [*program.command, *program.arguments],
@@ -157,5 +157,5 @@ class Server:
 
 
 def _alive(pids: list[int]) -> list[int]:
-    # One that has ended, and that nobody has waited for, runs no program.
+    # One that has ended, and that its parent has not waited for, runs no program.
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]

@@ -1,6 +1,6 @@
-"""What is measured of worker pools, for how long, and what is due.
+"""What is measured of worker pools, for how long, and the goals.
 
-The rule of this file: values only. A load is the same for all implementations; a goal is about what
+Invariant: values only. A load is the same for all implementations; a goal is about what
 was measured in the same run.
 """
 
@@ -16,7 +16,7 @@ BURN_ONE_IN = 50
 AT_ONCE = 64
 # Arrivals in an open loop, as a share of what the slowest with workers serves in a closed one.
 SHARE = 0.6
-# Who serves less than this share of the arrivals is left out: its queue only grows.
+# One that serves less than this share of the arrivals is left out: its queue only grows.
 SPARE = 0.9
 # The share of this machine that others may use in a turn before it is run once more.
 MOST_DISTURBED = 0.10
@@ -24,17 +24,17 @@ MOST_DISTURBED = 0.10
 
 @attrs.frozen
 class Load:
-    """What connections come.
+    """What connections there are.
 
     Attributes:
       seconds: how long one run is, when it is full.
       quick: the same, when it is quick; 0 leaves the load out then.
       burns: whether some of them burn CPU.
-      is_open: whether they come when they are due, or each when another has ended.
+      is_open: whether they begin at their times, or each when another has ended.
       idle: how many others are open beside and say nothing; None: none, and that is for
-        everybody. A load with idle ones is ours alone.
+        all. A load with idle ones is ours alone.
       rounds: at most so many, because one takes long.
-      fresh: after so many turns everybody is started afresh, because where a process happens to
+      fresh: after so many turns all are started afresh, because where a process happens to
         have its memory makes it faster or slower for all its life; 0: never.
     """
 
@@ -86,7 +86,7 @@ SINGLE = "trio, one process"
 
 @attrs.frozen(kw_only=True)
 class PoolGoal(Goal):
-    """A ratio that is due, of one of the figures."""
+    """A ratio that one of the figures must have."""
 
     figure: str
 

@@ -25,7 +25,7 @@ from .target import CANCELLED, EXIT, GENERATOR_EXIT, LIE, SEGFAULT, THREAD
 if TYPE_CHECKING:
     from .deaths import Sizes
 
-# A request that kills its worker is no reason to write a core file each time.
+# A request that kills its worker is not a reason to write a core file each time.
 _NO_CORES = {"RLIMIT_CORE": (0, 0)}
 # A worker is killed five seconds after its last job if it does not exit; with time to look.
 GONE_WITHIN = 8.0

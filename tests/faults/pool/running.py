@@ -1,4 +1,4 @@
-"""A server process, as the scenes see it: commands, its workers, and what it leaves behind.
+"""A server process, as the scenes see it: commands, its workers, and what is left of it.
 
 Invariant: however a scene ends, nothing of its server is left.
 """
@@ -196,7 +196,7 @@ class Running:
         return ledger
 
     def all(self) -> list[int]:
-        """Return it and its workers, even those that are no children any more."""
+        """Return it and its workers, even those that are not children any more."""
         return outside.with_variable(RECORDS, str(self.records))
 
     def kill_all(self) -> None:
@@ -213,7 +213,7 @@ class Running:
 async def running(
     way: str, handler: str = "answer", *, order: dict[str, Any] | None = None, **options: Any
 ) -> AsyncGenerator[Running]:
-    """Start a server, and leave nothing of it behind.
+    """Start a server, and leave nothing of it.
 
     Args:
       way: "submit" or "serve", as accepting.py says.

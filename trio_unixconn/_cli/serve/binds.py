@@ -100,7 +100,7 @@ class UnixBind:
 
     @property
     def is_path(self) -> bool:
-        """Whether it is no abstract name."""
+        """Whether it is a path, not an abstract name."""
         return not self.address.get_is_abstract()
 
     async def open(self, options: UnixOptions) -> Sequence[Listener]:

@@ -1,7 +1,7 @@
 // Node's cluster, round robin: the primary process accepts, and passes each connection to the
 // next of its workers.
 //
-// The rule of this file: it speaks the protocol of serving.py, as its documentation has one do
+// Invariant: it speaks the protocol of serving.py, as its documentation has one do
 // it: https://nodejs.org/api/cluster.html
 "use strict";
 
@@ -28,7 +28,7 @@ function serve() {
   const server = net.createServer((socket) => {
     let length = 0;
     let burns = false;
-    // A client that resets its connection, as it does to end an idle one, is no failure.
+    // A client that resets its connection, as it does to end an idle one, is not a failure.
     socket.on("error", () => {});
     socket.on("data", (data) => {
       if (length === 0) burns = data[0] === BURN;
@@ -50,7 +50,7 @@ function manage() {
     if (ready === WORKERS) process.stdout.write(`${JSON.stringify({ port: address.port })}\n`);
   });
   for (let i = 0; i < WORKERS; i++) cluster.fork();
-  // Workers end with the channel to this process, also when it has been killed.
+  // Workers end with the channel to this process, even if it is killed.
   const end = () => process.exit();
   process.on("SIGTERM", end);
   process.stdin.on("end", end).resume();

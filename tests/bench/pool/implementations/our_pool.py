@@ -1,6 +1,6 @@
 """The worker pool of this library: one process accepts, and the least busy worker serves.
 
-The rule of this file: serve_with_workers as its documentation has it, and nothing beside it.
+Invariant: serve_with_workers as its documentation has it, and nothing beside it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the workers of our pool run: the same as every other worker here.
 
-The rule of this file: it is imported by name, in each worker.
+Invariant: it is imported by name, in each worker.
 """
 
 from __future__ import annotations

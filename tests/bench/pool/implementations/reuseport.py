@@ -1,7 +1,7 @@
 """Trio processes that each have a listening socket at the same port (SO_REUSEPORT).
 
-The rule of this file: the kernel decides by a hash of addresses and ports who gets a connection,
-whether that one is busy or not. Source: socket(7).
+Invariant: the kernel chooses the process that gets a connection by a hash of addresses and
+ports, whether that process is busy or not. Source: socket(7).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every implementation written in Python shares: the protocol, the processes, and the end.
 
-The rule of this file: it knows nothing of any implementation, so that what differs between them is
+Invariant: it knows nothing of any implementation, so that what differs between them is
 only how a connection gets to a worker.
 
 A request is 64 bytes; its first says whether to burn CPU before the answer, which is the pid of
@@ -40,8 +40,8 @@ def burn() -> None:
 
 
 async def answer(stream: trio.SocketStream) -> None:
-    """Serve one connection; who called closes it."""
-    # A client that resets its connection, as it does to end an idle one, is no failure.
+    """Serve one connection, which the caller closes."""
+    # A client that resets its connection, as it does to end an idle one, is not a failure.
     with suppress(trio.BrokenResourceError):
         request = b""
         while len(request) < REQUEST:
@@ -114,7 +114,7 @@ def run_workers(module: str, port: int, *arguments: str, fds: tuple[int, ...] = 
     signal.signal(signal.SIGTERM, end)
     command = [sys.executable, "-m", module, "worker", *arguments]
     with ExitStack() as stack:
-        # Each ends with its standard input, also when this process has been killed.
+        # Each ends with its standard input, even if this process is killed.
         workers = [
             stack.enter_context(
                 subprocess.Popen(

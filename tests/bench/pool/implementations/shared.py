@@ -1,6 +1,6 @@
 """Trio processes that have all inherited one listening socket.
 
-The rule of this file: who accepts first has the connection. All that wait are woken by each one,
+Invariant: the first process to accept has the connection. Each connection wakes all that wait,
 because trio's poller does not ask for less (EPOLLEXCLUSIVE).
 """
 

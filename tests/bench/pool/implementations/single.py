@@ -1,6 +1,6 @@
 """One trio process, which accepts and serves: what there is without any workers.
 
-The rule of this file: trio.serve_listeners, and nothing beside it.
+Invariant: trio.serve_listeners, and nothing beside it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Checks of the text of this project, run by ``nox -s lint``."""
