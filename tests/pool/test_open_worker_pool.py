@@ -206,6 +206,7 @@ async def test_open_worker_pool_without_free_descriptors() -> None:
         (CALLS, {"start_timeout": 0}, ValueError, "start_timeout must be more than 0"),
         (CALLS, {"hang_timeout": math.nan}, ValueError, "hang_timeout must be more than 0"),
         (CALLS, {"drain_timeout": -1}, ValueError, "drain_timeout must be 0 or more"),
+        (CALLS, {"on_abandoned": 3}, TypeError, "on_abandoned must be callable, got int"),
     ],
 )
 async def test_open_worker_pool_rejects_invalid_options(
