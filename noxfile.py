@@ -6,6 +6,7 @@ Invariant: a session installs all that it needs, and CI runs the sessions of a c
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,43 @@ def docs(session: nox.Session) -> None:
     install(session, "docs")
     session.run("python", "-m", "tests.bench.connections.charts")
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
+
+
+# What the session ``release`` runs against the installed wheel, unless arguments say otherwise.
+RELEASE_TESTS = (
+    "tests/core",
+    "tests/test_public.py",
+    "tests/pool/test_jobs.py",
+    "tests/cli/test_peer.py",
+)
+
+
+@nox.session(python=PYTHONS[-1])
+def release(session: nox.Session) -> None:
+    """Build the sdist and the wheel, check both, and test the wheel as it is installed.
+
+    The wheel is built from the sdist and installed without the tree. The tests are those of the
+    sdist, from which the package itself is removed; arguments are tests to run instead of some.
+    """
+    temporary = Path(session.create_tmp()).resolve()
+    dist, unpacked = temporary / "dist", temporary / "sdist"
+    for directory in (dist, unpacked):
+        shutil.rmtree(directory, ignore_errors=True)
+    session.install("build", "twine", *nox.project.dependency_groups(PROJECT, "tests"))
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(sdist), str(wheel))
+    version = wheel.name.split("-")[1]
+    if f"\n## [{version}] - " not in Path("CHANGELOG.md").read_text():
+        session.error(f"CHANGELOG.md has no section for version {version}")
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(f"{wheel}[cli]")
+    shutil.unpack_archive(sdist, unpacked, filter="data")
+    (tree,) = unpacked.iterdir()
+    shutil.rmtree(tree / "trio_unixconn")
+    with session.chdir(tree):
+        session.run(
+            "python", "-c", "import trio_unixconn as t; assert 'site-packages' in t.__file__"
+        )
+        session.run("trio-unixconn", "demo", silent=True)
+        session.run("pytest", "-n", "auto", *(session.posargs or RELEASE_TESTS))

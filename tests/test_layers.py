@@ -220,6 +220,21 @@ def test_only_sender_calls_sendmsg_and_only_receiver_recvmsg() -> None:
     }
 
 
+def test_map_names_files_that_exist() -> None:
+    """Every file and module that the map of the code names is there."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "explanation" / "map.md").read_text()
+    names = set(re.findall(r"`([\w/]+\.\w+|(?:pool/)?_[a-z]+)`", text))
+    assert len(names) > 20
+    there = {
+        name
+        for name in names
+        for path in (PACKAGE / name, PACKAGE / f"{name}.py", root / name)
+        if path.is_file()
+    }
+    assert names - there == set()
+
+
 # Private names of other projects, which have no public way to the same.
 FOREIGN_PRIVATE = {
     ("_accept", "_accept"),  # of socket.socket: without a socket object for each connection
