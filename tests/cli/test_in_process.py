@@ -160,7 +160,7 @@ class Server:
 
 
 async def test_serve_restart_after_a_drain(caplog: pytest.LogCaptureFixture) -> None:
-    """A restart that finds the pool drained says so, and is no error."""
+    """A restart that finds the pool drained says so, and is not an error."""
     caplog.set_level("INFO")
     served = service._Service.__new__(service._Service)
     served._config = cast("service.ServeConfig", Config())
