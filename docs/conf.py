@@ -40,6 +40,7 @@ nitpick_ignore = [
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
     ("py:class", "Handler"),
+    ("py:class", "HealthCheck"),
     ("py:class", "Submittable"),
 ]
 html_theme = "furo"
@@ -60,6 +61,7 @@ _MADE_BY_THE_LIBRARY = {
         "pool.WorkerInfo",
         "pool.WorkerServer",
         "pool.WorkerStatistics",
+        "testing.FakeServiceManager",
         "AsyncResult",
         "CallbackAdapter",
         "CallbackConnection",

@@ -19,6 +19,7 @@ LAYERS = [
     "_cli",
     "testing",
     "pool",
+    "systemd",
     "_server",
     "_listener",
     "_client",
@@ -112,7 +113,7 @@ PACKAGES = {
         "_import_string",
         "_protocol",
     ],
-    "testing": ["plugin", "__init__", "_paths", "_pairs", "_descriptors"],
+    "testing": ["plugin", "__init__", "_service_manager", "_paths", "_pairs", "_descriptors"],
 }
 
 

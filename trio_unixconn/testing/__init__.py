@@ -1,4 +1,4 @@
-"""Tools for testing programs that use connections: pairs, full sockets, leaked descriptors.
+"""Tools for tests: pairs, full sockets, leaked descriptors, a service manager.
 
 Invariant: no module but ``plugin`` needs pytest, which finds that one by its entry point.
 """
@@ -11,14 +11,22 @@ from ._descriptors import (
     open_descriptors as open_descriptors,
 )
 from ._pairs import clog as clog, clogged_pair as clogged_pair, unclog as unclog
+from ._service_manager import (
+    FakeServiceManager as FakeServiceManager,
+    Notification as Notification,
+    open_service_manager as open_service_manager,
+)
 
 __all__ = [
+    "FakeServiceManager",
+    "Notification",
     "assert_no_fd_leak",
     "clog",
     "clogged_pair",
     "connection_pair",
     "limit_descriptors",
     "open_descriptors",
+    "open_service_manager",
     "unclog",
 ]
 
