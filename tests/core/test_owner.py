@@ -31,7 +31,7 @@ def package_classes() -> set[type]:
             found.update(
                 each
                 for _, each in inspect.getmembers(module, inspect.isclass)
-                if each.__module__ == info.name
+                if each.__module__.partition(".")[0] == "trio_unixconn"
             )
     return found
 
