@@ -32,6 +32,8 @@ def latency(*times: float) -> Latency:
 
 # Two workers of slot 0, one of which drains.
 STATISTICS = PoolStatistics(
+    state="ready",
+    capacity=20,
     workers=(worker(0, 100), worker(1, 101), worker(0, 99, "draining")),
     queued=1,
     queue_age=1.5,

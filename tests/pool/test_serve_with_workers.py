@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -19,10 +20,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.fds import free_descriptors
+from tests._helpers.helpers import free_descriptors, until
+from tests._helpers.peer_processes import passrights
 from tests._helpers.processes import environment
-from tests._helpers.requirements import passrights
-from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
     HandlerError,
@@ -924,3 +924,131 @@ def test_serve_with_workers_keyboard_interrupt(tmp_path: Path, where: str) -> No
             while client.recv(10):
                 pass
         client.close()
+
+
+################################################################
+# drain(delay=)
+################################################################
+
+
+async def test_drain_of_server_delay_accepts_and_is_not_ready() -> None:
+    """During the delay the state is draining, connections are accepted, and workers replaced."""
+    listener = await tcp()
+    async with serving("echo", listener) as server:
+        assert server.statistics().state == "ready"
+        server.drain(delay=math.inf)
+        assert server.statistics().state == "draining"
+        assert await answer(connected(listener), b"one") == b"one"
+        os.kill(server.statistics().workers[0].pid, signal.SIGKILL)
+        assert await answer(connected(listener), b"two") == b"two"
+        assert server.statistics().state == "draining"
+        # The end of the block is the second call, without a delay.
+    assert server.statistics().handled == 2
+    assert server.statistics().state == "ended"
+
+
+async def test_drain_of_server_delay_ends_by_itself() -> None:
+    """After the delay the connections in the queue are handled, and the server ends."""
+    listener = await tcp()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            server: WorkerServer = await nursery.start(
+                partial(
+                    serve_with_workers,
+                    "tests._helpers.server_handlers:echo",
+                    [listener],
+                    workers=1,
+                )
+            )
+            client = connected(listener)
+            server.drain(delay=0.01)
+            assert await answer(client, b"early") == b"early"
+    assert listener.socket.fileno() == -1
+    assert server.statistics().state == "ended"
+
+
+async def test_drain_of_server_delay_before_the_timeout() -> None:
+    """The time for handlers begins when the delay ends; a second call only shortens."""
+    listener = await tcp()
+    async with serving("hold", listener) as server:
+        with connected(listener) as client:
+            assert await trio.to_thread.run_sync(client.recv, 10) == b"held"
+            before = trio.current_time()
+            server.drain(timeout=5, delay=1000)
+            assert server._accepting.deadline >= before + 1000
+            assert server._finishing.deadline == server._accepting.deadline + 5
+            server.drain(timeout=7, delay=500)
+            assert server._accepting.deadline < before + 1000
+            assert server._finishing.deadline == server._accepting.deadline + 7
+            server.drain(timeout=2000, delay=2000)
+            assert server._finishing.deadline == server._accepting.deadline + 7
+            assert server._accepting.deadline < before + 1000
+            server.drain(timeout=0)
+    assert server.statistics().failed == 1
+
+
+@pytest.mark.parametrize(
+    ("delay", "error", "match"),
+    [
+        (-1, ValueError, "delay must be non-negative, got -1"),
+        (math.nan, ValueError, "delay must be non-negative, got nan"),
+        ("1", TypeError, "delay must be a number of seconds, got str"),
+    ],
+)
+async def test_drain_of_server_with_an_invalid_delay(
+    delay: Any, error: type[Exception], match: str
+) -> None:
+    """An invalid delay is an error, and the server stays ready."""
+    listener = await tcp()
+    async with serving("echo", listener) as server:
+        with pytest.raises(error, match=match):
+            server.drain(delay=delay)
+        assert server.statistics().state == "ready"
+        assert await answer(connected(listener), b"still here") == b"still here"
+
+
+async def test_drain_of_server_delay_of_a_listener_that_other_code_closes() -> None:
+    """That is no error after a drain was asked for, even if it is delayed."""
+    listeners = [await tcp(), await tcp()]
+    async with serving("echo", *listeners) as server:
+        await wait_all_tasks_blocked()
+        server.drain(delay=math.inf)
+        await listeners[0].aclose()
+        assert await answer(connected(listeners[1]), b"other") == b"other"
+
+
+################################################################
+# The state in the statistics
+################################################################
+
+
+async def test_statistics_state_of_server(tmp_path: Path) -> None:
+    """It is draining from the call of drain() on, while handlers run; capacity is what is ready."""
+    listener = await tcp()
+    async with serving("hold", listener, workers=2, max_in_flight=7) as server:
+        assert (server.statistics().state, server.statistics().capacity) == ("ready", 14)
+        with connected(listener) as client:
+            assert await trio.to_thread.run_sync(client.recv, 10) == b"held"
+            server.drain()
+            assert (server.statistics().state, server.pool.statistics().state) == (
+                "draining",
+                "ready",
+            )
+            await until(lambda: server.pool.statistics().state == "draining")
+            assert server.statistics().state == "draining"
+            server.drain(timeout=0)
+    assert server.statistics().state == "ended"
+    assert server.statistics().capacity == 0
+
+
+async def test_statistics_state_of_server_whose_pool_drains() -> None:
+    """A drain of the pool by other code is one, too."""
+    listener = await tcp()
+    async with serving("hold", listener) as server:
+        with connected(listener) as client:
+            assert await trio.to_thread.run_sync(client.recv, 10) == b"held"
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.pool.drain)
+                await wait_all_tasks_blocked()
+                assert server.statistics().state == "draining"
+                server.drain(timeout=0)

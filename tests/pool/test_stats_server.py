@@ -1,10 +1,12 @@
-"""serve_statistics: the statistics of a pool, for clients of a Unix socket."""
+"""serve_statistics: the statistics of a pool, for clients of a Unix socket and of TCP."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -18,12 +20,14 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.helpers import free_descriptors, until
 from tests._helpers.statistics_samples import STATISTICS, latency
-from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionBrokenError,
+    ConnectionClosedError,
     PeerPolicy,
-    UnixServer,
+    UnixListener,
+    _accept,
     open_unix_connection,
     open_unix_listener,
 )
@@ -31,22 +35,26 @@ from trio_unixconn.pool import (
     Latency,
     PoolStatistics,
     WorkerServer,
+    _exchanges,
     _stats_server,
     serve_statistics,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from prometheus_client import Metric
 
 
+@attrs.define
 class Pool:
     """An object with statistics."""
 
+    value: PoolStatistics = STATISTICS
+
     def statistics(self) -> PoolStatistics:
-        return STATISTICS
+        return self.value
 
 
 def server() -> WorkerServer:
@@ -55,9 +63,7 @@ def server() -> WorkerServer:
 
 
 @asynccontextmanager
-async def asked_at(
-    path: Any, source: Any = None, **options: Any
-) -> AsyncGenerator[UnixServer, None]:
+async def asked_at(path: Any, source: Any = None, **options: Any) -> AsyncGenerator[Any, None]:
     async with trio.open_nursery() as nursery:
         with trio.fail_after(60):
             yield await nursery.start(
@@ -66,10 +72,33 @@ async def asked_at(
         nursery.cancel_scope.cancel()
 
 
-async def ask(path: Path, *sent: bytes, ends: bool = False) -> bytes:
+Stream = trio.abc.HalfCloseableStream
+
+
+@asynccontextmanager
+async def two_kinds(
+    kind: str, tmp_path: Path, source: Any = None
+) -> AsyncGenerator[Callable[[], Awaitable[Stream]], None]:
+    """Serve at a Unix socket or over TCP, and return what connects to it."""
+    if kind == "unix":
+        async with asked_at(tmp_path / "s", source):
+            yield partial(open_unix_connection, tmp_path / "s")
+    else:
+        async with asked_at(("127.0.0.1", 0), source) as listeners:
+            yield partial(trio.open_tcp_stream, *listeners[0].socket.getsockname())
+
+
+async def rest_of(stream: Stream) -> bytes:
+    return b"".join([data async for data in stream])
+
+
+async def ask(
+    address: Path | Callable[[], Awaitable[Stream]], *sent: bytes, ends: bool = False
+) -> bytes:
     """Send a request in pieces, and return the answer."""
     answer = b""
-    async with await open_unix_connection(path) as conn:
+    connect = address if callable(address) else partial(open_unix_connection, address)
+    async with await connect() as conn:
         for each in sent:
             await conn.send_all(each)
             # Otherwise they are received as one.
@@ -112,13 +141,14 @@ def test_as_prometheus() -> None:
     assert all(each.documentation for each in found.values())
     names = {
         **{name: f"jobs_{name}" for name in attrs.asdict(STATISTICS)},
+        "capacity": "capacity_jobs",
         "queue_age": "queue_age_seconds",
         "restarts": "restarts",
         "deaths": "deaths",
     }
-    gauges = {"queued", "queue_age", "in_flight"}
+    gauges = {"capacity", "queued", "queue_age", "in_flight"}
     for name in attrs.asdict(STATISTICS):
-        if name not in ("workers", "wait", "handling"):
+        if name not in ("state", "workers", "wait", "handling"):
             family = found[f"trio_unixconn_pool_{names[name]}"]
             assert family.type == ("gauge" if name in gauges else "counter")
             (sample,) = family.samples
@@ -129,6 +159,9 @@ def test_as_prometheus() -> None:
     assert {
         each.labels["state"]: each.value for each in found["trio_unixconn_pool_workers"].samples
     } == {"ready": 2, "draining": 1, "starting": 0}
+    assert {
+        each.labels["state"]: each.value for each in found["trio_unixconn_pool_state"].samples
+    } == {"starting": 0, "ready": 1, "down": 0, "draining": 0, "failed": 0, "ended": 0}
 
 
 def test_as_prometheus_of_latencies() -> None:
@@ -167,7 +200,7 @@ def test_as_prometheus_has_one_series_for_a_worker() -> None:
 def test_as_prometheus_exposes_every_counter() -> None:
     """No attribute of the statistics is forgotten."""
     exposed = {each[0] for each in (*_stats_server._POOL, *_stats_server._LATENCIES)}
-    assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers"}
+    assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers", "state"}
 
 
 def test_latency_quantile() -> None:
@@ -340,6 +373,14 @@ async def test_serve_statistics_policy(tmp_path: Path) -> None:
         assert unix_server.denied == 1
 
 
+async def test_serve_statistics_returns_after_a_drain(tmp_path: Path) -> None:
+    """It returns when the UnixServer that nursery.start returns has drained."""
+    async with trio.open_nursery() as nursery:
+        unix_server = await nursery.start(serve_statistics, server(), tmp_path / "s")
+        assert json.loads(await ask(tmp_path / "s", b"json\n"))["accepted"] == 120
+        unix_server.drain()
+
+
 async def test_serve_statistics_default_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +397,7 @@ async def test_serve_statistics_of_a_slow_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection of a client that does not finish its request is closed."""
-    monkeypatch.setattr(_stats_server, "EXCHANGE_TIMEOUT", 0.1)
+    monkeypatch.setattr(_exchanges, "EXCHANGE_TIMEOUT", 0.1)
     async with asked_at(tmp_path / "s") as unix_server:
         assert await ask(tmp_path / "s", b"GET / HTTP/1.1\r\n") == b""
         await until(lambda: unix_server.connections == 0)
@@ -394,25 +435,294 @@ def test_import_of_pool_needs_no_extra() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
 @pytest.mark.parametrize("sent", [b"GET /metrics HT", b"GET / HTTP/1.1\r\nHost: x\r\n", b"pro"])
 async def test_serve_statistics_half_sent_requests(
-    sent: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sent: bytes, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients that send half a request do not hold up the next scrape; the oldest are ended."""
     # None of them ends because of its time.
-    monkeypatch.setattr(_stats_server, "EXCHANGE_TIMEOUT", math.inf)
-    count = 3 * _stats_server.MAX_EXCHANGES
-    path = tmp_path / "stats"
-    async with asked_at(path), AsyncExitStack() as stack:
-        clients = []
+    monkeypatch.setattr(_exchanges, "EXCHANGE_TIMEOUT", math.inf)
+    count = 3 * _exchanges.MAX_EXCHANGES
+    async with two_kinds(kind, tmp_path) as connect, AsyncExitStack() as stack:
+        clients: list[Stream] = []
         for _ in range(count):
-            conn = await stack.enter_async_context(await open_unix_connection(path))
+            conn = await stack.enter_async_context(await connect())
             await conn.send_all(sent)
             clients.append(conn)
-        async with await open_unix_connection(path) as conn:
+        async with await connect() as conn:
             await conn.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await conn.receive_some()).startswith(b"HTTP/1.1 200 OK")
-        for conn in clients[: count - _stats_server.MAX_EXCHANGES]:
-            # ConnectionBrokenError: it was ended before its bytes were received.
-            with suppress(ConnectionBrokenError):
+        for conn in clients[: count - _exchanges.MAX_EXCHANGES]:
+            # BrokenResourceError: it was ended before its bytes were received.
+            with suppress(trio.BrokenResourceError):
                 assert await conn.receive_some() == b""
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_serve_statistics_clients_that_keep_their_connections(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exchange whose answer was sent is ended before one that has just begun."""
+    monkeypatch.setattr(_exchanges, "EXCHANGE_TIMEOUT", math.inf)
+    monkeypatch.setattr(_exchanges, "CLOSE_TIMEOUT", math.inf)
+    async with two_kinds(kind, tmp_path) as connect, AsyncExitStack() as stack:
+        slow = await stack.enter_async_context(await connect())
+        await slow.send_all(b"prom")
+        for _ in range(2 * _exchanges.MAX_EXCHANGES):
+            conn = await stack.enter_async_context(await connect())
+            await conn.send_all(b"json\n")
+            assert (await rest_of(conn)).endswith(b"}\n")
+        await slow.send_all(b"etheus\n")
+        assert (await rest_of(slow)).startswith(b"# HELP")
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_serve_statistics_request_with_a_body(kind: str, tmp_path: Path) -> None:
+    """What follows a request is discarded, and does not cost the client its answer."""
+    sent = b"POST /ready HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n" + bytes(50_000)
+    async with two_kinds(kind, tmp_path) as connect:
+        response, _ = parsed(await ask(connect, sent))
+        assert response.status_code == 405
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_serve_statistics_client_that_never_stops_sending(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that goes on sending after its answer is disconnected."""
+    monkeypatch.setattr(_exchanges, "EXCHANGE_TIMEOUT", math.inf)
+    monkeypatch.setattr(_exchanges, "CLOSE_TIMEOUT", math.inf)
+    async with two_kinds(kind, tmp_path) as connect, await connect() as conn:
+        await conn.send_all(b"json\n")
+        assert (await rest_of(conn)).endswith(b"}\n")
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await conn.send_all(bytes(65536))
+
+
+################################################################
+# /ready, /live
+################################################################
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize(
+    ("state", "status", "text"),
+    [
+        ("ready", 200, "ready\n"),
+        ("down", 503, "no worker accepts jobs at the moment\n"),
+        ("draining", 503, "draining\n"),
+        ("failed", 503, "the pool has ended because its workers crashed\n"),
+        ("ended", 503, "the pool has ended\n"),
+    ],
+)
+async def test_serve_statistics_answers_ready_and_live(
+    state: str, status: int, text: str, kind: str, tmp_path: Path
+) -> None:
+    """/ready is 200 only if a worker accepts jobs; /live is always 200; HEAD has no body."""
+    source = Pool(attrs.evolve(STATISTICS, state=state))
+    async with two_kinds(kind, tmp_path, source) as connect:
+        response, body = parsed(await ask(connect, request("/ready")))
+        assert (response.status_code, body) == (status, text)
+        assert dict(response.headers)[b"content-type"] == b"text/plain; charset=utf-8"
+        assert dict(response.headers)[b"cache-control"] == b"no-store"
+        response, body = parsed(await ask(connect, request("/ready", "HEAD")), "HEAD")
+        assert (response.status_code, body) == (status, "")
+        assert dict(response.headers)[b"content-length"] == b"%d" % len(text)
+        response, body = parsed(await ask(connect, request("/live?x")))
+        assert (response.status_code, body) == (200, "live\n")
+        response, _ = parsed(await ask(connect, request("/live", "DELETE")))
+        assert (response.status_code, dict(response.headers)[b"allow"]) == (405, b"GET, HEAD")
+        response, body = parsed(await ask(connect, request("/readyz")))
+        assert (response.status_code, "/ready or /live" in body) == (404, True)
+        assert json.loads(await ask(connect, b"json\n"))["state"] == state
+        found = families((await ask(connect, b"prometheus\n")).decode())
+        assert {
+            each.labels["state"]
+            for each in found["trio_unixconn_pool_state"].samples
+            if each.value == 1
+        } == {state}
+
+
+async def test_serve_statistics_of_a_function_before_there_is_a_pool(tmp_path: Path) -> None:
+    """While the function returns None, the state is starting, and every counter is there with 0."""
+    found: WorkerServer | None = None
+    async with two_kinds("tcp", tmp_path, lambda: found) as connect:
+        response, body = parsed(await ask(connect, request("/ready")))
+        assert (response.status_code, body) == (503, "the workers are starting\n")
+        response, _ = parsed(await ask(connect, request("/live")))
+        assert response.status_code == 200
+        document = json.loads(await ask(connect, b"json\n"))
+        before = families((await ask(connect, b"prometheus\n")).decode())
+        found = server()
+        ready = json.loads(await ask(connect, b"json\n"))
+        after = families((await ask(connect, b"prometheus\n")).decode())
+    assert document["state"] == "starting"
+    assert document["workers"] == []
+    assert document["accepted"] == document["handled"] == 0
+    assert document.keys() == ready.keys()
+    assert (ready["state"], ready["accepted"]) == ("ready", 120)
+    assert before.keys() == after.keys()
+
+
+async def test_serve_statistics_of_a_function_that_raises(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The exception is logged, the client is disconnected, and the next one gets an answer."""
+    bugs = [ZeroDivisionError("a bug"), ZeroDivisionError("a bug")]
+
+    def source() -> Any:
+        if bugs:
+            raise bugs.pop()
+        return Pool()
+
+    for kind in ("tcp", "unix"):
+        async with two_kinds(kind, tmp_path, source) as connect:
+            assert await ask(connect, b"json\n") == b""
+            assert len(bugs) == (kind == "tcp")
+    async with two_kinds("tcp", tmp_path, source) as connect:
+        assert json.loads(await ask(connect, b"json\n"))["state"] == "ready"
+    assert caplog.text.count("ZeroDivisionError: a bug") == 2
+
+
+################################################################
+# TCP
+################################################################
+
+
+async def test_serve_statistics_over_tcp_answers_curl() -> None:
+    """The program curl gets the pages over TCP, of IPv4 and IPv6."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    for host, name in (("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")):
+        async with asked_at((host, 0)) as listeners:
+            port = listeners[0].socket.getsockname()[1]
+            for page, start in (("metrics", b"# HELP"), ("ready", b"ready\n"), ("", b"{\n")):
+                done = await trio.run_process(
+                    ["curl", "-sSf", f"http://{name}:{port}/{page}"], capture_stdout=True, env={}
+                )
+                assert done.stdout.startswith(start)
+
+
+async def test_serve_statistics_takes_several_listeners(tmp_path: Path) -> None:
+    """A sequence of listeners of TCP and of Unix sockets is answered, and closed at the end."""
+    given: list[trio.SocketListener | UnixListener] = [
+        *await trio.open_tcp_listeners(0, host="127.0.0.1"),
+        await open_unix_listener(tmp_path / "s"),
+        *await trio.open_tcp_listeners(0, host="127.0.0.1"),
+    ]
+    async with asked_at(given) as listeners:
+        assert listeners == given
+        for each in given:
+            name = each.socket.getsockname()
+            connect: Any = (
+                partial(open_unix_connection, name)
+                if isinstance(each, UnixListener)
+                else partial(trio.open_tcp_stream, *name)
+            )
+            assert json.loads(await ask(connect, b"json\n"))["accepted"] == 120
+    assert {each.socket.fileno() for each in given} == {-1}
+    assert not (tmp_path / "s").exists()
+
+
+async def test_serve_statistics_takes_one_tcp_listener(tmp_path: Path) -> None:
+    """A listener of trio is answered as it is."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with asked_at(listener) as listeners:
+        assert listeners == [listener]
+        connect = partial(trio.open_tcp_stream, *listener.socket.getsockname())
+        assert json.loads(await ask(connect, b"json\n"))["accepted"] == 120
+
+
+async def test_serve_statistics_default_policy_of_listeners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default policy is that of Unix sockets among several listeners, too."""
+    monkeypatch.setattr(PeerPolicy, "same_user", lambda: PeerPolicy(uids=[12345]))
+    async with asked_at([await open_unix_listener(tmp_path / "s", mode=0o666)]):
+        assert await ask(tmp_path / "s") == b""
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "match"),
+    [
+        (("", 80), ValueError, 'every address of this machine is "0.0.0.0" or "::"'),
+        (("localhost", 65536), ValueError, "a port from 0 to 65535"),
+        (("localhost", -1), ValueError, "a port from 0 to 65535"),
+        (("localhost", "80"), TypeError, "port must be an int, got str"),
+        (("localhost", True), TypeError, "port must be an int, got bool"),
+        ((), ValueError, "at least one listener"),
+        ([], ValueError, "at least one listener"),
+        ([80], TypeError, "expected a trio.SocketListener or a UnixListener, got int"),
+        (("a", "b", "c"), TypeError, "got str"),
+        (80, TypeError, "int"),
+    ],
+)
+async def test_serve_statistics_rejects_an_invalid_address(
+    address: Any, error: type[Exception], match: str
+) -> None:
+    """What is no address and no listener is an error, before anything is opened."""
+    with pytest.raises(error, match=match):
+        await serve_statistics(server(), address)
+
+
+async def test_serve_statistics_rejects_a_closed_listener() -> None:
+    """A closed listener is an error, and the caller still owns the others."""
+    listeners = [
+        *await trio.open_tcp_listeners(0, host="127.0.0.1"),
+        *await trio.open_tcp_listeners(0, host="127.0.0.1"),
+    ]
+    await listeners[1].aclose()
+    with pytest.raises(ConnectionClosedError):
+        await serve_statistics(server(), listeners)
+    assert listeners[0].socket.fileno() != -1
+    await listeners[0].aclose()
+
+
+async def test_serve_statistics_rejects_invalid_arguments() -> None:
+    """A source, a policy or a mode that makes no sense is an error."""
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="expected a WorkerServer, a WorkerPool or a function"):
+        await serve_statistics(wrong, ("127.0.0.1", 0))
+    with pytest.raises(TypeError, match="PeerPolicy"):
+        await serve_statistics(server(), ("127.0.0.1", 0), policy=wrong)
+    options: Any = {"mode": 0o600}
+    with pytest.raises(ValueError, match="mode requires the path of a Unix socket"):
+        await serve_statistics(server(), ("127.0.0.1", 0), **options)
+
+
+async def test_serve_statistics_where_another_server_listens() -> None:
+    """A port that is in use is an OSError."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        with pytest.raises(OSError, match="in use"):
+            await serve_statistics(server(), listener.socket.getsockname())
+
+
+async def test_serve_statistics_over_tcp_without_free_descriptors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A client waits until a file descriptor is free; that is logged once."""
+    async with asked_at(("127.0.0.1", 0)) as listeners:
+        client = socket.socket()
+        with free_descriptors(0):
+            client.connect(listeners[0].socket.getsockname())
+            await until(lambda: "cannot accept connections" in caplog.text)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+            await stream.send_all(b"json\n")
+            assert (await rest_of(stream)).endswith(b"}\n")
+    assert caplog.text.count("cannot accept connections") == 1
+
+
+async def test_serve_statistics_over_tcp_when_accepting_cannot_succeed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of accept(2) that is for good ends the server."""
+
+    async def accept(_: Any) -> Any:
+        raise OSError(errno.EINVAL, "for good")
+
+    monkeypatch.setattr(_accept.Acceptor, "accept", accept)
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="for good")):
+        await serve_statistics(server(), ("127.0.0.1", 0))

@@ -1,10 +1,12 @@
 """Worker pools: one process accepts connections or opens files, and many processes work on them.
 
 ``open_worker_pool`` starts workers that receive file descriptors, ``serve_with_workers`` also
-accepts connections, and ``serve_statistics`` answers with the statistics of both.
+accepts connections. ``serve_statistics`` answers with the statistics of both, and
+``serve_agent_check`` tells HAProxy how much they can take.
 """
 
 from .._public import export as _export
+from ._agent_check import serve_agent_check as serve_agent_check
 from ._config import WorkerPoolOptions as WorkerPoolOptions
 from ._endpoints import Submittable as Submittable
 from ._job import Job as Job, WorkerInfo as WorkerInfo
@@ -35,6 +37,7 @@ __all__ = [
     "WorkerServer",
     "WorkerStatistics",
     "open_worker_pool",
+    "serve_agent_check",
     "serve_statistics",
     "serve_with_workers",
 ]

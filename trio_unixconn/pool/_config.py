@@ -79,14 +79,14 @@ def _seconds(value: object, name: str) -> float:
     return value
 
 
-def checked_timeout(timeout: float) -> float:
-    """Return a timeout in seconds.
+def checked_timeout(timeout: float, name: str = "timeout") -> float:
+    """Return a time in seconds.
 
     Raises:
       TypeError, ValueError: it is not a number, or negative.
     """
-    if not _seconds(timeout, "timeout") >= 0:
-        raise ValueError(f"timeout must be non-negative, got {timeout}")
+    if not _seconds(timeout, name) >= 0:
+        raise ValueError(f"{name} must be non-negative, got {timeout}")
     return timeout
 
 

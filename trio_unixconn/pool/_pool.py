@@ -252,7 +252,10 @@ class WorkerPool(DescriptorOwner):
             )
             for handle in self._supervisor.handles()
         )
+        ready = sum(each.state == HandleState.READY.value for each in workers)
         return PoolStatistics(
+            state=self._supervisor.state,
+            capacity=ready * self._supervisor.options.max_in_flight,
             workers=workers,
             queued=len(self._queue),
             queue_age=0.0 if oldest is None else now - oldest,
@@ -269,6 +272,11 @@ def queue_of(pool: WorkerPool) -> JobQueue:
 def config_of(pool: WorkerPool) -> PoolConfig:
     """Return the options of a pool."""
     return pool._supervisor.options
+
+
+async def wait_worker_exit(pool: WorkerPool) -> None:
+    """Wait until the process of a worker has exited."""
+    await pool._supervisor.wait_exit()
 
 
 def check_run(pool: WorkerPool) -> None:

@@ -79,6 +79,8 @@ class WorkerServer(DescriptorOwner):
     listeners: Sequence[trio.SocketListener | UnixListener]
     accepted: int = 0
     denied: int = 0
+    _drains: bool = attrs.field(default=False, init=False, repr=False)
+    # Has the time at which a drain stops accepting as its deadline.
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     # Has the deadline of a drain.
     _finishing: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
@@ -91,16 +93,20 @@ class WorkerServer(DescriptorOwner):
         self._acceptors = [_acceptor(each) for each in self.listeners]
         self._kinds = {each: _kind_of(each) for each in self.listeners}
 
-    def drain(self, timeout: float | None = None) -> None:
+    def drain(self, timeout: float | None = None, *, delay: float = 0) -> None:
         """Shut down gracefully: stop accepting connections and let running handlers finish.
 
         Connections that are in the listeners' queues are handled. After that
-        :func:`serve_with_workers` returns. A second call can only move the deadline forward in
-        time, never back.
+        :func:`serve_with_workers` returns. A second call can only move the deadlines forward in
+        time, never back: ``drain()`` ends the delay of an earlier call.
 
         Args:
           timeout: the time in seconds after which running handlers are cancelled, and connections
-            that no worker has accepted are closed. Default: the pool's ``drain_timeout``.
+            that no worker has accepted are closed. It begins when the delay ends. Default: the
+            pool's ``drain_timeout``.
+          delay: the time in seconds for which connections are still accepted, while
+            :meth:`statistics` has the state ``"draining"`` already. Load balancers that look at it
+            (:func:`serve_statistics`, :func:`serve_agent_check`) stop sending clients in that time.
 
         Raises:
           TypeError, ValueError: not a number, or negative; the server goes on.
@@ -109,14 +115,21 @@ class WorkerServer(DescriptorOwner):
         check_run(self.pool)
         if timeout is not None:
             checked_timeout(timeout)
+        stop_at = trio.current_time() + checked_timeout(delay, "delay")
         timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
-        deadline = trio.current_time() + timeout
-        self._finishing.deadline = min(self._finishing.deadline, deadline)
-        self._accepting.cancel()
+        self._drains = True
+        self._finishing.deadline = min(self._finishing.deadline, stop_at + timeout)
+        if delay:
+            self._accepting.deadline = min(self._accepting.deadline, stop_at)
+        else:
+            self._accepting.cancel()
 
     def statistics(self) -> PoolStatistics:
-        """Return the statistics of the pool."""
-        return self.pool.statistics()
+        """Return the statistics of the pool, whose state is ``"draining"`` if this drains."""
+        statistics = self.pool.statistics()
+        if self._drains and statistics.state in {"ready", "down"}:
+            return attrs.evolve(statistics, state="draining")
+        return statistics
 
     async def _serve(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
         with self._finishing:
@@ -138,7 +151,7 @@ class WorkerServer(DescriptorOwner):
                     asking.start_soon(self._accept_last, listener, acceptor, asking)
             await self.pool.drain(math.inf)
         # If the deadline has passed, listeners are still open, and handlers run.
-        await _close(self.listeners)
+        await close_listeners(self.listeners)
         await self.pool.drain(0)
 
     def _each(self) -> list[tuple[AnyListener, Acceptor]]:
@@ -169,7 +182,7 @@ class WorkerServer(DescriptorOwner):
                 # Other code drains the pool, which then has the deadline; or the pool has ended,
                 # and cancels this.
                 self._accepting.cancel()
-        if not self._accepting.cancel_called:
+        if not (self._drains or self._accepting.cancel_called):
             raise ConnectionClosedError("other code has closed this listener")
 
     @enable_ki_protection
@@ -190,7 +203,7 @@ class WorkerServer(DescriptorOwner):
                 if not count:
                     break
                 left -= count
-        await _close([listener])
+        await close_listeners([listener])
 
     @enable_ki_protection
     async def _accept_pending(
@@ -276,7 +289,7 @@ def _acceptor(listener: AnyListener) -> Acceptor:
 
 
 @enable_ki_protection
-async def _close(listeners: Sequence[AnyListener]) -> None:
+async def close_listeners(listeners: Sequence[AnyListener]) -> None:
     """Close listeners, whatever happens meanwhile; an error about a path is logged."""
 
     # In tasks, so that a KeyboardInterrupt, which is raised in the main task, ends none of them.
@@ -289,6 +302,29 @@ async def _close(listeners: Sequence[AnyListener]) -> None:
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(close, listener)
+
+
+def checked_listeners(listeners: Sequence[AnyListener]) -> list[AnyListener]:
+    """Return listeners, of which the caller still owns all.
+
+    Raises:
+      TypeError: not a listener.
+      ValueError: no listener, or one of them twice.
+      ConnectionClosedError: a closed listener.
+    """
+    listeners = list(listeners)
+    if not listeners:
+        raise ValueError("expected at least one listener, got an empty list")
+    for listener in listeners:
+        if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
+            )
+        if listener.socket.fileno() == -1:
+            raise ConnectionClosedError("this listener is closed")
+    if len({id(listener) for listener in listeners}) < len(listeners):
+        raise ValueError("expected different listeners, got one of them twice")
+    return listeners
 
 
 def _kind_of(listener: AnyListener) -> EndpointKind:
@@ -351,24 +387,13 @@ async def serve_with_workers(
       ExceptionGroup: of accepting (:class:`ConnectionClosedError`, if other code has closed a
         listener).
     """
-    listeners = list(listeners)
-    if not listeners:
-        raise ValueError("expected at least one listener, got an empty list")
-    for listener in listeners:
-        if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
-            )
-        if listener.socket.fileno() == -1:
-            raise ConnectionClosedError("this listener is closed")
-    if len({id(listener) for listener in listeners}) < len(listeners):
-        raise ValueError("expected different listeners, got one of them twice")
+    listeners = checked_listeners(listeners)
     try:
         async with open_worker_pool(handler, **options) as pool:
             await WorkerServer(pool, listeners)._serve(task_status)
     finally:
         with trio.CancelScope(shield=True):
-            await _close(listeners)
+            await close_listeners(listeners)
 
 
 @enable_ki_protection
@@ -393,4 +418,4 @@ async def serve_when_ready(
             await WorkerServer(pool, listeners)._serve(task_status)
         finally:
             with trio.CancelScope(shield=True):
-                await _close(listeners)
+                await close_listeners(listeners)

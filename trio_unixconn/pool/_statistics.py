@@ -109,6 +109,11 @@ class PoolStatistics:
     ``rejected``, ``cancelled``, ``queued`` and ``in_flight``.
 
     Attributes:
+      state: ``"ready"`` if at least one worker accepts jobs; ``"down"`` if none does at the moment;
+        ``"draining"`` from the beginning of a drain, even while :meth:`WorkerServer.drain` delays
+        it; ``"failed"`` if ``crash_limit`` was reached; ``"ended"`` if all workers have exited at
+        the end of the pool. :func:`serve_statistics` has ``"starting"``, too.
+      capacity: the number of jobs that all workers which accept jobs can have at a time.
       workers: one for each index, in order; after these, workers that are draining.
       queued: the number of jobs in the queue.
       queue_age: how long the oldest of them has been there, in seconds; 0 if there is none.
@@ -127,6 +132,8 @@ class PoolStatistics:
       handling: the time from then until its handler ended.
     """
 
+    state: str
+    capacity: int
     workers: tuple[WorkerStatistics, ...]
     queued: int
     queue_age: float

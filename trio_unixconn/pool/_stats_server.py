@@ -1,7 +1,4 @@
-"""serve_statistics: the statistics of a pool, as JSON and for Prometheus, at a Unix socket.
-
-Each connection is one request and one answer. No client can stop the pool, keep a connection for
-longer than an answer takes, or hold up the answer to another client.
+"""serve_statistics: the statistics of a pool, as JSON and for Prometheus, and whether it is ready.
 
 Sources: RFC 9110, RFC 9112, https://prometheus.io/docs/instrumenting/exposition_formats/ (text
 format 0.0.4)
@@ -13,58 +10,81 @@ import importlib.util
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import attrs
 import trio
 
-from .._listener import UnixListener
-from .._policy import PeerPolicy
-from .._server import serve_unix
-from ..errors import UnixConnectionError
-from ._server import WorkerServer
+from .._policy import PeerPolicy, check_policy
+from ._exchanges import (
+    CHUNK_SIZE,
+    Exchanges,
+    is_unix_address,
+    open_listeners,
+    serve_exchanges,
+    serve_unix_exchanges,
+)
+from ._health import STATES, Source, check_source, statistics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Sequence
 
     from .._address import AddressLike
-    from .._connection import UnixConnection
+    from .._listener import UnixListener
     from .._server import UnixServer
-    from ._pool import WorkerPool
+    from ._exchanges import Stream, Where
+    from ._server import AnyListener
     from ._statistics import Latency, PoolStatistics, WorkerStatistics
 
 # A client that has sent nothing after this time, in seconds, gets the JSON document.
 REQUEST_TIMEOUT: Final = 0.5
-# The maximum time of an exchange, in seconds.
-EXCHANGE_TIMEOUT: Final = 5.0
 # The maximum length of a line, and of the head of an HTTP request, in bytes.
 MAX_LINE: Final = 8192
-CHUNK_SIZE: Final = 4096
-# The maximum number of exchanges. One more ends the oldest, which is the least likely to go on: a
-# scrape that is complete is answered in a few milliseconds.
-MAX_EXCHANGES: Final = 64
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 JSON_TYPE: Final = "application/json"
 TEXT_TYPE: Final = "text/plain; charset=utf-8"
 
 
+@overload
 async def serve_statistics(
-    source: WorkerServer | WorkerPool,
+    source: Source,
     address: AddressLike | UnixListener,
     *,
     policy: PeerPolicy | None = None,
     mode: int | None = None,
     task_status: trio.TaskStatus[UnixServer] = trio.TASK_STATUS_IGNORED,
+) -> None: ...
+
+
+@overload
+async def serve_statistics(
+    source: Source,
+    address: tuple[str, int] | trio.SocketListener | Sequence[AnyListener],
+    *,
+    policy: PeerPolicy | None = None,
+    task_status: trio.TaskStatus[Sequence[AnyListener]] = trio.TASK_STATUS_IGNORED,
+) -> None: ...
+
+
+async def serve_statistics(
+    source: Source,
+    address: AddressLike | Where,
+    *,
+    policy: PeerPolicy | None = None,
+    mode: int | None = None,
+    task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer the clients of a Unix socket with the statistics of a pool.
+    """Answer clients with the statistics of a pool, at a Unix socket or over TCP.
 
     ::
 
         nursery.start_soon(serve_statistics, server, "/run/app/stats")
+        nursery.start_soon(serve_statistics, server, ("127.0.0.1", 9100))
 
     A client sends one of these, and reads to the end of the stream:
 
@@ -72,96 +92,81 @@ async def serve_statistics(
       :class:`PoolStatistics` and, for a server, ``accepted`` and ``denied``. Nothing is the end of
       the stream, or half a second of silence.
     - ``prometheus`` and a newline: Prometheus's text format.
-    - an HTTP request for ``/``, which is the document, or for ``/metrics``.
+    - an HTTP request for ``/``, which is the document, for ``/metrics``, or for one of two pages
+      for load balancers and Kubernetes: ``/ready`` is 200 if at least one worker accepts jobs, and
+      503 otherwise, from the first moment of a drain on; ``/live`` is 200 as long as this process
+      answers.
+
+    To have an answer before the workers are ready, pass a function, and start this before
+    :func:`serve_with_workers`::
+
+        server = None
+        nursery.start_soon(serve_statistics, lambda: server, ("127.0.0.1", 9100))
+        server = await nursery.start(serve_with_workers, "package.module:handler", listeners)
+
+    No client can hold up the pool or the answer to another client: an exchange takes five seconds
+    at most, and there are 64 at most. One more ends the oldest one.
 
     Args:
-      source: a server of :func:`serve_with_workers` or a pool of :func:`open_worker_pool`.
-      address: as for :func:`serve_unix`; or a :class:`UnixListener`, which this owns afterwards.
-      policy: which peers may connect. Default: those of the user of this process.
-      mode: the permission bits of the path, not with a listener. Default: ``0o600``.
+      source: a server of :func:`serve_with_workers` or a pool of :func:`open_worker_pool`; or a
+        function that returns one of these, or None. While it is None, the state is ``"starting"``,
+        and all counters are 0.
+      address: of a Unix socket, as for :func:`serve_unix`; of TCP, a host and a port, where
+        ``"0.0.0.0"`` or ``"::"`` is every address of this machine; or a listener of trio, a
+        :class:`UnixListener`, or a sequence of listeners, which this owns afterwards. Any process
+        that can connect to a TCP port gets an answer.
+      policy: which peers may connect to a Unix socket. Default: those of the user of this process.
+      mode: the permission bits of a path, not with a listener. Default: ``0o600``.
 
     Returns:
-      Never, unless the :class:`UnixServer` that ``nursery.start`` returns is drained. Cancel it.
+      Never, unless the :class:`UnixServer` that ``nursery.start`` returns is drained; of anything
+      else than one Unix socket, it returns the listeners. Cancel it.
 
     Raises:
       ImportError: h11, of the extra ``cli``, is missing.
-      TypeError, ValueError, OSError: as :func:`serve_unix`.
+      TypeError, ValueError, OSError: as :func:`serve_unix` and ``trio.open_tcp_listeners``; the
+        caller still owns a listener that was passed.
     """
     if importlib.util.find_spec("h11") is None:
         raise ImportError(
             "serve_statistics needs h11; install it with: pip install 'trio_unixconn[cli]'"
         )
-    await serve_unix(
-        partial(_answer, source, {}),
-        address,
-        policy=PeerPolicy.same_user() if policy is None else policy,
-        mode=mode,
-        receive_descriptors=isinstance(address, UnixListener),
-        max_connections=2 * MAX_EXCHANGES,
-        handler_errors="log",
-        task_status=task_status,
-    )
+    check_source(source)
+    check_policy(policy)
+    exchanges = Exchanges(partial(_answer, source))
+    policy = PeerPolicy.same_user() if policy is None else policy
+    if is_unix_address(address):
+        await serve_unix_exchanges(exchanges, address, policy, mode=mode, task_status=task_status)
+    else:
+        if mode is not None:
+            raise ValueError("mode requires the path of a Unix socket")
+        listeners = await open_listeners(address)
+        await serve_exchanges(exchanges, listeners, policy=policy, task_status=task_status)
 
 
-async def _answer(
-    source: WorkerServer | WorkerPool,
-    exchanges: dict[trio.CancelScope, None],
-    conn: UnixConnection,
-) -> None:
-    """Answer a client.
-
-    Args:
-      exchanges: those in progress, the oldest one first.
-    """
-    if len(exchanges) >= MAX_EXCHANGES:
-        oldest = next(iter(exchanges))
-        del exchanges[oldest]
-        oldest.cancel()
-    with trio.move_on_after(EXCHANGE_TIMEOUT) as scope:
-        exchanges[scope] = None
-        try:
-            await _answer_in_time(source, conn)
-        except UnixConnectionError:
-            # The client has closed the connection.
-            pass
-        finally:
-            exchanges.pop(scope, None)
-
-
-async def _answer_in_time(source: WorkerServer | WorkerPool, conn: UnixConnection) -> None:
-    server: dict[str, int] = {}
-    if isinstance(source, WorkerServer):
-        server = {"accepted": source.accepted, "denied": source.denied}
-
-    def document() -> str:
-        return as_json(source.statistics(), server)
-
-    def metrics() -> str:
-        return as_prometheus(source.statistics(), server)
-
-    received = await _receive_line(conn)
+async def _answer(source: Source, stream: Stream) -> None:
+    received = await _receive_line(stream)
     line = received.partition(b"\n")[0].rstrip(b"\r")
     if line in (b"", b"json"):
-        text = document()
+        text = as_json(*statistics_of(source))
     elif line == b"prometheus":
-        text = metrics()
+        text = as_prometheus(*statistics_of(source))
     elif b" " in line or len(received) > MAX_LINE:
-        pages = {b"/": (JSON_TYPE, document), b"/metrics": (PROMETHEUS_TYPE, metrics)}
-        await _answer_http(conn, received, pages)
+        await _answer_http(source, stream, received)
         return
     else:
         text = "expected json, prometheus or an HTTP request\n"
-    await conn.send_all(text.encode())
+    await stream.send_all(text.encode())
 
 
-async def _receive_line(conn: UnixConnection) -> bytes:
+async def _receive_line(stream: Stream) -> bytes:
     """Receive a line and perhaps more, or less if the stream ends before."""
     data = b""
     with trio.move_on_after(REQUEST_TIMEOUT):
-        data = await conn.receive_some(CHUNK_SIZE)
+        data = await stream.receive_some(CHUNK_SIZE)
     more = data
     while more and b"\n" not in data and len(data) <= MAX_LINE:
-        more = await conn.receive_some(CHUNK_SIZE)
+        more = await stream.receive_some(CHUNK_SIZE)
         data += more
     return data
 
@@ -171,48 +176,76 @@ async def _receive_line(conn: UnixConnection) -> bytes:
 ################################################################
 
 
-async def _answer_http(
-    conn: UnixConnection, data: bytes, pages: Mapping[bytes, tuple[str, Callable[[], str]]]
-) -> None:
-    """Answer the request that begins with ``data``; its body is not read.
+@attrs.frozen
+class _Page:
+    status: int
+    content_type: str
+    text: str
 
-    Args:
-      pages: the type, and what makes the text, of each path.
-    """
+
+def _document(source: Source) -> _Page:
+    return _Page(200, JSON_TYPE, as_json(*statistics_of(source)))
+
+
+def _metrics(source: Source) -> _Page:
+    return _Page(200, PROMETHEUS_TYPE, as_prometheus(*statistics_of(source)))
+
+
+def _ready(source: Source) -> _Page:
+    state = statistics_of(source)[0].state
+    return _Page(200 if state == "ready" else 503, TEXT_TYPE, f"{STATES[state]}\n")
+
+
+def _live(_: Source) -> _Page:
+    return _Page(200, TEXT_TYPE, "live\n")
+
+
+_PATHS_EXPECTED: Final = "expected / (JSON), /metrics (Prometheus), /ready or /live\n"
+_PAGES: Final[Mapping[bytes, Callable[[Source], _Page]]] = {
+    b"/": _document,
+    b"/metrics": _metrics,
+    b"/ready": _ready,
+    b"/live": _live,
+}
+
+
+async def _answer_http(source: Source, stream: Stream, data: bytes) -> None:
+    """Answer the request that begins with ``data``; its body is not read."""
     # Of an extra.
     import h11
 
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_LINE)
-    status, kind, text, more = 200, TEXT_TYPE, "", list[tuple[str, str]]()
-    method = b""
+    method, more = b"", list[tuple[str, str]]()
     try:
         while True:
             http.receive_data(data)
             request = http.next_event()
             if request is not h11.NEED_DATA:
                 break
-            data = await conn.receive_some(CHUNK_SIZE)
-        assert isinstance(request, h11.Request)  # that is first, or an error
+            data = await stream.receive_some(CHUNK_SIZE)
+        assert isinstance(request, h11.Request)
         method, path = request.method, request.target.partition(b"?")[0]
-        if path not in pages:
-            status, text = 404, "expected / (JSON) or /metrics (Prometheus)\n"
+        if path not in _PAGES:
+            page = _Page(404, TEXT_TYPE, _PATHS_EXPECTED)
         elif method not in (b"GET", b"HEAD"):
-            status, text, more = 405, "expected GET or HEAD\n", [("Allow", "GET, HEAD")]
+            page = _Page(405, TEXT_TYPE, "expected GET or HEAD\n")
+            more = [("Allow", "GET, HEAD")]
         else:
-            kind, text = pages[path][0], pages[path][1]()
+            page = _PAGES[path](source)
     except h11.RemoteProtocolError as exc:
-        status, text = exc.error_status_hint, f"{exc}\n"
-    body = text.encode()
+        page = _Page(exc.error_status_hint, TEXT_TYPE, f"{exc}\n")
+    body = page.text.encode()
     headers = [
         ("Date", formatdate(usegmt=True)),
-        ("Content-Type", kind),
+        ("Content-Type", page.content_type),
         ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
         ("Connection", "close"),
         *more,
     ]
-    reason = HTTPStatus(status).phrase.encode()
-    head = http.send(h11.Response(status_code=status, headers=headers, reason=reason))
-    await conn.send_all((head or b"") + (b"" if method == b"HEAD" else body))
+    reason = HTTPStatus(page.status).phrase.encode()
+    head = http.send(h11.Response(status_code=page.status, headers=headers, reason=reason))
+    await stream.send_all((head or b"") + (b"" if method == b"HEAD" else body))
 
 
 ################################################################
@@ -243,10 +276,11 @@ def _bound(bound: float) -> str:
 # Prometheus
 ################################################################
 
-_STATES: Final = ("ready", "draining", "starting")
+_WORKER_STATES: Final = ("ready", "draining", "starting")
 
 # Of a pool: attribute, metric, type, help.
 _POOL: Final = (
+    ("capacity", "capacity_jobs", "gauge", "Jobs that all ready workers can have at a time."),
     ("queued", "jobs_queued", "gauge", "Jobs in the queue."),
     ("queue_age", "queue_age_seconds", "gauge", "How long the oldest queued job has waited."),
     ("in_flight", "jobs_in_flight", "gauge", "Jobs that workers have and have not finished."),
@@ -296,12 +330,18 @@ def as_prometheus(statistics: PoolStatistics, server: Mapping[str, int]) -> str:
     for field, name, text in _LATENCIES:
         samples = _histogram(getattr(statistics, field))
         lines += _family(f"trio_unixconn_pool_{name}", "histogram", text, samples)
+    lines += _family(
+        "trio_unixconn_pool_state",
+        "gauge",
+        "The state of the pool: 1 for the present one.",
+        [("", {"state": state}, int(state == statistics.state)) for state in STATES],
+    )
     states = Counter(each.state for each in statistics.workers)
     lines += _family(
         "trio_unixconn_pool_workers",
         "gauge",
         "Workers, by their state.",
-        [("", {"state": state}, states[state]) for state in _STATES],
+        [("", {"state": state}, states[state]) for state in _WORKER_STATES],
     )
     workers: dict[int, list[WorkerStatistics]] = {}
     for each in statistics.workers:

@@ -227,6 +227,7 @@ class Supervisor(DescriptorOwner):
         self._change = trio.CancelScope()
         self._starting = trio.Semaphore(max_starting())
         self._idle = trio.lowlevel.ParkingLot()
+        self._exits = trio.lowlevel.ParkingLot()
         # Workers that were told to leave, that were killed because of a clock, that got SIGTERM.
         self._leaving: set[WorkerHandle] = set()
         self._overdue: set[WorkerHandle] = set()
@@ -236,6 +237,21 @@ class Supervisor(DescriptorOwner):
         """Return the workers of the slots, and those that are leaving."""
         yield from (slot.handle for slot in self.slots)
         yield from self._leaving
+
+    @property
+    def state(self) -> str:
+        """The state of the pool, as :class:`PoolStatistics` has it."""
+        if self.failure is not None:
+            return "failed"
+        if self._shutting_down and not self.alive:
+            return "ended"
+        if not self.queue.is_open():
+            return "draining"
+        return "ready" if self._has_ready_worker() else "down"
+
+    async def wait_exit(self) -> None:
+        """Wait until the process of a worker has exited."""
+        await self._exits.park()
 
     ################################################################
     # Begin and end
@@ -805,6 +821,7 @@ class Supervisor(DescriptorOwner):
         if slot is not None and not self._shutting_down:
             self._on_crash(slot)
         self.notify_if_idle()
+        self._exits.unpark_all()
 
     def on_abandoned(self, handle: WorkerHandle, jobs: list[PendingJob]) -> None:
         """Report the jobs that a worker was handling when it died, each on its own."""
