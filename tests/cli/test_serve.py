@@ -30,9 +30,9 @@ from tests._helpers.serve_cli import (
     make_project,
     rest_of,
     serving,
+    until,
     write_program,
 )
-from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import command
 from trio_unixconn._cli.serve.reload import ReloadFilter, directories_of
 
@@ -540,7 +540,7 @@ def test_descriptors_that_cannot_be(project: Path) -> None:
         # The same one twice.
         arguments = ("--bind", f"fd:{fds[3]}") * 2
         done = run("serve", "app:once", *arguments, cwd=project, pass_fds=fds)
-        assert (done.returncode, "is not open" in done.stderr) == (1, True)
+        assert (done.returncode, "this is given twice" in done.stderr) == (2, True)
 
 
 ################################################################
@@ -593,7 +593,7 @@ def test_the_table(project: Path) -> None:
             rows[:] = [line.split() for line in terminal.text().splitlines() if " ready " in line]
             return sum(int(row[4]) for row in rows if row[-1] == "MiB") == 3
 
-        until_sync(has_all)
+        until(has_all)
         text = terminal.shows("accepted 3 (", "handled 3 (", "in flight  ")
         header = next(line for line in text.splitlines() if "in flight  " in line)
         assert header.split() == [
@@ -675,7 +675,7 @@ def test_reload_sees_a_change_while_workers_import(project: Path) -> None:
         preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
-        until_sync((project / "importing").exists)
+        until((project / "importing").exists)
         (project / "app.py").write_text(APP.replace("one", "two"))
         (project / "gate").unlink()
         served.line("changed: ")

@@ -1,4 +1,4 @@
-"""Where to listen, as it is said on the command line: ``--bind``.
+"""Where to listen, as it is said on the command line: ``--bind``, ``--stats``, ``--agent-check``.
 
 Invariant: all arguments are parsed before anything is opened, and if one cannot be opened, none
 stays open.
@@ -46,6 +46,7 @@ class UnixOptions:
       mode, owner, group: of a path, as of :func:`open_unix_listener`.
       replace: whether a path is taken even from a server that is alive.
       policy: which peers may connect, also to an abstract name or an inherited socket.
+      receive_descriptors: whether peers may send file descriptors, likewise.
     """
 
     mode: int = _DEFAULT_MODE
@@ -53,6 +54,7 @@ class UnixOptions:
     group: int | None = None
     replace: bool = False
     policy: PeerPolicy | None = None
+    receive_descriptors: bool = True
 
 
 @attrs.frozen
@@ -106,7 +108,13 @@ class UnixBind:
     async def open(self, options: UnixOptions) -> Sequence[Listener]:
         """Listen there."""
         if not self.is_path:
-            return [await open_unix_listener(self.address, policy=options.policy)]
+            return [
+                await open_unix_listener(
+                    self.address,
+                    policy=options.policy,
+                    receive_descriptors=options.receive_descriptors,
+                )
+            ]
         return [
             await open_unix_listener(
                 self.address,
@@ -115,6 +123,7 @@ class UnixBind:
                 group=options.group,
                 replace=options.replace,
                 policy=options.policy,
+                receive_descriptors=options.receive_descriptors,
             )
         ]
 
@@ -141,7 +150,7 @@ class InheritedBind:
         try:
             # One by one: those before the one that cannot be are closed.
             for fd in self.fds:
-                found.append(_inherited(fd, options.policy))  # noqa: PERF401
+                found.append(_inherited(fd, options))  # noqa: PERF401
         except (OSError, ValueError) as exc:
             await close_all(found)
             why = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -157,11 +166,15 @@ Bind = TCPBind | UnixBind | InheritedBind
 ################################################################
 
 
-def read_bind(text: str) -> Bind:
-    """Read what was said to ``--bind``, or end with exit status 2."""
+def read_bind(text: str, option: str = "--bind") -> Bind:
+    """Read what was said to ``--bind``, or end with exit status 2.
+
+    Args:
+      option: another option of the same form, for errors.
+    """
     kind, _, rest = text.partition(":")
     if kind == "tcp":
-        return _tcp(text, rest)
+        return _tcp(text, rest, option)
     if kind == "unix":
         # Without a slash in front or a key, this is what the other commands take.
         is_uri = rest.startswith("/") or "=" in rest
@@ -173,17 +186,23 @@ def read_bind(text: str) -> Bind:
             return InheritedBind(text, from_systemd(rest or None))
         except ValueError as exc:
             fail(f"{text}: {exc}")
-    return fail(f"--bind: expected {_FORMS}, got {text}", status=2)
+    return fail(f"{option}: expected {_FORMS}, got {text}", status=2)
 
 
-def check_different(binds: Sequence[Bind]) -> None:
-    """End with exit status 2 if two of them are the same."""
+def check_different(**binds: Sequence[Bind]) -> None:
+    """End with exit status 2 if two of them are the same.
+
+    Args:
+      binds: by the name of their option.
+    """
     found: set[object] = set()
-    for bind in binds:
-        for key in bind.keys:
-            if key in found:
-                fail(f"--bind {_text(bind)}: this is given twice", status=2)
-            found.add(key)
+    for option, each in binds.items():
+        for bind in each:
+            for key in bind.keys:
+                if key in found:
+                    name = option.replace("_", "-")
+                    fail(f"--{name} {_text(bind)}: this is given twice", status=2)
+                found.add(key)
 
 
 def read_unix_options(
@@ -206,7 +225,7 @@ def read_unix_options(
         ("--group", group is not None),
         ("--replace", replace),
     ):
-        if value and not any(map(_has_path, binds)):
+        if value and not any(map(has_path, binds)):
             fail(f"{name} can only be used with --bind unix:PATH", status=2)
     for name, values in (("--allow-user", allow_user), ("--allow-group", allow_group)):
         if values and not any(map(_has_unix_socket, binds)):
@@ -233,7 +252,8 @@ def read_unix_options(
     )
 
 
-def _has_path(bind: Bind) -> bool:
+def has_path(bind: Bind) -> bool:
+    """Whether it is a path, which can be taken from a live server."""
     return isinstance(bind, UnixBind) and bind.is_path
 
 
@@ -288,17 +308,17 @@ def absolute_address(address: UnixSocketAddress) -> UnixSocketAddress:
     return UnixSocketAddress.path(os.path.abspath(address.get_path()))
 
 
-def _tcp(text: str, rest: str) -> TCPBind:
+def _tcp(text: str, rest: str, option: str) -> TCPBind:
     host, _, port = rest.rpartition(":")
     inner = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not inner or (":" in host and inner == host):
         fail(
-            f"--bind: expected tcp:HOST:PORT, with an address of IPv6 in brackets, got {text}; "
+            f"{option}: expected tcp:HOST:PORT, with an address of IPv6 in brackets, got {text}; "
             "every address of this machine is 0.0.0.0 or [::]",
             status=2,
         )
     if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
-        fail(f"--bind {text}: a port is a number from 0 to 65535", status=2)
+        fail(f"{option} {text}: a port is a number from 0 to 65535", status=2)
     return TCPBind(text, inner, int(port))
 
 
@@ -307,13 +327,15 @@ def _tcp(text: str, rest: str) -> TCPBind:
 ################################################################
 
 
-def _inherited(fd: int, policy: PeerPolicy | None) -> Listener:
+def _inherited(fd: int, options: UnixOptions) -> Listener:
     if not is_inherited(fd):
         raise ValueError(f"descriptor {fd} is not open; the parent process must pass it on")
     sock = stdlib_socket.socket(fileno=fd)
     if sock.family == _kernel.AF_UNIX:
         sock.detach()
-        return UnixListener.from_fd(fd, policy=policy)
+        return UnixListener.from_fd(
+            fd, policy=options.policy, receive_descriptors=options.receive_descriptors
+        )
     try:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     except BaseException:
@@ -332,7 +354,7 @@ async def open_all(binds: Sequence[Bind], options: UnixOptions) -> list[Listener
     found: list[Listener] = []
     if options.replace:
         # Last what cannot be undone: when this fails, the other server should still have its path.
-        binds = sorted(binds, key=_has_path)
+        binds = sorted(binds, key=has_path)
     try:
         for bind in binds:
             found += await bind.open(options)

@@ -189,10 +189,29 @@ def serve(
             help="When a worker has ended, kill the processes that its handlers have started.",
         ),
     ] = False,
-    stats_socket: Annotated[
-        str | None,
+    drain_delay: Annotated[
+        float,
         typer.Option(
-            metavar="PATH", help="Answer with statistics there: JSON, Prometheus, also by HTTP."
+            metavar="SECONDS",
+            help="Say not ready for so long, and still accept, before a drain begins.",
+        ),
+    ] = 0,
+    stats: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Answer with statistics there, JSON, Prometheus, /ready and /live; WHERE is as of "
+            "--bind; repeatable.",
+        ),
+    ] = None,
+    stats_socket: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The same at a path: --stats unix:PATH.")
+    ] = None,
+    agent_check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Answer agent checks of HAProxy there; WHERE is as of --bind; repeatable.",
         ),
     ] = None,
     reload: Annotated[
@@ -240,7 +259,7 @@ def serve(
     # --help needs none of it.
     from ...pool._config import PoolConfig
     from .binds import (
-        absolute_address,
+        UnixBind,
         check_different,
         read_bind,
         read_unix_options,
@@ -285,8 +304,14 @@ def serve(
     ):
         if patterns and not reload:
             fail(f"{name} can only be used with --reload", status=2)
-    binds, stats = [read_bind(each) for each in bind], None
-    check_different(binds)
+    if not drain_delay >= 0:
+        fail(f"--drain-delay must be non-negative, got {drain_delay}", status=2)
+    binds = [read_bind(each) for each in bind]
+    stats_binds = [read_bind(each, "--stats") for each in stats or []]
+    if stats_socket is not None:
+        stats_binds.append(UnixBind(address_of(stats_socket)))
+    agent_binds = [read_bind(each, "--agent-check") for each in agent_check or []]
+    check_different(bind=binds, stats=stats_binds, agent_check=agent_binds)
     unix_options = read_unix_options(
         binds,
         mode=mode,
@@ -296,13 +321,12 @@ def serve(
         allow_user=allow_user or [],
         allow_group=allow_group or [],
     )
-    if stats_socket is not None:
-        stats = address_of(stats_socket)
     directory = None
     if chdir is not None:
         # Relative paths are those of the directory that the command was started in.
         binds = [each.made_absolute() for each in binds]
-        stats = None if stats is None else absolute_address(stats)
+        stats_binds = [each.made_absolute() for each in stats_binds]
+        agent_binds = [each.made_absolute() for each in agent_binds]
         directory = WorkingDirectory(_absolute(chdir))
     log_file = None if log_file is None else _absolute(log_file)
     pid_file = None if pid_file is None else _absolute(pid_file)
@@ -321,7 +345,9 @@ def serve(
         binds=binds,
         unix_options=unix_options,
         options=options,
-        stats_socket=stats,
+        stats=stats_binds,
+        agent_check=agent_binds,
+        drain_delay=drain_delay,
         directory=directory,
         reload=reload,
         reload_include=reload_include or [],

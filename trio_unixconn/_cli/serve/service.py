@@ -18,13 +18,13 @@ import trio
 from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.live import Live
 
-from ..._listener import open_unix_listener
 from ..._version import __version__
 from ...errors import PoolClosedError, WorkerStartError
-from ...pool import WorkerServer, serve_statistics
+from ...pool import WorkerServer, serve_agent_check, serve_statistics
+from ...pool._pool import wait_worker_exit
 from ...pool._server import serve_when_ready, serve_with_workers
 from .._console import Signalled, heard_signals
-from .binds import name_of, open_all
+from .binds import UnixOptions, has_path, name_of, open_all
 from .children import reap_adopted_children
 from .log import Log, Screen, logger, start_log
 from .pid_file import pid_file
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
     from types import FrameType
 
-    from ..._address import UnixSocketAddress
-    from ..._listener import UnixListener
     from ...pool import WorkerPoolOptions
-    from .binds import Bind, Listener, UnixOptions
+    from .binds import Bind, Listener
     from .directory import WorkingDirectory
     from .log import LogFormat
 
@@ -49,8 +47,6 @@ _REFRESH: Final = 0.25
 SAME_SIGNAL: Final = 1.0
 # Seconds between two records of jobs that workers did not finish.
 _REPORT: Final = 0.5
-# Seconds between two looks at how many old workers are left.
-_DRAINING_CHECK: Final = 0.1
 _STOP: Final = ("SIGINT", "SIGTERM")
 _CHANGES: Final = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")
 SIGNALS: Final = (*_STOP, "SIGQUIT", *_CHANGES)
@@ -62,7 +58,8 @@ class ServeConfig:
 
     Attributes:
       unix_options: what Unix sockets of ``binds`` get.
-      stats_socket: where the statistics are to be had.
+      stats, agent_check: where statistics and agent checks of HAProxy are answered.
+      drain_delay: how long connections are still accepted after a signal to drain, in seconds.
       reload: whether changed files restart the workers.
       table: whether the status is shown as a table.
       reload_include, reload_exclude: which files matter, as of :class:`ReloadFilter`.
@@ -76,7 +73,9 @@ class ServeConfig:
     binds: Sequence[Bind]
     unix_options: UnixOptions
     options: WorkerPoolOptions
-    stats_socket: UnixSocketAddress | None
+    stats: Sequence[Bind]
+    agent_check: Sequence[Bind]
+    drain_delay: float
     reload: bool
     table: bool
     reload_include: Sequence[str]
@@ -118,13 +117,13 @@ class _Service:
         self._begun = trio.current_time()
         self._addresses: list[str] = []
         self._server: WorkerServer | None = None
-        self._stats: UnixListener | None = None
         # One that waits is enough: it brings in all that has changed until then.
         self._asked, self._requests = trio.open_memory_channel[str](1)
         # How many workers there are to be, and when that was changed.
         self._workers = 0
         self._resize = trio.Event()
         self._stopped_at = -math.inf
+        self._delay = trio.CancelScope()
         # What makes sense as long as there are new connections.
         self._while_open = trio.CancelScope()
 
@@ -138,13 +137,11 @@ class _Service:
                 # Before the workers import anything.
                 await nursery.start(self._watch)
             async with trio.open_nursery() as serving:
-                server = await self._start_server(serving, stack)
+                server = await self._start_server(nursery, serving, stack)
                 self._server = server
                 self._workers = _count(server)
                 nursery.start_soon(reap_adopted_children, partial(_pids, server))
                 logger.info("ready: %s", _workers(server))
-                if self._stats is not None:
-                    nursery.start_soon(serve_statistics, server, self._stats)
                 nursery.start_soon(self._stay_up_to_date, server)
             # It has drained.
             nursery.cancel_scope.cancel()
@@ -162,46 +159,63 @@ class _Service:
             trio.current_time() - self._begun,
         )
 
-    async def _start_server(self, serving: trio.Nursery, stack: AsyncExitStack) -> WorkerServer:
+    async def _start_server(
+        self, nursery: trio.Nursery, serving: trio.Nursery, stack: AsyncExitStack
+    ) -> WorkerServer:
         """Listen and start workers, in the order that fits."""
         handler, options = self._config.handler, self._config.options
         serve: Callable[..., Awaitable[None]]
+        listen = partial(self._listen, nursery, stack)
         if self._config.unix_options.replace:
-            # The other server goes on if the workers cannot start.
-            serve = partial(serve_when_ready, handler, partial(self._listen, stack), **options)
+            # A path is the other server's, which goes on if the workers cannot start.
+            await self._answer_checks(nursery, stack, lambda bind: not has_path(bind))
+            serve = partial(serve_when_ready, handler, partial(listen, has_path), **options)
         else:
             # Clients that connect early wait, and what cannot be bound is known at once. The server
             # owns the listeners, whether it starts or not.
-            serve = partial(serve_with_workers, handler, await self._listen(stack), **options)
+            listeners = await listen(lambda _: True)
+            serve = partial(serve_with_workers, handler, listeners, **options)
         server: WorkerServer = await serving.start(serve)
         return server
 
-    async def _listen(self, stack: AsyncExitStack) -> Sequence[Listener]:
-        """Take everything that clients and operators find this server by."""
+    async def _listen(
+        self, nursery: trio.Nursery, stack: AsyncExitStack, checks: Callable[[Bind], bool]
+    ) -> Sequence[Listener]:
+        """Take everything that clients and operators find this server by.
+
+        Args:
+          checks: at which places statistics and agent checks are answered from now on.
+        """
         config = self._config
         stack.enter_context(pid_file(config.pid_file, replace=config.unix_options.replace))
-        self._stats = await self._open_stats(stack)
+        await self._answer_checks(nursery, stack, checks)
         listeners = await open_all(config.binds, config.unix_options)
         self._addresses = [name_of(each) for each in listeners]
         for name in self._addresses:
             logger.info("listening at %s", name)
         return listeners
 
+    async def _answer_checks(
+        self, nursery: trio.Nursery, stack: AsyncExitStack, wanted: Callable[[Bind], bool]
+    ) -> None:
+        """Answer with statistics, and agent checks, until the end of this server."""
+        config = self._config
+        options = UnixOptions(replace=config.unix_options.replace, receive_descriptors=False)
+        for what, binds, serve in (
+            ("statistics", config.stats, serve_statistics),
+            ("agent checks", config.agent_check, serve_agent_check),
+        ):
+            listeners = await open_all(list(filter(wanted, binds)), options)
+            for each in listeners:
+                stack.push_async_exit(each)
+                logger.info("%s at %s", what, name_of(each))
+            if listeners:
+                nursery.start_soon(serve, lambda: self._server, listeners)
+
     async def _report_ended_jobs(self) -> None:
         while True:
             await trio.sleep(_REPORT)
             self._log.ended_jobs.report()
-
-    async def _open_stats(self, stack: AsyncExitStack) -> UnixListener | None:
-        address = self._config.stats_socket
-        if address is None:
-            return None
-        listener = await open_unix_listener(
-            address, receive_descriptors=False, replace=self._config.unix_options.replace
-        )
-        stack.push_async_exit(listener)
-        logger.info("statistics at %s", name_of(listener))
-        return listener
 
     ################################################################
     # What is asked for meanwhile
@@ -216,17 +230,18 @@ class _Service:
             return
         try:
             with trio.open_signal_receiver(*heard) as signals:
-                task_status.started()
-                await self._heed(signals)
+                async with trio.open_nursery() as nursery:
+                    task_status.started()
+                    await self._heed(signals, nursery)
         finally:
             # What is left takes a moment, and its exit status is certain.
             ignore_signals()
 
-    async def _heed(self, signals: AsyncIterable[int]) -> None:
+    async def _heed(self, signals: AsyncIterable[int], nursery: trio.Nursery) -> None:
         async for number in signals:
             name = signal.Signals(number).name
             if name in _STOP:
-                self._stop(number)
+                self._stop(number, nursery)
             elif name == "SIGQUIT":
                 raise Signalled(number)
             elif name == "SIGHUP":
@@ -238,26 +253,48 @@ class _Service:
             else:
                 self._resize_by(1 if name == "SIGTTIN" else -1, name)
 
-    def _stop(self, number: int) -> None:
-        now = trio.current_time()
-        if self._server is None:
+    def _stop(self, number: int, nursery: trio.Nursery) -> None:
+        now, server, name = trio.current_time(), self._server, signal.Signals(number).name
+        if server is None:
             raise Signalled(number)
+        delay = self._config.drain_delay
         if not self._while_open.cancel_called:
+            self._while_open.cancel()
             self._stopped_at = now
-            self._drain(self._server, signal.Signals(number).name)
-        elif now - self._stopped_at > SAME_SIGNAL:
+            if not delay:
+                self._drain(server, f"received {name}")
+                return
+            logger.info(
+                "received %s, not ready any more, accepting for %g seconds (signal again to drain "
+                "now)",
+                name,
+                delay,
+            )
+            server.drain(delay=delay)
+            nursery.start_soon(self._drain_later, server, delay)
+        elif now - self._stopped_at <= SAME_SIGNAL:
+            pass
+        elif delay and not self._delay.cancel_called:
+            self._stopped_at = now
+            self._delay.cancel()
+            self._drain(server, f"received {name}")
+        else:
             raise Signalled(number)
 
-    def _drain(self, server: WorkerServer, name: str) -> None:
+    async def _drain_later(self, server: WorkerServer, delay: float) -> None:
+        with self._delay:
+            await trio.sleep(delay)
+            self._delay.cancel()
+            self._drain(server, "the drain delay has passed")
+
+    def _drain(self, server: WorkerServer, why: str) -> None:
         pool = server.statistics()
         logger.info(
-            "received %s, draining %d running and %d queued jobs (signal again to exit "
-            "immediately)",
-            name,
+            "%s, draining %d running and %d queued jobs (signal again to exit immediately)",
+            why,
             pool.in_flight,
             pool.queued,
         )
-        self._while_open.cancel()
         server.drain()
 
     def _ask_for_restart(self, why: str) -> None:
@@ -329,9 +366,8 @@ class _Service:
 
         if too_many():
             logger.info("%s: waiting for old workers to exit (--max-draining %d)", why, limit)
-        # The pool tells no task when a worker exits.
-        while too_many():  # noqa: ASYNC110
-            await trio.sleep(_DRAINING_CHECK)
+        while too_many():
+            await wait_worker_exit(server.pool)
 
     async def _watch(self, task_status: trio.TaskStatus[None]) -> None:
         """Ask for a restart after each change, from the moment that this is started."""
