@@ -186,14 +186,12 @@ def test_assert_no_fd_leak_reports_leaked_and_lost() -> None:
     with one, two:
         # The lowest free number is the one of the file.
         assert one.fileno() == file
-        names = open_descriptors()
+        names, fds = open_descriptors(), sorted([one.fileno(), two.fileno()])
+        lost = f"lost 1 file descriptor: {file} ({os.devnull})"
         assert str(caught.value).splitlines() == [
-            "the open descriptors are not those from before:",
-            *(
-                f"  leaked: {fd}, {names[fd]} (AF_UNIX, SOCK_DGRAM)"
-                for fd in sorted([one.fileno(), two.fileno()])
-            ),
-            f"  lost: {file}, which was {os.devnull}",
+            f"leaked 2 file descriptors: {fds[0]} (socket), {fds[1]} (socket); {lost}",
+            *(f"  leaked: {fd}, {names[fd]} (AF_UNIX, SOCK_DGRAM)" for fd in fds),
+            f"  lost: {file}, {os.devnull}",
         ]
 
 
@@ -202,7 +200,8 @@ async def test_assert_no_fd_leak_of_a_connection() -> None:
     with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
         one, two = connection_pair()
         await one.send_all(b"x")
-    told = r"[^\n]*(\n  leaked: \d+, socket:\[\d+\] \(AF_UNIX, SOCK_STREAM\)){2}"
+    line = r"\n  leaked: \d+, socket:\[\d+\] \(AF_UNIX, SOCK_STREAM\)"
+    told = rf"leaked 2 file descriptors: [^\n]*({line}){{2}}"
     assert re.fullmatch(told, str(caught.value))
     await one.aclose()
     await two.aclose()
@@ -228,7 +227,7 @@ def test_assert_no_fd_leak_of_another_file_with_the_same_number(tmp_path: Path) 
     os.close(one)
     os.close(two)
     assert f"leaked: {one}, {tmp_path}/two" in str(caught.value)
-    assert f"lost: {one}, which was {tmp_path}/one" in str(caught.value)
+    assert f"lost: {one}, {tmp_path}/one" in str(caught.value)
 
     # These two have no inode of their own.
     event = os.eventfd(0)
@@ -237,7 +236,34 @@ def test_assert_no_fd_leak_of_another_file_with_the_same_number(tmp_path: Path) 
             os.dup2(event, poll.fileno(), inheritable=False)
         os.close(event)
         assert f"leaked: {poll.fileno()}, anon_inode:[eventfd]" in str(caught.value)
-        assert f"lost: {poll.fileno()}, which was anon_inode:[eventpoll]" in str(caught.value)
+        assert f"lost: {poll.fileno()}, anon_inode:[eventpoll]" in str(caught.value)
+
+
+def test_assert_no_fd_leak_begins_with_what_leaked(tmp_path: Path) -> None:
+    """The report begins with the numbers and kinds, the first eight of them, in one line."""
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        pipes = [fd for _ in range(4) for fd in os.pipe()]
+        event = os.eventfd(0)
+    told = str(caught.value).splitlines()
+    named = ", ".join(f"{fd} (pipe)" for fd in pipes)
+    assert told[0] == f"leaked 9 file descriptors: {named}, ..."
+    assert told[1].startswith(f"  leaked: {pipes[0]}, pipe:[")
+    assert told[9:] == [f"  leaked: {event}, anon_inode:[eventfd]"]
+    for fd in pipes:
+        os.close(fd)
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        os.close(event)
+    assert str(caught.value).splitlines()[0] == f"lost 1 file descriptor: {event} (eventfd)"
+
+
+def test_assert_no_fd_leak_escapes_the_names_of_files(tmp_path: Path) -> None:
+    """A sender chooses the name of the file behind a descriptor: it cannot forge a line."""
+    name = os.fsencode(tmp_path) + b"/a\n\x1b[31m\xff"
+    with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
+        fd = os.open(name, os.O_CREAT | os.O_RDWR)
+    os.close(fd)
+    path = f"{tmp_path}/a\\x0a\\x1b[31m\\xff"
+    assert str(caught.value) == (f"leaked 1 file descriptor: {fd} ({path})\n  leaked: {fd}, {path}")
 
 
 def test_assert_no_fd_leak_collects_garbage() -> None:
@@ -281,6 +307,7 @@ def test_assert_no_fd_leak_of_a_block_that_raises(fail: Any) -> None:
         fd = os.open(os.devnull, os.O_RDONLY)
         fail()
     os.close(fd)
+    assert f"leaked 1 file descriptor: {fd} ({os.devnull})\n" in printed(caught.value)
     assert f"  leaked: {fd}, {os.devnull}" in printed(caught.value)
     assert "the block's own" in printed(caught.value)
 
@@ -326,7 +353,7 @@ def test_open_descriptors_without_a_free_descriptor() -> None:
         assert names[fd] == "/"
         with assert_no_fd_leak():
             pass
-        with pytest.raises(AssertionError, match=f"lost: {fd}, which was /"), assert_no_fd_leak():
+        with pytest.raises(AssertionError, match=f"lost: {fd}, /"), assert_no_fd_leak():
             os.close(fd)
 
 
@@ -636,15 +663,182 @@ def test_fd_leak_guard_fails_a_leaking_test(project: pytest.Pytester, how: str) 
         )
     project.makepyfile(source)
     result = project.runpytest_subprocess()
-    result.assert_outcomes(passed=3, errors=2)
+    result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(
         [
-            "*ERROR at teardown of test_leak*",
-            "E  *  leaked: *, /dev/null",
-            "*ERROR at teardown of test_loss*",
-            "E  *  lost: *, which was /dev/null",
+            "*= FAILURES =*",
+            "*_ test_leak _*",
+            "leaked 1 file descriptor: * (/dev/null)",
+            "  leaked: *, /dev/null",
+            "*_ test_loss _*",
+            "lost 1 file descriptor: * (/dev/null)",
+            "  lost: *, /dev/null",
+            "FAILED *::test_leak - leaked 1 file*",
+            "FAILED *::test_loss - lost 1 file*",
         ]
     )
+
+
+LEAKING_IN_EVERY_WAY = """
+import os, pytest
+
+pytestmark = pytest.mark.usefixtures("fd_leak_guard")
+
+def leak():
+    os.open(os.devnull, os.O_RDONLY)
+
+def test_fails():
+    leak()
+    assert not "of the test"
+
+def test_fails_without_a_traceback():
+    leak()
+    pytest.fail("of the test", pytrace=False)
+
+def test_skips():
+    leak()
+    pytest.skip("of the test")
+
+@pytest.mark.xfail
+def test_expected():
+    leak()
+
+@pytest.mark.xfail(strict=True)
+def test_expected_strictly():
+    leak()
+
+@pytest.mark.xfail(raises=ZeroDivisionError)
+def test_expects_another():
+    leak()
+
+@pytest.mark.xfail(raises=ZeroDivisionError, strict=True)
+def test_expects_another_strictly():
+    leak()
+
+def test_expects_at_last():
+    leak()
+    pytest.xfail("of the test")
+
+@pytest.fixture
+def raising(fd_leak_guard):
+    yield
+    1 / 0
+
+def test_teardown(raising):
+    leak()
+
+@pytest.fixture
+def leaking(fd_leak_guard):
+    leak()
+    pytest.fail("of the setup")
+
+def test_setup(leaking):
+    pass
+"""
+
+
+def outcomes(result: pytest.RunResult) -> dict[str, str]:
+    """Return the last word that ``-v`` prints about each test."""
+    return dict(re.findall(r"::test_(\w+) ([A-Z]+)", result.stdout.str()))
+
+
+def test_fd_leak_guard_and_how_the_test_ends(project: pytest.Pytester) -> None:
+    """A test that fails has one report with both; a skip or another error hides no leak."""
+    project.makepyfile(LEAKING_IN_EVERY_WAY)
+    result = project.runpytest_subprocess("-v", "-p", "no:xdist")
+    # The errors: of the fixture that raises with the leak, and of the setup.
+    result.assert_outcomes(failed=7, xfailed=2, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*_ ERROR at setup of test_setup _*",
+            "*file descriptors*",
+            "leaked 1 file descriptor: * (/dev/null)",
+            "*_ test_fails _*",
+            "E * assert not 'of the test'",
+            "*file descriptors*",
+            "leaked 1 file descriptor: * (/dev/null)",
+            "*_ test_fails_without_a_traceback _*",
+            "of the test",
+            "leaked 1 file descriptor: * (/dev/null)",
+            "*_ test_skips _*",
+            "leaked 1 file descriptor: * (/dev/null)",
+        ]
+    )
+    ended = outcomes(result)
+    assert ended["expected"] == ended["expected_strictly"] == "XFAIL"
+    assert ended["expects_another"] == ended["expects_another_strictly"] == "FAILED"
+    assert ended["expects_at_last"] == "FAILED"
+
+
+def test_fd_leak_guard_in_other_reports(project: pytest.Pytester) -> None:
+    """JUnit's XML has a leak as the failure of its test; -x ends the fixtures of the module."""
+    project.makepyfile(
+        """
+        import os, pytest
+
+        @pytest.fixture(scope="module")
+        def of_the_module():
+            yield
+            pytest.fail("at the end of the module")
+
+        def test_leak(fd_leak_guard):
+            os.open(os.devnull, os.O_RDONLY)
+
+        def test_fails(of_the_module, fd_leak_guard):
+            assert not "of the test"
+
+        def test_last(of_the_module):
+            pass
+        """
+    )
+    result = project.runpytest_subprocess("--junitxml=out.xml")
+    result.assert_outcomes(failed=2, passed=1, errors=1)
+    xml = Path(project.path, "out.xml").read_text()
+    assert 'errors="1" failures="2" skipped="0" ' in xml
+    assert '<failure message="leaked 1 file descriptor: ' in xml
+
+    result = project.runpytest_subprocess("-x", "-k", "test_fails")
+    result.assert_outcomes(failed=1, errors=1, deselected=2)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_fails*"])
+
+
+def test_fd_leak_guard_when_another_plugin_runs_the_test(project: pytest.Pytester) -> None:
+    """If another plugin runs tests in pytest's place, its reports are left alone."""
+    project.makeconftest(
+        """
+        from _pytest.runner import runtestprotocol
+
+        def pytest_runtest_protocol(item, nextitem):
+            runtestprotocol(item, nextitem=nextitem)
+            return True
+        """
+    )
+    project.makepyfile(LEAKING.replace("test_leak()", "test_leak(fd_leak_guard)"))
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(
+        ["*ERROR at teardown of test_leak*", "leaked 1 file descriptor: * (/dev/null)"]
+    )
+
+
+def test_fd_leak_guard_of_an_interrupted_teardown(project: pytest.Pytester) -> None:
+    """Ctrl-C in a teardown does not hide that the test has failed."""
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def interrupted():
+            yield
+            raise KeyboardInterrupt
+
+        def test_fails(fd_leak_guard, interrupted):
+            assert not "of the test"
+        """
+    )
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E * assert not 'of the test'"])
 
 
 @pytest.mark.parametrize("arguments", ["a, b", "b, a"])
@@ -674,8 +868,8 @@ def test_fd_leak_guard_with_unix_connection_pair(project: pytest.Pytester, argum
         """
     )
     result = project.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=3, errors=1)
-    result.stdout.fnmatch_lines(["*ERROR at teardown of test_leak*", "E  *  leaked: *, *"])
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*_ test_leak _*", "  leaked: *, *"])
     result.stdout.no_fnmatch_line("*  lost: *")
 
 
@@ -810,6 +1004,6 @@ def test_how_to_test_your_code(project: pytest.Pytester) -> None:
     assert told
     project.makepyfile(sizes=files["sizes"].replace("os.close(fd)", "pass"))
     result = project.runpytest_subprocess("-k", "answers")
-    result.assert_outcomes(passed=1, errors=1)
-    expected = re.sub(r"\d+, /.*/test_", "*, /*/test_", told[1]).replace("E  ", "E  *")
+    result.assert_outcomes(failed=1)
+    expected = re.sub(r"/\S*/test_", "/*/test_", re.sub(r"\b\d\d\b", "*", told[1]))
     result.stdout.fnmatch_lines(expected.splitlines())

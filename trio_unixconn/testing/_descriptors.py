@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from .. import _closing
+from .._address import escaped
 from .._fdtypes import identify_file, kind_of
 from ..errors import NotSupportedError
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _DIRECTORIES: Final = ("/proc/self/fd", "/dev/fd")
 # How long to wait for the library to close what it has queued, in seconds.
 _CLOSING_TIMEOUT: Final = 5.0
+# How many descriptors the first line of a report names.
+_MOST_NAMED: Final = 8
 
 
 @attrs.frozen
@@ -155,24 +158,45 @@ def assert_no_fd_leak() -> AbstractContextManager[None]:
 
     Raises:
       AssertionError: at the end of the block: descriptors leaked (open only after it) or were
-        lost (open only before it). It names each, and its file.
+        lost (open only before it). It begins with "leaked 2 file descriptors: 19 (pipe), ...",
+        and has a line for each, with its file.
       NotSupportedError: as :func:`open_descriptors`.
     """
     return _Guard()
 
 
 def _difference(before: dict[int, _Open], after: dict[int, _Open]) -> str:
-    leaked = [
-        f"  leaked: {fd}, {each.name}{_socket_kind(fd)}"
-        for fd, each in after.items()
-        if before.get(fd) != each
+    parts = [
+        _part("leaked", {fd: each for fd, each in after.items() if before.get(fd) != each}, after),
+        _part("lost", {fd: each for fd, each in before.items() if after.get(fd) != each}, after),
     ]
-    lost = [
-        f"  lost: {fd}, which was {each.name}"
-        for fd, each in before.items()
-        if after.get(fd) != each
+    found = [part for part in parts if part[0]]
+    return "\n".join(["; ".join(first for first, _ in found), *(rest for _, rest in found)])
+
+
+def _part(verb: str, fds: dict[int, _Open], now: dict[int, _Open]) -> tuple[str, str]:
+    """Return the first words of a report, and a line for each descriptor."""
+    if not fds:
+        return "", ""
+    named = [f"{fd} ({_kind(each)})" for fd, each in fds.items()]
+    if len(named) > _MOST_NAMED:
+        named[_MOST_NAMED:] = ["..."]
+    lines = [
+        f"  {verb}: {fd}, {escaped(each.name)}{_socket_kind(fd) if now.get(fd) == each else ''}"
+        for fd, each in fds.items()
     ]
-    return "\n".join(["the open descriptors are not those from before:", *leaked, *lost])
+    plural = "" if len(fds) == 1 else "s"
+    first = f"{verb} {len(fds)} file descriptor{plural}: {', '.join(named)}"
+    return first, "\n".join(lines)
+
+
+def _kind(file: _Open) -> str:
+    """Return what a file is, in a word: ``pipe``, ``eventfd``, or its path."""
+    # The kernel names them pipe:[4711], anon_inode:[eventfd] or anon_inode:inotify.
+    scheme, _, rest = file.name.partition(":")
+    if file.name.startswith("/"):
+        return escaped(file.name)
+    return escaped(rest.strip("[]") if scheme == "anon_inode" else scheme)
 
 
 def _socket_kind(fd: int) -> str:
