@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from tests._helpers.pools import children
+from tests._helpers.processes import children_of
 from tests._helpers.time_limits import limit_time, report_skip
 from trio_unixconn.testing import plugin
 
@@ -83,9 +83,9 @@ def default_sigint() -> Iterator[None]:
 @pytest.fixture
 def no_child_left() -> Iterator[None]:
     """Child processes after the test, zombies included, are those from before it."""
-    before = children()
+    before = children_of(os.getpid())
     yield
-    assert children() == before
+    assert children_of(os.getpid()) == before
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import attrs
 
 from tests._helpers.cli import started
 from tests._helpers.processes import ROOT
-from tests._helpers.serve_cli import Served, hear_signals, until
+from tests._helpers.serve_cli import Served, hear_signals
+from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -95,7 +96,7 @@ def clients_of(port: int, count: int) -> Generator[Sequence[KeepAliveClient], No
 def wait_for_answers(clients: Sequence[KeepAliveClient], count: int) -> None:
     """Wait until each client has got so many more answers."""
     before = [each.answered for each in clients]
-    until(
+    until_sync(
         lambda: all(
             each.answered >= answered + count or each.failures
             for each, answered in zip(clients, before, strict=True)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 import trio.lowlevel
 
+from tests._helpers.processes import open_descriptors
 from trio_unixconn import (
     ConnectionBrokenError,
     Credentials,
@@ -144,7 +145,7 @@ async def _pid(stream: Any, job: Job) -> bytes:
 
 
 async def _descriptors(stream: Any, job: Job) -> bytes:
-    return str(len(os.listdir("/proc/self/fd"))).encode()
+    return str(open_descriptors(os.getpid())).encode()
 
 
 async def _raise(stream: Any, job: Job) -> None:

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import termios
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,10 @@ import attrs
 import pyte
 
 from tests._helpers.cli import COMMAND, ended, started
+from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -163,13 +163,6 @@ def rest_of(client: socket.socket) -> bytes:
     return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def take_terminal() -> None:
     """Make standard input the controlling terminal of this session."""
     hear_signals()
@@ -218,7 +211,7 @@ class Terminal:
 
     def shows(self, *texts: str) -> str:
         """Wait until those are on the screen; return all of it."""
-        until(lambda: self.read() and all(text in self.text() for text in texts))
+        until_sync(lambda: self.read() and all(text in self.text() for text in texts))
         return self.text()
 
     def text(self) -> str:

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from tests._helpers.fuse import file_with_failing_close, fuse_file, hanging_file
-from tests._helpers.helpers import until_sync
+from tests._helpers.waiting import until_sync
 from trio_unixconn import _closing
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests._helpers.processes import cpu_seconds, family, private_bytes
 from tests.bench.connections.cases import OURS
 from tests.bench.connections.pairs import FailedError, MissingError
 from tests.bench.pool.generator import Generator, built, check
-from tests.bench.pool.processes import cpu_seconds, family, private_bytes
 from tests.bench.pool.report import (
     arrivals,
     by_name,

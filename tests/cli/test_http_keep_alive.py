@@ -13,7 +13,7 @@ import pytest
 
 from tests._helpers.cli import ended
 from tests._helpers.http_clients import clients_of, http_server
-from tests._helpers.serve_cli import until
+from tests._helpers.waiting import until_sync
 
 
 def test_keep_alive_clients_survive_restarts_and_a_drain() -> None:
@@ -26,7 +26,7 @@ def test_keep_alive_clients_survive_restarts_and_a_drain() -> None:
                 served.line("restarted: ")
                 # Each of them is told to connect again, and does.
                 for each, count in zip(clients, before, strict=True):
-                    until(lambda each=each, count=count: each.connections > count)  # type: ignore[misc]
+                    until_sync(lambda each=each, count=count: each.connections > count)  # type: ignore[misc]
             served.send(signal.SIGTERM)
             served.line("draining")
         done = ended(served.process)

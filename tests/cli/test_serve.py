@@ -30,9 +30,9 @@ from tests._helpers.serve_cli import (
     make_project,
     rest_of,
     serving,
-    until,
     write_program,
 )
+from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import command
 from trio_unixconn._cli.serve.reload import ReloadFilter, directories_of
 
@@ -593,7 +593,7 @@ def test_the_table(project: Path) -> None:
             rows[:] = [line.split() for line in terminal.text().splitlines() if " ready " in line]
             return sum(int(row[4]) for row in rows if row[-1] == "MiB") == 3
 
-        until(has_all)
+        until_sync(has_all)
         text = terminal.shows("accepted 3 (", "handled 3 (", "in flight  ")
         header = next(line for line in text.splitlines() if "in flight  " in line)
         assert header.split() == [
@@ -675,7 +675,7 @@ def test_reload_sees_a_change_while_workers_import(project: Path) -> None:
         preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
-        until((project / "importing").exists)
+        until_sync((project / "importing").exists)
         (project / "app.py").write_text(APP.replace("one", "two"))
         (project / "gate").unlink()
         served.line("changed: ")

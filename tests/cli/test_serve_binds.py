@@ -26,8 +26,8 @@ from tests._helpers.serve_cli import (
     make_project,
     rest_of,
     serving,
-    until,
 )
+from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import binds
 from trio_unixconn._cli.serve.pid_file import pid_file
 
@@ -291,7 +291,7 @@ def test_serve_replace_under_load(project: Path) -> None:
         serving(project, "which", *arguments) as second,
     ):
         # The first one goes on, but gets no new clients.
-        until(lambda: load.answers[str(second.process.pid)] > 100)
+        until_sync(lambda: load.answers[str(second.process.pid)] > 100)
         assert pid.read_text() == f"{second.process.pid}\n"
         first.drained()
         second.send(signal.SIGHUP)
@@ -299,7 +299,7 @@ def test_serve_replace_under_load(project: Path) -> None:
         with serving(project, "which", *arguments) as third:
             second.send(signal.SIGTERM)
             assert ended(second.process).returncode == 0
-            until(lambda: load.answers[str(third.process.pid)] > 100)
+            until_sync(lambda: load.answers[str(third.process.pid)] > 100)
             assert pid.read_text() == f"{third.process.pid}\n"
             with connected(str(project / "stats")) as client:
                 client.sendall(b"json\n")

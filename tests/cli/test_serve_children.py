@@ -14,7 +14,9 @@ import pytest
 import trio
 
 from tests._helpers.cli import COMMAND, ended, run
-from tests._helpers.serve_cli import Served, answer, hear_signals, make_project, serving, until
+from tests._helpers.processes import children_of
+from tests._helpers.serve_cli import Served, answer, hear_signals, make_project, serving
+from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import children
 from trio_unixconn._cli.serve.children import reap_adopted_children, zombies
 from trio_unixconn._cli.serve.pid_file import pid_file
@@ -37,19 +39,6 @@ async def once(stream, job):
         subprocess.run(["sh", "-c", "sleep 0.2 &"])
     await stream.send_all(b"one")
 """
-
-
-def children_of(pid: int) -> dict[int, str]:
-    """Return the state of each child of a process."""
-    found: dict[int, str] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue
-        if int(parent) == pid:
-            found[int(path.parent.name)] = state
-    return found
 
 
 def test_process_1_reaps_adopted_children(project: Path) -> None:
@@ -76,12 +65,12 @@ def test_process_1_reaps_adopted_children(project: Path) -> None:
             for _ in range(3):
                 assert answer(str(project / "s")) == b"one"
             # All of them have ended, and are reaped.
-            until(lambda: list(children_of(server).values()) == ["S"])
+            until_sync(lambda: list(children_of(server).values()) == ["S"])
             (outside,) = children_of(server)
             os.kill(outside, signal.SIGKILL)
             assert f"(pid {worker})" in (line := served.line("SIGKILL"))
             assert "WARNING" in line
-            until(lambda: answer(str(project / "s")) == b"one")
+            until_sync(lambda: answer(str(project / "s")) == b"one")
         finally:
             os.kill(server, signal.SIGTERM)
         done = ended(process)
@@ -115,7 +104,7 @@ def test_zombies_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError
 
     process = subprocess.Popen([sys.executable, "-c", ""])
-    until(lambda: process.pid in zombies())
+    until_sync(lambda: process.pid in zombies())
     monkeypatch.setattr(os, "listdir", fail)
     assert zombies() == {process.pid}
     process.wait()

@@ -26,8 +26,8 @@ from tests._helpers.serve_cli import (
     make_project,
     rest_of,
     serving,
-    until,
 )
+from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import output
 from trio_unixconn._cli.serve.output import CapturedStream, LineOutput
 
@@ -105,7 +105,7 @@ def test_line_output_put_counts_lines_that_do_not_fit(monkeypatch: pytest.Monkey
         target=lambda: data.extend(b"".join(iter(lambda: os.read(read, 65536), b"")))
     )
     reader.start()
-    until(lambda: lines.is_idle)
+    until_sync(lambda: lines.is_idle)
     lines.put(b"last\n")
     assert lines.close(60)
     reader.join()
@@ -143,7 +143,7 @@ def test_line_output_recovers_from_a_full_disk(tmp_path: Path) -> None:
     )
     for text in (b"one\ntwo\n", b"three\n"):
         lines.put(text)
-        until(lambda: lines.is_idle)
+        until_sync(lambda: lines.is_idle)
     lines.reopen()
     assert reopened.wait(60)
     lines.put(b"four\n")
@@ -159,7 +159,7 @@ def test_line_output_ends_a_torn_line(tmp_path: Path) -> None:
     try:
         lines = LineOutput(fd, lost)
         lines.put(b"one\ntwo two\nthree\n")
-        until(lambda: lines.is_idle)
+        until_sync(lambda: lines.is_idle)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     lines.put(b"four\n")
@@ -173,7 +173,7 @@ def test_line_output_ends_when_the_reader_has_closed_the_pipe() -> None:
     os.close(read)
     lines = LineOutput(write, lost)
     lines.put(b"one\n")
-    until(lambda: lines.is_gone)
+    until_sync(lambda: lines.is_gone)
     lines.put(b"two\n")
     assert lines.close(60)
 
@@ -202,7 +202,7 @@ def test_line_output_reopen_reports_an_error(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     lines = LineOutput(fd, lost, reopen=fail, on_reopened=errors.append)
     lines.reopen()
-    until(lambda: bool(errors))
+    until_sync(lambda: bool(errors))
     lines.put(b"one\n")
     assert lines.close(60)
     assert [getattr(each, "errno", None) for each in errors] == [errno.EACCES]
@@ -332,10 +332,10 @@ def test_log_file_is_opened_again_on_sigusr1(project: Path) -> None:
         text=True,
         preexec_fn=hear_signals,
     ) as process:
-        until(lambda: log.exists() and "ready: " in log.read_text())
+        until_sync(lambda: log.exists() and "ready: " in log.read_text())
         log.rename(old)
         process.send_signal(signal.SIGUSR1)
-        until(lambda: log.exists() and "received SIGUSR1: opened" in log.read_text())
+        until_sync(lambda: log.exists() and "received SIGUSR1: opened" in log.read_text())
         log.unlink()
         log.mkdir()
         process.send_signal(signal.SIGUSR1)
@@ -356,11 +356,11 @@ def test_log_file_that_is_full_recovers(project: Path, tmp_path: Path) -> None:
         cwd=project,
         preexec_fn=hear_signals,
     ) as process:
-        until((project / "s").exists)
+        until_sync((project / "s").exists)
         assert ask(project, b"x") == b""
         log.unlink()
         process.send_signal(signal.SIGUSR1)
-        until(log.exists)
+        until_sync(log.exists)
         assert ask(project, b"y") == b""
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -409,7 +409,7 @@ def test_log_level(project: Path) -> None:
         text=True,
         preexec_fn=hear_signals,
     ) as process:
-        until((project / "s").exists)
+        until_sync((project / "s").exists)
         assert ask(project, b"secret") == b""
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)

@@ -18,9 +18,9 @@ from tests._helpers.serve_cli import (
     environment_without_directory,
     hear_signals,
     make_project,
-    until,
     write_program,
 )
+from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
 
 
@@ -77,7 +77,7 @@ def test_chdir_is_resolved_by_each_restart(tmp_path: Path) -> None:
     with released(tmp_path, *arguments) as process:
         served = Served(process, tmp_path)
         log = tmp_path / "log"
-        until(lambda: log.exists() and "ready: " in log.read_text())
+        until_sync(lambda: log.exists() and "ready: " in log.read_text())
         # Paths of the command line do not move with the release.
         assert {"s", "stats", "pid", "log"} < set(os.listdir(tmp_path))
         assert answer(path) == b"1 data-1"
@@ -85,12 +85,12 @@ def test_chdir_is_resolved_by_each_restart(tmp_path: Path) -> None:
         switch(current, second)
         assert answer(path) == b"1 data-1"
         served.send(signal.SIGHUP)
-        until(lambda: log.read_text().count("restarted: ") == 1)
+        until_sync(lambda: log.read_text().count("restarted: ") == 1)
         assert answer(path) == b"2 data-2"
         # The first one can be deleted now.
         shutil.rmtree(tmp_path / "release-1")
         served.send(signal.SIGTTIN)
-        until(lambda: "changed: " in log.read_text())
+        until_sync(lambda: "changed: " in log.read_text())
         assert answer(path) == b"2 data-2"
         served.drained()
     assert not {"s", "stats", "pid"} & set(os.listdir(tmp_path))
@@ -223,7 +223,7 @@ def test_serve_with_closed_standard_streams(project: Path, closed: str) -> None:
         preexec_fn=hear_signals,
     ) as process:
         log = project / "log"
-        until(lambda: log.exists() and "ready: " in log.read_text())
+        until_sync(lambda: log.exists() and "ready: " in log.read_text())
         assert answer(str(project / "s")) == b"one"
         process.send_signal(signal.SIGTERM)
         done = ended(process)

@@ -19,8 +19,8 @@ from tests._helpers.serve_cli import (
     make_project,
     rest_of,
     serving,
-    until,
 )
+from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,10 +116,10 @@ def test_signal_before_and_after_serving_does_not_kill(project: Path, name: str)
         cwd=project,
         preexec_fn=hear_signals,
     ) as process:
-        until((project / "importing").exists)
+        until_sync((project / "importing").exists)
         process.send_signal(number)
         (project / "go").touch()
-        until((project / "s").exists)
+        until_sync((project / "s").exists)
         with connected(str(project / "s")) as client:
             assert client.recv(4) == b"held"
             process.send_signal(signal.SIGTERM)

@@ -18,9 +18,10 @@ import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from tests._helpers.accept_errors import always, fail_accept
-from tests._helpers.helpers import free_descriptors, until
-from tests._helpers.peer_processes import required
+from tests._helpers.fds import free_descriptors
 from tests._helpers.processes import environment, program
+from tests._helpers.requirements import required
+from tests._helpers.waiting import until
 from tests.core.test_closing import lingering_socket, release_lingering
 from trio_unixconn import (
     ConnectionBusyError,

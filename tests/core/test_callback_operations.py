@@ -17,7 +17,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, free_descriptors, unclog, until
+from tests._helpers.fds import clog, free_descriptors, unclog
+from tests._helpers.processes import open_descriptors
+from tests._helpers.waiting import until
 from trio_unixconn import (
     AsyncResult,
     CallbackConnection,
@@ -489,13 +491,13 @@ async def test_result_never_finished(name: str, arguments: list[Any]) -> None:
         async with open_callback_adapter() as adapter:
             await send_one(one, name)
             getattr(adapter.wrap(two), f"{name}_async")(*arguments, None, calls)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors(os.getpid())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             calls.clear()
             gc.collect()
         assert _closing.wait_closed(30)
-        assert len(os.listdir("/proc/self/fd")) < before
+        assert open_descriptors(os.getpid()) < before
         (warning,) = caught
         assert warning.category is ResourceWarning
         assert f"unfinished result of {name}_async" in str(warning.message)

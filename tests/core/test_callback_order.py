@@ -16,8 +16,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.fds import clog
 from tests._helpers.fuse import fuse_file
-from tests._helpers.helpers import clog
 from trio_unixconn import (
     AsyncResult,
     CallbackConnection,

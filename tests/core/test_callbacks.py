@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, unclog
+from tests._helpers.fds import clog, unclog
 from trio_unixconn import (
     AsyncResult,
     CallbackAdapter,

@@ -14,7 +14,7 @@ import trio
 from trio.lowlevel import wait_readable, wait_writable
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, unclog
+from tests._helpers.fds import clog, unclog
 from trio_unixconn import (
     Cancellable,
     ConnectionClosedError,

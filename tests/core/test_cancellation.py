@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, unclog
+from tests._helpers.fds import clog, unclog
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection, connection_pair
 from trio_unixconn._cancellable import sleep_cancellable
 

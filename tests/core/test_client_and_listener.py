@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import free_descriptors
+from tests._helpers.fds import free_descriptors
 from trio_unixconn import (
     AddressInUseError,
     ConnectionBusyError,

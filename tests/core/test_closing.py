@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests._helpers.helpers import until_sync
+from tests._helpers.waiting import until_sync
 from trio_unixconn import _closing, connection_pair
 
 

@@ -11,7 +11,8 @@ import trio
 from trio.testing import assert_checkpoints, check_half_closeable_stream, wait_all_tasks_blocked
 
 import trio_unixconn
-from tests._helpers.helpers import clog, clogged_pair, pair, stdlib_peer
+from tests._helpers.fds import clog
+from tests._helpers.peers import clogged_pair, pair, stdlib_peer
 from trio_unixconn import (
     ConnectionBrokenError,
     ConnectionBusyError,

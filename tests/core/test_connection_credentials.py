@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import Peer, stdlib_peer
+from tests._helpers.peers import Peer, stdlib_peer
 from trio_unixconn import (
     Credentials,
     DescriptorsTruncatedError,
@@ -111,7 +111,7 @@ async def test_receive_credentials_rejects_a_descriptor(*, credentials: bool) ->
 
 async def test_receive_credentials_with_truncated_descriptors() -> None:
     """Descriptors for which there was no slot are DescriptorsTruncatedError here too."""
-    from tests._helpers.helpers import free_descriptors
+    from tests._helpers.fds import free_descriptors
 
     async with stdlib_peer() as peer:
         await peer.ask("send", kinds=[["file"] * 3])

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests._helpers.helpers import clogged_pair, pair
+from tests._helpers.peers import clogged_pair, pair
 from trio_unixconn import (
     ConnectionBrokenError,
     ConnectionClosedError,

@@ -13,7 +13,7 @@ import trio
 import trio.lowlevel
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import as_nobody
+from tests._helpers.users import as_nobody
 from trio_unixconn import (
     AddressInUseError,
     Cancellable,

@@ -14,7 +14,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, free_descriptors, look, stdlib_peer, unclog
+from tests._helpers.fds import clog, free_descriptors, look, unclog
+from tests._helpers.peers import stdlib_peer
 from tests._helpers.programs.stdlib_peer import open_kind
 from trio_unixconn import (
     DescriptorsRefusedError,

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests._helpers.fds import free_descriptors
 from tests._helpers.fuse import file_with_failing_close, hanging_file
-from tests._helpers.helpers import free_descriptors, stdlib_peer, until_sync
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.waiting import until_sync
 from trio_unixconn import (
     DescriptorKind,
     UnixConnection,

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from tests._helpers.fuse import hanging_file
-from tests._helpers.helpers import until
+from tests._helpers.waiting import until
 from tests.core.test_closing import is_open, lingering_socket, release_lingering
 from trio_unixconn import (
     Cancellable,

@@ -12,7 +12,9 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import free_descriptors, look, stdlib_peer
+from tests._helpers.fds import free_descriptors, look
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.processes import open_descriptors
 from trio_unixconn import (
     ConnectionBrokenError,
     ConnectionBusyError,
@@ -53,7 +55,7 @@ def size_of(fd: int) -> int:
 
 
 def count_open() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return open_descriptors(os.getpid())
 
 
 async def test_fds_until_the_end_of_the_stream() -> None:

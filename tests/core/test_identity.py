@@ -18,21 +18,24 @@ import attrs
 import pytest
 import trio
 
-from tests._helpers.helpers import free_descriptors, until
-from tests._helpers.peer_processes import (
-    OTHER_UID,
+from tests._helpers.fds import free_descriptors
+from tests._helpers.peers import (
     PeerProcess,
-    as_root,
     client_process,
+    report_of,
+    reporting_process,
+    shared_directory,
+)
+from tests._helpers.processes import family
+from tests._helpers.requirements import (
     in_pid_namespace,
     mount_namespaces,
     peer_pidfds,
     pid_namespaces,
-    report_of,
-    reporting_process,
-    shared_directory,
     unshared,
 )
+from tests._helpers.users import OTHER_UID, as_root
+from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
     Credentials,
@@ -725,12 +728,6 @@ async def test_identity_of_an_exited_peer_outside_of_the_pid_namespace(
         assert seen["gone"]
         assert not seen["alive"]
         assert seen["pidfd"].startswith("PeerGoneError")
-
-
-def family(pid: int) -> list[int]:
-    """Return a process and its children."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in family(int(child)))]
 
 
 async def stopped(pid: int) -> None:

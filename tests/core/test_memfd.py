@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests._helpers.descriptor_kinds import KIND, KINDS, of_kind, opened, pass_on
-from tests._helpers.helpers import free_descriptors, stdlib_peer
+from tests._helpers.fds import free_descriptors
+from tests._helpers.peers import stdlib_peer
 from trio_unixconn import (
     DescriptorKind,
     Seals,

@@ -14,9 +14,10 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints
 
+from tests._helpers.fds import sizes, some
 from tests._helpers.fuse import file_with_failing_close
-from tests._helpers.helpers import sizes, some, stdlib_peer
-from tests._helpers.peer_processes import SO_PASSPIDFD, kernel_has, message_pidfds
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.requirements import SO_PASSPIDFD, kernel_has, message_pidfds
 from trio_unixconn import (
     Cancellable,
     Credentials,

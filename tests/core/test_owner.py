@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import trio_unixconn
-from tests._helpers.helpers import some
+from tests._helpers.fds import some
 from trio_unixconn import Message, UnixFDList, UnixFDMessage, connection_pair
 from trio_unixconn._owner import DescriptorOwner
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests._helpers.helpers import as_nobody
-from tests._helpers.peer_processes import as_root
 from tests._helpers.processes import environment
+from tests._helpers.users import as_nobody, as_root
 from trio_unixconn import (
     AddressInUseError,
     UnixSocketAddress,

@@ -24,20 +24,17 @@ import trio
 import trio.lowlevel
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import counted, free_descriptors
-from tests._helpers.peer_processes import (
-    OTHER_UID,
+from tests._helpers.fds import free_descriptors
+from tests._helpers.peers import (
     PeerProcess,
-    as_root,
     client_process,
-    mount_namespaces,
-    peer_pidfds,
     report_of,
     reporting_process,
     shared_directory,
-    unshared,
-    user_namespaces,
 )
+from tests._helpers.requirements import mount_namespaces, peer_pidfds, unshared, user_namespaces
+from tests._helpers.users import OTHER_UID, as_root
+from tests._helpers.waiting import counted
 from trio_unixconn import (
     ConnectionClosedError,
     Credentials,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests._helpers.helpers import Peer, free_descriptors, stdlib_peer
-from tests._helpers.peer_processes import SO_PASSPIDFD, message_pidfds, passrights
+from tests._helpers.fds import free_descriptors
+from tests._helpers.peers import Peer, stdlib_peer
+from tests._helpers.requirements import SO_PASSPIDFD, message_pidfds, passrights
 from trio_unixconn import (
     Credentials,
     DescriptorsRefusedError,

@@ -11,7 +11,8 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import drain, free_descriptors, sizes, some, stdlib_peer
+from tests._helpers.fds import drain, free_descriptors, sizes, some
+from tests._helpers.peers import stdlib_peer
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import free_descriptors, stdlib_peer
+from tests._helpers.fds import free_descriptors
+from tests._helpers.peers import stdlib_peer
 from trio_unixconn import (
     Cancellable,
     ConnectionBusyError,

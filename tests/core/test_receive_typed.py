@@ -16,8 +16,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.descriptor_kinds import KIND, KINDS, of_kind, opened, pass_on
+from tests._helpers.fds import look, some
 from tests._helpers.fuse import hanging_file
-from tests._helpers.helpers import counted, look, some, stdlib_peer, until, until_sync
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.waiting import counted, until, until_sync
 from trio_unixconn import (
     Cancellable,
     DescriptorKind,

@@ -15,7 +15,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog
+from tests._helpers.fds import clog
+from tests._helpers.processes import open_descriptors
 from trio_unixconn import (
     ConnectionClosedError,
     PeerDeniedError,
@@ -329,8 +330,8 @@ async def test_refusal_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", start)
     one, two = connection_pair()
     async with one, two:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors(os.getpid())
         await one.send_message(b"x", fds=[0, 0])
         with pytest.raises(UnexpectedControlMessageError):
             await two.receive_fd()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors(os.getpid()) == before

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, some, unclog
+from tests._helpers.fds import clog, some, unclog
 from tests.core.test_cancellation import BeforeTheTasks
 from trio_unixconn import Cancellable, ConnectionClosedError, UnixConnection, connection_pair
 

@@ -14,7 +14,9 @@ import pytest
 import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, drain, free_descriptors, skip_unless_ci, some, stdlib_peer
+from tests._helpers.fds import clog, drain, free_descriptors, some
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.requirements import skip_unless_ci
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

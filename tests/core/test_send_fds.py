@@ -13,17 +13,9 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import (
-    clog,
-    drain,
-    free_descriptors,
-    look,
-    sizes,
-    some,
-    stdlib_peer,
-    unclog,
-)
-from tests._helpers.peer_processes import required
+from tests._helpers.fds import clog, drain, free_descriptors, look, sizes, some, unclog
+from tests._helpers.peers import stdlib_peer
+from tests._helpers.requirements import required
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

@@ -10,7 +10,8 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests._helpers.helpers import clog, sizes, some, stdlib_peer, unclog
+from tests._helpers.fds import clog, sizes, some, unclog
+from tests._helpers.peers import stdlib_peer
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

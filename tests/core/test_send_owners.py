@@ -14,8 +14,8 @@ import pytest
 import trio
 from trio.testing import open_stream_to_socket_listener, wait_all_tasks_blocked
 
+from tests._helpers.fds import clog, drain, free_descriptors, some, unclog
 from tests._helpers.fuse import file_with_failing_close, hanging_file
-from tests._helpers.helpers import clog, drain, free_descriptors, some, unclog
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

@@ -17,7 +17,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests._helpers.accept_errors import fail_accept
-from tests._helpers.helpers import counted, free_descriptors, until
+from tests._helpers.fds import free_descriptors
+from tests._helpers.processes import open_descriptors
+from tests._helpers.waiting import counted, until
 from trio_unixconn import (
     AddressInUseError,
     ConnectionBrokenError,
@@ -736,11 +738,11 @@ async def test_serve_unix_a_hundred_clients_with_backlog_0(path: Path) -> None:
 
 async def test_open_unix_connection_cancelled_with_a_full_backlog(path: Path) -> None:
     """Clients that are cancelled while the queue is full leak nothing."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(os.getpid())
     async with await open_unix_listener(path, backlog=0), await open_unix_connection(path):
         with trio.move_on_after(0.1) as scope:
             async with trio.open_nursery() as clients:
                 for _ in range(100):
                     clients.start_soon(open_unix_connection, path)
         assert scope.cancelled_caught
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors(os.getpid()) == before

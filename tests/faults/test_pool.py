@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests._helpers.helpers import until
 from tests._helpers.processes import environment, python
+from tests._helpers.waiting import until
 from tests.faults.pool.runner import SCENES
 from trio_unixconn.pool import open_worker_pool
 

@@ -20,7 +20,8 @@ import attrs
 import pytest
 import trio
 
-from tests._helpers.helpers import free_descriptors
+from tests._helpers.fds import free_descriptors
+from tests._helpers.processes import open_descriptors
 from tests.hostile.calls import MIXES, Driver, names, one_call
 from trio_unixconn import ConnectionBrokenError, UnixConnection
 
@@ -91,7 +92,7 @@ def command(case: tuple[str, bool, bool, bool], request: pytest.FixtureRequest) 
 
 def open_count() -> int:
     """Return how many descriptors are open."""
-    return len(os.listdir("/proc/self/fd"))
+    return open_descriptors(os.getpid())
 
 
 async def everything_closed(before: int) -> None:

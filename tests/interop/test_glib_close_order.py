@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import trio
 
-from tests._helpers.helpers import clog
+from tests._helpers.fds import clog
 from tests.interop.harness import SYSTEM_PYTHON
 from trio_unixconn import (
     AsyncResult,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests._helpers.http_clients import clients_of, http_server, wait_for_answers
-from tests._helpers.serve_cli import until
+from tests._helpers.waiting import until_sync
 from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def proxy(name: str, directory: Path, app: int) -> Generator[int, None, None]:
 
     with subprocess.Popen([program, *COMMANDS[name], str(config)]) as process:
         try:
-            until(is_listening)
+            until_sync(is_listening)
             yield port
         finally:
             process.terminate()

@@ -8,7 +8,8 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from tests._helpers.cli import COMMAND
-from tests._helpers.serve_cli import Served, answer, connected, hear_signals, make_project, until
+from tests._helpers.serve_cli import Served, answer, connected, hear_signals, make_project
+from tests._helpers.waiting import until_sync
 from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
-        until((project / "u").exists)
+        until_sync((project / "u").exists)
         # It starts the command when a client connects, which is not accepted yet.
         with connected(path) as client:
             served.line(f"listening at unix:{path}")
@@ -78,7 +79,7 @@ def test_systemd_socket_activate_with_a_policy(tmp_path: Path) -> None:
         preexec_fn=hear_signals,
     ) as process:
         served = Served(process, project)
-        until((project / "u").exists)
+        until_sync((project / "u").exists)
         with connected(path) as client:
             assert client.recv(1) == b""
         assert "denied" in served.line("denied")

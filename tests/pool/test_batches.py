@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests._helpers.helpers import until
+from tests._helpers.waiting import until
 from trio_unixconn.pool import open_worker_pool
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests._helpers.pools import client_of
+from tests._helpers.pool import client_of
 from trio_unixconn.pool import open_worker_pool
 
 pytestmark = pytest.mark.usefixtures("no_child_left")

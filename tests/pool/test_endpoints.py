@@ -18,8 +18,9 @@ import trio
 
 from tests._helpers import pool_handlers
 from tests._helpers.fuse import file_with_failing_close, fuse_file
-from tests._helpers.helpers import until
-from tests._helpers.pools import at_rest, ends, open_in, pids
+from tests._helpers.pool import at_rest, ends, pids
+from tests._helpers.processes import open_descriptors
+from tests._helpers.waiting import until
 from trio_unixconn import (
     HandlerError,
     UnixConnection,
@@ -203,7 +204,7 @@ async def test_submit_leaks_no_fds() -> None:
     async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
         await pool.call(data=b"pid")
         (pid,) = pids(pool)
-        before, here = open_in(pid), open_in(os.getpid())
+        before, here = open_descriptors(pid), open_descriptors(os.getpid())
         for _ in range(50):
             for fd in os.open("/dev/null", os.O_RDWR), os.memfd_create("memory"):
                 await pool.submit(fd)
@@ -220,7 +221,7 @@ async def test_submit_leaks_no_fds() -> None:
             await pool.call(data=b"pid")
         gc.collect()
         await at_rest(pool)
-        assert (open_in(pid), open_in(os.getpid())) == (before, here)
+        assert (open_descriptors(pid), open_descriptors(os.getpid())) == (before, here)
 
 
 ################################################################

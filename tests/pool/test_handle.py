@@ -20,8 +20,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import until
-from tests._helpers.pools import at_rest, check_sums, lines, null, pids
+from tests._helpers.pool import at_rest, check_sums, lines, null, pids
+from tests._helpers.waiting import until
 from trio_unixconn import (
     EndOfStreamError,
     JobRefusedError,

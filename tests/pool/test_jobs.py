@@ -15,8 +15,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers import pool_handlers
-from tests._helpers.helpers import until
-from tests._helpers.pools import Client, at_rest, check_sums, client_of, ends, lines, null, pids
+from tests._helpers.pool import Client, at_rest, check_sums, client_of, ends, lines, null, pids
+from tests._helpers.waiting import until
 from trio_unixconn import HandlerError, JobRefusedError, PoolClosedError, WorkerDiedError
 from trio_unixconn.pool import open_worker_pool
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests._helpers.helpers import until
-from tests._helpers.pools import lines, null, pids
+from tests._helpers.pool import lines, null, pids
+from tests._helpers.waiting import until
 from trio_unixconn import JobRefusedError, PoolClosedError, WorkerDiedError
 from trio_unixconn.pool import _protocol, open_worker_pool
 from trio_unixconn.pool._handle import WorkerHandle

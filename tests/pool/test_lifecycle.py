@@ -17,21 +17,19 @@ import trio
 import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import counted, until
-from tests._helpers.pools import (
+from tests._helpers.pool import (
     at_rest,
     check_sums,
-    children,
     client_of,
     ended,
     ends,
-    has_ended,
     lines,
     null,
     pids,
     watched,
 )
-from tests._helpers.processes import environment, program
+from tests._helpers.processes import children_of, environment, has_ended, program
+from tests._helpers.waiting import counted, until
 from trio_unixconn import (
     HandlerError,
     JobRefusedError,
@@ -101,7 +99,7 @@ async def test_drain_finishes_all_jobs(shared: Path) -> None:
                 assert not drained.is_set()
                 await other.end()
             await drained.wait()
-        assert children() == {}
+        assert children_of(os.getpid()) == {}
         found = pool.statistics()
         assert (found.handled, found.abandoned, found.deaths) == (2, 0, 0)
         check_sums(found)
@@ -244,7 +242,7 @@ async def test_drain_while_max_jobs_replaces_a_worker(shared: Path) -> None:
         await until(lambda: [each.state for each in pool.statistics().workers] == ["draining"])
         (shared / "go on").touch()
         await restarted.wait()
-        await until(lambda: len(children()) == 1)
+        await until(lambda: len(children_of(os.getpid())) == 1)
         await client.stream.send_all(b"still there")
         assert await client.stream.receive_some() == b"STILL THERE"
         await client.end()
@@ -268,7 +266,7 @@ async def test_scale_up_raises_when_a_drain_begins(shared: Path) -> None:
             nursery.start_soon(scale)
             await until(lambda: len(lines(shared / "waits")) == 2)
             await pool.drain()
-            assert children() == {}
+            assert children_of(os.getpid()) == {}
             await told.wait()
         assert len(pool.statistics().workers) == 1
 
@@ -508,7 +506,7 @@ async def test_restart_that_is_cancelled(shared: Path) -> None:
                 nursery.start_soon(pool.restart)
                 await until(lambda: len(lines(shared / "waits")) == 1)
                 scope.cancel()
-        await until(lambda: set(children()) == set(before))
+        await until(lambda: set(children_of(os.getpid())) == set(before))
         assert await pool.call() == b"nothing to do"
 
 
@@ -535,7 +533,7 @@ async def test_scale_up_and_down(shared: Path) -> None:
             assert await client.stream.receive_some(1) == b"X"
             with pytest.raises(ValueError, match="worker must be the index of a worker, below 1"):
                 await pool.submit(0, worker=1)
-        await until(lambda: set(children()) == {first})
+        await until(lambda: set(children_of(os.getpid())) == {first})
         assert (await at_rest(pool)).deaths == 0
         with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
             await pool.scale(0)
@@ -549,7 +547,7 @@ async def test_scale_that_fails(shared: Path) -> None:
         before = pids(pool)
         with pytest.raises(WorkerStartError):
             await pool.scale(5)
-        await until(lambda: set(children()) == set(before) and pids(pool) == before)
+        await until(lambda: set(children_of(os.getpid())) == set(before) and pids(pool) == before)
 
 
 async def test_scale_that_is_cancelled(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +563,7 @@ async def test_scale_that_is_cancelled(shared: Path, monkeypatch: pytest.MonkeyP
                 await until(lambda: len(lines(shared / "waits")) == 3)
                 await until(lambda: len(lines(shared / "ready")) == 2)
                 scope.cancel()
-        await until(lambda: set(children()) == set(before))
+        await until(lambda: set(children_of(os.getpid())) == set(before))
 
 
 async def test_scale_up_while_a_new_worker_dies(
@@ -609,7 +607,7 @@ async def test_drain_ends_a_worker_that_is_starting(shared: Path) -> None:
             nursery.start_soon(pool.drain)
             await until(lambda: pool.statistics().workers[0].state == "draining")
             (shared / "go on").touch()
-            await until(lambda: set(children()) == {first})
+            await until(lambda: set(children_of(os.getpid())) == {first})
             await client.end()
 
 
@@ -676,7 +674,7 @@ async def test_scale_down_ends_a_worker_that_is_starting(shared: Path) -> None:
         await until(lambda: len(lines(shared / "waits")) == 2)
         await pool.scale(1)
         (shared / "go on").touch()
-        await until(lambda: set(children()) == {first} and pids(pool) == [first])
+        await until(lambda: set(children_of(os.getpid())) == {first} and pids(pool) == [first])
 
 
 async def test_scale_down_during_a_pause_before_a_restart(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests._helpers.helpers import counted, until
-from tests._helpers.pools import at_rest, client_of, ended, lines, pids, watched
+from tests._helpers.pool import at_rest, client_of, ended, lines, pids, watched
+from tests._helpers.waiting import counted, until
 from trio_unixconn.pool import _process, _statistics, _supervisor, open_worker_pool
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests._helpers.pools import null
+from tests._helpers.pool import null
 from trio_unixconn import SendError, UnixConnection
 from trio_unixconn.pool import open_worker_pool
 

@@ -15,8 +15,9 @@ import pytest
 import trio
 
 from tests._helpers import pool_handlers
-from tests._helpers.helpers import free_descriptors
-from tests._helpers.pools import at_rest, children, client_of, ends, lines, pids
+from tests._helpers.fds import free_descriptors
+from tests._helpers.pool import at_rest, client_of, ends, lines, pids
+from tests._helpers.processes import children_of
 from trio_unixconn import (
     HandlerError,
     Seals,
@@ -45,7 +46,7 @@ async def test_open_worker_pool_waits_until_workers_are_ready(shared: Path) -> N
         found = pool.statistics()
         assert [each.state for each in found.workers] == ["ready"] * 3
         assert [each.index for each in found.workers] == [0, 1, 2]
-        assert set(children()) == set(pids(pool))
+        assert set(children_of(os.getpid())) == set(pids(pool))
         assert sorted(map(int, lines(shared / "began"))) == sorted(pids(pool))
         assert not (shared / "ended").exists()
         assert all(each.memory > 1_000_000 and each.age >= 0 for each in found.workers)

@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests._helpers.helpers import until
-from tests._helpers.pools import client_of, lines, pids
+from tests._helpers.pool import client_of, lines, pids
+from tests._helpers.waiting import until
 from trio_unixconn.pool import WorkerPool, _supervisor, open_worker_pool, serve_statistics
 from trio_unixconn.pool._pool import wait_worker_exit
 

@@ -20,9 +20,10 @@ import attrs
 import pytest
 import trio
 
-from tests._helpers.helpers import free_descriptors, until
-from tests._helpers.pools import pids, watched
+from tests._helpers.fds import free_descriptors
+from tests._helpers.pool import pids, watched
 from tests._helpers.processes import ROOT
+from tests._helpers.waiting import until
 from trio_unixconn import WorkerDiedError, WorkerStartError
 from trio_unixconn.pool import WorkerInfo, _process, open_worker_pool
 from trio_unixconn.pool._process import FdReserve, describe_exit

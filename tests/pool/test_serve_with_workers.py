@@ -20,9 +20,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import free_descriptors, until
-from tests._helpers.peer_processes import passrights
+from tests._helpers.fds import free_descriptors
 from tests._helpers.processes import environment
+from tests._helpers.requirements import passrights
+from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
     HandlerError,

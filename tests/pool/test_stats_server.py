@@ -20,8 +20,9 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import free_descriptors, until
+from tests._helpers.fds import free_descriptors
 from tests._helpers.statistics_samples import STATISTICS, latency
+from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionBrokenError,
     ConnectionClosedError,

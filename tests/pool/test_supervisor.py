@@ -14,18 +14,9 @@ import trio
 import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import until
-from tests._helpers.pools import (
-    at_rest,
-    children,
-    client_of,
-    ended,
-    ends,
-    lines,
-    null,
-    pids,
-    watched,
-)
+from tests._helpers.pool import at_rest, client_of, ended, ends, lines, null, pids, watched
+from tests._helpers.processes import children_of
+from tests._helpers.waiting import until
 from trio_unixconn import JobRefusedError, PoolClosedError, WorkerDiedError, WorkerStartError
 from trio_unixconn.pool import AbandonedJob, _process, _supervisor, open_worker_pool
 from trio_unixconn.pool._handle import HandleState, WorkerHandle
@@ -79,7 +70,7 @@ async def test_restart_starts_all_before_an_old_worker_leaves(shared: Path) -> N
             assert (pids(pool), states(pool)) == (before, ["ready"] * 2)
             (shared / "wait 3").unlink()
         assert {await pool.call(worker=index) for index in (0, 1)} == {b"2", b"3"}
-        await until(lambda: len(children()) == 2)
+        await until(lambda: len(children_of(os.getpid())) == 2)
         assert pool.statistics().restarts == 2
 
 
@@ -99,7 +90,7 @@ async def test_restart_that_fails_half_way_keeps_all_old_workers(shared: Path) -
             await until(lambda: len(lines(shared / "ready")) == 5)
             (shared / "wait 5").unlink()
         assert pids(pool)[:3] == before
-        await until(lambda: set(children()) == set(before))
+        await until(lambda: set(children_of(os.getpid())) == set(before))
         found = await at_rest(pool)
         assert (found.restarts, found.deaths) == (0, 0)
         await pool.restart()
@@ -153,13 +144,13 @@ async def test_drain_during_restart_ends_both(shared: Path) -> None:
             nursery.start_soon(restart)
             await wait_all_tasks_blocked()
             await pool.drain()
-            assert children() == {}
+            assert children_of(os.getpid()) == {}
         assert results == ["restart"] * 2
         with pytest.raises(PoolClosedError):
             await pool.restart()
         with pytest.raises(PoolClosedError):
             await pool.scale(2)
-        assert children() == {}
+        assert children_of(os.getpid()) == {}
 
 
 async def test_drain_during_restart_ends_it_while_jobs_are_queued(shared: Path) -> None:
@@ -206,7 +197,7 @@ async def test_drain_during_restart_ends_new_workers_that_are_ready(shared: Path
         await until(lambda: sum(each.state is ready for each in alive) == 3)
         await until(lambda: len(alive) == 4)
         await pool.drain()
-        assert children() == {}
+        assert children_of(os.getpid()) == {}
 
 
 async def test_drain_during_scale_leaves_no_process(shared: Path) -> None:
@@ -224,7 +215,7 @@ async def test_drain_during_scale_leaves_no_process(shared: Path) -> None:
         nursery.start_soon(scale)
         await until(lambda: len(lines(shared / "started")) == 1 + _supervisor.max_starting())
         await pool.drain()
-        assert children() == {}
+        assert children_of(os.getpid()) == {}
 
 
 async def test_drain_ends_the_restart_of_a_crashed_worker(shared: Path) -> None:
@@ -234,7 +225,7 @@ async def test_drain_ends_the_restart_of_a_crashed_worker(shared: Path) -> None:
         os.kill(pids(pool)[0], signal.SIGKILL)
         await until(lambda: len(lines(shared / "started")) == 2)
         await pool.drain()
-        assert children() == {}
+        assert children_of(os.getpid()) == {}
 
 
 async def test_restart_twice_at_a_time(shared: Path) -> None:
@@ -269,7 +260,7 @@ async def test_open_worker_pool_starts_few_workers_at_a_time(
         for count in range(2, 6):
             await until(lambda count=count: len(lines(shared / "started")) == count)  # type: ignore[misc]
             await wait_all_tasks_blocked(0.01)
-            assert len(children()) == count
+            assert len(children_of(os.getpid())) == count
             (shared / f"wait {count - 2}").unlink()
             await until(lambda count=count: len(lines(shared / "ready")) == count - 1)  # type: ignore[misc]
         (shared / "wait 4").unlink()
@@ -380,7 +371,7 @@ async def test_crash_limit_of_a_slot_that_was_scaled_away(shared: Path, no_pause
         await until(lambda: len(lines(shared / "started")) == 4)
         await pool.scale(1)
         (shared / "wait 3").unlink()
-        await until(lambda: len(children()) == 1)
+        await until(lambda: len(children_of(os.getpid())) == 1)
         assert await pool.call() in {b"0", b"1"}
         assert len(lines(shared / "started")) == 4
 

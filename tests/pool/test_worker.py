@@ -17,9 +17,9 @@ import attrs
 import pytest
 import trio
 
-from tests._helpers.helpers import until
+from tests._helpers.pool import ends, lines
 from tests._helpers.pool_handlers import note
-from tests._helpers.pools import ends, lines
+from tests._helpers.waiting import until
 from trio_unixconn import WorkerStartError
 from trio_unixconn._frames import Frame, FrameDecoder, encode_frame
 from trio_unixconn._version import __version__

@@ -17,8 +17,8 @@ import trio
 import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.helpers import counted, free_descriptors, until
-from tests._helpers.pools import (
+from tests._helpers.fds import free_descriptors
+from tests._helpers.pool import (
     at_rest,
     check_sums,
     client_of,
@@ -26,10 +26,11 @@ from tests._helpers.pools import (
     ends,
     lines,
     null,
-    open_in,
     pids,
     watched,
 )
+from tests._helpers.processes import open_descriptors
+from tests._helpers.waiting import counted, until
 from trio_unixconn import (
     HandlerError,
     JobRefusedError,
@@ -259,7 +260,7 @@ async def test_submit_to_one_worker_without_free_descriptors(shared: Path) -> No
         HOLD, workers=2, setup="tests._helpers.pool_handlers:one_is_poor"
     ) as pool:
         poor = {each.index: each.pid for each in pool.statistics().workers}
-        before = {pid: open_in(pid) for pid in poor.values()}
+        before = {pid: open_descriptors(pid) for pid in poor.values()}
         receipts = []
         for _ in range(4):
             async with client_of(pool) as client:
@@ -273,7 +274,7 @@ async def test_submit_to_one_worker_without_free_descriptors(shared: Path) -> No
         refusals = {each.pid: each.refusals for each in found.workers}
         assert refusals.pop(receipts[0].pid) == 0
         assert sum(refusals.values()) == found.retried
-        assert {pid: open_in(pid) for pid in poor.values()} == before
+        assert {pid: open_descriptors(pid) for pid in poor.values()} == before
         # A job without a file descriptor needs none in the worker.
         async with trio.open_nursery() as nursery:
             for _ in range(10):

@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING
 import attrs
 from rich.console import Console
 
+from tests._helpers.processes import machine_busy, private_bytes
 from tests.bench.connections.cases import OURS
 from tests.bench.connections.pairs import FailedError, MissingError
 from tests.bench.connections.report import Result, show_goals
 from tests.bench.connections.runner import add_choices, checked, in_turn, machine, progress_bar
 
 from .generator import Generator, Measured, built, check
-from .processes import machine_busy, private_bytes
 from .report import (
     Figures,
     Turn,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import attrs
 
-from tests._helpers.processes import environment
+from tests._helpers.processes import cpu_of, environment, family, open_descriptors
 from tests.bench.connections.cases import OURS
 from tests.bench.connections.pairs import (
     FailedError,
@@ -29,7 +29,6 @@ from tests.bench.connections.pairs import (
     python,
 )
 
-from .processes import cpu_of, family, open_descriptors
 from .workloads import NODE, REUSEPORT, SHARED, SINGLE
 
 PACKAGE = f"{__package__}.implementations"

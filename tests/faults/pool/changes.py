@@ -1,6 +1,6 @@
 """Scenes in which workers are replaced, or lack file descriptors; clients must not notice.
 
-Invariant: a scene returns figures; it judges by what was seen from outside.
+Invariant: a scene returns figures; it judges by what was observed from outside.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from . import outside
+from tests._helpers import processes
+from tests._helpers.waiting import until
+
 from .audit import Figure, Records, at_least, at_most, audit, equal, leftovers, none, shown
 from .clients import ANSWERED
-from .running import PATIENCE, WORKERS, Running, running, until
+from .running import PATIENCE, WORKERS, Running, running
 
 if TYPE_CHECKING:
     from .clients import Load
@@ -122,7 +124,7 @@ async def scarce(sizes: Sizes, seed: int) -> list[Figure]:
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             # In turns: no room at all, and room for a part of a batch.
             room = 3 if number % 2 else 0
-            limit = outside.highest_descriptor(pid) + 1 + room if room else _STANDARD
+            limit = processes.highest_descriptor(pid) + 1 + room if room else _STANDARD
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
             # What it has acknowledged before comes first.
             await load.more(sizes.step // 10)
@@ -159,13 +161,13 @@ async def scarce_pool(sizes: Sizes, seed: int) -> list[Figure]:
             await load.more(sizes.step)
             soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
             # Fewer than there are clients, and as many as a busy server may have left.
-            limit = outside.highest_descriptor(server.pid) + 1 + sizes.at_a_time // 4
+            limit = processes.highest_descriptor(server.pid) + 1 + sizes.at_a_time // 4
             resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, hard))
             # Those that are started at once have descriptors that the dead ones had; so once more.
             for _ in range(2):
                 await until(server.workers)
                 for pid in server.workers():
-                    if outside.send_to_child(pid, server.pid, signal.SIGKILL):
+                    if processes.send_to_child(pid, server.pid, signal.SIGKILL):
                         pids.add(pid)
                 await trio.sleep(0.1)
             begin = trio.current_time()

@@ -1,6 +1,6 @@
 """Scenes in which processes die: workers, workers that hang, and the pool's own.
 
-Invariant: a scene returns figures; it judges by what was seen from outside.
+Invariant: a scene returns figures; it judges by what was observed from outside.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from . import outside
+from tests._helpers import processes
+from tests._helpers.waiting import until
+
 from .audit import Figure, Records, at_most, audit, equal, leftovers, none, shown
-from .running import WORKERS, Running, running, until
+from .running import WORKERS, Running, running
 
 if TYPE_CHECKING:
     from .clients import Load
@@ -110,7 +112,7 @@ async def stopped_workers(sizes: Sizes, seed: int) -> list[Figure]:
         for _ in range(sizes.rounds):
             await load.more(sizes.step)
             pid = rng.choice(await server.pids())
-            pidfd = outside.open_child(pid, server.pid)
+            pidfd = processes.open_child(pid, server.pid)
             assert pidfd is not None
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
@@ -158,7 +160,7 @@ async def everything(sizes: Sizes, seed: int) -> list[Figure]:
             if what == signal.SIGSTOP:
                 # Not one that is starting, which may take a minute.
                 pid = rng.choice([*await server.pids(), 0])
-                if not outside.send_to_child(pid, server.pid, what):
+                if not processes.send_to_child(pid, server.pid, what):
                     continue
             else:
                 pid = await server.signal_one(rng, what)
@@ -214,10 +216,10 @@ async def _end_of(sizes: Sizes, seed: str, handler: str) -> tuple[float, int, in
                 await load.more(2 * sizes.at_a_time)
             await trio.sleep(rng.random() / 10)
             pids = server.workers()
-            pidfds = [pidfd for pid in pids if (pidfd := outside.open_child(pid, server.pid))]
+            pidfds = [pidfd for pid in pids if (pidfd := processes.open_child(pid, server.pid))]
             server.process.send_signal(signal.SIGKILL)
             # Nothing else is done meanwhile: the clients are only there to be a load until then.
-            seconds, left = outside.seconds_until_ended(pidfds, 10)
+            seconds, left = processes.seconds_until_ended(pidfds, 10)
             for each in pidfds:
                 os.close(each)
             nursery.cancel_scope.cancel()

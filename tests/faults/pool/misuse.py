@@ -1,6 +1,6 @@
 """Scenes in which handlers, clients, callbacks and operators do what they should not.
 
-Invariant: a scene returns figures; it judges by what was seen from outside.
+Invariant: a scene returns figures; it judges by what was observed from outside.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from . import outside
+from tests._helpers import processes
+from tests._helpers.waiting import until
+
 from .audit import Figure, Records, at_least, at_most, audit, equal, leftovers, none, shown
 from .clients import ANSWERED, faulty_tokens, tokens
 from .deaths import HANG_TIMEOUT, killed_workers
-from .running import PATIENCE, WORKERS, Running, running, until
+from .running import PATIENCE, WORKERS, Running, running
 from .target import CANCELLED, EXIT, GENERATOR_EXIT, LIE, SEGFAULT, THREAD
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ async def scaled_away(sizes: Sizes, seed: int) -> list[Figure]:
 
     async def kill(server: Running) -> None:
         for each in (await server.ask("statistics"))["workers"]:
-            if each["state"] == "draining" and outside.send_to_child(
+            if each["state"] == "draining" and processes.send_to_child(
                 each["pid"], server.pid, signal.SIGKILL
             ):
                 pids.add(each["pid"])
@@ -277,7 +279,7 @@ async def terminated_while_busy(sizes: Sizes, seed: int) -> list[Figure]:
             async with trio.open_nursery() as restarting:
                 restarting.start_soon(restart)
                 await until(lambda: len(server.workers()) > WORKERS)
-                outside.send_to_child(pid, server.pid, signal.SIGTERM)
+                processes.send_to_child(pid, server.pid, signal.SIGTERM)
                 await load.more(sizes.at_a_time)
                 (server.directory / "hold").unlink()
             (server.directory / "fail").unlink()

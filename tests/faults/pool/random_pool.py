@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import trio
 
+from tests._helpers import processes
 from trio_unixconn import _closing
 from trio_unixconn.errors import (
     HandlerError,
@@ -41,8 +42,6 @@ from trio_unixconn.errors import (
     WorkerStartError,
 )
 from trio_unixconn.pool import AbandonedJob, WorkerPool, _handle, _supervisor, open_worker_pool
-
-from . import outside
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -205,11 +204,11 @@ class Episode:
     ################################################################
 
     def _signal(self, number: int) -> int:
-        children = outside.children_of(os.getpid())
+        children = list(processes.children_of(os.getpid()))
         if not children:
             return 0
         pid = self.rng.choice(children)
-        outside.send_to_child(pid, os.getpid(), number)
+        processes.send_to_child(pid, os.getpid(), number)
         return pid
 
     async def kill(self) -> None:
@@ -227,7 +226,7 @@ class Episode:
             await trio.sleep(self.rng.random() ** 2 * 3)
         finally:
             if pid:
-                outside.send_to_child(pid, os.getpid(), signal.SIGCONT)
+                processes.send_to_child(pid, os.getpid(), signal.SIGCONT)
 
     async def _change(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
         timeout = self.rng.random() * 2 if self.rng.random() < 0.2 else float("inf")
@@ -363,9 +362,9 @@ def _leftovers(fds: int) -> list[str]:
     gc.collect()
     _closing.wait_closed(5)
     found = []
-    if children := outside.children_of(os.getpid()):
+    if children := list(processes.children_of(os.getpid())):
         found.append(f"processes are left: {children}")
-    if (now := outside.open_descriptors(os.getpid())) != fds:
+    if (now := processes.open_descriptors(os.getpid())) != fds:
         names = []
         for each in os.listdir("/proc/self/fd"):
             with suppress(OSError):
@@ -392,7 +391,7 @@ def play_one(seed: str, seconds: float) -> Counter[str]:
     handler.emit = lambda record: log.append(handler.format(record))  # type: ignore[method-assign]
     logging.getLogger("trio_unixconn").addHandler(handler)
     _closing.wait_closed(5)
-    fds = outside.open_descriptors(os.getpid())
+    fds = processes.open_descriptors(os.getpid())
     try:
         with tempfile.NamedTemporaryFile(prefix="random-pool-") as records:
 
@@ -429,7 +428,7 @@ def play_for(seconds: float, seed: int, *, episode_seconds: float) -> Counter[st
 
 def _play_until_interrupted(seed: str) -> int:
     """Play an episode until SIGINT; say as JSON how it has ended and what is left."""
-    fds = outside.open_descriptors(os.getpid())
+    fds = processes.open_descriptors(os.getpid())
     rng = random.Random(seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = "by itself"

@@ -20,28 +20,21 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
+from tests._helpers import processes
 from tests._helpers.processes import environment, python
+from tests._helpers.waiting import until
 
-from . import outside
 from .clients import Load
 from .target import RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection
+    from collections.abc import AsyncGenerator, Collection
 
 WORKERS = 4
-# For what has no event that is seen from here: a look, again and again.
 LOOK = 0.02
 PATIENCE = 60
 # Random kills hit five consecutive workers of one slot now and then, which would end the pool.
 _CRASH_LIMIT = 100
-
-
-async def until(holds: Callable[[], Any]) -> None:
-    """Wait for what only shows when one looks."""
-    with trio.fail_after(PATIENCE):
-        while not holds():
-            await trio.sleep(LOOK)
 
 
 _GONE: Any = object()
@@ -136,7 +129,7 @@ class Running:
 
     def workers(self) -> list[int]:
         """Return its workers, also those that are starting."""
-        return outside.children_of(self.pid)
+        return list(processes.children_of(self.pid))
 
     async def pids(self) -> list[int]:
         """Return the workers that take jobs."""
@@ -149,7 +142,7 @@ class Running:
         """Send a signal to a worker at random, but not to some; return which it was."""
         while True:
             some = [each for each in self.workers() if each not in but]
-            if some and outside.send_to_child(pid := rng.choice(some), self.pid, number):
+            if some and processes.send_to_child(pid := rng.choice(some), self.pid, number):
                 return pid
             if self.process.poll() is not None:
                 raise ServerGoneError(self.log()[-2000:])
@@ -178,13 +171,13 @@ class Running:
 
     def _more(self) -> dict[str, int]:
         pids = self.workers()
-        extra = outside.open_descriptors(self.pid) - self.idle_descriptors
+        extra = processes.open_descriptors(self.pid) - self.idle_descriptors
         return {
-            "zombies": outside.zombies_of(self.pid),
+            "zombies": list(processes.children_of(self.pid).values()).count("Z"),
             "processes too many": len(pids) - WORKERS,
             "descriptors leaked in the pool": extra,
             "descriptors leaked in workers": max(
-                (outside.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
+                (processes.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
                 default=0,
             ),
         }
@@ -197,7 +190,7 @@ class Running:
 
     def all(self) -> list[int]:
         """Return it and its workers, even those that are not children any more."""
-        return outside.with_variable(RECORDS, str(self.records))
+        return processes.with_variable(RECORDS, str(self.records))
 
     def kill_all(self) -> None:
         """Kill whatever is left of it."""
@@ -246,9 +239,9 @@ async def running(
             try:
                 await nursery.start(server.listen)
                 await server.idle()
-                server.idle_descriptors = outside.open_descriptors(server.pid)
+                server.idle_descriptors = processes.open_descriptors(server.pid)
                 server.idle_worker_descriptors = max(
-                    map(outside.open_descriptors, server.workers())
+                    map(processes.open_descriptors, server.workers())
                 )
                 yield server
             finally:

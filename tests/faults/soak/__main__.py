@@ -26,7 +26,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from tests._helpers.processes import environment, python
+from tests._helpers.processes import (
+    cpu_seconds,
+    environment,
+    open_descriptors,
+    python,
+    resident_bytes,
+)
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection
 
 TENTHS = 10
@@ -264,8 +270,8 @@ class Receiver:
 
     async def tenth(self, streamed: int, items: list[Item], child: int) -> Tenth:
         """Receive one tenth of the run, and measure."""
-        cancelled, first = self.cancelled, self.next
-        used = cpu("self") + cpu(child)
+        cancelled, first, own = self.cancelled, self.next, os.getpid()
+        used = cpu_seconds(own) + cpu_seconds(child)
         started = time.perf_counter()
         await self.conn.send_all(b"g")
         await self.stream(streamed)
@@ -278,29 +284,13 @@ class Receiver:
             descriptors=self.next - first,
             seconds=ended - started,
             streamed_per_second=streamed / (between - started),
-            cpu_seconds=cpu("self") + cpu(child) - used,
-            receiver_rss=rss("self"),
-            receiver_open=open_descriptors("self"),
-            sender_rss=rss(child),
+            cpu_seconds=cpu_seconds(own) + cpu_seconds(child) - used,
+            receiver_rss=resident_bytes(own),
+            receiver_open=open_descriptors(own),
+            sender_rss=resident_bytes(child),
             sender_open=open_descriptors(child),
             cancelled=self.cancelled - cancelled,
         )
-
-
-def rss(process: int | str) -> int:
-    """Return the resident memory of a process in bytes. Source: proc_pid_statm(5)."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def cpu(process: int | str) -> float:
-    """Return the processor time of a process in seconds. Source: proc_pid_stat(5)."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def open_descriptors(process: int | str) -> int:
-    """Return how many descriptors a process has open."""
-    return len(os.listdir(f"/proc/{process}/fd"))
 
 
 async def receiver(count: int, seed: int, console: Console) -> list[Tenth]:

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
-from tests._helpers.helpers import until
+from tests._helpers.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterable
 
     from trio_unixconn.pool import JobReceipt, PoolStatistics, WorkerPool
-
-
-def children() -> dict[int, str]:
-    """Return the child processes of this one, and the state of each. Source: proc_pid_stat(5)."""
-    found: dict[int, str] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with suppress(OSError):
-                state, parent = (
-                    Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
-                )
-                if int(parent) == os.getpid():
-                    found[int(name)] = state
-    return found
-
-
-def open_in(pid: int) -> int:
-    """Return how many descriptors a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def pids(pool: WorkerPool) -> list[int]:
@@ -65,10 +45,6 @@ async def ended(pidfds: Iterable[int]) -> None:
     with trio.fail_after(30):
         for pidfd in pidfds:
             await trio.lowlevel.wait_readable(pidfd)
-
-
-def has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 def null() -> int:

@@ -1,4 +1,4 @@
-"""Peers in processes of their own: as other users, in other namespaces, or exited."""
+"""Peers in processes of their own: with the standard library, as other users, or exited."""
 
 from __future__ import annotations
 
@@ -12,68 +12,76 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import pytest
 import trio
 
 from tests._helpers.processes import environment, program
+from trio_unixconn import UnixConnection, connection_pair, testing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Iterator
 
-# No user has this id, on any system.
-OTHER_UID = 12345
+
+@attrs.define
+class Peer:
+    """A process at the other end of :attr:`conn`."""
+
+    conn: UnixConnection
+    process: trio.Process
+    _buffer: bytes = b""
+
+    async def ask(self, do: str, **arguments: Any) -> Any:
+        """Send the peer a command and return its answer."""
+        await self.begin(do, **arguments)
+        return await self.answer()
+
+    async def begin(self, do: str, **arguments: Any) -> None:
+        """Send the peer a command."""
+        assert self.process.stdin is not None
+        await self.process.stdin.send_all(json.dumps({"do": do, **arguments}).encode() + b"\n")
+
+    async def answer(self) -> Any:
+        """Return the next answer."""
+        assert self.process.stdout is not None
+        with trio.fail_after(30):
+            while b"\n" not in self._buffer:
+                more = await self.process.stdout.receive_some()
+                assert more, "the peer exited"
+                self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
 
 
-def required(there: object, what: str) -> pytest.MarkDecorator:
-    """Skip a test if something is missing; on CI the test runs anyway, and fails."""
-    return pytest.mark.skipif(not there and "CI" not in os.environ, reason=what)
-
-
-def kernel_has(option: int) -> bool:
-    """Whether sockets of this kernel have the option."""
-    one, two = socket.socketpair()
-    with one, two:
+@asynccontextmanager
+async def stdlib_peer() -> AsyncGenerator[Peer, None]:
+    """Start a peer that uses the standard library only, at the other end of a socketpair."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await trio.lowlevel.open_process(
+            program("stdlib_peer", str(theirs.fileno())),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with process.stdin, process.stdout, UnixConnection.from_stdlib_socket(ours) as conn:
         try:
-            value = one.getsockopt(socket.SOL_SOCKET, option)
-        except OSError:
-            return False
-    if option == SO_PEERPIDFD:
-        os.close(value)
-    return True
+            yield Peer(conn, process)
+        finally:
+            with trio.CancelScope(shield=True), trio.fail_after(30):
+                await process.stdin.aclose()
+                await process.wait()
 
 
-def can_unshare(*options: str) -> bool:
-    """Whether unshare(1) works with these options."""
-    try:
-        done = subprocess.run(["unshare", *options, "true"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return False
-    return done.returncode == 0
+async def pair() -> tuple[UnixConnection, UnixConnection]:
+    """Return a pair, in the form that trio's stream tests expect."""
+    return connection_pair()
 
 
-SO_PASSPIDFD = 76
-SO_PEERPIDFD = 77
-SO_PASSRIGHTS = 83
-ROOT_OR_USER = [] if os.geteuid() == 0 else ["-Ur"]
-
-as_root = required(os.geteuid() == 0, "only root can become another user")
-peer_pidfds = required(kernel_has(SO_PEERPIDFD), "this kernel has no SO_PEERPIDFD (Linux 6.5)")
-message_pidfds = required(kernel_has(SO_PASSPIDFD), "this kernel has no SO_PASSPIDFD (Linux 6.5)")
-passrights = required(kernel_has(SO_PASSRIGHTS), "this kernel has no SO_PASSRIGHTS (Linux 6.16)")
-user_namespaces = required(can_unshare("-Ur"), "no user namespaces can be made here")
-pid_namespaces = required(
-    can_unshare(*ROOT_OR_USER, "-pf", "--kill-child", "--mount-proc"),
-    "no pid namespaces can be made here",
-)
-mount_namespaces = required(can_unshare("-m"), "no mount namespaces can be made here")
-
-
-@contextmanager
-def shared_directory() -> Iterator[Path]:
-    """Make a directory that every user can enter; pytest's are private."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        os.chmod(directory, 0o755)
-        yield Path(directory)
+async def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
+    """Return a pair whose buffers are full, in the form that trio's stream tests expect."""
+    return testing.clogged_pair()
 
 
 @attrs.define
@@ -178,16 +186,9 @@ async def report_of(process: subprocess.Popen[str]) -> Any:
     return json.loads(await PeerProcess(process).read_line())
 
 
-def unshared(*options: str, then: str = "") -> list[str]:
-    """Return the command that starts another one in namespaces of its own.
-
-    Args:
-      then: the shell commands to run in them first.
-    """
-    command = ["unshare", *options]
-    return [*command, "sh", "-c", f'{then}exec "$@"', "sh"] if then else command
-
-
-def in_pid_namespace(*options: str) -> list[str]:
-    """Return the command that starts another one as the first process of a pid namespace."""
-    return unshared(*ROOT_OR_USER, "-pf", "--kill-child", *options)
+@contextmanager
+def shared_directory() -> Iterator[Path]:
+    """Make a directory that every user can enter; pytest's are private."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
