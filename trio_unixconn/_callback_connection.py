@@ -99,7 +99,9 @@ class CallbackConnection(DescriptorOwner):
         """Begin :meth:`send_fd`; the caller may close ``fd`` when this has returned.
 
         Raises:
-          TypeError, ValueError, OSError: ``fd`` is not an open file descriptor; EMFILE.
+          TypeError: ``fd`` is not a file descriptor.
+          ValueError: ``fd`` is not a number of a file descriptor.
+          OSError: EBADF, ``fd`` is closed; EMFILE.
         """
         duplicates, owned = _duplicated([fileno(fd)])
         self._begin(
@@ -147,7 +149,9 @@ class CallbackConnection(DescriptorOwner):
         """Begin :meth:`UnixConnection.send_fds`; ``fds`` are the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError: one of ``fds`` is not an open file descriptor; EMFILE.
+          TypeError: one of ``fds`` is not a file descriptor.
+          ValueError: one of ``fds`` is not a number of a file descriptor.
+          OSError: EBADF, one of ``fds`` is closed; EMFILE.
         """
         duplicates, owned = _duplicated(fds)
         self._begin(
@@ -245,7 +249,11 @@ class CallbackConnection(DescriptorOwner):
         """Begin :meth:`UnixConnection.send_buffer`; ``data`` is the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError, UnsafeBufferError, NotSupportedError: see there.
+          TypeError: as there.
+          ValueError: as there.
+          OSError: as there.
+          UnsafeBufferError: as there.
+          NotSupportedError: as there.
         """
         fd = sealed_memory_of(data)
         self._begin(
@@ -335,7 +343,9 @@ class CallbackConnection(DescriptorOwner):
         """Begin :meth:`UnixConnection.send_message`; ``data`` and ``fds`` are the caller's again.
 
         Raises:
-          TypeError, ValueError, OSError: one of ``fds`` is not an open file descriptor; EMFILE.
+          TypeError: one of ``fds`` is not a file descriptor.
+          ValueError: one of ``fds`` is not a number of a file descriptor.
+          OSError: EBADF, one of ``fds`` is closed; EMFILE.
         """
         with bytes_of(data) as view:
             copy = view.tobytes()
@@ -532,8 +542,9 @@ def _duplicated(fds: Iterable[FileDescriptor]) -> tuple[array[int], list[int]]:
     """Return duplicates in the order of ``fds``, and a list of them that the caller owns.
 
     Raises:
-      TypeError, ValueError, OSError: one is not an open file descriptor; EMFILE. Then nothing
-        stays open.
+      TypeError: one is not a file descriptor.
+      ValueError: one is not a number of a file descriptor.
+      OSError: EBADF, EMFILE. Then nothing stays open.
     """
     # The owners stay referenced until there are duplicates.
     numbers, _owners = filenos(fds)

@@ -65,7 +65,8 @@ async def open_unix_connection(
       A connection that the caller owns.
 
     Raises:
-      TypeError, ValueError: not the address of a socket, or not a policy.
+      TypeError: not an address, or not a policy.
+      ValueError: no process can listen at this address.
       AddressInUseError: a process holds a socket at the local address, or something else is there.
       OSError: from connect(2), with the address and what is there: FileNotFoundError,
         ConnectionRefusedError (no process is listening), PermissionError and so on; from bind(2),

@@ -177,7 +177,9 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         the socket is as it was and still the caller's.
 
         Raises:
-          TypeError, ValueError, NotSupportedError: as the constructor.
+          TypeError: not a socket.
+          ValueError: as the constructor.
+          NotSupportedError: as the constructor.
         """
         if not isinstance(sock, stdlib_socket.socket):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"expected a socket.socket, got {type(sock).__name__}")
@@ -229,7 +231,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           True, as in Gio.
 
         Raises:
-          TypeError, ValueError: not a file descriptor; nothing was sent.
+          TypeError: not a file descriptor; nothing was sent.
+          ValueError: a number that no file descriptor has, or a closed file; nothing was sent.
           SendError: the kernel rejects it, or a limit stays exhausted. It is an ``OSError``:
             EBADF, the file descriptor is closed; EMFILE, none is free for a duplicate;
             ETOOMANYREFS, too many are in flight. Nothing was sent.
@@ -287,7 +290,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           kernel has taken is not undone; the next checkpoint raises the cancellation.
 
         Raises:
-          TypeError, ValueError: as :meth:`send_fd`, with the position; nothing was sent.
+          TypeError: as :meth:`send_fd`, with the position; nothing was sent.
+          ValueError: as :meth:`send_fd`, with the position; nothing was sent.
           SendError: as :meth:`send_fd`. If one of several is closed, nothing was sent.
           DescriptorsRefusedError: the peer does not accept file descriptors.
 
@@ -392,8 +396,9 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         Raises:
           WrongDescriptorKindError: another kind of file, or not open for ``mode``; it is closed.
-          TypeError, ValueError: ``mode`` is not a mode, or ``kinds`` not a collection of
-            DescriptorKind, or empty; nothing was received.
+          TypeError: ``mode`` is not a str, or ``kinds`` not a collection of DescriptorKind; nothing
+            was received.
+          ValueError: ``mode`` is not a mode, or ``kinds`` is empty; nothing was received.
           All that :meth:`receive_fd` raises.
         """
         check_mode(mode)
@@ -490,8 +495,9 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           UnsafeBufferError: not sealed memory, or more than ``max_bytes``; nothing was mapped,
             and the descriptor is closed.
           OSError: EMFILE; before Python 3.13 each mapping has a descriptor of its own.
-          TypeError, ValueError: ``max_bytes`` is negative, or ``seals`` are not Seals with
-            ``Seals.SHRINK``; nothing was received.
+          TypeError: ``max_bytes`` is not an int, or ``seals`` are not Seals; nothing was received.
+          ValueError: ``max_bytes`` is negative, or ``seals`` lack ``Seals.SHRINK``; nothing was
+            received.
           All that :meth:`receive_fd` raises.
 
         Source: memfd_create(2) ("File sealing")
@@ -596,8 +602,9 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           credentials: ``Credentials()`` for this process's own.
 
         Raises:
-          TypeError, ValueError: as :meth:`send_fds`; or file descriptors or credentials without
-            a byte, which the kernel would drop. Nothing was sent.
+          TypeError: as :meth:`send_fds`; nothing was sent.
+          ValueError: as :meth:`send_fds`; or file descriptors or credentials without a byte, which
+            the kernel would drop. Nothing was sent.
           SendError: as :meth:`send_fd` and :meth:`send_fake_credentials`.
           DescriptorsRefusedError: the peer does not accept file descriptors; nothing was sent.
 
@@ -711,7 +718,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         Raises:
           UnexpectedDescriptorsError: the bytes have file descriptors; these are closed, and the
             bytes are in ``.data``.
-          TypeError, ValueError: ``max_bytes`` is not an int of at least 1.
+          TypeError: ``max_bytes`` is not an int.
+          ValueError: ``max_bytes`` is less than 1.
         """
         size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
         # Without a call in the common case.
@@ -1004,8 +1012,11 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
     The caller owns it.
 
     Raises:
-      TypeError, ValueError, OSError, UnsafeBufferError, NotSupportedError: as
-        :meth:`UnixConnection.send_buffer`.
+      TypeError: as :meth:`UnixConnection.send_buffer`.
+      ValueError: as :meth:`UnixConnection.send_buffer`.
+      OSError: as :meth:`UnixConnection.send_buffer`.
+      UnsafeBufferError: as :meth:`UnixConnection.send_buffer`.
+      NotSupportedError: as :meth:`UnixConnection.send_buffer`.
     """
     try:
         view = memoryview(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -1035,7 +1046,8 @@ def check_at_least(value: int, least: int, name: str) -> int:
     """Return ``value`` as an int if it is at least ``least``.
 
     Raises:
-      TypeError, ValueError: it is not; the error calls it ``name``.
+      TypeError: it is not an int; the error calls it ``name``.
+      ValueError: it is less; the error calls it ``name``.
     """
     number = check_int(value, name)
     if number < least:

@@ -41,7 +41,8 @@ class Credentials:
     return. A value alone proves nothing.
 
     Raises:
-      TypeError, ValueError: an id that is not an int, or out of range.
+      TypeError: an id that is not an int.
+      ValueError: an id that is out of range.
       NotSupportedError: ``Credentials()`` on a platform without user ids.
 
     Source: https://docs.gtk.org/gio/class.Credentials.html, unix(7) (``struct ucred``)

@@ -128,7 +128,9 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
         it was and still the caller's.
 
         Raises:
-          TypeError, ValueError, NotSupportedError: as the constructor.
+          TypeError: not a socket.
+          ValueError: as the constructor.
+          NotSupportedError: as the constructor.
         """
         if not isinstance(sock, stdlib_socket.socket):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"expected a socket.socket, got {type(sock).__name__}")
@@ -180,7 +182,9 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
             others. If the receiver asks for credentials, the kernel adds them without this.
 
         Raises:
-          TypeError, ValueError: not an address, or not file descriptors; nothing was sent.
+          TypeError: not an address, or not file descriptors; nothing was sent.
+          ValueError: an anonymous address, or a number that no file descriptor has; nothing was
+            sent.
           SendError: the kernel rejects it, and nothing was sent. It is a
             ``ConnectionRefusedError`` if no process holds the socket of the receiver, a
             ``FileNotFoundError`` if there is none, and a ``PermissionError`` if this process may
@@ -341,7 +345,8 @@ async def open_unix_datagram(
       A socket that the caller owns.
 
     Raises:
-      TypeError, ValueError: a wrong argument.
+      TypeError: an argument of a wrong type.
+      ValueError: a wrong argument.
       AddressInUseError: a process holds a socket there, something else is there, or another
         process keeps the lock of the path for ten seconds; nothing was changed.
       OSError: from the file system, with the address; nothing is left at the path.

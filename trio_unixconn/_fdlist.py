@@ -50,7 +50,8 @@ class UnixFDList(ClosableOwner):
       fds: file descriptors that the list owns from now on.
 
     Raises:
-      TypeError, ValueError: one of them is not a file descriptor; then none is owned.
+      TypeError: one of them is not a file descriptor; then none is owned.
+      ValueError: one of them is a number that no file descriptor has; then none is owned.
     """
 
     __slots__ = ("__weakref__", "_fds", "_gaps")
@@ -86,7 +87,8 @@ class UnixFDList(ClosableOwner):
           Its position.
 
         Raises:
-          TypeError, ValueError: not a file descriptor.
+          TypeError: not a file descriptor.
+          ValueError: a number that no file descriptor has, or a closed file.
           OSError: EBADF or EMFILE.
         """
         self._fds.append(os.dup(_number(fd)))
@@ -99,7 +101,8 @@ class UnixFDList(ClosableOwner):
           Its position.
 
         Raises:
-          TypeError, ValueError: not a file descriptor; it stays the caller's.
+          TypeError: not a file descriptor; it stays the caller's.
+          ValueError: a number that no file descriptor has, or a closed file.
         """
         self._fds.append(_number(fd))
         return len(self._fds) - 1
@@ -178,9 +181,9 @@ class UnixFDList(ClosableOwner):
           kinds: the kinds of file that are accepted.
 
         Raises:
-          IndexError, ValueError: as :meth:`take`.
-          TypeError, ValueError: ``mode`` is not a mode, or ``kinds`` not a collection of
-            DescriptorKind, or empty.
+          IndexError: as :meth:`take`.
+          TypeError: ``mode`` is not a str, or ``kinds`` not a collection of DescriptorKind.
+          ValueError: as :meth:`take`; or ``mode`` is not a mode, or ``kinds`` is empty.
           WrongDescriptorKindError: another kind of file, or not open for ``mode``. The list
             still owns it.
         """
@@ -205,7 +208,9 @@ class UnixFDList(ClosableOwner):
         descriptor is closed, and taken.
 
         Raises:
-          IndexError, ValueError, TypeError: as :meth:`take_file`.
+          IndexError: as :meth:`take`.
+          TypeError: as :meth:`take_file`.
+          ValueError: as :meth:`take_file`.
           WrongDescriptorKindError: another kind of file, or not open for ``mode``. The list
             still owns it.
           OperationCancelled: the Cancellable was cancelled while a file server did not answer.
@@ -222,7 +227,8 @@ class UnixFDList(ClosableOwner):
         The open socket becomes non-blocking, for every process that shares it.
 
         Raises:
-          IndexError, ValueError: as :meth:`take`.
+          IndexError: as :meth:`take`.
+          ValueError: as :meth:`take`.
           WrongDescriptorKindError: not a socket. The list still owns it.
         """
         sock = open_socket(self[index])
@@ -238,7 +244,8 @@ class UnixFDList(ClosableOwner):
           A :class:`UnixConnection` for a Unix socket, a ``trio.SocketStream`` for others.
 
         Raises:
-          IndexError, ValueError: as :meth:`take`.
+          IndexError: as :meth:`take`.
+          ValueError: as :meth:`take`.
           WrongDescriptorKindError: not a connected stream socket. The list still owns it.
         """
         stream = open_stream(self[index])

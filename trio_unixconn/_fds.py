@@ -106,8 +106,8 @@ def filenos(
     collected.
 
     Raises:
-      TypeError, ValueError: as :func:`fileno`, with the position; not an iterable of file
-        descriptors; more than ``max_fds``.
+      TypeError: as :func:`fileno`, with the position; or not an iterable.
+      ValueError: as :func:`fileno`, with the position; or more than ``max_fds``.
       ReadAheadError: as :func:`fileno`.
     """
     if type(fds) not in _LISTS and (

@@ -145,7 +145,8 @@ def check_mode(mode: str) -> None:
     """Raise unless ``open(fd, mode)`` makes sense for a descriptor.
 
     Raises:
-      TypeError, ValueError: it does not.
+      TypeError: it is not a str.
+      ValueError: it is not a mode.
     """
     if not isinstance(mode, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"mode must be a str, got {type(mode).__name__}")
@@ -163,7 +164,8 @@ def check_kinds(kinds: Collection[DescriptorKind]) -> frozenset[DescriptorKind]:
     """Return ``kinds`` as a set.
 
     Raises:
-      TypeError, ValueError: not a collection of DescriptorKind, or an empty one.
+      TypeError: not a collection of DescriptorKind.
+      ValueError: an empty one.
     """
     if isinstance(kinds, (str, bytes)):
         raise TypeError(f"kinds must be a collection of DescriptorKind, got {type(kinds).__name__}")

@@ -214,7 +214,10 @@ class PeerIdentity(DescriptorOwner):
         (``trio.move_on_after``).
 
         Raises:
-          PeerGoneError, PermissionError, NotSupportedError, OSError: as :meth:`read_exe`.
+          PeerGoneError: as :meth:`read_exe`.
+          PermissionError: as :meth:`read_exe`.
+          NotSupportedError: as :meth:`read_exe`.
+          OSError: as :meth:`read_exe`.
         """
         return await _in_thread(lambda: self.command_line, _command_line_limiter)
 
@@ -222,8 +225,11 @@ class PeerIdentity(DescriptorOwner):
         """Read the path of its control group (version 2), from ``/proc/PID/cgroup``.
 
         Raises:
-          PeerGoneError, PermissionError, NotSupportedError, OSError: as :meth:`read_exe`; or the
-            system has control groups of version 1 only.
+          PeerGoneError: as :meth:`read_exe`.
+          PermissionError: as :meth:`read_exe`.
+          NotSupportedError: as :meth:`read_exe`; or the system has control groups of version 1
+            only.
+          OSError: as :meth:`read_exe`.
         """
         return await _in_thread(lambda: self.cgroup, _exe_limiter)
 

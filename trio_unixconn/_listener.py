@@ -367,7 +367,8 @@ async def open_unix_listener(
       absolute, unless it was taken from a live server or is too long for the address of a socket.
 
     Raises:
-      TypeError, ValueError: a wrong argument, or a user or group that does not exist.
+      TypeError: an argument of a wrong type.
+      ValueError: a wrong argument, or a user or group that does not exist.
       AddressInUseError: a process holds the socket there, something else is there, or another
         process keeps the lock of the path for ten seconds; nothing was changed.
       OSError: from the file system, with the address; nothing is left at the path.

@@ -45,7 +45,8 @@ def check_seals(seals: Seals) -> Seals:
     """Return ``seals`` if a memfd that has them can be mapped safely.
 
     Raises:
-      TypeError, ValueError: not Seals, or without ``Seals.SHRINK``.
+      TypeError: not Seals.
+      ValueError: without ``Seals.SHRINK``.
     """
     if not isinstance(seals, Seals):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"seals must be Seals, got {type(seals).__name__}")

@@ -84,7 +84,8 @@ class UnixFDMessage(DescriptorOwner):
         """Add a duplicate of ``fd``, which stays the caller's.
 
         Raises:
-          TypeError, ValueError: not a file descriptor.
+          TypeError: not a file descriptor.
+          ValueError: a number that no file descriptor has, or a closed file.
           OSError: EBADF or EMFILE.
         """
         self.fd_list.append(_fds.fileno(fd))

@@ -259,8 +259,9 @@ async def serve_unix(
       connect.
 
     Raises:
-      TypeError, ValueError, OSError: as :func:`open_unix_listener`; the caller still owns a
-        listener that was passed.
+      TypeError: an argument of a wrong type; the caller still owns a listener that was passed.
+      ValueError: a wrong argument; likewise.
+      OSError: as :func:`open_unix_listener`.
       ExceptionGroup: the exceptions of handlers, of a policy's check, or of accepting
         (:class:`ConnectionClosedError`, if other code has closed the listener).
     """

@@ -291,7 +291,8 @@ class ServiceManager:
             connection that the peer has closed.
 
         Raises:
-          TypeError, ValueError: not file descriptors, or not such a name; nothing was sent.
+          TypeError: not file descriptors, or a name that is not a str; nothing was sent.
+          ValueError: not such a name; nothing was sent.
           SendError: as :meth:`ready`; or a file descriptor is closed.
         """
         lines = ["FDSTORE=1"]
@@ -311,7 +312,8 @@ class ServiceManager:
         """Have the manager close the stored file descriptors of this name (FDSTOREREMOVE=1).
 
         Raises:
-          TypeError, ValueError: not a name, as of :meth:`store`.
+          TypeError: not a str.
+          ValueError: not a name, as of :meth:`store`.
           SendError: as :meth:`ready`.
         """
         await self._send("FDSTOREREMOVE=1", f"FDNAME={_check_name(name)}")
@@ -326,8 +328,8 @@ class ServiceManager:
           fds: at most 253; the manager closes those that it has no use for.
 
         Raises:
-          TypeError, ValueError: not names or values, a value with several lines, more than 4096
-            bytes, or not file descriptors; nothing was sent.
+          TypeError: not names and values, or not file descriptors; nothing was sent.
+          ValueError: a value with several lines, or more than 4096 bytes; nothing was sent.
           SendError: as :meth:`ready`; or a file descriptor is closed.
         """
         lines: list[str] = []

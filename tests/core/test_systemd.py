@@ -667,7 +667,7 @@ async def test_inherited_listeners_by_name(unix_socket_path: Path, tcp: Any) -> 
 
 
 async def test_inherited_fds_returns_all_kinds(unix_socket_path: Path, tcp: Any) -> None:
-    """What is no listener is an error of inherited_listeners, and inherited_fds returns it."""
+    """Another socket is an error of inherited_listeners, and inherited_fds returns it."""
     async with await open_unix_datagram(unix_socket_path) as sock:
         fds = [tcp.fileno(), sock.socket.fileno(), 0]
         steps = [["listeners"], ["listeners", "state"], ["fds", "state"], ["listeners"], ["fds"]]

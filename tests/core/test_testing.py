@@ -257,7 +257,7 @@ def test_assert_no_fd_leak_begins_with_what_leaked(tmp_path: Path) -> None:
 
 
 def test_assert_no_fd_leak_escapes_the_names_of_files(tmp_path: Path) -> None:
-    """A sender chooses the name of the file behind a descriptor: it cannot forge a line."""
+    """A sender chooses the name of the file of a descriptor: it cannot forge a line."""
     name = os.fsencode(tmp_path) + b"/a\n\x1b[31m\xff"
     with pytest.raises(AssertionError) as caught, assert_no_fd_leak():
         fd = os.open(name, os.O_CREAT | os.O_RDWR)

@@ -185,7 +185,7 @@ async def test_serve_agent_check_closes_after_a_time(monkeypatch: pytest.MonkeyP
 
 
 async def test_serve_agent_check_rejects_invalid_arguments() -> None:
-    """What is no pool, and what is no listener, is an error."""
+    """Arguments that are not a pool, or not a listener, are an error."""
     wrong: Any = 5
     wrong_listeners: Any = "tcp"
     with pytest.raises(TypeError, match="expected a WorkerServer"):

@@ -1009,7 +1009,7 @@ async def test_drain_of_server_with_an_invalid_delay(
 
 
 async def test_drain_of_server_delay_of_a_listener_that_other_code_closes() -> None:
-    """That is no error after a drain was asked for, even if it is delayed."""
+    """That is not an error after a drain was asked for, even if it is delayed."""
     listeners = [await tcp(), await tcp()]
     async with serving("echo", *listeners) as server:
         await wait_all_tasks_blocked()

@@ -663,7 +663,7 @@ async def test_serve_statistics_default_policy_of_listeners(
 async def test_serve_statistics_rejects_an_invalid_address(
     address: Any, error: type[Exception], match: str
 ) -> None:
-    """What is no address and no listener is an error, before anything is opened."""
+    """An argument that is not an address or a listener is an error before anything is opened."""
     with pytest.raises(error, match=match):
         await serve_statistics(server(), address)
 

@@ -58,8 +58,9 @@ async def serve_agent_check(
       Never; ``nursery.start`` returns the listeners. Cancel it.
 
     Raises:
-      TypeError, ValueError, OSError: as ``trio.open_tcp_listeners``, or not listeners; the caller
-        still owns them.
+      TypeError: not an address, nor listeners; the caller still owns what was passed.
+      ValueError: as ``trio.open_tcp_listeners``; the caller still owns what was passed.
+      OSError: as ``trio.open_tcp_listeners``.
     """
     check_source(source)
     opened = await open_listeners(listeners)

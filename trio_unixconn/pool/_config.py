@@ -83,7 +83,8 @@ def checked_timeout(timeout: float, name: str = "timeout") -> float:
     """Return a time in seconds.
 
     Raises:
-      TypeError, ValueError: it is not a number, or negative.
+      TypeError: it is not a number.
+      ValueError: it is negative.
     """
     if not _seconds(timeout, name) >= 0:
         raise ValueError(f"{name} must be non-negative, got {timeout}")
@@ -122,7 +123,8 @@ class PoolConfig:
     """The checked options of :func:`open_worker_pool`.
 
     Raises:
-      TypeError, ValueError: an option is invalid.
+      TypeError: an option has a wrong type.
+      ValueError: an option is invalid.
     """
 
     handler: str = attrs.field(validator=_import_string)

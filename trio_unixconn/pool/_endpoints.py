@@ -103,7 +103,8 @@ def checked_data(data: Buffer) -> bytes:
     """Return the bytes that travel with a job.
 
     Raises:
-      TypeError, ValueError: not a contiguous buffer, or more than MAX_DATA bytes.
+      TypeError: not a contiguous buffer.
+      ValueError: more than MAX_DATA bytes.
     """
     with bytes_of(data) as view:
         if len(view) > _protocol.MAX_DATA:
@@ -125,8 +126,10 @@ async def detach_endpoint(source: Submittable) -> tuple[int, EndpointKind]:
       The file descriptor, which the caller owns, and its kind.
 
     Raises:
-      TypeError, ValueError, OSError, WrongDescriptorKindError: no handler can get it; it is
-        unchanged.
+      TypeError: not a file descriptor, nor an object that owns one; it is unchanged.
+      ValueError: a socket or file that is closed; it is unchanged.
+      OSError: EBADF, a number that is not open; or flushing a file has failed.
+      WrongDescriptorKindError: of a kind that no handler can get; it is unchanged.
       ReadAheadError: a connection, or its socket, that has read messages ahead; likewise.
     """
     if isinstance(source, UnixConnection):
@@ -227,7 +230,8 @@ async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | 
     the socket, and a file is opened in a thread.
 
     Raises:
-      OSError, WrongDescriptorKindError: no stream or file can be made of it; it is closed.
+      OSError: no stream or file can be made of it; it is closed.
+      WrongDescriptorKindError: likewise.
     """
     try:
         if kind in (EndpointKind.TCP, EndpointKind.TCP6):

@@ -110,7 +110,8 @@ async def open_listeners(where: Where) -> list[AnyListener]:
     """Return the listeners of an argument, which the caller owns.
 
     Raises:
-      TypeError, ValueError: it is not one.
+      TypeError: it is of another type.
+      ValueError: it is not an address.
       ConnectionClosedError: a listener is closed.
       OSError: the host is unknown, or it is not possible to listen there.
     """

@@ -29,7 +29,8 @@ def parse_import_string(reference: str, name: str) -> None:
       name: the argument that is checked, for the error.
 
     Raises:
-      TypeError, ValueError: it has another form.
+      TypeError: it is not a str.
+      ValueError: it has another form.
     """
     if not isinstance(reference, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -53,7 +54,8 @@ def import_from_string(reference: str) -> Any:
     """Import an object.
 
     Raises:
-      ImportError, AttributeError: there is no such module or object.
+      ImportError: there is no such module.
+      AttributeError: there is no such object in it.
       Anything that the module raises.
     """
     module, _, names = reference.partition(":")

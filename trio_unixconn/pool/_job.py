@@ -93,7 +93,8 @@ class Job(DescriptorOwner):
         Raises:
           UnsafeBufferError: the file is not a memfd with these seals, or larger than
             ``max_bytes``.
-          TypeError, ValueError: ``seals`` is not Seals, or lacks ``Seals.SHRINK``.
+          TypeError: ``seals`` is not Seals.
+          ValueError: ``seals`` lacks ``Seals.SHRINK``.
           OSError: EMFILE.
         """
         _memfd.check_seals(seals)

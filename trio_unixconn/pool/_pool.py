@@ -76,7 +76,10 @@ class WorkerPool(DescriptorOwner):
           Which worker has accepted the job.
 
         Raises:
-          TypeError, ValueError, OSError, WrongDescriptorKindError: an invalid argument.
+          TypeError: an argument of a wrong type.
+          ValueError: an invalid argument.
+          OSError: EBADF, ``source`` is a number that is not open; or flushing a file has failed.
+          WrongDescriptorKindError: ``source`` is of a kind that no handler can get.
           RuntimeError: this is not the thread, or not the trio.run, of the pool.
           PoolClosedError: the pool accepts no more jobs.
           JobRefusedError: ``max_attempts`` workers died, or had no free file descriptor, before
@@ -205,7 +208,8 @@ class WorkerPool(DescriptorOwner):
         """Change the number of workers. Those that are too many finish the jobs that they have.
 
         Raises:
-          TypeError, ValueError: ``workers`` is not an int of at least 1.
+          TypeError: ``workers`` is not an int.
+          ValueError: ``workers`` is less than 1.
           WorkerStartError: a new worker could not start; there are as many as before.
           PoolClosedError: the pool accepts no more jobs.
         """
@@ -224,7 +228,8 @@ class WorkerPool(DescriptorOwner):
             that are still queued are rejected. Default: ``drain_timeout``.
 
         Raises:
-          TypeError, ValueError: an invalid timeout; the pool goes on.
+          TypeError: ``timeout`` is not a number; the pool goes on.
+          ValueError: ``timeout`` is negative; the pool goes on.
         """
         self._check_run()
         await self._supervisor.drain(None if timeout is None else checked_timeout(timeout))
@@ -369,7 +374,8 @@ async def open_worker_pool(
         has left the group (``start_new_session``) is not killed. Default: such processes go on.
 
     Raises:
-      TypeError, ValueError: an invalid option; nothing was started.
+      TypeError: an option of a wrong type; nothing was started.
+      ValueError: an invalid option; nothing was started.
       RuntimeError: this process was itself started as a worker, because ``sys.executable`` is not a
         Python interpreter.
       NotSupportedError: ``cpu_affinity`` is not available on this platform.

@@ -109,7 +109,8 @@ class WorkerServer(DescriptorOwner):
             (:func:`serve_statistics`, :func:`serve_agent_check`) stop sending clients in that time.
 
         Raises:
-          TypeError, ValueError: not a number, or negative; the server goes on.
+          TypeError: not a number; the server goes on.
+          ValueError: negative; the server goes on.
           RuntimeError: this is not the thread, or not the trio.run, of the pool.
         """
         check_run(self.pool)
@@ -379,13 +380,14 @@ async def serve_with_workers(
       :class:`WorkerServer` when the workers are ready.
 
     Raises:
-      TypeError: not a listener; the caller still owns all of them.
-      ValueError: no listener, or one of them twice; likewise.
-      ConnectionClosedError: a closed listener; likewise.
-      TypeError, ValueError, WorkerStartError, ExceptionGroup: as :func:`open_worker_pool`. The
-        listeners are closed.
-      ExceptionGroup: of accepting (:class:`ConnectionClosedError`, if other code has closed a
-        listener).
+      TypeError: not a listener; the caller still owns all of them. Or an option of a wrong type;
+        the listeners are closed.
+      ValueError: no listener, or one of them twice; the caller still owns all of them. Or an
+        invalid option; the listeners are closed.
+      ConnectionClosedError: a closed listener; the caller still owns all of them.
+      WorkerStartError: as :func:`open_worker_pool`. The listeners are closed.
+      ExceptionGroup: as :func:`open_worker_pool`; or of accepting
+        (:class:`ConnectionClosedError`, if other code has closed a listener).
     """
     listeners = checked_listeners(listeners)
     try:

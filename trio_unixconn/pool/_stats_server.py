@@ -124,8 +124,9 @@ async def serve_statistics(
 
     Raises:
       ImportError: h11, of the extra ``cli``, is missing.
-      TypeError, ValueError, OSError: as :func:`serve_unix` and ``trio.open_tcp_listeners``; the
-        caller still owns a listener that was passed.
+      TypeError: an argument of a wrong type; the caller still owns a listener that was passed.
+      ValueError: a wrong argument; the caller still owns a listener that was passed.
+      OSError: as :func:`serve_unix` and ``trio.open_tcp_listeners``.
     """
     if importlib.util.find_spec("h11") is None:
         raise ImportError(

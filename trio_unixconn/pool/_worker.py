@@ -156,7 +156,8 @@ def _apply_limits(config: WorkerConfig) -> None:
     """Set what the options of the pool say of a worker's process.
 
     Raises:
-      OSError, ValueError: the system does not permit it.
+      OSError: the system does not permit it.
+      ValueError: the system does not know it, or the limits are invalid.
     """
     if config.cpu is not None:
         os.sched_setaffinity(0, {config.cpu})

@@ -99,7 +99,8 @@ def resolve_executable(executable: str | os.PathLike[str] | None) -> str:
     """Return the Python interpreter that runs the workers: ``executable``, or this one.
 
     Raises:
-      TypeError, ValueError: it is not a path, no program, or omitted where it is required.
+      TypeError: it is not a path.
+      ValueError: it is not a program, or omitted where it is required.
       RuntimeError: this process was itself started as a worker.
     """
     if WORKER_VARIABLE in os.environ:
@@ -132,8 +133,8 @@ def check_environment(environment: Mapping[str, str | None] | None) -> dict[str,
     """Return a copy of the variables of a worker.
 
     Raises:
-      TypeError, ValueError: not a mapping of strings to strings or None, or one that cannot be in
-        an environment.
+      TypeError: not a mapping of strings to strings or None.
+      ValueError: a variable that cannot be in an environment.
     """
     if environment is None:
         return {}
@@ -155,7 +156,8 @@ def check_cpu_affinity(cpus: Sequence[int] | None) -> tuple[int, ...] | None:
     """Return the CPUs that the workers are distributed over.
 
     Raises:
-      TypeError, ValueError: not a sequence of CPU numbers, or an empty one.
+      TypeError: not a sequence of CPU numbers.
+      ValueError: an empty one.
       NotSupportedError: the platform has no sched_setaffinity.
     """
     if cpus is None:
@@ -176,7 +178,8 @@ def check_resource_limits(
     """Return number, soft limit and hard limit of each resource.
 
     Raises:
-      TypeError, ValueError: not a mapping of resources to pairs of limits.
+      TypeError: not a mapping of resources to pairs of limits.
+      ValueError: an unknown resource, or invalid limits.
     """
     if limits is None:
         return ()

@@ -73,7 +73,8 @@ def clogged_pair() -> tuple[UnixConnection, UnixConnection]:
     ``receive_some`` until nothing is left.
 
     Raises:
-      NotSupportedError, OSError: as :func:`trio_unixconn.connection_pair`.
+      NotSupportedError: as :func:`trio_unixconn.connection_pair`.
+      OSError: as :func:`trio_unixconn.connection_pair`.
     """
     one, two = connection_pair()
     clog(one)

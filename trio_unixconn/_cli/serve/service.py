@@ -94,7 +94,8 @@ async def serve_until_told(config: ServeConfig) -> None:
     Raises:
       Signalled: a signal arrived before the workers were ready, or a second one.
       OSError: it cannot listen where it should.
-      WorkerStartError, ExceptionGroup: as of :func:`open_worker_pool`.
+      WorkerStartError: as of :func:`open_worker_pool`.
+      ExceptionGroup: as of :func:`open_worker_pool`.
     """
     log = start_log(
         file=config.log_file,
