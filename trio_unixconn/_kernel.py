@@ -69,6 +69,7 @@ def _numbered(number: int) -> int | None:
 
 
 SO_PEERSEC: Final = _numbered(31)
+SO_MEMINFO: Final = _numbered(55)  # since Linux 4.12; an array of int, see sock_diag(7)
 SO_PEERGROUPS: Final = _numbered(59)  # since Linux 4.13
 SO_PASSPIDFD: Final = _numbered(76)  # since Linux 6.5
 SO_PEERPIDFD: Final = _numbered(77)  # since Linux 6.5

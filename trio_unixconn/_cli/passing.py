@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # sock_diag(7): what SIOCOUTQ tells, for a connection whose number is not public.
-_SO_MEMINFO: Final = 55
 _WMEM_ALLOC: Final = 2
 # In seconds: between two attempts to connect, and between two looks at what is not received yet.
 INITIAL_DELAY: Final = 0.001
@@ -314,7 +313,8 @@ async def _send_received(conn: UnixConnection, fds: Sequence[int]) -> None:
 
 def _unreceived_memory(conn: UnixConnection) -> int:
     """Return how much memory of the kernel messages use that the peer has not received."""
-    numbers = conn.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_WMEM_ALLOC + 1))
+    option = _kernel.required(_kernel.SO_MEMINFO, "SO_MEMINFO")
+    numbers = conn.getsockopt(socket.SOL_SOCKET, option, 4 * (_WMEM_ALLOC + 1))
     return int.from_bytes(numbers[-4:], sys.byteorder)
 
 
