@@ -13,6 +13,7 @@ import errno
 import importlib
 import os
 import platform
+import select
 import socket
 import sys
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -84,6 +85,9 @@ MSG_PEEK: Final = _named("MSG_PEEK") or 0
 MSG_TRUNC: Final = _named("MSG_TRUNC") or 0
 MSG_NOSIGNAL: Final = _named("MSG_NOSIGNAL") or 0
 MSG_CMSG_CLOEXEC: Final = _named("MSG_CMSG_CLOEXEC") or 0
+
+# poll(2): the peer has ended the stream, or the connection was reset.
+POLLRDHUP: Final[int | None] = getattr(select, "POLLRDHUP", None)
 
 # The process, its user or the system is out of file descriptors or memory at the moment.
 OUT_OF_RESOURCES: Final = frozenset(

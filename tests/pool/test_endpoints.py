@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -10,7 +11,7 @@ import socket
 import ssl
 import struct
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,14 +27,15 @@ from trio_unixconn import (
     UnixConnection,
     WrongDescriptorKindError,
     _closing,
+    _kernel,
     connection_pair,
 )
 from trio_unixconn._sockopts import raw_socket
-from trio_unixconn.pool import open_worker_pool
+from trio_unixconn.pool import _endpoints, open_worker_pool
 from trio_unixconn.pool._endpoints import EndpointKind, detach_endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("no_child_left")
@@ -130,6 +132,127 @@ class Failing(Unclosable):
 
     def close(self) -> None:
         raise OSError("cannot be closed")
+
+
+@contextmanager
+def unconnected(family: int, *, state: str) -> Generator[socket.socket, None, None]:
+    """Make a stream socket that is not connected."""
+    with socket.socket(family) as sock, ExitStack() as stack:
+        _begin(sock, state, stack)
+        yield sock
+
+
+def _begin(sock: socket.socket, state: str, stack: ExitStack) -> None:
+    family = sock.family
+    if state == "bound" and family != socket.AF_UNIX:
+        sock.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+    elif state == "bound":
+        # Linux: autobind.
+        sock.bind("")
+    elif state == "refused":
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            assert sock.connect_ex(other.getsockname()) == errno.ECONNREFUSED
+    elif state == "connecting":
+        # The queue of the listener has one connection, and is full then.
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        stack.enter_context(socket.create_connection(listening.getsockname()))
+        sock.setblocking(False)
+        assert sock.connect_ex(listening.getsockname()) == errno.EINPROGRESS
+
+
+@pytest.mark.parametrize("method", ["submit", "call"])
+@pytest.mark.parametrize(
+    ("family", "state"),
+    [
+        (socket.AF_INET, "new"),
+        (socket.AF_INET, "bound"),
+        (socket.AF_INET, "refused"),
+        (socket.AF_INET, "connecting"),
+        (socket.AF_INET6, "new"),
+        (socket.AF_UNIX, "new"),
+        (socket.AF_UNIX, "bound"),
+    ],
+)
+async def test_submit_rejects_unconnected_socket(family: int, state: str, method: str) -> None:
+    """A socket that is not connected is rejected in every form, and still the caller's."""
+    async with open_worker_pool("tests._helpers.pool_handlers:copy", workers=1) as pool:
+        with unconnected(family, state=state) as sock:
+            sock.setblocking(False)
+            sources: list[Any] = [sock, sock.fileno()]
+            tried = trio.socket.from_stdlib_socket(sock.dup())
+            sources.append(tried)
+            if family != socket.AF_UNIX:
+                sources.append(trio.SocketStream(tried))
+            for source in sources:
+                with pytest.raises(WrongDescriptorKindError, match="one that is not connected"):
+                    await getattr(pool, method)(source)
+            assert os.fstat(sock.fileno())
+            assert os.fstat(tried.fileno())
+            tried.close()
+        assert pool.statistics().submitted == 0
+
+
+def reset_connection(family: int) -> socket.socket:
+    """Return a TCP connection that its peer has reset."""
+    host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+    with socket.create_server((host, 0), family=family) as listening:
+        client = socket.create_connection(listening.getsockname()[:2])
+        accepted, _ = listening.accept()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    poll = select.poll()
+    poll.register(accepted, select.POLLERR)
+    assert poll.poll(30_000)
+    return accepted
+
+
+@pytest.mark.parametrize("state", ["reset", "reset and noticed", "shut down"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+async def test_submit_takes_connection_that_was_reset(family: int, state: str) -> None:
+    """What a peer does to its connection is for the handler to find out, and no error of submit."""
+    sock = reset_connection(family)
+    if state == "reset and noticed":
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    elif state == "shut down":
+        sock.close()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            client = socket.create_connection(listening.getsockname())
+            sock, _ = listening.accept()
+            sock.shutdown(socket.SHUT_RDWR)
+            client.close()
+    async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
+        await pool.submit(sock)
+        assert sock.fileno() == -1
+
+
+async def test_submit_takes_unix_connection_whose_peer_has_gone() -> None:
+    """A Unix connection stays connected when its peer has closed or reset it."""
+    async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
+        for unread in (b"", b"x"):
+            ours, theirs = socket.socketpair()
+            ours.sendall(unread)
+            theirs.close()
+            await pool.submit(ours)
+
+
+async def test_submit_without_pollrdhup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a reset cannot be told from no connection, the handler finds out."""
+    monkeypatch.setattr(_kernel, "POLLRDHUP", None)
+    async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
+        await pool.submit(socket.socket())
+
+
+def test_is_unconnected_raises_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ENOTCONN says that a socket is not connected."""
+
+    class Broken(socket.socket):
+        def getpeername(self) -> Any:
+            raise OSError(errno.ENOBUFS, "no")
+
+    with Broken() as sock, pytest.raises(OSError, match="no"):
+        _endpoints._is_unconnected(sock)
 
 
 async def test_submit_rejects_source(tmp_path: Path) -> None:

@@ -386,9 +386,12 @@ async def test_job_map_buffer() -> None:
 
 
 async def test_call_with_an_unconnected_socket() -> None:
-    """The job of a socket that is not connected fails, and its worker goes on."""
+    """A socket that is not connected is rejected, and no job."""
     async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:
-        with pytest.raises(HandlerError, match="WrongDescriptorKindError"):
-            await pool.call(socket.socket(socket.AF_UNIX))
-        assert (await at_rest(pool)).failed == 1
+        with (
+            socket.socket(socket.AF_UNIX) as sock,
+            pytest.raises(ValueError, match="one that is not connected"),
+        ):
+            await pool.call(sock)
         await pool.call()
+        assert (await at_rest(pool)).submitted == 1

@@ -6,15 +6,17 @@ of the two again.
 
 Invariant: a file descriptor of which no stream or file can be made is closed.
 
-Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fcntl(2) (F_GETFL)
+Sources: socket(7) (SO_DOMAIN, SO_TYPE, SO_ACCEPTCONN), fcntl(2) (F_GETFL), poll(2) (POLLRDHUP)
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import io
 import os
+import select
 import socket as stdlib_socket
 import ssl
 from functools import partial
@@ -215,12 +217,37 @@ def _kind_of_socket(fd: int) -> EndpointKind:
                 "accepts",
                 kind,
             )
+        if _is_unconnected(sock):
+            raise WrongDescriptorKindError(
+                "expected a connected socket, got one that is not connected; connect it first",
+                kind,
+            )
         # close(2) of such a socket can block, as that of a file.
         if can_linger(sock):
             return EndpointKind.OTHER
         return _FAMILIES.get(sock.family, EndpointKind.OTHER)
     finally:
         sock.detach()
+
+
+def _is_unconnected(sock: stdlib_socket.socket) -> bool:
+    """Whether a socket was never connected.
+
+    A peer can reset its TCP connection at any time, and getpeername(2) then answers as if it had
+    never been there. That is for the handler to find out: it must not make ``submit`` fail, which
+    an accept loop calls. But only a socket that was never connected has no end of the stream.
+    """
+    if sock.family not in _FAMILIES or _kernel.POLLRDHUP is None:
+        return False
+    try:
+        sock.getpeername()
+    except OSError as exc:
+        if exc.errno != errno.ENOTCONN:
+            raise
+        poll = select.poll()
+        poll.register(sock, _kernel.POLLRDHUP)
+        return not any(events & _kernel.POLLRDHUP for _, events in poll.poll(0))
+    return False
 
 
 async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
