@@ -330,6 +330,18 @@ async def failing_at_the_end() -> AsyncGenerator[None, None]:
 
 
 @asynccontextmanager
+async def slow_at_the_end() -> AsyncGenerator[None, None]:
+    """At the end, wait until there is a file, and note the signals that a child has ignored."""
+    yield
+    note("ending", os.getpid())
+    with trio.CancelScope(shield=True):
+        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
+            await trio.sleep(0.01)
+        done = await trio.run_process(["grep", "SigIgn", "/proc/self/status"], capture_stdout=True)
+    note("ended", done.stdout.decode().split()[1])
+
+
+@asynccontextmanager
 async def dying() -> AsyncGenerator[None, None]:
     os.kill(os.getpid(), signal.SIGKILL)
     await trio.sleep_forever()

@@ -280,6 +280,25 @@ async def test_setup_that_raises_at_its_end(capfd: pytest.CaptureFixture[str]) -
     assert "LookupError: the setup says no at the end" in capfd.readouterr().err
 
 
+async def test_setup_end_is_not_cut_off_by_sigterm(shared: Path) -> None:
+    """SIGTERM while a setup ends, as systemd sends it to all processes, does not kill the worker.
+
+    A program that the setup starts does not inherit that.
+    """
+    async with open_worker_pool(
+        DO, workers=1, setup="tests._helpers.pool_handlers:slow_at_the_end"
+    ) as pool:
+        (pid,) = pids(pool)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.drain)
+            await until(lambda: lines(shared / "ending") == [str(pid)])
+            for _ in range(3):
+                os.kill(pid, signal.SIGTERM)
+            (shared / "go on").touch()
+    (ignored,) = lines(shared / "ended")
+    assert int(ignored, 16) >> (signal.SIGTERM - 1) & 1 == 0
+
+
 ################################################################
 # The end of the block of open_worker_pool()
 ################################################################

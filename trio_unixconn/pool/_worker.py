@@ -215,7 +215,11 @@ async def _serve(
             # The kernel cancels it when a process becomes another user.
             _exit_with_parent()
             worker = _Worker(conn, log, config, handler, state)
-            # From before READY: a SIGTERM at any time after it must not kill this worker.
+            # From before READY: a SIGTERM at any time after it must not kill this worker, which
+            # includes the end of the setup. A function, unlike SIG_IGN, is not inherited by the
+            # programs that it starts.
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, lambda _, __: None)
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
                 await conn.send_all(_protocol.pack_ready())
                 ready = True
