@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+import time
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -90,3 +91,51 @@ async def test_exit_with_parent_as_another_user() -> None:
             setup="tests.pool.test_orphans:as_nobody",
         ) as pool:
             assert await pool.call() == b"SIGTERM"
+
+
+# A pool whose handler has started a process.
+PARENT = """
+import sys, trio
+from trio_unixconn.pool import open_worker_pool
+
+async def main():
+    options = {"workers": 1, "kill_process_group": True}
+    async with open_worker_pool("tests.pool.test_orphans:start_child", **options) as pool:
+        print((await pool.call()).decode(), flush=True)
+        if sys.argv[1] == "busy":
+            await pool.submit(0, data=b"busy")
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+async def start_child(_: object, job: Job) -> bytes:
+    """Start a process that outlives this one unless it is killed; a worker runs this."""
+    if job.data:
+        # Without a checkpoint, so that the worker cannot drain.
+        time.sleep(1000)
+    child = subprocess.Popen(["sleep", "1000"])
+    return b"%d" % child.pid
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+async def test_kill_process_group_of_orphan(state: str) -> None:
+    """With kill_process_group, a worker whose pool was killed kills its process group itself."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, state],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        child = int(await trio.to_thread.run_sync(process.stdout.readline))
+        pidfd = os.pidfd_open(child)
+        try:
+            process.kill()
+            with trio.fail_after(30):
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)

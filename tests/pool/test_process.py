@@ -26,7 +26,7 @@ from tests._helpers.processes import ROOT
 from tests._helpers.waiting import until
 from trio_unixconn import WorkerDiedError, WorkerStartError
 from trio_unixconn.pool import WorkerInfo, _process, open_worker_pool
-from trio_unixconn.pool._process import FdReserve, describe_exit
+from trio_unixconn.pool._process import FdReserve, describe_exit, living_members
 from trio_unixconn.pool._worker_config import WORKER_VARIABLE, WorkerConfig
 
 if TYPE_CHECKING:
@@ -354,6 +354,57 @@ async def test_kill_process_group(end: str, stray_processes: list[int]) -> None:
                     with pytest.raises(WorkerDiedError):
                         await pool.call(data=b"die")
                 await trio.lowlevel.wait_readable(pidfd)
+
+
+async def test_kill_process_group_is_awaited(stray_processes: list[int]) -> None:
+    """When the pool has ended, no process of the group is left, nor anything that it held."""
+    with trio.fail_after(60):
+        async with open_worker_pool(
+            "tests.pool.test_process:start_child", workers=1, kill_process_group=True
+        ) as pool:
+            stray_processes += [int(await pool.call()) for _ in range(20)]
+            (worker,) = pids(pool)
+            assert len(living_members(worker)) == 21
+            await pool.drain()
+            assert living_members(worker) == []
+
+
+@pytest.mark.parametrize("has_pidfd", [True, False])
+async def test_kill_process_group_that_does_not_end(
+    stray_processes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    has_pidfd: bool,
+) -> None:
+    """A process that SIGKILL does not end is logged, and holds up the pool for a limited time."""
+    monkeypatch.setattr(_process, "GROUP_TIMEOUT", 0.3)
+    with trio.fail_after(60):
+        async with open_worker_pool(
+            "tests.pool.test_process:start_child", workers=1, kill_process_group=True
+        ) as pool:
+            child = int(await pool.call())
+            stray_processes.append(child)
+            (worker,) = pids(pool)
+            # As if it were in an uninterruptible sleep.
+            monkeypatch.setattr(os, "killpg", lambda _, __: None)
+            if not has_pidfd:
+                monkeypatch.delattr(os, "pidfd_open")
+            await pool.drain()
+        assert living_members(worker) == [child]
+    said = f"processes {child} of the process group of worker {worker} did not end within 0.3 s"
+    assert said in caplog.text
+
+
+def test_living_members_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc, none is found."""
+
+    def fail(_: str) -> list[str]:
+        raise FileNotFoundError
+
+    assert os.getpid() in living_members(os.getpgrp())
+    monkeypatch.setattr(os, "listdir", fail)
+    assert living_members(os.getpgrp()) == []
 
 
 async def test_without_kill_process_group(stray_processes: list[int]) -> None:

@@ -442,8 +442,17 @@ def test_watch_pool_without_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     ours, theirs = socket.socketpair()
     ours.close()
-    with theirs, pytest.raises(SystemExit):
-        _worker._watch_pool(theirs, None)
+    monkeypatch.setattr(sys, "stderr", None)
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    with theirs:
+        for kills in (False, True):
+            group = _worker._ProcessGroup(os.getppid(), kills=kills)
+            group.kill_if_orphan()
+            assert killed == []
+            with pytest.raises(SystemExit):
+                _worker._watch_pool(theirs, None, group)
+    assert killed == [0]
     assert _worker._open_pidfd(2**22 + 1) is None
     monkeypatch.delattr(os, "pidfd_open")
     assert _worker._open_pidfd(os.getpid()) is None

@@ -3,12 +3,13 @@
 Invariant: a process that was started is reaped by its WorkerProcess, and its number is not used
 after that.
 
-Sources: pidfd_open(2), waitid(2) (WNOWAIT), signal(7), setsid(2),
+Sources: pidfd_open(2), waitid(2) (WNOWAIT), signal(7), setsid(2), proc_pid_stat(5),
 https://docs.python.org/3/library/subprocess.html
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket as stdlib_socket
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 
     from ._worker_config import WorkerConfig
 
+logger: Final = logging.getLogger("trio_unixconn.pool")
+
 _BOOTSTRAP: Final = str(Path(__file__).with_name("_bootstrap.py"))
 # Standard input, output and error.
 _STANDARD_FDS: Final = range(3)
+# How long to wait in seconds for a process group that was killed, and the maximum time until its
+# processes are listed again.
+GROUP_TIMEOUT: Final = 2.0
+_LOOK_AGAIN: Final = 0.1
 # The options -X that subprocess does not know, and that say how a program behaves, not how this
 # process was started.
 _KEPT_XOPTIONS: Final = ("int_max_str_digits", "no_debug_ranges", "pycache_prefix", "cpu_count")
@@ -80,6 +87,7 @@ class WorkerProcess(DescriptorOwner):
             # No other process or group gets its number before it is reaped.
             if self._kill_group:
                 self._kill_process_group()
+                await self._wait_for_process_group()
             popen.wait()
         return cast("int", popen.returncode)
 
@@ -93,6 +101,26 @@ class WorkerProcess(DescriptorOwner):
         # EPERM: those that are left belong to another user. macOS says it of zombies, too.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    async def _wait_for_process_group(self) -> None:
+        """Wait until the others of the group are gone, with their files, locks and ports.
+
+        SIGKILL takes effect later, if the process is on another CPU or inside a system call.
+        """
+        # Not trio's default limiter, whose threads may all be waiting for something.
+        limiter = trio.CapacityLimiter(1)
+        left: list[int] = []
+        with trio.move_on_after(GROUP_TIMEOUT):
+            while left := await trio.to_thread.run_sync(living_members, self.pid, limiter=limiter):
+                with trio.move_on_after(_LOOK_AGAIN):
+                    await _wait_for_end(left[0])
+            return
+        logger.warning(
+            "processes %s of the process group of worker %d did not end within %g s of SIGKILL",
+            ", ".join(map(str, left)),
+            self.pid,
+            GROUP_TIMEOUT,
+        )
 
     def close(self) -> None:
         """Close what belongs to it, after it has been reaped."""
@@ -109,6 +137,32 @@ def _open_pidfd(pid: int) -> int:
     except (AttributeError, OSError):
         # Not Linux, before 5.3, or EMFILE.
         return -1
+
+
+async def _wait_for_end(pid: int) -> None:
+    """Wait until a process that is not a child has ended; without end if it cannot be watched."""
+    pidfd = _open_pidfd(pid)
+    if pidfd < 0:
+        await trio.sleep_forever()
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def living_members(group: int) -> list[int]:
+    """Return the processes of a process group that have not ended; none without /proc."""
+    found: list[int] = []
+    with suppress(OSError):
+        for name in os.listdir("/proc"):
+            # It may end meanwhile.
+            with suppress(OSError, ValueError):
+                with open(f"/proc/{int(name)}/stat", "rb") as file:
+                    # The name of the program can contain anything.
+                    state, _, number = file.read().rpartition(b")")[2].split()[:3]
+                if int(number) == group and state not in (b"Z", b"X"):
+                    found.append(int(name))
+    return found
 
 
 def _wait_for_exit(pid: int) -> None:

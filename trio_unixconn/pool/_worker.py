@@ -18,6 +18,7 @@ Sources: prctl(2) (PR_SET_PDEATHSIG), signal(7), pthread_sigmask(3)
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import math
@@ -89,11 +90,18 @@ def run_worker(
     log = CompletionLogWriter(log_fd)
     _restore_signals()
     pool_pid = message["pool_pid"]
+    # Another version may not know it.
+    group = _ProcessGroup(pool_pid, kills=bool(message["config"].get("kill_process_group")))
     _exit_with_parent()
     threading.Thread(
-        target=_watch_pool, args=(sock, _open_pidfd(pool_pid)), name="pool watch", daemon=True
+        target=_watch_pool,
+        args=(sock, _open_pidfd(pool_pid), group),
+        name="pool watch",
+        daemon=True,
     ).start()
     _check_parent(pool_pid)
+    # Registered first, it runs last.
+    atexit.register(group.kill_if_orphan)
     if message["version"] != __version__:
         # Another version was installed since the pool's process started. It sees that, and says
         # so; the configuration may be another one by now.
@@ -105,7 +113,7 @@ def run_worker(
         setup = import_setup(config.setup) if config.setup is not None else None
     except BaseException as exc:  # noqa: BLE001 - SystemExit, too, keeps the worker from starting
         return _send_failed(sock, exc)
-    return trio.run(_serve, sock, log, config, handler, setup)
+    return trio.run(_serve, sock, log, config, handler, setup, group)
 
 
 def _restore_signals() -> None:
@@ -131,13 +139,39 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
+class _ProcessGroup:
+    """This process and those that its handlers have started.
+
+    Args:
+      kills: the option ``kill_process_group``.
+
+    Attributes:
+      is_orphan: whether the pool has closed the connection. A process that dies does so before it
+        stops being the parent.
+    """
+
+    def __init__(self, pool_pid: int, *, kills: bool) -> None:
+        self._pool_pid = pool_pid
+        self._kills = kills
+        self.is_orphan = False
+
+    def kill_if_orphan(self) -> None:
+        """Kill the group, with this process, if there is no pool to do it."""
+        if self._kills and (self.is_orphan or os.getppid() != self._pool_pid):
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.flush()
+            os.killpg(0, signal.SIGKILL)
+
+
 def _check_parent(pool_pid: int) -> None:
     if os.getppid() != pool_pid:  # pragma: no cover - such an exit leaves no data
         # It died before prctl(2) was called.
         os._exit(1)
 
 
-def _watch_pool(sock: stdlib_socket.socket, pidfd: int | None) -> None:
+def _watch_pool(sock: stdlib_socket.socket, pidfd: int | None, group: _ProcessGroup) -> None:
     """Exit soon after the pool's process has died; a thread, for handlers that never wait."""
     poll = select.poll()
     # Only the close of the other end.
@@ -149,6 +183,8 @@ def _watch_pool(sock: stdlib_socket.socket, pidfd: int | None) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(SHUT_RD)
     time.sleep(_ORPHAN_EXIT)
+    group.is_orphan = True
+    group.kill_if_orphan()
     os._exit(1)
 
 
@@ -202,6 +238,7 @@ async def _serve(
     config: WorkerConfig,
     handler: Any,
     setup: Any,
+    group: _ProcessGroup,
 ) -> int:
     conn = UnixConnection.from_stdlib_socket(sock)
     context: Any = contextlib.nullcontext()
@@ -214,7 +251,7 @@ async def _serve(
         async with context as state:
             # The kernel cancels it when a process becomes another user.
             _exit_with_parent()
-            worker = _Worker(conn, log, config, handler, state)
+            worker = _Worker(conn, log, config, handler, state, group)
             # From before READY: a SIGTERM at any time after it must not kill this worker, which
             # includes the end of the setup. A function, unlike SIG_IGN, is not inherited by the
             # programs that it starts.
@@ -249,6 +286,7 @@ class _Worker:
         config: WorkerConfig,
         handler: Any,
         state: Any,
+        group: _ProcessGroup,
     ) -> None:
         self._conn = conn
         self._log_finished = log.add
@@ -258,6 +296,7 @@ class _Worker:
             self._handler_timeout = config.handler_timeout
         self._heartbeat_interval = config.heartbeat_interval
         self._state = state
+        self._group = group
         # What the pool is to be sent: whole frames, and the ids of jobs that are done.
         self._outgoing: list[bytes] = []
         self._done: list[int] = []
@@ -295,6 +334,7 @@ class _Worker:
         with contextlib.suppress(UnixConnectionError):
             await self._receive_until_end(handlers)
         # The pool is gone.
+        self._group.is_orphan = True
         self._drain(_ORPHAN_DRAIN)
 
     async def _receive_until_end(self, handlers: trio.Nursery) -> None:
