@@ -10,6 +10,7 @@ if sys.path[:1] == [os.path.dirname(__file__)]:
     # The directory of this program. Its _queue is not the one of the standard library.
     del sys.path[0]
 
+import io
 import json
 import socket
 
@@ -24,6 +25,9 @@ def main() -> None:
     connection, log, config = map(int, sys.argv[1:4])
     # It says that this process has not come this far.
     os.environ.pop("TRIO_UNIXCONN_WORKER", None)
+    if os.environ.pop("TRIO_UNIXCONN_LINES", None) and isinstance(sys.stdout, io.TextIOWrapper):
+        # What reads the other end forwards lines, each when it is complete.
+        sys.stdout.reconfigure(line_buffering=True)
     with open(config, "rb") as file:
         message, _, setup_data = file.read().partition(b"\n")
     fields = json.loads(message)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: Set in the environment of a process that is started as a worker. The bootstrap, which only a
 #: Python interpreter runs, removes it.
 WORKER_VARIABLE: Final = "TRIO_UNIXCONN_WORKER"
+#: Set in the environment of a worker that is to write its standard output line by line, even if
+#: that is a pipe. The bootstrap removes it.
+LINES_VARIABLE: Final = "TRIO_UNIXCONN_LINES"
 
 
 @attrs.frozen

@@ -258,6 +258,7 @@ def serve(
     """
     # --help needs none of it.
     from ...pool._config import PoolConfig
+    from ...pool._worker_config import LINES_VARIABLE
     from .binds import (
         UnixBind,
         check_different,
@@ -293,6 +294,8 @@ def serve(
         "executable": executable,
         "nice": nice,
         "kill_process_group": kill_process_group,
+        # A handler's print is forwarded when it is made, and not lost if the worker is killed.
+        "environment": {LINES_VARIABLE: "1"},
     }
     try:
         pool = PoolConfig(handler, **options)
