@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pty
 import re
@@ -29,7 +30,9 @@ from tests._helpers.serve_cli import (
 )
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import output
+from trio_unixconn._cli.serve.log import EndedJobs
 from trio_unixconn._cli.serve.output import CapturedStream, LineOutput
+from trio_unixconn.pool._supervisor import CANCELLED, UNFINISHED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -536,6 +539,42 @@ def test_table_falls_back_to_lines(project: Path) -> None:
 ################################################################
 # Clients that outlive a drain
 ################################################################
+
+
+def test_handler_print_is_forwarded_when_it_is_made(project: Path) -> None:
+    """A line that a handler prints appears while it still runs, and without a variable for it."""
+    (project / "app.py").write_text(
+        "import os\n"
+        "async def hold(stream, job):\n"
+        "    print('begun', [name for name in os.environ if 'LINES' in name])\n"
+        "    await stream.receive_some(100)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "LINES"}
+    with serving(project, "hold", env=env) as served, connected(str(project / "s")):
+        assert served.line("begun") == "begun []\n"
+
+
+def test_ended_jobs_are_known_by_their_mark() -> None:
+    """A record is counted for its attribute, not for its text, which a handler can choose."""
+    logged: list[tuple[int, str]] = []
+    jobs = EndedJobs(lambda level, text: logged.append((level, text)))
+    text = "handler was cancelled because its worker is exiting"
+
+    def record(**attributes: str) -> logging.LogRecord:
+        return logging.makeLogRecord(
+            {"name": "trio_unixconn.pool", "levelno": logging.ERROR, "msg": text, **attributes}
+        )
+
+    assert jobs.filter(record())
+    assert not jobs.filter(record(**{UNFINISHED: CANCELLED}))
+    assert not jobs.filter(record(**{UNFINISHED: "abandoned: of old age"}))
+    assert not jobs.filter(record(**{UNFINISHED: "abandoned: of old age"}))
+    jobs.report()
+    jobs.report()
+    assert logged == [
+        (logging.WARNING, "1 connection outlived a drain: cancelled after --drain-timeout"),
+        (logging.WARNING, "2 connections abandoned: of old age"),
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -100,7 +100,9 @@ class HandleOwner(Protocol):
     def on_finished(self, handle: WorkerHandle, count: int) -> None:
         """Called when handlers have returned."""
 
-    def on_failed(self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool) -> None:
+    def on_failed(
+        self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool, cancelled: bool
+    ) -> None:
         """Called when a handler has raised, or a job could not be given its stream.
 
         Args:
@@ -543,7 +545,13 @@ class WorkerHandle(DescriptorOwner):
             error = HandlerError(f"the handler of job {job_id} failed", text)
         job.settle(JobEnd.FAILED, error)
         self.failed += 1
-        self._owner.on_failed(self, job_id, text, awaited=job.wants_answer)
+        self._owner.on_failed(
+            self,
+            job_id,
+            text,
+            awaited=job.wants_answer,
+            cancelled=said == _protocol.CANCELLED_BY_EXIT,
+        )
         self._on_finished(0)
 
     def _finish(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:

@@ -56,6 +56,10 @@ BEAT: Final = 23
 LEAVING: Final = 24
 MORE: Final = 25
 
+#: The whole text of an ERROR for a job whose handler was cancelled at the end of a drain. The
+#: traceback of an exception is another text.
+CANCELLED_BY_EXIT: Final = b"handler was cancelled because its worker is exiting"
+
 #: The endpoint kind of a job without a file descriptor.
 NO_DESCRIPTOR: Final = 0
 

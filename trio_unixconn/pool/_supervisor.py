@@ -110,6 +110,10 @@ ABORT_GRACE: Final = 1.0
 TICK: Final = 1.0
 JITTER: Final = 0.1
 
+#: The attribute of log records about a job that its worker did not finish; it says why.
+UNFINISHED: Final = "trio_unixconn_unfinished"
+#: Its value if the end of the worker has cancelled the handler.
+CANCELLED: Final = "cancelled"
 _POOL_ENDED: Final = "the pool ended first"
 _NOT_NEEDED: Final = "was no longer needed"
 _POOL_ERROR: Final = "was killed after an error in the pool"
@@ -773,10 +777,22 @@ class Supervisor(DescriptorOwner):
             slot.rest = INITIAL_BACKOFF
         self.dispatch()
 
-    def on_failed(self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool) -> None:
-        """Log the traceback of a handler, unless its caller gets it."""
+    def on_failed(
+        self, handle: WorkerHandle, job_id: int, text: str, *, awaited: bool, cancelled: bool
+    ) -> None:
+        """Log the traceback of a handler, unless its caller gets it.
+
+        Args:
+          cancelled: whether the end of its worker has cancelled it.
+        """
         if not awaited:
-            logger.error("%r: job %d failed\n%s", handle, job_id, text.rstrip())
+            logger.error(
+                "%r: job %d failed\n%s",
+                handle,
+                job_id,
+                text.rstrip(),
+                extra={UNFINISHED: CANCELLED} if cancelled else None,
+            )
         self.dispatch()
 
     def on_refused(self, handle: WorkerHandle) -> None:
@@ -827,7 +843,12 @@ class Supervisor(DescriptorOwner):
         """Report the jobs that a worker was handling when it died, each on its own."""
         report = self.options.on_abandoned
         for job in jobs:
-            logger.warning("job %d was abandoned: %s", job.id, handle.error)
+            logger.warning(
+                "job %d was abandoned: %s",
+                job.id,
+                handle.error,
+                extra={UNFINISHED: f"abandoned: {handle.error}"},
+            )
             if report is not None:
                 seconds = trio.current_time() - job.acknowledged_at
                 try:

@@ -461,7 +461,7 @@ class _Worker:
         if _contains_cancelled(exc) and trio.current_effective_deadline() <= trio.current_time():
             # This worker is ending. The job is not logged as finished: it was interrupted, and if
             # the pool does not get this report, it has to report the job as abandoned.
-            self._queue_error(job_id, b"handler was cancelled because its worker is exiting")
+            self._queue_error(job_id, _protocol.CANCELLED_BY_EXIT)
         else:
             self._fail_job(job_id, format_error(exc))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from rich.text import Text
 
+from ...pool._supervisor import CANCELLED, UNFINISHED
 from .._console import printable
 from .output import CapturedStream, LineOutput
 
@@ -30,8 +31,6 @@ MAX_LINES: Final = 50
 # How long the end of the process waits for all outputs, in seconds.
 CLOSE_TIMEOUT: Final = 1.0
 _STYLES: Final = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
-# What the pool logs of a handler that was cancelled at the end of a drain.
-_CANCELLED: Final = "handler was cancelled because its worker is exiting"
 _TIME: Final = "%Y-%m-%d %H:%M:%S"
 
 LogFormat = Literal["text", "json"]
@@ -237,36 +236,25 @@ class EndedJobs(logging.Filter):
     def __init__(self, log_job: Callable[[int, str], None]) -> None:
         super().__init__()
         self._log_job = log_job
-        self._counts: Counter[tuple[int, str]] = Counter()
+        self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return False for a record that is counted instead."""
-        key = _ended_job(record)
-        if key is not None:
+        why: str | None = getattr(record, UNFINISHED, None)
+        if why is not None:
             with self._lock:
-                self._counts[key] += 1
-        return key is None
+                self._counts[why] += 1
+        return why is None
 
     def report(self) -> None:
         """Log what was counted."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
-        for (level, text), count in counts.items():
+        for why, count in counts.items():
             jobs = "1 connection" if count == 1 else f"{count} connections"
-            self._log_job(level, f"{jobs} {text}")
-
-
-def _ended_job(record: logging.LogRecord) -> tuple[int, str] | None:
-    """Return the level and the text of a record about a job that its worker did not finish."""
-    if record.name != "trio_unixconn.pool" or not isinstance(record.args, tuple):
-        return None
-    text = str(record.args[-1]) if record.args else ""
-    if record.msg.startswith("%r: job %d failed") and text.startswith(_CANCELLED):
-        return logging.WARNING, "outlived a drain: cancelled after --drain-timeout"
-    if record.msg.startswith("job %d was abandoned"):
-        return record.levelno, f"abandoned: {text}"
-    return None
+            text = "outlived a drain: cancelled after --drain-timeout" if why == CANCELLED else why
+            self._log_job(logging.WARNING, f"{jobs} {text}")
 
 
 class Screen:
