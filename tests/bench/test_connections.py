@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.bench.connections.cases import CASES, FLOOR, GOALS, MEMORY, OURS, STDLIB, STREAM, Case
-from tests.bench.connections.pairs import (
-    IMPLEMENTATIONS,
-    FailedError,
-    Implementation,
-    MissingError,
-    Pair,
-    installed,
-    python,
-)
+from tests.bench.connections.pairs import IMPLEMENTATIONS, Pair
 from tests.bench.connections.report import as_json, compare, condensed, confirmed, judge, summary
+from tests.bench.connections.workloads import CASES, FLOOR, GOALS, MEMORY, STDLIB, STREAM, Case
+
+from .implementations import OURS, FailedError, Implementation, MissingError, installed, python
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -99,7 +93,7 @@ def test_installed_names_the_missing_package() -> None:
     """installed() raises MissingError with the name of the package, and so does Pair()."""
     with pytest.raises(MissingError, match="no-such-package is not installed"):
         installed("no-such-package")
-    absent = Implementation("absent", "absent", python("stdlib.py", packages=["no-such-package"]))
+    absent = Implementation("absent", "absent", python("any.module", packages=["no-such-package"]))
     with pytest.raises(MissingError, match="no-such-package"):
         Pair(absent, "unused")
 

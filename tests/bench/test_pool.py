@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from tests._helpers.processes import cpu_seconds, family, private_bytes
-from tests.bench.connections.cases import OURS
-from tests.bench.connections.pairs import FailedError, MissingError
 from tests.bench.pool.generator import Generator, built, check
 from tests.bench.pool.report import (
     arrivals,
@@ -41,6 +39,8 @@ from tests.bench.pool.workloads import (
     UNEVEN_OPEN,
     beside,
 )
+
+from .implementations import OURS, FailedError, MissingError
 
 # One Python is enough.
 pytestmark = pytest.mark.once

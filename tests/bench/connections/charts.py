@@ -13,8 +13,10 @@ from tests._helpers.processes import ROOT
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from .cases import CASES, GROUPS
-from .report import human, is_ours
+from tests.bench.report import is_ours
+
+from .report import human
+from .workloads import CASES, GROUPS
 
 RESULT = Path(__file__).parent / "result.json"
 PICTURES = ROOT / "docs" / "explanation" / "performance"

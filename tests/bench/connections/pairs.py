@@ -1,99 +1,35 @@
-"""The implementations: how each is started, and why one is missing.
-
-An implementation that cannot be started, or that fails, is reported with the reason.
-"""
+"""The implementations, each a pair of processes."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import select
-import shutil
 import socket
 import subprocess
-import sys
-import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
-import attrs
-
-import trio_unixconn
 from tests._helpers import processes
+from tests.bench.implementations import (
+    OURS,
+    Implementation,
+    MissingError,
+    Program,
+    compiled,
+    failed,
+    lines_of,
+    python,
+)
 
-from .cases import ANYIO, FLOOR, GIO, OURS, STDLIB, UVLOOP
+from .workloads import ANYIO, FLOOR, GIO, STDLIB, UVLOOP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 PACKAGE = f"{__package__}.implementations"
 LIMIT = Path(__file__).parent / "implementations" / "limit.c"
-# In seconds. Only a process that hangs takes so long.
-TIMEOUT = 120
-
-
-class MissingError(Exception):
-    """An implementation is not installed; the text says what is missing."""
-
-
-class FailedError(Exception):
-    """An implementation died or hung; the text says which, and has its last line of errors."""
-
-
-@attrs.frozen
-class Program:
-    """How an implementation is started.
-
-    Attributes:
-      command: the arguments before the side and the descriptor.
-      version: the versions of its parts.
-      arguments: the arguments after the side and the descriptor.
-    """
-
-    command: list[str]
-    version: str
-    arguments: tuple[str, ...] = ()
-
-
-@attrs.frozen
-class Implementation:
-    """One implementation that is measured.
-
-    Attributes:
-      key: its name on the command line.
-      name: its name in the tables.
-      find: returns its program, given a directory to build in; raises MissingError.
-    """
-
-    key: str
-    name: str
-    find: Callable[[str], Program]
-
-
-def installed(package: str) -> str:
-    """Return a package's name and version; raise MissingError without it."""
-    if package == OURS:
-        # The package next to this directory, installed or not.
-        return f"{package} {trio_unixconn.__version__}"
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingError(f"{package} is not installed") from None
-
-
-def python(
-    name: str, *arguments: str, packages: Iterable[str] = (), package: str = PACKAGE
-) -> Callable[[str], Program]:
-    """Return a function that finds a module for this Python, if the packages are installed."""
-
-    def find(_: str) -> Program:
-        found = [installed(package) for package in packages]
-        version = ", ".join([*found, f"Python {sys.version.split()[0]}"])
-        return Program(processes.python(f"{package}.{name}"), version, arguments)
-
-    return find
 
 
 def system_python(_: str) -> Program:
@@ -114,65 +50,26 @@ def system_python(_: str) -> Program:
     return Program([interpreter, "-m", f"{PACKAGE}.gio"], done.stdout.strip())
 
 
-def compiled(directory: str, source: Path = LIMIT) -> Program:
-    """Compile a program in C, and return it."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise MissingError("no C compiler (cc)")
-    program = os.path.join(directory, source.stem)
-    subprocess.run(
-        [compiler, "-std=c11", "-Wall", "-Wextra", "-O2", "-o", program, source, "-lm"],
-        check=True,
-    )
-    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
-    return Program([program], done.stdout.split("\n", 1)[0] + ", -O2")
+def _python(name: str, *arguments: str, packages: Iterable[str] = ()) -> Callable[[str], Program]:
+    return python(f"{PACKAGE}.{name}", *arguments, packages=packages)
 
 
 IMPLEMENTATIONS = [
-    Implementation("c", "C", compiled),
-    Implementation("stdlib", STDLIB, python("stdlib")),
-    Implementation("reduction", "multiprocessing.reduction", python("reduction")),
-    Implementation("floor", FLOOR, python("floor", packages=["trio"])),
-    Implementation("ours", OURS, python("ours", packages=[OURS, "trio"])),
-    Implementation("anyio-trio", ANYIO, python("with_anyio", "trio", packages=["anyio", "trio"])),
+    Implementation("c", "C", partial(compiled, source=LIMIT)),
+    Implementation("stdlib", STDLIB, _python("stdlib")),
+    Implementation("reduction", "multiprocessing.reduction", _python("reduction")),
+    Implementation("floor", FLOOR, _python("floor", packages=["trio"])),
+    Implementation("ours", OURS, _python("ours", packages=[OURS, "trio"])),
+    Implementation("anyio-trio", ANYIO, _python("with_anyio", "trio", packages=["anyio", "trio"])),
     Implementation(
-        "anyio-asyncio", "anyio on asyncio", python("with_anyio", "asyncio", packages=["anyio"])
+        "anyio-asyncio", "anyio on asyncio", _python("with_anyio", "asyncio", packages=["anyio"])
     ),
     Implementation(
-        "anyio-uvloop", UVLOOP, python("with_anyio", "uvloop", packages=["anyio", "uvloop"])
+        "anyio-uvloop", UVLOOP, _python("with_anyio", "uvloop", packages=["anyio", "uvloop"])
     ),
-    Implementation("twisted", "Twisted", python("with_twisted", packages=["twisted"])),
+    Implementation("twisted", "Twisted", _python("with_twisted", packages=["twisted"])),
     Implementation("gio", GIO, system_python),
 ]
-
-
-def lines_of(processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> list[Any]:
-    """Return the line of JSON of each process; raise FailedError if one dies or hangs."""
-    deadline = time.monotonic() + TIMEOUT
-    # From all at the same time: if one dies, the other waits for it without end.
-    texts = dict.fromkeys(processes, b"")
-    while unfinished := [each for each, text in texts.items() if not text.endswith(b"\n")]:
-        outputs = {each.stdout.fileno(): each for each in unfinished if each.stdout}
-        patience = max(0, deadline - time.monotonic())
-        ready, _, _ = select.select(list(outputs), [], [], patience)
-        if not ready:
-            raise failed("hung", texts, errors)
-        for output in ready:
-            more = os.read(output, 65536)
-            if not more:
-                raise failed("died", texts, errors)
-            texts[outputs[output]] += more
-    return [json.loads(text) for text in texts.values()]
-
-
-def failed(how: str, processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> FailedError:
-    """Kill the processes that failed; return an error with the last line of their errors."""
-    for process in processes:
-        process.kill()
-        process.wait()
-    errors.seek(0)
-    words = [line for line in errors.read().split("\n") if line.strip()]
-    return FailedError(f"{how}: {words[-1].strip() if words else 'no output'}")
 
 
 class Pair:
@@ -215,7 +112,7 @@ class Pair:
     @property
     def cases(self) -> dict[str, list[str]]:
         """The cases it supports, with their variants; waits until it has started."""
-        self._await_start()
+        self.await_start()
         assert self._cases is not None
         return self._cases
 
@@ -227,7 +124,7 @@ class Pair:
         Returns:
           The seconds of the left side, and the figures of the right side.
         """
-        self._await_start()
+        self.await_start()
         cpus = sorted(os.sched_getaffinity(0))
         for i, process in enumerate(self._processes):
             with suppress(ProcessLookupError):
@@ -244,7 +141,8 @@ class Pair:
         left, right = lines_of(self._processes, self._errors)
         return {**right, **left}
 
-    def _await_start(self) -> None:
+    def await_start(self) -> None:
+        """Wait until both processes have started; raise FailedError if one died."""
         # Not in the constructor, so that many can start at the same time.
         if self._cases is None:
             self._cases = lines_of(self._processes, self._errors)[0]

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import json
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from rich.table import Table
 
-from .cases import CASES, GOALS, GROUPS, MEMORY, MOST_MEMORY, OURS, STREAM, Case, Goal
+from tests._helpers.tables import row_of, table_of
+from tests.bench.implementations import OURS
+from tests.bench.report import (
+    Goal,
+    Result,
+    Verdict,
+    goal_lines,
+    is_ours,
+    machine_lines,
+    ratio_of,
+    ratios,
+    show_absent,
+    spread,
+)
+
+from .workloads import CASES, GOALS, GROUPS, MEMORY, MOST_MEMORY, STREAM, Case
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from rich.console import Console
-
-Result = dict[str, Any]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles."""
-    if len(values) < 2:
-        return dict.fromkeys(("median", "low", "high"), values[0])
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
-
-
-def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Return the ratio within each turn."""
-    return [one / two for one, two in zip(over, under, strict=False) if two]
-
-
-def is_ours(name: str) -> bool:
-    """Whether an entry is of this library, in any variant."""
-    return name.split(":", maxsplit=1)[0] == OURS
 
 
 def summary(case: Case, values: dict[str, list[float]]) -> Result:
@@ -56,45 +49,9 @@ def summary(case: Case, values: dict[str, list[float]]) -> Result:
     }
 
 
-def ratio_of(
-    result: Result, over: tuple[str, str], under: tuple[str, str]
-) -> dict[str, float] | None:
-    """Return the ratio of two implementations, turn by turn; None if one did not run."""
-    found = [
-        result["cases"].get(case, {}).get("implementations", {}).get(name)
-        for case, name in (over, under)
-    ]
-    if None in found:
-        return None
-    both = ratios(*(each["values"] for each in found))
-    return spread(both) if both else None
-
-
 ################################################################
 # Goals
 ################################################################
-
-
-@attrs.frozen
-class Verdict:
-    """A goal, and what was measured."""
-
-    goal: str
-    expected: str
-    measured: dict[str, float] | None
-    is_met: bool | None
-
-    @property
-    def word(self) -> str:
-        """One word for the verdict."""
-        return {True: "met", False: "missed", None: "not measured"}[self.is_met]
-
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """Return the row of a table."""
-        if self.measured is None:
-            return self.goal, self.expected, "", "", self.word
-        median, low, high = (f"{self.measured[key]:.3g}" for key in ("median", "low", "high"))
-        return self.goal, self.expected, median, f"{low} to {high}", self.word
 
 
 MEMORY_GOAL = "bytes of an idle connection beyond those of trio.SocketStream"
@@ -306,14 +263,6 @@ def headings_of(case: Result) -> tuple[str, str, str, str]:
     return "", f"per {case['unit']}", f"ratio to {case['reference']}", "quartiles of the ratio"
 
 
-def table_of(title: str, headings: Iterable[str], numbers: Iterable[int] = ()) -> Table:
-    """Return a table without rows; numbers are the columns that have figures."""
-    table = Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i in numbers else "left")
-    return table
-
-
 def show(result: Result, console: Console) -> None:
     """Print what was measured, and which implementations are missing."""
     for title, case in result["cases"].items():
@@ -322,21 +271,6 @@ def show(result: Result, console: Console) -> None:
             table.add_row(*cells_of(name, case), style="bold" if is_ours(name) else "")
         console.print(table)
     show_absent(result, console)
-
-
-def show_absent(result: Result, console: Console) -> None:
-    """Print which implementations are missing or failed."""
-    for kind in ("missing", "failed"):
-        for name, why in result[kind].items():
-            console.print(f"{kind}: {name} ({why})", style="yellow", markup=False)
-
-
-def show_goals(verdicts: Iterable[Verdict], console: Console) -> None:
-    """Print the goals."""
-    table = table_of("Goals", ("goal", "expected", "measured", "quartiles", ""), (2, 3))
-    for verdict in verdicts:
-        table.add_row(*verdict.cells(), style="red" if verdict.is_met is False else "")
-    console.print(table)
 
 
 def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
@@ -371,32 +305,3 @@ def markdown(result: Result) -> str:
                 lines.append("")
         lines += [f"<!-- end {group} -->", ""]
     return "\n".join([*lines, *goal_lines(judge(result))]) + "\n"
-
-
-def machine_lines(result: Result) -> list[str]:
-    """Return the machine and the versions of all implementations, in Markdown."""
-    lines = ["<!-- begin machine -->", ""]
-    kind = "quick" if result["quick"] else "full"
-    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
-    lines += row_of("implementation", "version") + row_of("---", "---")
-    for name, version in result["versions"].items():
-        lines += row_of(name, version)
-    for key in ("missing", "failed"):
-        for name, why in result[key].items():
-            lines += row_of(name, f"**{key}**: {why}")
-    return [*lines, "", "<!-- end machine -->", ""]
-
-
-def goal_lines(verdicts: Iterable[Verdict]) -> list[str]:
-    """Return the goals in Markdown."""
-    lines = ["<!-- begin goals -->", "", *row_of("goal", "expected", "measured", "quartiles", "")]
-    lines += row_of(*["---"] * 5)
-    for verdict in verdicts:
-        *words, last = verdict.cells()
-        lines += row_of(*words, f"**{last}**" if verdict.is_met is False else last)
-    return [*lines, "", "<!-- end goals -->"]
-
-
-def row_of(*cells: str) -> list[str]:
-    """Return the line of a table in Markdown."""
-    return [f"| {' | '.join(cells)} |"]

@@ -13,42 +13,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import attrs
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
-from .cases import CASES, Case
-from .pairs import IMPLEMENTATIONS, FailedError, Implementation, MissingError, Pair
+from tests._helpers.tables import machine
+from tests.bench.implementations import FailedError, Implementation
+from tests.bench.report import Result, is_ours, show_goals
+from tests.bench.runner import Run, add_choices, checked, finish, in_turn, progress_bar
+
+from .pairs import IMPLEMENTATIONS, Pair
 from .report import (
-    Result,
     as_json,
     compare,
     condensed,
     confirmed,
-    is_ours,
     judge,
     markdown,
     show,
     show_comparison,
-    show_goals,
     summary,
 )
+from .workloads import CASES, Case
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 DIRECTORY = Path(__file__).parent
 RESULT = DIRECTORY / "result.json"
@@ -59,54 +52,23 @@ ROUNDS, QUICK_ROUNDS = 15, 5
 STARTS, QUICK_STARTS = 5, 1
 # A ratio that got worse by more than this factor is a regression.
 TOLERANCE = 1.10
-ImplementationT = TypeVar("ImplementationT", bound=Implementation)
 
 
-@attrs.define
-class Run:
-    """One run of the benchmark: the implementations, and their results so far."""
+@attrs.define(kw_only=True)
+class ConnectionsRun(Run[Implementation, Pair]):
+    """One run of the benchmark.
 
-    directory: str
-    quick: bool
-    rounds: int
+    Attributes:
+      starts: how often each implementation is started.
+    """
+
     starts: int
-    pairs: list[Pair] = attrs.field(factory=list)
-    missing: dict[str, str] = attrs.field(factory=dict)
-    failed: dict[str, str] = attrs.field(factory=dict)
-    versions: dict[str, str] = attrs.field(factory=dict)
 
-    def start(self, implementations: list[Implementation]) -> None:
-        """Start the implementations that are installed."""
-        for implementation in implementations:
-            try:
-                pair = Pair(implementation, self.directory)
-            except MissingError as exc:
-                self.missing[implementation.name] = str(exc)
-            else:
-                self.pairs.append(pair)
-                self.versions[implementation.name] = pair.version
-        for pair in list(self.pairs):
-            try:
-                pair.cases  # noqa: B018 - asked now, so that all start at once and none later
-            except FailedError as exc:
-                self.failed[pair.implementation.name] = str(exc)
-                pair.close()
-                self.pairs.remove(pair)
-
-    def close(self) -> None:
-        """End all of them."""
-        for pair in self.pairs:
-            pair.close()
-        self.pairs.clear()
-
-    def entries_of(self, case: Case) -> dict[str, tuple[int, str]]:
-        """Return the pair and the variant of each entry in a case, by name."""
+    def entries_of(self, case: Case) -> dict[str, tuple[str, str]]:
+        """Return the implementation and the variant of each entry in a case, by name."""
         return {
-            f"{pair.implementation.name}: {variant}" if variant else pair.implementation.name: (
-                i,
-                variant,
-            )
-            for i, pair in enumerate(self.pairs)
+            f"{name}: {variant}" if variant else name: (name, variant)
+            for name, pair in self.started.items()
             for variant in pair.cases.get(case.name, ())
         }
 
@@ -127,17 +89,17 @@ class Run:
         values: dict[str, list[float]] = {name: [] for name in entries}
         for turn in range(-1 if rounds else 0, rounds):
             for name in in_turn(values, turn):
-                i, variant = entries[name]
+                implementation, variant = entries[name]
                 # The first turn is for warming up.
                 runs = max(1, count // 10) if turn < 0 else count
                 try:
-                    answer = self.pairs[i].run(
+                    answer = self.started[implementation].run(
                         case.name, variant, runs, case.size, on_one=case.alternates
                     )
                 except FailedError as exc:
                     self.failed[name] = f"{case.title}: {exc}"
                     del values[name]
-                    self._restart(i)
+                    self._restart(implementation)
                     continue
                 if turn >= 0:
                     per = runs if case.figure == "seconds" else 1
@@ -145,10 +107,10 @@ class Run:
                     progress.advance(task)
         return values
 
-    def _restart(self, i: int) -> None:
-        implementation = self.pairs[i].implementation
-        self.pairs[i].close()
-        self.pairs[i] = Pair(implementation, self.directory)
+    def _restart(self, name: str) -> None:
+        implementation = self.started[name].implementation
+        self.started[name].close()
+        self.started[name] = Pair(implementation, self.directory)
 
 
 def joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
@@ -158,32 +120,6 @@ def joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
         for name in parts[0]
         if all(name in part for part in parts)
     }
-
-
-def in_turn(names: Iterable[str], turn: int) -> list[str]:
-    """Return the order in a turn: each begins with another name, so that none is always last."""
-    found = list(names)
-    first = turn % len(found) if found else 0
-    return found[first:] + found[:first]
-
-
-def machine() -> str:
-    """Return a description of this machine."""
-    return (
-        f"{platform.system()} {platform.release()}, {platform.machine()}, "
-        f"{os.cpu_count()} processors"
-    )
-
-
-def progress_bar() -> Progress:
-    """Return a progress bar that disappears at the end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def run(
@@ -199,7 +135,9 @@ def run(
     measured: dict[str, list[dict[str, list[float]]]] = {case.title: [] for case in cases}
     starts = QUICK_STARTS if quick else STARTS
     with tempfile.TemporaryDirectory() as directory, progress_bar() as progress:
-        running = Run(directory, quick, rounds, starts)
+        running = ConnectionsRun(
+            begin=Pair, directory=directory, quick=quick, rounds=rounds, starts=starts
+        )
         task = progress.add_task("", total=None)
         for start in range(starts):
             try:
@@ -221,59 +159,6 @@ def run(
         "failed": running.failed,
     }
     return result
-
-
-def chosen(known_ones: Sequence[ImplementationT], text: str) -> list[ImplementationT]:
-    """Return the implementations that the argument names, and always trio_unixconn."""
-    known = [each.key for each in known_ones]
-    keys = {"ours", *text.split(",")} if text else set(known)
-    if unknown := keys - set(known):
-        raise argparse.ArgumentTypeError(
-            f"unknown implementation: {', '.join(sorted(unknown))}; expected {', '.join(known)}"
-        )
-    return [each for each in known_ones if each.key in keys]
-
-
-def add_choices(
-    parser: argparse.ArgumentParser,
-    known_ones: Sequence[Implementation],
-    rounds: int,
-    quick_rounds: int,
-) -> None:
-    """Add the arguments that select what is measured and how often, and where results go."""
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer and shorter runs: one minute instead of ten"
-    )
-    parser.add_argument(
-        "--rounds", type=int, help=f"default: {rounds}; with --quick: {quick_rounds}"
-    )
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="only cases with TEXT in their title"
-    )
-    parser.add_argument(
-        "--implementations",
-        type=partial(chosen, known_ones),
-        default=known_ones,
-        metavar="A,B",
-        help=", ".join(each.key for each in known_ones),
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    parser.add_argument(
-        "--write",
-        action="store_true",
-        help="replace the figures of the documentation",
-    )
-    parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
-
-
-def checked(
-    parser: argparse.ArgumentParser, known_ones: Sequence[Implementation]
-) -> argparse.Namespace:
-    """Read the command line."""
-    given = parser.parse_args()
-    if given.write and (given.only or given.implementations is not known_ones):
-        parser.error("--write cannot be combined with --only or --implementations")
-    return given
 
 
 def parsed() -> argparse.Namespace:
@@ -298,6 +183,12 @@ def parsed() -> argparse.Namespace:
     return given
 
 
+def kept_files(result: Result) -> dict[Path, str]:
+    """Return the files that --write replaces."""
+    condensed_result = condensed(result)
+    return {RESULT: as_json(condensed_result) + "\n", TABLES: markdown(condensed_result)}
+
+
 def main() -> int:
     """Measure, print the tables, and compare."""
     given = parsed()
@@ -313,13 +204,7 @@ def main() -> int:
     show(result, console)
     verdicts = judge(result)
     show_goals(verdicts, console)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    if given.write:
-        kept_now = condensed(result)
-        RESULT.write_text(as_json(kept_now) + "\n")
-        TABLES.write_text(markdown(kept_now))
-    wrong = bool(result["failed"])
+    wrong = finish(given, result, verdicts, lambda: kept_files(result))
     if kept:
         found = compare(kept, result, given.tolerance)
         doubtful = {title for change in found.regressions for title in change.titles}
@@ -333,6 +218,4 @@ def main() -> int:
         show_comparison(found, given.tolerance, console)
         # A check that compared nothing has failed.
         wrong |= bool(found.regressions) or not found.compared
-    if given.strict:
-        wrong |= any(verdict.is_met is False for verdict in verdicts)
     return int(wrong)

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from tests.bench.connections.pairs import TIMEOUT, FailedError, compiled, failed, lines_of
+from tests.bench.implementations import TIMEOUT, FailedError, compiled, failed, lines_of
 
 from .workloads import AT_ONCE, BURN_ONE_IN
 

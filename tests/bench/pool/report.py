@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.connections.cases import OURS
-from tests.bench.connections.report import (
+from tests._helpers.tables import row_of, table_of
+from tests.bench.implementations import OURS
+from tests.bench.report import (
     Result,
     Verdict,
     goal_lines,
@@ -18,10 +19,8 @@ from tests.bench.connections.report import (
     machine_lines,
     ratio_of,
     ratios,
-    row_of,
     show_absent,
     spread,
-    table_of,
 )
 
 from .workloads import (

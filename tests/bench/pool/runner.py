@@ -20,7 +20,6 @@ goal is otherwise not an error: on a busy machine it says little.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -35,10 +34,10 @@ import attrs
 from rich.console import Console
 
 from tests._helpers.processes import machine_busy, private_bytes
-from tests.bench.connections.cases import OURS
-from tests.bench.connections.pairs import FailedError, MissingError
-from tests.bench.connections.report import Result, show_goals
-from tests.bench.connections.runner import add_choices, checked, in_turn, machine, progress_bar
+from tests._helpers.tables import machine
+from tests.bench.implementations import OURS, FailedError
+from tests.bench.report import Result, show_goals
+from tests.bench.runner import Run, add_choices, checked, finish, in_turn, progress_bar
 
 from .generator import Generator, Measured, built, check
 from .report import (
@@ -82,45 +81,24 @@ WARM_UP_PATIENCE = 30
 WARM_UP = 0.3
 
 
-@attrs.define
-class Run:
-    """One run of the benchmark: the implementations, and the results so far."""
+@attrs.define(kw_only=True)
+class PoolRun(Run[PoolImplementation, Server]):
+    """One run of the benchmark.
 
-    directory: str
+    Attributes:
+      capacities: connections a second in a closed loop, by whether some burn, and by name.
+    """
+
     generator: Generator
-    quick: bool
-    rounds: int
-    servers: dict[str, Server] = attrs.field(factory=dict)
-    missing: dict[str, str] = attrs.field(factory=dict)
-    failed: dict[str, str] = attrs.field(factory=dict)
-    versions: dict[str, str] = attrs.field(factory=dict)
     notes: list[str] = attrs.field(factory=list)
-    # Connections a second in a closed loop, by whether some burn, and by name.
     capacities: dict[bool, dict[str, float]] = attrs.field(factory=dict)
-
-    def start(self, implementations: list[PoolImplementation]) -> None:
-        """Start the implementations that are installed."""
-        for implementation in implementations:
-            try:
-                server = Server(implementation, self.directory)
-            except MissingError as exc:
-                self.missing[implementation.name] = str(exc)
-            else:
-                self.servers[implementation.name] = server
-                self.versions[implementation.name] = server.version
-        for name, server in list(self.servers.items()):
-            try:
-                server.port  # noqa: B018 - asked now, so that all start at once and none later
-            except FailedError as exc:
-                self.failed[name] = str(exc)
-                self.servers.pop(name).close()
 
     def warm_up(self) -> None:
         """Have each serve so many connections that its code is compiled, where it is.
 
         Node takes twice as much processor time for the first ten thousand as for later ones.
         """
-        for name, server in list(self.servers.items()):
+        for name, server in list(self.started.items()):
             served, deadline = 0, time.monotonic() + WARM_UP_PATIENCE
             try:
                 while served < WARM_UP_CONNECTIONS and time.monotonic() < deadline:
@@ -131,23 +109,14 @@ class Run:
                 self._drop(name, f"warming up: {exc}")
 
     def _start_afresh(self) -> None:
-        implementations = [server.implementation for server in self.servers.values()]
+        implementations = [server.implementation for server in self.started.values()]
         self.close()
         self.start(implementations)
         self.warm_up()
 
-    def close(self) -> None:
-        """End all of them."""
-        for name, server in self.servers.items():
-            try:
-                server.close()
-            except FailedError as exc:
-                self.failed.setdefault(name, str(exc))
-        self.servers.clear()
-
     def names_of(self, load: Load) -> list[str]:
         """Return the implementations that run a load."""
-        return [name for name in self.servers if load.idle is None or name == OURS]
+        return [name for name in self.started if load.idle is None or name == OURS]
 
     def rounds_of(self, load: Load) -> int:
         """Return how often a load is run."""
@@ -174,7 +143,7 @@ class Run:
         while names and len(turns) < rounds + self._more_turns(turns, rounds):
             if load.fresh and turns and len(turns) % load.fresh == 0:
                 self._start_afresh()
-                names = [name for name in names if name in self.servers]
+                names = [name for name in names if name in self.started]
             turns.append(self._turn(load, names, rate, seed=len(turns) + 1))
             names = [name for name in names if name in turns[-1]]
             progress.update(task, advance=len(names) if len(turns) <= rounds else 0)
@@ -206,9 +175,9 @@ class Run:
     def growths(self, times: int, progress: Progress, task: TaskID) -> list[float]:
         """Return how much our parent's memory grows with many jobs in flight, so many times."""
         found: list[float] = []
-        if OURS not in self.servers:
+        if OURS not in self.started:
             return found
-        implementation = self.servers[OURS].implementation
+        implementation = self.started[OURS].implementation
         for _ in range(times):
             try:
                 found.append(growth(implementation, self.directory, self.generator, MANY))
@@ -234,7 +203,7 @@ class Run:
         with_workers = {
             name: rate
             for name, rate in rates.items()
-            if self.servers[name].implementation.workers > 1
+            if self.started[name].implementation.workers > 1
         }
         rate = arrivals((with_workers or rates).values(), SHARE)
         names = []
@@ -250,7 +219,7 @@ class Run:
     def _once(
         self, name: str, load: Load, rate: float | None, *, seed: int, length: float = 1
     ) -> dict[str, float]:
-        server = self.servers[name]
+        server = self.started[name]
         seconds = self.seconds_of(load) * length
         if load.idle is None:
             return observed(
@@ -267,7 +236,7 @@ class Run:
         return figures
 
     def _drop(self, name: str, why: str) -> None:
-        self.failed[name] = str(self.servers.pop(name).failed(why))
+        self.failed[name] = str(self.started.pop(name).failed(why))
 
 
 def observed(server: Server, measure: Callable[[], Measured]) -> dict[str, float]:
@@ -317,12 +286,14 @@ def run(
     }
     with tempfile.TemporaryDirectory() as directory:
         generator = built(directory)
-        running = Run(directory, generator, quick, rounds)
+        running = PoolRun(
+            begin=Server, directory=directory, quick=quick, rounds=rounds, generator=generator
+        )
         try:
             running.start(implementations)
             total = sum(len(running.names_of(load)) * running.rounds_of(load) for load in loads)
             with progress_bar() as progress:
-                more = memory if OURS in running.servers else 0
+                more = memory if OURS in running.started else 0
                 task = progress.add_task("warming up", total=total + more)
                 running.warm_up()
                 for load in loads:
@@ -367,11 +338,4 @@ def main() -> int:
     show(result, console)
     verdicts = judge(result)
     show_goals(verdicts, console)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    if given.write:
-        TABLES.write_text(markdown(result))
-    wrong = bool(result["failed"])
-    if given.strict:
-        wrong |= any(verdict.is_met is False for verdict in verdicts)
-    return int(wrong)
+    return int(finish(given, result, verdicts, lambda: {TABLES: markdown(result)}))

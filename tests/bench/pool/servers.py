@@ -18,8 +18,8 @@ from pathlib import Path
 import attrs
 
 from tests._helpers.processes import cpu_of, environment, family, open_descriptors
-from tests.bench.connections.cases import OURS
-from tests.bench.connections.pairs import (
+from tests.bench.implementations import (
+    OURS,
     FailedError,
     Implementation,
     MissingError,
@@ -59,11 +59,11 @@ def our_pool(directory: str) -> Program:
     """Return how this library's pool is started, if it has one."""
     if importlib.util.find_spec("trio_unixconn.pool") is None:
         raise MissingError(f"this {OURS} has no pool")
-    return python("our_pool", packages=[OURS, "trio"], package=PACKAGE)(directory)
+    return python(f"{PACKAGE}.our_pool", packages=[OURS, "trio"])(directory)
 
 
 def _trio(key: str, name: str, workers: int = 4) -> PoolImplementation:
-    find = python(key, packages=["trio"], package=PACKAGE)
+    find = python(f"{PACKAGE}.{key}", packages=["trio"])
     return PoolImplementation(key, name, find, workers)
 
 
@@ -107,6 +107,10 @@ class Server:
         if not self._port:
             self._port = lines_of([self._process], self._errors)[0]["port"]
         return self._port
+
+    def await_start(self) -> None:
+        """Wait until all of its workers serve; raise FailedError if one died."""
+        self.port  # noqa: B018 - waits
 
     def cpu(self) -> dict[int, float]:
         """Return the processor time of each of its processes."""

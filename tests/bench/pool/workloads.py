@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import attrs
 
-from tests.bench.connections.cases import OURS, Goal
+from tests.bench.implementations import OURS
+from tests.bench.report import Goal
 
 # One connection of so many burns CPU; for how long, serving.py says.
 BURN_ONE_IN = 50

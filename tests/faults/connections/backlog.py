@@ -24,9 +24,9 @@ from pathlib import Path
 
 import trio
 from rich.console import Console
-from rich.table import Table
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.tables import machine, row_of, table_of
 from trio_unixconn import open_unix_connection
 
 CLIENTS = 100
@@ -202,22 +202,19 @@ def main() -> int:
         ),
         ("blocking sockets in threads", measure(threads, under_trio=True)),
     ]
-    table = Table(title=f"{CLIENTS} connects at once, backlog 0")
-    lines = ["| | served | a stream that is not connected | errors |", "| --- | --- | --- | --- |"]
-    for heading in ("", "served", "not connected", "errors"):
-        table.add_column(heading, overflow="fold")
+    headings = ("", "served", "a stream that is not connected", "errors")
+    table = table_of(f"{CLIENTS} connects at once, backlog 0", headings)
+    lines = [*row_of(*headings), *row_of(*["---"] * len(headings))]
     for name, seen in rows:
         served, false = seen.pop(SERVED, 0), seen.pop(FALSE, 0)
         errors = ", ".join(f"{count} {error}" for error, count in seen.items()) or "0"
         table.add_row(name, str(served), str(false), errors)
-        lines.append(f"| {name} | {served} | {false} | {errors} |")
+        lines += row_of(name, str(served), str(false), errors)
     Console().print(table)
     if arguments.write:
-        system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-        lines += [
-            "",
-            f"Measured with `python -m tests.faults.connections.backlog --write` on {system}.",
-        ]
+        system = f"{machine()}, Python {platform.python_version()}"
+        program = "python -m tests.faults.connections.backlog --write"
+        lines += ["", f"Measured with `{program}` on {system}."]
         MARKDOWN.write_text("\n".join(lines) + "\n")
     return 0 if lines[2].startswith(f"| {OURS} | {CLIENTS} | 0 | 0 |") else 1
 

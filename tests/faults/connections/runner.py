@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from tests._helpers.processes import environment, python
+from tests._helpers.tables import machine, row_of, table_of
 
 from .implementations import IMPLEMENTATIONS, Implementation, warm_up
 from .measure import FAULTS, measure
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Long, because the machine may be busy, and only a process that hangs takes so long.
 DEADLINE = 60
@@ -63,7 +66,7 @@ def versions() -> list[str]:
     lines = [
         f"{each.name}: {each.version() or 'missing (not installed)'}" for each in IMPLEMENTATIONS
     ]
-    return [*lines, f"{platform.system()} {platform.release()}, {platform.machine()}"]
+    return [*lines, machine()]
 
 
 def is_bad(word: str) -> bool:
@@ -73,10 +76,8 @@ def is_bad(word: str) -> bool:
 
 def rich_table(rows: list[tuple[str, list[str]]]) -> Table:
     """Return the table for a terminal."""
-    shown = Table(title="How libraries handle faulty peers")
-    shown.add_column("fault")
-    for implementation in IMPLEMENTATIONS:
-        shown.add_column(implementation.name)
+    names = [implementation.name for implementation in IMPLEMENTATIONS]
+    shown = table_of("How libraries handle faulty peers", ["fault", *names])
     for title, words in rows:
         shown.add_row(title, *(f"[red]{word}[/]" if is_bad(word) else word for word in words))
     return shown
@@ -91,12 +92,12 @@ def markdown(rows: list[tuple[str, list[str]]]) -> str:
         "Measured by `nox -s faults -- --write`, each fault in a process of its own. Bold:",
         "descriptors were lost, leaked or misread, or the process hung. n/a: no such operation.",
         "",
-        f"| fault | {' | '.join(names)} |",
-        f"| --- |{' --- |' * len(names)}",
+        *row_of("fault", *names),
+        *row_of(*["---"] * (len(names) + 1)),
     ]
     for title, words in rows:
         cells = [f"**{word}**" if is_bad(word) else word for word in words]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines += row_of(title, *cells)
     lines += ["", "Versions:", "", *(f"- {line}" for line in versions())]
     return "\n".join(lines) + "\n"
 

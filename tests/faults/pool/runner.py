@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 from rich.console import Console
-from rich.table import Table
+
+from tests._helpers.tables import machine, row_of, table_of
 
 from . import random_pool
 from .audit import Figure, none
@@ -50,6 +50,9 @@ from .misuse import (
     suspended,
     terminated_while_busy,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # No scene takes so long, in seconds, unless a task waits in vain.
 LONGEST = 600
@@ -121,11 +124,8 @@ async def play(name: str, sizes: Sizes, seed: int) -> Result:
 
 def table(results: list[Result]) -> Table:
     """Return the figures for a terminal."""
-    shown = Table(title="what happens to connections when")
-    shown.add_column("scene")
-    shown.add_column("figure")
-    shown.add_column("value", justify="right")
-    shown.add_column("expected")
+    headings = ("scene", "figure", "value", "expected")
+    shown = table_of("what happens to connections when", headings, [2])
     for result in results:
         for number, each in enumerate(result.figures):
             value = f"{each.value:,}" if each.holds else f"[red]{each.value:,}[/]"
@@ -138,36 +138,37 @@ def table(results: list[Result]) -> Table:
 def markdown(results: list[Result], seed: int) -> str:
     """Return the figures for the documentation."""
     seconds = sum(each.seconds for each in results)
-    where = f"{platform.system()} {platform.release()}, {platform.machine()}"
     versions = f"Python {platform.python_version()} and trio {trio.__version__}"
     lines = [
         "# What happens when workers die or misbehave",
         "",
         f"Measured by `nox -s pool-faults -- --write`, seed {seed}, in {seconds / 60:.0f} minutes,",
-        f"on {where}, with {os.cpu_count()} processors, {versions}.",
+        f"on {machine()}, {versions}.",
         "The exit status is 1 if a figure is not the expected one.",
     ]
     shared, own = split(results)
     names = [
         result.name for result in results if any(result.name in row for row in shared.values())
     ]
-    lines += ["", "| scene | what is done |", "| --- | --- |"]
-    lines += [f"| {result.name} | {result.title} |" for result in results]
+    lines += ["", *row_of("scene", "what is done"), *row_of("---", "---")]
+    for result in results:
+        lines += row_of(result.name, result.title)
     lines += ["", "## Connections, as clients, the pool and handlers have recorded them", ""]
-    lines += [f"| | {' | '.join(names)} | expected |", f"| --- |{' ---: |' * len(names)} --- |"]
+    lines += row_of("", *names, "expected") + row_of("---", *["---:"] * len(names), "---")
     for figure, row in shared.items():
         rule = next(each.rule for each in row.values())
         cells = [cell(row[name]) if name in row else "" for name in names]
-        lines.append(f"| {figure} | {' | '.join(cells)} | {rule} |")
+        lines += row_of(figure, *cells, rule)
     lines += [
         "",
         "## Figures of single scenes",
         "",
-        "| scene | | | expected |",
-        "| --- | --- | ---: | --- |",
+        *row_of("scene", "", "", "expected"),
+        *row_of("---", "---", "---:", "---"),
     ]
     for name, figures in own.items():
-        lines += [f"| {name} | {each.name} | {cell(each)} | {each.expected} |" for each in figures]
+        for each in figures:
+            lines += row_of(name, each.name, cell(each), each.expected)
     return "\n".join(lines) + "\n"
 
 

@@ -19,12 +19,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
 from tests._helpers.processes import (
     cpu_seconds,
@@ -33,7 +33,11 @@ from tests._helpers.processes import (
     python,
     resident_bytes,
 )
+from tests._helpers.tables import table_of
 from trio_unixconn import Cancellable, OperationCancelled, UnixConnection
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TENTHS = 10
 BATCH = 1000
@@ -348,8 +352,7 @@ def problems(tenths: list[Tenth]) -> list[str]:
 
 def table(tenths: list[Tenth]) -> Table:
     """Return the figures."""
-    shown = Table(title="soak, by tenths of the run")
-    for heading in (
+    headings = (
         "tenth",
         "descriptors",
         "per second, fds()",
@@ -360,8 +363,8 @@ def table(tenths: list[Tenth]) -> Table:
         "receiver open",
         "sender MiB",
         "sender open",
-    ):
-        shown.add_column(heading, justify="right")
+    )
+    shown = table_of("soak, by tenths of the run", headings, range(len(headings)))
     for number, tenth in enumerate(tenths, 1):
         shown.add_row(
             str(number),

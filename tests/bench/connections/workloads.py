@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import attrs
 
+from tests.bench.implementations import OURS
+from tests.bench.report import Goal
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -103,26 +106,6 @@ CASES = [
 ]
 
 
-@attrs.frozen
-class Goal:
-    """An expected ratio of ``over`` to ``under``: at least or at most ``bound``.
-
-    Each is the title of a case and an implementation. Those of one case were measured in turns;
-    only the goal of many idle connections compares two cases, one measured after the other.
-    """
-
-    text: str
-    over: tuple[str, str]
-    under: tuple[str, str]
-    bound: float
-    at_least: bool = False
-
-    def is_met(self, ratio: float) -> bool:
-        """Whether a measured ratio meets it."""
-        return ratio >= self.bound if self.at_least else ratio <= self.bound
-
-
-OURS = "trio_unixconn"
 FLOOR = "trio, raw"
 STDLIB = "standard library, blocking"
 ANYIO = "anyio on trio"
