@@ -144,7 +144,10 @@ def resident() -> int:
 
 def _in_a_process(_: int, job: Job) -> dict[str, float]:
     # A new process: memory that was freed before would be used again, and not be counted.
-    command = [sys.executable, sys.argv[0], "memory", str(job.size), *sys.argv[3:]]
+    # The name of the module that python -m runs.
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None
+    command = [sys.executable, "-m", spec.name, "memory", str(job.size), *sys.argv[3:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return {"bytes": float(done.stdout)}
 
