@@ -81,6 +81,7 @@ PACKAGES = {
         "serve.reload",
         "serve.table",
         "serve.status",
+        "serve.notify",
         "serve.log",
         "serve.output",
         "serve.children",

@@ -485,6 +485,7 @@ def test_systemd_names(names: str, binds: list[str], expected: str) -> None:
     """systemd:NAME takes the sockets with that name, each time that it is given."""
     program = (
         "import os, sys; from trio_unixconn._cli.serve.binds import read_bind; "
+        "[os.dup2(0, number) for number in (3, 4, 5)]; "
         "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='3'); "
         "os.environ['LISTEN_FDNAMES'] = sys.argv[1]; "
         "print([read_bind(each).fds for each in sys.argv[2:]])"

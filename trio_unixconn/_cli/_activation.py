@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from ..systemd import inherited_fds
 from ._console import fail
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _NOT_FOUND: Final = 127
 _NOT_STARTED: Final = 126
 # systemd's word for a descriptor without a name.
 UNNAMED: Final = "unknown"
+# What systemd has passed is not inheritable any more.
+_taken: Final[set[int]] = set()
 
 ################################################################
 # File descriptors of this process
@@ -39,7 +42,7 @@ def is_inherited(number: int) -> bool:
     """Whether a descriptor is open, and was before this process began."""
     try:
         # Descriptors that this process has opened itself are not inheritable (PEP 446).
-        return os.get_inheritable(number)
+        return number in _taken or os.get_inheritable(number)
     except (OSError, OverflowError):
         return False
 
@@ -63,22 +66,19 @@ def from_systemd(name: str | None = None) -> list[int]:
 
 @cache
 def _passed_by_systemd() -> tuple[tuple[int, str], ...]:
-    """Return the number and the name of each descriptor.
-
-    The variables are removed: they are about this process, not about its children.
-    """
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    if not count.isdecimal() or int(count) == 0:
-        raise ValueError("no sockets were passed (LISTEN_FDS)")
-    if pid != str(os.getpid()):
+    """Return the number and the name of each descriptor."""
+    # Those are taken out of the environment, and a message should say what they were.
+    count, pid = os.environ.get("LISTEN_FDS", ""), os.environ.get("LISTEN_PID", "")
+    passed = inherited_fds()
+    if not passed and count.isdecimal() and int(count):
         raise ValueError(
             f"the sockets were passed to process {pid!r} (LISTEN_PID), and this is {os.getpid()}"
         )
-    # Without the variable, none has a name.
-    names += [UNNAMED] * (int(count) - len(names))
-    numbers = range(FIRST, FIRST + int(count))
-    return tuple((number, name or UNNAMED) for number, name in zip(numbers, names, strict=False))
+    if not passed:
+        raise ValueError("no sockets were passed (LISTEN_FDS)")
+    found = sorted((number, name) for name, numbers in passed.items() for number in numbers)
+    _taken.update(number for number, _ in found)
+    return tuple(found)
 
 
 ################################################################

@@ -28,6 +28,13 @@ class LogFormat(enum.Enum):
     JSON = "json"
 
 
+class Notify(enum.Enum):
+    """A value of ``--notify``."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class LogLevel(enum.Enum):
     """A level of ``--log-level``."""
 
@@ -234,6 +241,13 @@ def serve(
         str | None,
         typer.Option(metavar="PATH", help="Keep the process id in this file while serving."),
     ] = None,
+    notify: Annotated[
+        Notify,
+        typer.Option(
+            help="Tell systemd what happens, and send the heartbeats of its watchdog, if it has "
+            "started this command (NOTIFY_SOCKET)."
+        ),
+    ] = Notify.AUTO,
     log_file: Annotated[
         str | None,
         typer.Option(
@@ -358,6 +372,7 @@ def serve(
         table=is_terminal() and not plain,
         max_draining=2 * pool.workers if max_draining is None else max_draining,
         pid_file=pid_file,
+        notify=notify is Notify.AUTO,
         log_file=log_file,
         log_format=log_format.value,
         log_level=getattr(logging, log_level.name),

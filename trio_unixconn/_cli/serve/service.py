@@ -27,6 +27,7 @@ from .._console import Signalled, heard_signals
 from .binds import UnixOptions, has_path, name_of, open_all
 from .children import reap_adopted_children
 from .log import Log, Screen, logger, start_log
+from .notify import Notifier, find_service_manager
 from .pid_file import pid_file
 from .status import Sample, Sampler
 from .table import render
@@ -66,6 +67,7 @@ class ServeConfig:
       max_draining: how many old workers may be draining while new ones start.
       directory: where the workers run, if that may be another after a restart.
       pid_file: the path of a file with the process id.
+      notify: whether the service manager is told what happens, if there is one.
       log_file, log_format, log_level: as of :class:`Log`.
     """
 
@@ -83,6 +85,7 @@ class ServeConfig:
     max_draining: int
     directory: WorkingDirectory | None
     pid_file: str | None
+    notify: bool
     log_file: str | None
     log_format: LogFormat
     log_level: int
@@ -105,16 +108,19 @@ async def serve_until_told(config: ServeConfig) -> None:
     )
     try:
         logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
-        await _Service(config, log).run()
+        # Before any worker is started, which would inherit the variables.
+        notifier = Notifier(find_service_manager(is_wanted=config.notify))
+        await _Service(config, log, notifier).run()
     finally:
         log.ended_jobs.report()
         log.stop()
 
 
 class _Service:
-    def __init__(self, config: ServeConfig, log: Log) -> None:
+    def __init__(self, config: ServeConfig, log: Log, notifier: Notifier) -> None:
         self._config = config
         self._log = log
+        self._notifier = notifier
         self._begun = trio.current_time()
         self._addresses: list[str] = []
         self._server: WorkerServer | None = None
@@ -132,6 +138,8 @@ class _Service:
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
             nursery.start_soon(self._report_ended_jobs)
+            nursery.start_soon(self._notifier.run, self._is_healthy)
+            self._notifier.status("starting")
             if self._config.table:
                 nursery.start_soon(self._show)
             if self._config.reload:
@@ -143,8 +151,10 @@ class _Service:
                 self._workers = _count(server)
                 nursery.start_soon(reap_adopted_children, partial(_pids, server))
                 logger.info("ready: %s", _workers(server))
+                self._notifier.ready(self._status())
                 nursery.start_soon(self._stay_up_to_date, server)
             # It has drained.
+            await self._notifier.flush()
             nursery.cancel_scope.cancel()
         self._log.ended_jobs.report()
         pool = server.statistics()
@@ -261,6 +271,7 @@ class _Service:
         delay = self._config.drain_delay
         if not self._while_open.cancel_called:
             self._while_open.cancel()
+            self._notifier.stopping(f"received {name}, draining")
             self._stopped_at = now
             if not delay:
                 self._drain(server, f"received {name}")
@@ -336,22 +347,39 @@ class _Service:
                 logger.error("cannot change to %d workers: %s", wanted, exc)
             else:
                 logger.info("changed: %s", _workers(server))
+                self._notifier.status(self._status())
 
     async def _restart(self, server: WorkerServer, why: str) -> None:
+        self._notifier.reloading(f"restarting the workers ({why})")
+        failure = ""
         await self._wait_for_old_workers(server, why)
         logger.info("%s: restarting the workers", why)
         try:
             with self._entered_directory():
                 await server.pool.restart()
         except WorkerStartError as exc:
+            failure = "; the last restart failed, the old workers go on"
             logger.error("%s\nthe old workers go on", exc)
         except OSError as exc:
+            failure = "; the last restart failed, the old workers go on"
             logger.error("%s: %s; the old workers go on", exc.filename, exc.strerror)
         except PoolClosedError as exc:
             # What has closed it ends the server, too.
             logger.info("%s: %s", why, exc)
         else:
             logger.info("restarted: %s", _workers(server))
+        # As systemd expects, even if it has failed: the server serves.
+        self._notifier.ready(self._status() + failure)
+
+    def _status(self) -> str:
+        return f"{self._workers} workers at {', '.join(self._addresses)}"
+
+    async def _is_healthy(self) -> bool:
+        """Whether a worker can handle connections; the event loop runs, or this would not."""
+        await trio.lowlevel.checkpoint()
+        if self._server is None or self._while_open.cancel_called:
+            return True
+        return any(each.state == "ready" for each in self._server.statistics().workers)
 
     def _entered_directory(self) -> AbstractContextManager[object]:
         directory = self._config.directory
