@@ -113,6 +113,7 @@ PACKAGES = {
         "_config",
         "_worker_config",
         "_cpus",
+        "_proxy_header",
         "_statistics",
         "_import_string",
         "_protocol",

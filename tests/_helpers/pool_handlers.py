@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import trio
 import trio.lowlevel
 
@@ -433,3 +434,24 @@ def leave_free(count: int) -> None:
     os.close(lowest)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + count, hard))
+
+
+async def tell_proxy(stream: Any, job: Job) -> bytes:
+    """Tell what a balancer has said, and the rest of the stream."""
+    rest = b"".join([chunk async for chunk in stream])
+    header = job.proxy
+    told = {
+        "peer": job.peer if isinstance(job.peer, (tuple, str, type(None))) else "credentials",
+        "proxied_by": job.proxied_by[0] if isinstance(job.proxied_by, tuple) else None,
+        "header": header is not None,
+        "version": header and header.version,
+        "destination": header and header.destination,
+        "is_local": header and header.is_local,
+        "unique_id": header and header.unique_id and header.unique_id.decode(),
+        "tls": header and header.tls and attrs.asdict(header.tls),
+        "authority": header and header.authority,
+        "alpn": header and header.alpn and header.alpn.decode(),
+        "rest": rest.decode(),
+    }
+    await stream.send_all(json.dumps(told).encode())
+    return b""

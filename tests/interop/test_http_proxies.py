@@ -69,6 +69,18 @@ def free_port() -> int:
         return port
 
 
+def wait_for_port(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a proxy that was started listens at its port."""
+
+    def is_listening() -> bool:
+        assert process.poll() is None, "the proxy exited; its errors are on stderr"
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    until_sync(is_listening)
+
+
 @contextmanager
 def proxy(name: str, directory: Path, app: int) -> Generator[int, None, None]:
     """Run a proxy in front of a port, and return its own."""
@@ -77,15 +89,9 @@ def proxy(name: str, directory: Path, app: int) -> Generator[int, None, None]:
     text = NGINX if name == "nginx" else HAPROXY
     config.write_text(text.format(directory=directory, app=app, port=port))
 
-    def is_listening() -> bool:
-        assert process.poll() is None, "the proxy exited; its errors are on stderr"
-        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
     with subprocess.Popen([program, *COMMANDS[name], str(config)]) as process:
         try:
-            until_sync(is_listening)
+            wait_for_port(process, port)
             yield port
         finally:
             process.terminate()

@@ -12,6 +12,7 @@ from ._endpoints import Submittable as Submittable
 from ._job import Job as Job, WorkerInfo as WorkerInfo
 from ._pending import JobReceipt as JobReceipt
 from ._pool import WorkerPool as WorkerPool, open_worker_pool as open_worker_pool
+from ._proxy_header import ProxyHeader as ProxyHeader, ProxyTLS as ProxyTLS
 from ._server import (
     WorkerServer as WorkerServer,
     serve_with_workers as serve_with_workers,
@@ -30,6 +31,8 @@ __all__ = [
     "JobReceipt",
     "Latency",
     "PoolStatistics",
+    "ProxyHeader",
+    "ProxyTLS",
     "Submittable",
     "WorkerInfo",
     "WorkerPool",

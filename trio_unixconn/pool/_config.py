@@ -15,6 +15,7 @@ from ._worker_config import (
     check_cpu_affinity,
     check_environment,
     check_nice,
+    check_proxy_from,
     check_resource_limits,
     check_setup_data,
     resolve_executable,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .._buffers import Buffer
+    from ._proxy_header import Network, ProxyVersion
     from ._statistics import AbandonedJob
 
 
@@ -52,6 +54,8 @@ class WorkerPoolOptions(TypedDict, total=False):
     nice: int
     resource_limits: Mapping[str | int, tuple[int, int]] | None
     kill_process_group: bool
+    proxy_protocol: ProxyVersion | None
+    proxy_from: Sequence[str | Network] | None
 
 
 # How many jobs a worker can have finished without having reported it, whatever max_in_flight is.
@@ -115,6 +119,11 @@ def _bool(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise TypeError(f"{attribute.name} must be a bool, got {type(value).__name__}")
 
 
+def _proxy_version(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in ("v1", "v2", "any"):
+        raise ValueError(f'{attribute.name} must be "v1", "v2", "any" or None, got {value!r}')
+
+
 _optional: Final = attrs.validators.optional
 
 
@@ -169,6 +178,19 @@ class PoolConfig:
         default=None, converter=check_resource_limits, kw_only=True
     )
     kill_process_group: bool = attrs.field(default=False, validator=_bool, kw_only=True)
+    proxy_protocol: ProxyVersion | None = attrs.field(
+        default=None, validator=_optional(_proxy_version), kw_only=True
+    )
+    proxy_from: tuple[str, ...] | None = attrs.field(
+        default=None, converter=check_proxy_from, kw_only=True
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if (self.proxy_from is None) != (self.proxy_protocol is None):
+            raise ValueError(
+                "proxy_protocol and proxy_from require each other: set proxy_from to the networks "
+                "of the balancers, or to [] if they connect to Unix sockets only"
+            )
 
     def worker_config(self, index: int) -> WorkerConfig:
         """Return the configuration of the worker of a slot."""
@@ -188,4 +210,6 @@ class PoolConfig:
             nice=self.nice,
             resource_limits=self.resource_limits,
             kill_process_group=self.kill_process_group,
+            proxy_protocol=self.proxy_protocol,
+            proxy_from=self.proxy_from or (),
         )

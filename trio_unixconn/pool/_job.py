@@ -24,6 +24,7 @@ from ..errors import UnsafeBufferError
 
 if TYPE_CHECKING:
     from .._credentials import Credentials
+    from ._proxy_header import ProxyHeader
 
 
 @attrs.frozen
@@ -52,6 +53,8 @@ class Job(DescriptorOwner):
       state: what the ``setup`` of the worker yielded; None without one.
       draining: set when the worker is going to exit, for handlers that can finish sooner: one that
         waits for the next request of a client can stop waiting.
+      proxy: the PROXY protocol header that the connection began with, in a pool with
+        ``proxy_protocol``; None in others.
     """
 
     id: int
@@ -59,17 +62,33 @@ class Job(DescriptorOwner):
     state: Any = attrs.field(repr=False)
     draining: trio.Event = attrs.field(repr=False)
     _stream: Any = attrs.field(alias="stream", repr=False)
+    proxy: ProxyHeader | None = attrs.field(default=None, repr=False)
 
     @property
-    def peer(self) -> Credentials | tuple[Any, ...] | None:
-        """The peer of the stream.
+    def peer(self) -> Credentials | tuple[Any, ...] | str | None:
+        """The client: the peer of the stream, or the source that a balancer has told.
 
         For a Unix socket the credentials of the peer, which the kernel guarantees. For a TCP socket
-        the address of the peer. None for a file, or for a job without a file descriptor.
+        the address of the peer. None for a file, or for a job without a file descriptor. If the
+        connection began with a PROXY protocol header that has a source, that.
 
         Raises:
           OSError: the peer of a TCP socket has closed or reset the connection (ENOTCONN).
         """
+        if self.proxy is not None and self.proxy.source is not None:
+            return self.proxy.source
+        return self._stream_peer()
+
+    @property
+    def proxied_by(self) -> Credentials | tuple[Any, ...] | None:
+        """The balancer that has sent ``proxy``, as ``peer`` would be without it; None without it.
+
+        Raises:
+          OSError: the peer of a TCP socket has closed or reset the connection (ENOTCONN).
+        """
+        return None if self.proxy is None else self._stream_peer()
+
+    def _stream_peer(self) -> Credentials | tuple[Any, ...] | None:
         stream = self._stream
         if isinstance(stream, UnixConnection):
             return stream.get_peer_credentials()

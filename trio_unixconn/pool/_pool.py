@@ -372,6 +372,14 @@ async def open_worker_pool(
       kill_process_group: kill the process group of a worker when the worker has ended, in whatever
         way, and with it the processes that its handlers have started and not ended. A process that
         has left the group (``start_new_session``) is not killed. Default: such processes go on.
+      proxy_protocol: "v1", "v2" or "any": each connection begins with a header of this version of
+        the PROXY protocol, which a balancer sends before the client's bytes. The worker reads it
+        before the handler is called, which has it as ``job.proxy``, and the client as ``job.peer``.
+        A connection without a valid and complete header (within five seconds, of at most 4,096
+        bytes) is closed, and its job has failed. Default: no connection has one.
+      proxy_from: the networks whose hosts may send such headers, for example ``["10.1.0.0/16"]``;
+        required with ``proxy_protocol``. Connections from others are closed. A Unix socket has no
+        network: there the policy of the listener decides.
 
     Raises:
       TypeError: an option of a wrong type; nothing was started.

@@ -30,7 +30,9 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from io import IOBase
+from ipaddress import ip_network
 from socket import SHUT_RD
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -47,6 +49,7 @@ from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_endpoint
 from ._import_string import import_handler, import_setup
 from ._job import Job, WorkerInfo, close_file, close_stream
+from ._proxy_header import ProxyProtocolError, read_proxy_header
 from ._worker_config import WorkerConfig
 
 if sys.version_info < (3, 11):
@@ -55,6 +58,8 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     import socket as stdlib_socket
     from collections.abc import AsyncIterator
+
+    from ._proxy_header import ProxyHeader
 
 _PR_SET_PDEATHSIG: Final = 1
 _CHUNK_SIZE: Final = 65536
@@ -297,6 +302,12 @@ class _Worker:
         self._heartbeat_interval = config.heartbeat_interval
         self._state = state
         self._group = group
+        self._read_proxy_header: Any = None
+        if config.proxy_protocol is not None:
+            networks = [ip_network(each) for each in config.proxy_from]
+            self._read_proxy_header = partial(
+                read_proxy_header, version=config.proxy_protocol, senders=networks
+            )
         # What the pool is to be sent: whole frames, and the ids of jobs that are done.
         self._outgoing: list[bytes] = []
         self._done: list[int] = []
@@ -416,6 +427,9 @@ class _Worker:
             else:
                 text = b"handler did not finish within %g s (handler_timeout)"
                 self._fail_job(job.id, text % self._handler_timeout)
+        except ProxyProtocolError as exc:
+            # No error of this program: the handler was not called.
+            self._fail_job(job.id, str(exc).encode(errors="backslashreplace"))
         except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
             self._fail_with(job.id, exc)
         finally:
@@ -425,11 +439,14 @@ class _Worker:
     async def _call_handler(self, job: _protocol.SentJob, fd: int) -> Any:
         """Call the handler; its stream is closed, and a file written, when this returns."""
         stream: Any = None
+        proxy: ProxyHeader | None = None
         if job.kind != EndpointKind.NONE:
             stream = await attach_endpoint(job.kind, fd)
         try:
+            if self._read_proxy_header is not None and isinstance(stream, trio.abc.Stream):
+                proxy = await self._read_proxy_header(stream)
             return await self._handler(
-                stream, Job(job.id, job.data, self._state, self._draining, stream)
+                stream, Job(job.id, job.data, self._state, self._draining, stream, proxy)
             )
         finally:
             if job.kind == EndpointKind.OTHER and isinstance(stream, IOBase):

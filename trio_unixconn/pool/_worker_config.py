@@ -5,6 +5,7 @@ Source: setrlimit(2), sched_setaffinity(2), nice(2)
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import operator
 import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .._buffers import Buffer
+    from ._proxy_header import ProxyVersion
 
 #: Set in the environment of a process that is started as a worker. The bootstrap, which only a
 #: Python interpreter runs, removes it.
@@ -51,6 +53,8 @@ class WorkerConfig:
       nice: what is added to its nice value.
       resource_limits: number, soft limit and hard limit of each resource that is limited.
       kill_process_group: whether its process group is killed when it has ended.
+      proxy_protocol: the version of the header that connections begin with, or None.
+      proxy_from: the networks of the hosts that may send one.
     """
 
     handler: str
@@ -66,6 +70,8 @@ class WorkerConfig:
     nice: int = 0
     resource_limits: Sequence[tuple[int, int, int]] = ()
     kill_process_group: bool = False
+    proxy_protocol: ProxyVersion | None = None
+    proxy_from: Sequence[str] = ()
 
     def encode(self) -> bytes:
         """Return what the bootstrap reads: JSON on one line, and then the data of the setup.
@@ -239,3 +245,16 @@ def _integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return operator.index(value)
+
+
+def check_proxy_from(networks: Iterable[object] | None) -> tuple[str, ...] | None:
+    """Return the networks of balancers as text.
+
+    Raises:
+      TypeError, ValueError: not an iterable, or one of them is no network.
+    """
+    if networks is None:
+        return None
+    if isinstance(networks, (str, bytes)):
+        raise TypeError(f"proxy_from must be a sequence of networks, got {networks!r}")
+    return tuple(str(ipaddress.ip_network(cast("Any", each))) for each in networks)

@@ -301,6 +301,20 @@ def _text(bind: Bind) -> str:
     return f"unix:{argument_of(bind.address)}" if isinstance(bind, UnixBind) else bind.text
 
 
+def check_proxy_options(
+    binds: Sequence[Bind], version: object, networks: Sequence[str] | None
+) -> None:
+    """End with exit status 2 if ``--proxy-protocol`` and ``--proxy-from`` do not fit together."""
+    if networks and version is None:
+        fail("--proxy-from can only be used with --proxy-protocol", status=2)
+    if version and not networks and not all(isinstance(each, UnixBind) for each in binds):
+        fail(
+            "--proxy-protocol requires --proxy-from, the networks of the balancers, unless all "
+            "binds are paths",
+            status=2,
+        )
+
+
 def absolute_address(address: UnixSocketAddress) -> UnixSocketAddress:
     """Return an address that does not depend on the current directory."""
     if address.get_is_abstract():

@@ -35,6 +35,14 @@ class Notify(enum.Enum):
     OFF = "off"
 
 
+class ProxyChoice(enum.Enum):
+    """A version of ``--proxy-protocol``."""
+
+    V1 = "v1"
+    V2 = "v2"
+    ANY = "any"
+
+
 class LogLevel(enum.Enum):
     """A level of ``--log-level``."""
 
@@ -196,6 +204,19 @@ def serve(
             help="When a worker has ended, kill the processes that its handlers have started.",
         ),
     ] = False,
+    proxy_protocol: Annotated[
+        ProxyChoice | None,
+        typer.Option(
+            help="Connections begin with a PROXY protocol header of this version, from a balancer."
+        ),
+    ] = None,
+    proxy_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="The hosts that may send such headers, for example 10.1.0.0/16; repeatable.",
+        ),
+    ] = None,
     drain_delay: Annotated[
         float,
         typer.Option(
@@ -276,6 +297,7 @@ def serve(
     from .binds import (
         UnixBind,
         check_different,
+        check_proxy_options,
         read_bind,
         read_unix_options,
     )
@@ -310,6 +332,8 @@ def serve(
         "kill_process_group": kill_process_group,
         # A handler's print is forwarded when it is made, and not lost if the worker is killed.
         "environment": {LINES_VARIABLE: "1"},
+        "proxy_protocol": None if proxy_protocol is None else proxy_protocol.value,
+        "proxy_from": None if proxy_protocol is None else proxy_from or [],
     }
     try:
         pool = PoolConfig(handler, **options)
@@ -329,6 +353,7 @@ def serve(
         stats_binds.append(UnixBind(address_of(stats_socket)))
     agent_binds = [read_bind(each, "--agent-check") for each in agent_check or []]
     check_different(bind=binds, stats=stats_binds, agent_check=agent_binds)
+    check_proxy_options(binds, proxy_protocol, proxy_from)
     unix_options = read_unix_options(
         binds,
         mode=mode,
