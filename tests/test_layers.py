@@ -56,6 +56,7 @@ LAYERS = [
     "_buffers",
     "_owner",
     "errors",
+    "_trio_task",
     "_public",
     "_version",
 ]

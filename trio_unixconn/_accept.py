@@ -33,6 +33,7 @@ from trio.lowlevel import cancel_shielded_checkpoint, enable_ki_protection
 
 from . import _closing, _kernel
 from ._sockopts import raw_socket
+from ._trio_task import check_task
 from .errors import ConnectionBusyError, ConnectionClosedError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Acceptor:
           OSError: the process is out of file descriptors or memory (:func:`is_out_of_resources`),
             or accepting can never succeed again.
         """
+        check_task()
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             try:

@@ -29,6 +29,7 @@ from ._closing import close_fds_batched
 from ._connection import UnixConnection
 from ._owner import DescriptorOwner
 from ._results import AsyncResult, Operation, discard_result
+from ._trio_task import check_task
 from .errors import ConnectionBusyError, ConnectionClosedError, OperationCancelled
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ async def open_callback_adapter() -> AsyncGenerator[CallbackAdapter, None]:
     exception in a callback cancels the rest and propagates in an ExceptionGroup, as from any
     nursery.
     """
+    check_task()
     async with trio.open_nursery() as nursery:
         adapter = CallbackAdapter(nursery)
         try:

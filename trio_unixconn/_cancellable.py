@@ -21,6 +21,7 @@ import trio
 from trio.lowlevel import Abort, current_task, current_trio_token, enable_ki_protection, reschedule
 
 from ._owner import DescriptorOwner
+from ._trio_task import checkpoint_in_task, explain
 from .errors import ConnectionClosedError, NotSupportedError, OperationCancelled
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ async def checkpoint_cancellable(cancellable: Cancellable) -> None:
     """
     check_cancellable(cancellable)
     if cancellable.is_cancelled():
-        await trio.lowlevel.checkpoint()
+        await checkpoint_in_task()
         raise OperationCancelled(_CANCELLED)
 
 
@@ -400,7 +401,10 @@ class _ScopeTarget:
 
     def __init__(self, scope: trio.CancelScope) -> None:
         self._scope = scope
-        self._run = current_trio_token()
+        try:
+            self._run = current_trio_token()
+        except RuntimeError as exc:
+            raise explain(exc) from None
         self.triggered = False
 
     def cancel(self) -> None:

@@ -22,6 +22,7 @@ from ._connection import UnixConnection
 from ._paths import connectable, describe_connect_error
 from ._policy import PeerPolicy, check_peer, check_policy
 from ._sockopts import disable_passrights, enable_passing
+from ._trio_task import checkpoint_in_task
 from .errors import PeerDeniedError
 
 # Between two attempts to connect while the queue of the listener is full, in seconds.
@@ -84,7 +85,7 @@ async def open_unix_connection(
         else UnixSocketAddress.from_any(local_address, argument="local_address")
     )
     check_policy(policy)
-    await trio.lowlevel.checkpoint()
+    await checkpoint_in_task()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_STREAM)
     binding = None
     try:

@@ -35,6 +35,7 @@ from ._owner import DescriptorOwner
 from ._receiver import Receiver, RefusingReceiver, with_data
 from ._sender import NUL, Sender
 from ._sockopts import adopt_fd, check_connected, raw_socket
+from ._trio_task import check_task
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
@@ -773,6 +774,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         no task has received are dropped. The peer chose the file descriptors in them, and
         closing these may block, so a thread of this library closes them. This never waits.
         """
+        check_task()
         close_now(self)
         await checkpoint()
 

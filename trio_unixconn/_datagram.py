@@ -28,6 +28,7 @@ from ._owner import DescriptorOwner
 from ._receiver import DatagramReceiver
 from ._sender import DatagramSender
 from ._sockopts import adopt_fd, check_datagram, disable_passrights, enable_passing, raw_socket
+from ._trio_task import check_task, checkpoint_in_task
 from .errors import ConnectionClosedError, DatagramTruncatedError
 
 if TYPE_CHECKING:
@@ -283,6 +284,7 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
         If the path cannot be removed, or another process keeps its lock for two seconds, it stays,
         and the next server replaces it.
         """
+        check_task()
         raw = self._receiver.raw
         if raw.fileno() != -1:
             binding, self._binding = self._binding, None
@@ -356,7 +358,7 @@ async def open_unix_datagram(
     name = None if path is None else UnixSocketAddress.from_any(path, argument="path")
     if not 0 <= check_int(mode, "mode") <= 0o7777:
         raise ValueError(f"mode must be from 0 to 0o7777, got {mode:#o}")
-    await trio.lowlevel.checkpoint()
+    await checkpoint_in_task()
     sock = stdlib_socket.socket(family, stdlib_socket.SOCK_DGRAM)
     binding = None
     try:

@@ -26,6 +26,7 @@ from ._fdtypes import (
     open_stream,
 )
 from ._owner import ClosableOwner
+from ._trio_task import check_task, checkpoint_in_task
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -217,7 +218,7 @@ class UnixFDList(ClosableOwner):
         """
         check_mode(mode)
         accepted = check_kinds(kinds)
-        await trio.lowlevel.checkpoint()
+        await checkpoint_in_task()
         check_file(self[index], mode, accepted)
         return await open_file_or_close(self.take(index), mode, accepted, cancellable)
 
@@ -281,6 +282,7 @@ class UnixFDList(ClosableOwner):
         close(2) are ignored. ``async with`` calls this. As every aclose() of trio, this closes
         them even if it is cancelled.
         """
+        check_task()
         _closing.close_fds(self.steal_fds())
         await trio.lowlevel.checkpoint()
 

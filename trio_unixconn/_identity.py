@@ -33,6 +33,7 @@ from . import _kernel
 from ._credentials import Credentials, peer_credentials
 from ._fdlist import UnixFDList
 from ._owner import DescriptorOwner
+from ._trio_task import check_task
 from .errors import NotSupportedError, PeerGoneError
 
 if TYPE_CHECKING:
@@ -371,6 +372,7 @@ _command_line_limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("comma
 async def _in_thread(
     read: Callable[[], T], variable: trio.lowlevel.RunVar[trio.CapacityLimiter]
 ) -> T:
+    check_task()
     try:
         limiter = variable.get()
     except LookupError:

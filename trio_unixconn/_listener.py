@@ -22,6 +22,7 @@ from ._connection import UnixConnection
 from ._owner import DescriptorOwner
 from ._policy import PeerPolicy, admit_or_close, check_policy
 from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
+from ._trio_task import check_task, checkpoint_in_task
 from .errors import ConnectionClosedError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
           OSError: the path cannot be removed, for example because the process is now another
             user; the listener is closed.
         """
+        check_task()
         if self.socket.fileno() != -1:
             # First the path: after the socket is closed, another server may take it, and may get
             # the same inode number.
@@ -384,7 +386,7 @@ async def open_unix_listener(
     _check_id("group", group)
     if not is_path and not (owner is None and group is None):
         raise ValueError("owner and group require a path; an abstract name has no permissions")
-    await trio.lowlevel.checkpoint()
+    await checkpoint_in_task()
     permissions = _bind.Permissions(
         mode,
         await _id_of(owner, _kernel.user_named),

@@ -18,6 +18,7 @@ from ._closing import close_fds
 from ._credentials import Credentials
 from ._fdlist import UnixFDList
 from ._owner import ClosableOwner, DescriptorOwner
+from ._trio_task import check_task
 
 if TYPE_CHECKING:
     from ._ancillary import ControlMessage
@@ -64,6 +65,7 @@ class Message(ClosableOwner):
 
     async def aclose(self) -> None:
         """Close the descriptors that were not taken out, as :meth:`UnixFDList.aclose`."""
+        check_task()
         close_fds([*self.fds.steal_fds(), *self.pidfds.steal_fds()])
         await trio.lowlevel.checkpoint()
 

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
-    checkpoint,
     checkpoint_if_cancelled,
     enable_ki_protection,
     wait_writable,
@@ -42,6 +41,7 @@ from ._closing import close_fds
 from ._fds import duplicate
 from ._paths import connectable, describe_send_error
 from ._socket import FAILURES, RETRY_TIMEOUT, ConnectedSocket, limit_error, with_sent
+from ._trio_task import checkpoint_in_task
 from .errors import (
     ConnectionBrokenError,
     ConnectionBusyError,
@@ -390,7 +390,7 @@ class Sender(ConnectedSocket):
         """Shut down this direction of the stream."""
         self._begin()
         try:
-            await checkpoint()
+            await checkpoint_in_task()
             self.check_open()
             if self._cut:
                 await self._refuse_after_cut()

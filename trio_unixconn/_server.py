@@ -33,6 +33,7 @@ from ._listener import (
 )
 from ._owner import DescriptorOwner
 from ._policy import admit_or_close, check_policy
+from ._trio_task import check_task
 from .errors import NotSupportedError
 
 if sys.version_info < (3, 11):
@@ -272,6 +273,7 @@ async def serve_unix(
     if handler_errors not in ("raise", "log"):
         raise ValueError(f'handler_errors must be "raise" or "log", got {handler_errors!r}')
     check_policy(policy)
+    check_task()
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     if isinstance(address, UnixListener):
         options = (mode, owner, group, backlog)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint
 
 from ._owner import DescriptorOwner
+from ._trio_task import explain
 from .errors import (
     ConnectionBrokenError,
     ConnectionBusyError,
@@ -41,7 +42,9 @@ _PEER_GONE: Final = frozenset(
     {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN}
 )
 
-FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError)
+# A RuntimeError: outside of a trio task.
+FAILURES: Final = (OSError, trio.ClosedResourceError, trio.BusyResourceError, RuntimeError)
+Failure: TypeAlias = OSError | trio.ClosedResourceError | trio.BusyResourceError | RuntimeError
 
 
 class SendAttempt(Protocol):
@@ -97,14 +100,19 @@ class ConnectedSocket(DescriptorOwner):
 
     async def failed(
         self,
-        exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
+        exc: Failure,
         attempt: SendAttempt | None = None,
     ) -> UnixConnectionError:
         """Return the error to raise for ``exc``, after a checkpoint.
 
         Args:
           attempt: what could not be sent; None for other operations.
+
+        Raises:
+          RuntimeError: ``exc``, or what it means if no trio task runs this.
         """
+        if isinstance(exc, RuntimeError):
+            raise explain(exc)
         error = self._translated(exc, attempt)
         if attempt is not None:
             error.sent = attempt.sent

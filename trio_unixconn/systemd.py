@@ -26,7 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import trio
-from trio.lowlevel import checkpoint, enable_ki_protection
+from trio.lowlevel import enable_ki_protection
 
 from . import _fds, _kernel
 from ._address import UnixSocketAddress
@@ -34,6 +34,7 @@ from ._datagram import open_unix_datagram
 from ._identity import pid_of
 from ._listener import UnixListener
 from ._sockopts import adopt_fd
+from ._trio_task import checkpoint_in_task
 from .errors import NotSupportedError, SendError
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class ServiceManager:
           OSError: EMFILE.
         """
         if self._to is None:
-            await checkpoint()
+            await checkpoint_in_task()
             return
         reader, writer = os.pipe()
         try:
@@ -306,7 +307,7 @@ class ServiceManager:
         for first in range(0, len(owners), _kernel.SCM_MAX_FD):
             await self._send(*lines, fds=owners[first : first + _kernel.SCM_MAX_FD])
         if not owners:
-            await checkpoint()
+            await checkpoint_in_task()
 
     async def forget(self, name: str) -> None:
         """Have the manager close the stored file descriptors of this name (FDSTOREREMOVE=1).
@@ -364,7 +365,7 @@ class ServiceManager:
           OSError: EMFILE, at the beginning; later heartbeats need no file descriptor.
         """
         if self._to is None or self.watchdog_timeout is None:
-            await checkpoint()
+            await checkpoint_in_task()
             yield
             return
         async with await open_unix_datagram() as sock, trio.open_nursery() as nursery:
@@ -403,7 +404,7 @@ class ServiceManager:
             )
         _, owners = _fds.filenos(fds, _kernel.SCM_MAX_FD)
         if self._to is None:
-            await checkpoint()
+            await checkpoint_in_task()
             return
         async with await open_unix_datagram() as sock:
             await sock.send_message(data, self._to, fds=owners)

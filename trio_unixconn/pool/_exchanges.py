@@ -31,6 +31,7 @@ from .._address import UnixSocketAddress
 from .._listener import UnixListener
 from .._server import serve_unix
 from .._sockopts import raw_socket
+from .._trio_task import check_task
 from ..errors import UnixConnectionError
 from ._server import AnyListener, checked_listeners, close_listeners
 
@@ -115,6 +116,7 @@ async def open_listeners(where: Where) -> list[AnyListener]:
       ConnectionClosedError: a listener is closed.
       OSError: the host is unknown, or it is not possible to listen there.
     """
+    check_task()
     if _is_host_and_port(where):
         host, port = where
         if isinstance(port, bool) or not isinstance(port, int):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from .._cancellable import is_current_run
 from .._owner import DescriptorOwner
+from .._trio_task import check_task
 from ..errors import JobRefusedError, PoolClosedError
 from ._config import PoolConfig, checked_timeout
 from ._endpoints import EndpointKind, Submittable, checked_data, detach_endpoint
@@ -114,6 +116,7 @@ class WorkerPool(DescriptorOwner):
           WorkerDiedError: its worker died while it was handling the job, which is not retried.
           All that :meth:`submit` raises.
         """
+        self._check_run()
         with trio.fail_after(math.inf if timeout is None else checked_timeout(timeout)):
             answer: bytes = await self._run_job(source, data, worker, wants_answer=True)
         return answer
@@ -177,11 +180,8 @@ class WorkerPool(DescriptorOwner):
         return index
 
     def _check_run(self) -> None:
-        try:
-            token = trio.lowlevel.current_trio_token()
-        except RuntimeError:
-            token = None
-        if token is not self._token:
+        if not is_current_run(self._token):
+            check_task()
             raise RuntimeError(
                 "this pool belongs to another thread or trio.run; from a thread, call it with "
                 "trio.from_thread.run"
@@ -391,6 +391,7 @@ async def open_worker_pool(
       ExceptionGroup: ``crash_limit`` was reached; with the causes.
     """
     config = PoolConfig(handler, **options)
+    check_task()
     raised: BaseException | None = None
     with closing(FdReserve()) as reserve:
         async with trio.open_nursery() as nursery:

@@ -36,6 +36,7 @@ from .._listener import (
 from .._owner import DescriptorOwner
 from .._server import crash_and_rest
 from .._sockopts import can_linger, raw_socket
+from .._trio_task import check_task
 from ..errors import ConnectionClosedError, PoolClosedError
 from ._config import checked_timeout
 from ._endpoints import EndpointKind
@@ -390,6 +391,7 @@ async def serve_with_workers(
         (:class:`ConnectionClosedError`, if other code has closed a listener).
     """
     listeners = checked_listeners(listeners)
+    check_task()
     try:
         async with open_worker_pool(handler, **options) as pool:
             await WorkerServer(pool, listeners)._serve(task_status)

@@ -20,6 +20,7 @@ from .. import _closing
 from .._datagram import UnixDatagramSocket, open_unix_datagram
 from .._fdtypes import DescriptorKind, identify_file, kind_of
 from .._owner import DescriptorOwner
+from .._trio_task import checkpoint_in_task
 from ..errors import UnixConnectionError
 from ._paths import NAME, short_directory
 
@@ -99,7 +100,7 @@ class FakeServiceManager(DescriptorOwner):
           The message.
         """
         wanted = set(assignments)
-        await trio.lowlevel.checkpoint()
+        await checkpoint_in_task()
         while True:
             while self._next < len(self.received):
                 message = self.received[self._next]
