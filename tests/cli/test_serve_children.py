@@ -222,10 +222,11 @@ def test_zombie_of_a_process_that_is_gone() -> None:
     assert not children._is_zombie_of("0", 1)
 
 
-def test_pid_file_none() -> None:
+def test_pid_file_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --pid-file nothing is written."""
+    monkeypatch.chdir(tmp_path)
     with pid_file(None):
-        pass
+        assert os.listdir() == []
 
 
 def test_pid_file_is_locked(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ anyio runs on trio, so that its streams, clients and listeners are peers here.
 | receive with a wrong size | test_connection |
 | much data from a slow peer, and to one | below, test_connection |
 | file descriptors with bytes, in both directions | below |
-| receive_fds and send_fds with wrong arguments | test_messages, test_send_fds, test_receive_fds |
+| wrong arguments | test_send_message, test_send_fds, test_receive_fds |
 | send_eof, then the answer; sending after the peer's end of stream | below |
 | iterating over what arrives | test_connection_is_iterated_... below |
 | a second task that sends or receives | test_connection |

@@ -6,23 +6,23 @@ end. Those that other tests have already are only listed.
 
 | situation in CPython's tests | ours |
 | --- | --- |
-| one file descriptor, several in one array | test_descriptors, test_messages, and below |
+| one file descriptor, several in one array | test_send_fd, test_send_message, and below |
 | two arrays, in separate control messages; with little room | test_receive_fds_of_... below |
 | an empty array; an array cut within an int | test_receive_..._of_odd_arrays below |
 | too little room for control messages, at every boundary | test_send_..._to_a_peer_with_... |
 | a full descriptor table, which truncates at every boundary | test_receive_..._with_few_free... |
 | send_fds and recv_fds with more room than was sent | test_..._stdlib_... below |
-| data from a generator, from several buffers, from an array | below, test_messages |
+| data from a generator, from several buffers, from an array | below, test_send_message |
 | control messages from a generator | test_send_message_takes_a_generator_of_fds below |
-| bad arguments, bad items, one bad item among good ones | test_messages, below |
-| more items than the system can send | test_messages |
+| bad arguments, bad items, one bad item among good ones | test_send_message, below |
+| more items than the system can send | test_send_message |
 | sending and receiving after close | test_connection |
 | a timeout while sending or receiving | test_cancellation |
-| shorter and longer than the buffer; peeking; end of stream | below, test_messages |
+| shorter and longer than the buffer; peeking; end of stream | below, test_send_message |
 | recv_into: arrays, parts of buffers, buffers that are empty or read-only | test_receive_into |
 | recv without room for control messages, of a message with some | test_..._another_reader... |
 | shutdown in either direction, with data on its way | test_..._after_shutdown below |
-| fromfd, dup, detach | below, test_connection_detach |
+| fromfd, dup, detach | below, test_detach |
 | backlogs: 0, negative, beyond an int | test_open_unix_listener_..._backlog below |
 | a signal while waiting | test_..._goes_on_waiting_after_a_signal below |
 | abstract names: NULs, any byte, longest, too long, chosen by the kernel | below |

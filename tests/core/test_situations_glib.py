@@ -19,7 +19,7 @@ the real GLib as a peer; here its situations are met without it, on every machin
 | addresses in text | test_address |
 | a thread writes, the loop passes on, a thread reads, until cancelled | below |
 | credentials: own ids, same user, other user, native form | test_credentials |
-| credentials of a socketpair, and over it (a TODO in GLib's tests) | test_connection_credentials |
+| credentials of a socketpair, and over it (a TODO in GLib's tests) | test_send_credentials |
 | a name in use | test_bind |
 """
 

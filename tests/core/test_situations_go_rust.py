@@ -8,7 +8,7 @@ Their tests of datagrams have nothing that corresponds to them here.
 | --- | --- |
 | a received descriptor is close-on-exec, even for a real child | below |
 | a message without a buffer for bytes, with room for descriptors | below |
-| descriptors without bytes are sent with a byte of the library's | test_messages |
+| descriptors without bytes are sent with a byte of the library's | test_send_message |
 | a child makes a file, sends it, and ends; the parent reads it | below |
 | several arrays of descriptors in one message, an empty one too | test_situations_cpython |
 | sending after the own end of the stream | below, test_connection |
@@ -25,7 +25,7 @@ Their tests of datagrams have nothing that corresponds to them here.
 | a duplicate of a stream; peeking; no such abstract name | test_situations_cpython |
 | a path that is too long | test_client_and_listener |
 | an end of a pair is sent through that pair | below |
-| too many descriptors for a message | test_messages |
+| too many descriptors for a message | test_send_message |
 | abstract names with control characters in text | below |
 | bytes from several buffers into several buffers | test_situations_cpython |
 """

@@ -10,7 +10,7 @@ test_highlevel_serve_listeners.py and test_highlevel_open_unix_stream.py.
 | SocketStream of a standard library socket, of datagrams; its options | test_connection |
 | send_all that is split, and frees its buffer | test_connection |
 | a peer that had closed before the stream was made | test_..._whose_peer_has_closed below |
-| SocketListener of wrong sockets | test_inherited_listener |
+| SocketListener of wrong sockets | test_listener_from_fd |
 | accept: a checkpoint, even when closed; the names of both ends | below |
 | a listener whose socket was closed underneath | test_accept_after_the_socket_... below |
 | accept: ECONNABORTED, EPERM, EPROTO are passed over | test_client_and_listener |

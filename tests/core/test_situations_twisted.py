@@ -7,16 +7,16 @@ They are those of twisted/internet/test/test_unix.py and twisted/test/test_unix.
 | the mode of a socket; an abstract name; a name in use | test_client_and_listener, test_bind |
 | the addresses of both ends match | test_connection |
 | a file descriptor, then bytes, then the end | below |
-| a file descriptor arrives before the bytes that follow it | below, test_descriptors |
-| a copy arrives: another number, the same open socket | below, test_descriptors |
+| a file descriptor arrives before the bytes that follow it | below, test_send_fd |
+| a copy arrives: another number, the same open socket | below, test_send_fd |
 | file descriptors that are sent until the sender has to wait | below |
-| more file descriptors than bytes to carry them | test_messages |
+| more file descriptors than bytes to carry them | test_send_message |
 | two in one control message, two in two control messages | below, test_situations_cpython |
 | a control message of an unknown kind | test_ancillary |
 | a receiver that expects none: they are closed, and that is told | test_refused_... below |
 | a callback that raises | below, test_callbacks |
 | a socket and a lock that a dead server left; two servers | test_bind |
-| a listening socket that is adopted | test_inherited_listener |
+| a listening socket that is adopted | test_listener_from_fd |
 """
 
 from __future__ import annotations

@@ -235,6 +235,7 @@ async def test_submit_takes_unix_connection_whose_peer_has_gone() -> None:
             ours.sendall(unread)
             theirs.close()
             await pool.submit(ours)
+        assert (await at_rest(pool)).handled == 2
 
 
 async def test_submit_without_pollrdhup(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +243,7 @@ async def test_submit_without_pollrdhup(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_kernel, "POLLRDHUP", None)
     async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
         await pool.submit(socket.socket())
+        assert (await at_rest(pool)).handled == 1
 
 
 def test_is_unconnected_raises_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
