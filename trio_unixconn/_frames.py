@@ -121,6 +121,10 @@ class FrameDecoder(DescriptorOwner):
         if self._arrived and not self._size:
             raise FrameError("file descriptors arrived with a frame that carries none")
 
+    def is_between_frames(self) -> bool:
+        """Whether nothing of an incomplete frame has arrived."""
+        return not self._size and not self._arrived
+
     def close(self) -> None:
         """Close file descriptors that arrived and belong to no complete frame."""
         while self._arrived:

@@ -272,6 +272,20 @@ def queue_size(listener: UnixListener) -> int:
     return listener._queue_size
 
 
+def binding_of(listener: UnixListener) -> _bind.Binding | None:
+    """Return the path that closing the listener removes; None if it removes none."""
+    return listener._binding
+
+
+def set_binding(listener: UnixListener, binding: _bind.Binding | None) -> None:
+    """Set which path closing the listener removes."""
+    listener._binding = binding
+
+
+def acceptor_of(listener: UnixListener) -> Acceptor:
+    return listener._acceptor
+
+
 async def remove_path(listener: UnixListener) -> None:
     """Remove the path of a listener; log an error, because a drain continues without it."""
     try:

@@ -35,10 +35,13 @@ __all__ = [
     "PoolClosedError",
     "ReadAheadError",
     "SendError",
+    "SuccessorGoneError",
+    "TakeOverError",
     "UnexpectedControlMessageError",
     "UnexpectedDescriptorsError",
     "UnixConnectionError",
     "UnsafeBufferError",
+    "UpgradeFailedError",
     "WorkerDiedError",
     "WorkerStartError",
     "WrongDescriptorKindError",
@@ -422,11 +425,13 @@ class WorkerDiedError(UnixConnectionError, RuntimeError):
 
 
 class _RemoteError(UnixConnectionError, RuntimeError):
-    """An error in a worker process.
+    """An error in a process that this one has started.
 
     Attributes:
-      traceback: the text that the worker sent, mostly a traceback; "" if it sent none.
+      traceback: the text that the process sent, mostly a traceback; "" if it sent none.
     """
+
+    _where = "the worker"
 
     def __init__(self, message: str, traceback: str = "") -> None:
         super().__init__(message, traceback)
@@ -434,7 +439,7 @@ class _RemoteError(UnixConnectionError, RuntimeError):
 
     def __str__(self) -> str:
         said = self.traceback.rstrip()
-        return f"{self.args[0]}; in the worker:\n{said}" if said else str(self.args[0])
+        return f"{self.args[0]}; in {self._where}:\n{said}" if said else str(self.args[0])
 
 
 class WorkerStartError(_RemoteError):
@@ -451,6 +456,37 @@ class HandlerError(_RemoteError):
     Attributes:
       traceback: the worker's traceback.
     """
+
+
+class UpgradeFailedError(_RemoteError):
+    """A successor did not take over; this generation serves as before.
+
+    The ``code`` is BUSY if another handover is in progress, TIMED_OUT if the successor was not
+    ready in time, and otherwise FAILED.
+
+    Attributes:
+      traceback: that of the successor, or the last of what it wrote to its standard error; "" if
+        there is none.
+    """
+
+    _where = "the successor"
+
+
+class TakeOverError(UnixConnectionError, RuntimeError):
+    """The generation that runs did not hand over; it serves as before.
+
+    The ``code`` is BUSY if it hands over to another process, PERMISSION_DENIED if a policy does not
+    admit one of the two processes, and otherwise FAILED.
+    """
+
+
+class SuccessorGoneError(UnixConnectionError, trio.BrokenResourceError):
+    """The successor did not take a connection, which still belongs to this process.
+
+    The successor has exited, or there is none.
+    """
+
+    code = IOErrorEnum.BROKEN_PIPE
 
 
 class NotSupportedError(UnixConnectionError, NotImplementedError):

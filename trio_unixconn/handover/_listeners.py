@@ -1,0 +1,182 @@
+"""Listeners of a generation: sockets that can pass to the next one, and a gate before accept().
+
+Invariant: while the gate is closed, no connection is accepted; one that was accepted before is
+returned, even if the gate closes meanwhile.
+"""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from .._accept import Acceptor, close_listening_socket
+from .._bind import Binding
+from .._listener import (
+    UnixListener,
+    acceptor_of,
+    admits,
+    binding_of,
+    make_connection,
+    set_binding,
+)
+from .._owner import DescriptorOwner
+from .._sockopts import raw_socket
+from ..errors import ConnectionClosedError
+from ._manifest import ListenerEntry, describe_socket
+
+if TYPE_CHECKING:
+    from .._accept import Accepted
+    from .._connection import UnixConnection
+
+StreamT = TypeVar("StreamT", "trio.SocketStream", "UnixConnection")
+
+
+class Gate:
+    """Whether the listeners of a generation accept."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._is_shut = False
+        self._changed = trio.Event()
+        # Of tasks in accept().
+        self._scopes: set[trio.CancelScope] = set()
+
+    def open(self) -> None:
+        """Let tasks accept."""
+        self.is_open = True
+        self._notify()
+
+    def block(self) -> None:
+        """Let no task accept; those that wait for a connection wait for the gate now."""
+        self.is_open = False
+        for scope in self._scopes:
+            scope.cancel()
+
+    def shut(self) -> None:
+        """Close the gate for good: tasks get ConnectionClosedError."""
+        self._is_shut = True
+        self.block()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def accept(self, acceptor: Acceptor) -> Accepted:
+        """Accept a connection when the gate is open.
+
+        Raises:
+          ConnectionClosedError: the gate is closed for good.
+        """
+        while True:
+            while not self.is_open:
+                if self._is_shut:
+                    await trio.lowlevel.checkpoint()
+                    raise ConnectionClosedError("this listener is closed")
+                await self._changed.wait()
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                try:
+                    return await acceptor.accept()
+                finally:
+                    self._scopes.discard(scope)
+
+
+class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[StreamT]):
+    """A listening socket of a :class:`Generation`, for ``trio.serve_listeners`` or :meth:`accept`.
+
+    It accepts from the moment when its generation is ready until the successor serves.
+    :meth:`Generation.listen_tcp` and :meth:`Generation.listen_unix` make one. The generation owns
+    it, and closes it.
+
+    Attributes:
+      name: by which the next generation finds it.
+      inherited: whether the generation before has handed it over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gate: Gate,
+        listener: UnixListener | trio.SocketListener,
+        *,
+        inherited: bool = False,
+        path: str | None = None,
+        file: tuple[int, int] | None = None,
+    ) -> None:
+        self.name = name
+        self.inherited = inherited
+        self._gate = gate
+        self._listener = listener
+        self._path = path
+        self._raw = raw_socket(listener.socket)
+        if isinstance(listener, UnixListener):
+            self._acceptor = acceptor_of(listener)
+            binding = binding_of(listener)
+            if binding is not None:
+                file = (binding.device, binding.inode)
+        else:
+            self._acceptor = Acceptor(self._raw, repr(self._raw.getsockname()))
+        self._file = file
+        #: Set when a task accepts from it, or begins to wait for that.
+        self.is_used: trio.Event = trio.Event()
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The listening trio socket. To accept, use :meth:`accept`, which waits for the gate."""
+        return self._listener.socket
+
+    @enable_ki_protection
+    async def accept(self) -> StreamT:
+        """Accept one connection, while this generation is the one that accepts.
+
+        If a policy was given, only peers that it admits are returned.
+
+        Returns:
+          A stream that the caller owns: a ``trio.SocketStream`` or a :class:`UnixConnection`.
+
+        Raises:
+          ConnectionClosedError: the generation has ended.
+          ConnectionBusyError: another task is already accepting.
+          OSError: as :meth:`UnixListener.accept`.
+        """
+        self.is_used.set()
+        while True:
+            fd, name = await self._gate.accept(self._acceptor)
+            listener = self._listener
+            if not isinstance(listener, UnixListener):
+                sock = stdlib_socket.socket(self._raw.family, self._raw.type, 0, fileno=fd)
+                return trio.SocketStream(trio.socket.from_stdlib_socket(sock))  # type: ignore[return-value]
+            conn = make_connection(listener, fd, name)
+            if await admits(listener, conn):
+                return conn  # type: ignore[return-value]
+
+    def entry(self) -> ListenerEntry:
+        """Return what the manifest says of it."""
+        kind, bound = describe_socket(self._raw)
+        return ListenerEntry(self.name, kind, bound, self._path, self._file)
+
+    def own_path(self) -> None:
+        """Remove the path when this is closed, as the generation before would have."""
+        if self._file is not None and self._path is not None:
+            assert isinstance(self._listener, UnixListener)
+            binding = Binding(self._path.encode(errors="surrogateescape"), *self._file)
+            set_binding(self._listener, binding)
+
+    def disown_path(self) -> None:
+        """Leave the path when this is closed: the successor removes it."""
+        if isinstance(self._listener, UnixListener):
+            set_binding(self._listener, None)
+
+    async def aclose(self) -> None:
+        """Close the socket; other generations that have it can still accept from it."""
+        if isinstance(self._listener, UnixListener):
+            await self._listener.aclose()
+        else:
+            await close_listening_socket(self._listener.socket)
+
+    def __repr__(self) -> str:
+        return f"<GenerationListener {self.name} fd={self._raw.fileno()}>"

@@ -1,0 +1,293 @@
+"""Connections on their way from one generation to the next.
+
+A connection that is passed on has one of these states, and is this process's until it is taken:
+
+    queued --> sent --> taken           the successor has it, and this process closes its copy
+      ^          |
+      |          +----> queued          REFUSED: the successor has no free file descriptor
+      |          +----> lost            the successor has ended: it is the caller's again
+      +--- a caller that is cancelled takes it back; when it was sent, it cannot
+
+Invariant: a connection has one owner. The successor hands one to its program only if it has it in
+its own memory, and says TAKEN then. If the task that passes it on is cancelled after it was sent,
+the passer owns this process's copy, and closes it when the successor has answered or has ended.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from .. import _kernel
+from .._accept import ACCEPT_RETRY_DELAY
+from .._buffers import bytes_of
+from .._closing import close_fds, close_fds_batched
+from .._connection import UnixConnection, accepts_descriptors
+from .._fds import fileno
+from .._fdtypes import open_stream
+from .._owner import DescriptorOwner
+from .._sockopts import raw_socket
+from ..errors import ConnectionClosedError, SuccessorGoneError, WrongDescriptorKindError
+from . import _protocol
+from ._channel import expect_no_fds
+from ._protocol import PassedConnection, ProtocolError
+
+if TYPE_CHECKING:
+    from .._buffers import Buffer
+    from .._frames import Frame
+    from ._channel import Channel
+
+logger: Final = logging.getLogger("trio_unixconn.handover")
+
+# Batches that are sent and not yet answered.
+_MAX_SENT: Final = 4
+# The bytes of a batch, beyond which it gets no further connection.
+_MAX_BATCH_BYTES: Final = 1024 * 1024
+# Connections that were received and not yet asked for; no more are received until there are fewer.
+_MAX_RECEIVED: Final = 1024
+
+
+class _State(enum.Enum):
+    QUEUED = enum.auto()
+    SENT = enum.auto()
+    TAKEN = enum.auto()
+    LOST = enum.auto()
+
+
+@attrs.define(eq=False)
+class _Outgoing:
+    fd: int
+    connection: PassedConnection
+    state: _State = _State.QUEUED
+    settled: trio.Event = attrs.field(factory=trio.Event)
+    # Whether no task waits any more, so that the file descriptor is closed here.
+    is_abandoned: bool = False
+
+    def settle(self, state: _State) -> None:
+        self.state = state
+        self.settled.set()
+        if self.is_abandoned:
+            close_fds_batched([self.fd])
+
+
+def check_stream(stream: object) -> tuple[int, bool]:
+    """Return the file descriptor of a stream, and whether its peer may send file descriptors.
+
+    Raises:
+      TypeError: a stream that holds state of its own.
+      ConnectionClosedError: it is closed.
+      ReadAheadError: it has messages that were read ahead.
+    """
+    if isinstance(stream, UnixConnection):
+        if stream.is_closed():
+            raise ConnectionClosedError("this connection is closed")
+        return fileno(stream), accepts_descriptors(stream)
+    if not isinstance(stream, trio.SocketStream):
+        raise TypeError(
+            f"expected a trio.SocketStream or a UnixConnection, got {type(stream).__name__}; what "
+            "other streams hold (encryption, bytes that were read) cannot be passed on"
+        )
+    if stream.socket.fileno() == -1:
+        raise ConnectionClosedError("this stream is closed")
+    return fileno(stream), True
+
+
+def _detach(stream: trio.SocketStream | UnixConnection) -> int:
+    """Return the file descriptor of a stream, which is closed by that."""
+    if isinstance(stream, UnixConnection):
+        return stream.detach()
+    raw = raw_socket(stream.socket)
+    trio.lowlevel.notify_closing(raw)
+    return raw.detach()
+
+
+class Passer:
+    """Passes connections on to the successor."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._queue: deque[_Outgoing] = deque()
+        # The batches that were sent, by their ids, in order.
+        self._sent: dict[int, list[_Outgoing]] = {}
+        self._next_id = 1
+        self._max_batch = _kernel.SCM_MAX_FD
+        self._retry_at = 0.0
+        self._is_over = False
+        self._changed = trio.Event()
+        #: How many the successor has taken.
+        self.taken = 0
+
+    @enable_ki_protection
+    async def pass_on(self, stream: trio.SocketStream | UnixConnection, data: Buffer) -> None:
+        """Pass one connection on; see :meth:`Generation.pass_on`."""
+        fd, accepts = check_stream(stream)
+        with bytes_of(data) as view:
+            if len(view) > _protocol.MAX_DATA:
+                raise ValueError(
+                    f"data must be at most {_protocol.MAX_DATA} bytes, got {len(view)}"
+                )
+            item = _Outgoing(fd, PassedConnection(accepts, bytes(view)))
+        await trio.lowlevel.checkpoint()
+        if self._is_over:
+            raise _gone()
+        self._queue.append(item)
+        self._notify()
+        try:
+            await item.settled.wait()
+        except trio.Cancelled:
+            if item.state is _State.QUEUED:
+                self._queue.remove(item)
+            elif item.state is _State.SENT:
+                item.is_abandoned = True
+                _detach(stream)
+            elif item.state is _State.TAKEN:
+                close_fds_batched([_detach(stream)])
+            raise
+        if item.state is _State.LOST:
+            raise _gone()
+        close_fds_batched([_detach(stream)])
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def run(self) -> None:
+        """Send what is queued, until the successor has ended."""
+        try:
+            while not self._is_over:
+                delay = self._retry_at - trio.current_time()
+                if delay > 0:
+                    await trio.sleep(delay)
+                elif self._queue and len(self._sent) < _MAX_SENT:
+                    await self._send_batch()
+                else:
+                    await self._changed.wait()
+        finally:
+            self.end()
+
+    async def _send_batch(self) -> None:
+        batch: list[_Outgoing] = []
+        size = 0
+        while self._queue and len(batch) < self._max_batch and size < _MAX_BATCH_BYTES:
+            item = self._queue.popleft()
+            item.state = _State.SENT
+            size += len(item.connection.data)
+            batch.append(item)
+        number = self._next_id
+        self._next_id += 1
+        self._sent[number] = batch
+        frame = _protocol.pack_passed(number, [item.connection for item in batch])
+        if not await self._channel.send(frame, [item.fd for item in batch]):
+            self.end()
+
+    def handle(self, frame: Frame) -> None:
+        """Handle TAKEN or REFUSED.
+
+        Raises:
+          ProtocolError: no such batch was sent.
+        """
+        expect_no_fds(frame)
+        batch = self._sent.pop(_protocol.unpack_id(frame.body), None)
+        if batch is None:
+            raise ProtocolError("expected the id of connections that were passed on")
+        if frame.kind == _protocol.TAKEN:
+            self.taken += len(batch)
+            for item in batch:
+                item.settle(_State.TAKEN)
+        else:
+            # In their order, before those that are queued.
+            for item in reversed(batch):
+                item.state = _State.QUEUED
+                self._queue.appendleft(item)
+            self._max_batch = max(1, len(batch) // 2)
+            if len(batch) == 1:
+                self._retry_at = trio.current_time() + ACCEPT_RETRY_DELAY
+        self._notify()
+
+    def end(self) -> None:
+        """Give back all that the successor has not taken."""
+        self._is_over = True
+        for batch in self._sent.values():
+            for item in batch:
+                item.settle(_State.LOST)
+        for item in self._queue:
+            item.settle(_State.LOST)
+        self._sent.clear()
+        self._queue.clear()
+        self._notify()
+
+
+def _gone() -> SuccessorGoneError:
+    return SuccessorGoneError("the successor has ended; the connection is still open here")
+
+
+class PassedConnections(DescriptorOwner):
+    """An async iterator over connections that were passed on to this generation.
+
+    See :meth:`Generation.connections`.
+    """
+
+    def __init__(self) -> None:
+        self._received: deque[tuple[int, PassedConnection]] = deque()
+        self._is_over = False
+        self._changed = trio.Event()
+        #: How many have arrived.
+        self.count = 0
+
+    def __aiter__(self) -> PassedConnections:
+        return self
+
+    @enable_ki_protection
+    async def __anext__(self) -> tuple[trio.SocketStream | UnixConnection, bytes]:
+        await trio.lowlevel.checkpoint()
+        while True:
+            while not self._received:
+                if self._is_over:
+                    raise StopAsyncIteration
+                await self._changed.wait()
+            fd, connection = self._received.popleft()
+            self._notify()
+            try:
+                if connection.accepts_descriptors:
+                    stream = open_stream(fd)
+                else:
+                    stream = UnixConnection.from_fd(fd, receive_descriptors=False)
+            except (WrongDescriptorKindError, ValueError) as exc:
+                # Its peer has reset it meanwhile.
+                logger.info("a connection that was passed on is not usable any more: %s", exc)
+                close_fds([fd])
+                continue
+            assert isinstance(stream, (trio.SocketStream, UnixConnection))
+            return stream, connection.data
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_for_space(self) -> None:
+        """Wait until more connections may be received."""
+        while len(self._received) >= _MAX_RECEIVED and not self._is_over:
+            await self._changed.wait()
+
+    def put(self, fds: list[int], connections: list[PassedConnection]) -> None:
+        """Add connections that have arrived; this owns the file descriptors."""
+        self._received.extend(zip(fds, connections, strict=True))
+        self.count += len(fds)
+        self._notify()
+
+    def end(self) -> None:
+        """No more arrive; those that have arrived are still returned."""
+        self._is_over = True
+        self._notify()
+
+    def close(self) -> None:
+        """Close those that were not asked for."""
+        self.end()
+        close_fds([fd for fd, _ in self._received])
+        self._received.clear()
