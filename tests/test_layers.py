@@ -20,6 +20,7 @@ LAYERS = [
     "testing",
     "pool",
     "handover",
+    "anyio",
     "systemd",
     "_server",
     "_listener",
