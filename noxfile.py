@@ -102,7 +102,7 @@ def oldest(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def model(session: nox.Session) -> None:
     """Check the models of protocols with spin, which must be installed; ``--only``, ``--trace``."""
-    session.run(sys.executable, "tests/model/check.py", *session.posargs, external=True)
+    session.run(sys.executable, "-m", "tests.model.check", *session.posargs, external=True)
 
 
 @nox.session(name="model-soak")
@@ -141,7 +141,7 @@ def lint(session: nox.Session) -> None:
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
-    session.run("python", "tests/lint/words.py")
+    session.run("python", "-m", "tests.lint.words")
 
 
 @nox.session

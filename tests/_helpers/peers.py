@@ -164,7 +164,7 @@ async def client_process(
 async def reporting_process(
     how: str, path: str | os.PathLike[str], *, uid: str = "-", under: Iterable[str] = ()
 ) -> AsyncGenerator[subprocess.Popen[str], None]:
-    """Start peers/identity_reporter.py: it reports its peer, and exits after it."""
+    """Start programs/identity_reporter.py: it reports its peer, and exits after it."""
     process = subprocess.Popen(
         [*under, *program("identity_reporter", how, str(path), uid)],
         stdout=subprocess.PIPE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.interop.harness import require_glib
-from tests.interop.programs import require_program
+from tests._helpers.glib import require_glib
+from tests._helpers.real_programs import require_program
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.interop.harness import (
+from tests._helpers.glib import (
     GLIBS,
     OURS,
     WAYS,
@@ -22,7 +22,7 @@ from tests.interop.harness import (
     receive_exactly,
     require_glib,
 )
-from tests.interop.peers.open_files import KINDS, identity, opened
+from tests._helpers.programs.open_files import KINDS, identity, opened
 from trio_unixconn import (
     Credentials,
     IOErrorEnum,

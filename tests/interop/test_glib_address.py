@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from tests.interop.harness import SYSTEM_PYTHON, started_peer
+from tests._helpers.glib import SYSTEM_PYTHON, started_peer
 from trio_unixconn import UnixSocketAddress, open_unix_connection, open_unix_listener
 
 if TYPE_CHECKING:

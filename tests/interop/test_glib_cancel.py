@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.interop.harness import (
+from tests._helpers.glib import (
     GLIBS,
     OURS,
     connected,
@@ -20,7 +20,7 @@ from tests.interop.harness import (
     receive_described,
     set_passcred,
 )
-from tests.interop.peers.open_files import described, opened
+from tests._helpers.programs.open_files import described, opened
 from trio_unixconn import (
     AsyncResult,
     Cancellable,

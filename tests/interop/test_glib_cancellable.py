@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.interop.harness import SYSTEM_PYTHON
-from tests.interop.peers import cancellable_scenarios
+from tests._helpers.glib import SYSTEM_PYTHON
+from tests._helpers.programs import cancellable_scenarios
 
 PROGRAM = Path(cancellable_scenarios.__file__)
 NAMES = [scenario.__name__ for scenario in cancellable_scenarios.SCENARIOS]

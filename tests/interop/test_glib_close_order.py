@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
 
 from tests._helpers.fds import clog
-from tests.interop.harness import SYSTEM_PYTHON
+from tests._helpers.glib import SYSTEM_PYTHON
+from tests._helpers.processes import ROOT
 from trio_unixconn import (
     AsyncResult,
     CallbackConnection,
@@ -21,7 +21,7 @@ from trio_unixconn import (
     open_callback_adapter,
 )
 
-PROGRAM: Final = Path(__file__).parent / "peers" / "glib_close_order.py"
+PROGRAM: Final = ROOT / "tests" / "_helpers" / "programs" / "glib_close_order.py"
 METHODS: Final = {"write": "send_all", "read": "receive_some", "close": "close"}
 ARGUMENTS: Final[dict[str, Any]] = {"send_all": b"x", "receive_some": 1, "close": 0}
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.interop.harness import (
+from tests._helpers.glib import (
     GLIBS,
     OURS,
     as_json,

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.interop.harness import (
+from tests._helpers.glib import (
     OURS,
     GLibPeer,
     connected,
@@ -23,7 +23,7 @@ from tests.interop.harness import (
     passcred,
     receive_described,
 )
-from tests.interop.peers.open_files import opened
+from tests._helpers.programs.open_files import opened
 from trio_unixconn import (
     Cancellable,
     ConnectionBrokenError,

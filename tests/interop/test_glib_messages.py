@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests._helpers.glib import connected
 from trio_unixconn import Credentials, UnixCredentialsMessage, UnixFDList, UnixFDMessage
-
-from .harness import connected
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.interop.harness import SYSTEM_PYTHON
+from tests._helpers.glib import SYSTEM_PYTHON
 from trio_unixconn import SendError
 
 pytestmark = pytest.mark.usefixtures("real_glib")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests._helpers.http_clients import clients_of, http_server, wait_for_answers
+from tests._helpers.real_programs import require_program
 from tests._helpers.waiting import until_sync
-from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Generator

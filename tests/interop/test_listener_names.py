@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tests.interop.dbus import open_bus
-from tests.interop.harness import missing_peer
-from tests.interop.programs import first_line, running
+from tests._helpers.dbus import open_bus
+from tests._helpers.glib import missing_peer
+from tests._helpers.real_programs import first_line, running
 from trio_unixconn import open_unix_listener
 
 if TYPE_CHECKING:

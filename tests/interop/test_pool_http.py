@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests._helpers.processes import ROOT
-from tests.interop.programs import first_line, output_of, running
+from tests._helpers.real_programs import first_line, output_of, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests._helpers.cli import run_in_this_process, started
+from tests._helpers.real_programs import require_program
 from tests._helpers.serve_cli import Served, hear_signals
-from tests.interop.programs import require_program
 from tests.interop.test_http_proxies import free_port, wait_for_port
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from tests.interop.peers.open_files import opened
-from tests.interop.programs import running
+from tests._helpers.programs.open_files import opened
+from tests._helpers.real_programs import running
 from trio_unixconn import UnixConnection, open_unix_listener
 
 if TYPE_CHECKING:

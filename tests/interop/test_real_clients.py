@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
+from tests._helpers.glib import in_step, started_peer
 from tests._helpers.processes import ROOT
-from tests.interop.harness import in_step, started_peer
-from tests.interop.programs import first_line, output_of, require_program, running, serving
+from tests._helpers.real_programs import first_line, output_of, require_program, running, serving
 from trio_unixconn import UnixConnection, UnixSocketAddress
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ async def test_gio_socket_client(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", ["curl", "socat", "dbus-daemon", "haproxy"])
 def test_without_a_program(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the program a test is skipped, or fails on CI, and names the package to install."""
-    monkeypatch.setattr("interop.programs.SERVERS", str(tmp_path))
+    monkeypatch.setattr("tests._helpers.real_programs.SERVERS", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=f"install the package {name}"):

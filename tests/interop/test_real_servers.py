@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from tests.interop.dbus import (
+from tests._helpers.dbus import (
     DESTINATION,
     INTERFACE,
     MEMBER,
@@ -26,9 +26,9 @@ from tests.interop.dbus import (
     command,
     open_bus,
 )
-from tests.interop.harness import receive_exactly
-from tests.interop.peers.open_files import described, identity, opened
-from tests.interop.programs import connection_to, first_line, running
+from tests._helpers.glib import receive_exactly
+from tests._helpers.programs.open_files import described, identity, opened
+from tests._helpers.real_programs import connection_to, first_line, running
 from trio_unixconn import UnixConnection, UnixFDList, UnixListener, open_unix_connection
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from tests._helpers.cli import COMMAND
+from tests._helpers.real_programs import require_program
 from tests._helpers.serve_cli import Served, answer, connected, hear_signals, make_project
 from tests._helpers.waiting import until_sync
-from tests.interop.programs import require_program
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.interop.harness import missing_peer
-from tests.interop.programs import require_program, running
+from tests._helpers.glib import missing_peer
+from tests._helpers.real_programs import require_program, running
 from trio_unixconn import Credentials, open_unix_datagram
 from trio_unixconn.systemd import ServiceManager
 from trio_unixconn.testing import open_service_manager

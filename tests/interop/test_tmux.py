@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from tests.interop.programs import serving
+from tests._helpers.real_programs import serving
 from trio_unixconn import ConnectionBrokenError, UnixConnection, open_unix_connection
 
 if TYPE_CHECKING:

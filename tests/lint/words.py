@@ -3,7 +3,7 @@
 A subject is a task, a process, a worker, a socket or a file descriptor, and a thing has the name
 that trio, CPython and the man pages give it. Then a reader can search for it.
 
-A program: ``python tests/lint/words.py``. It prints what to change, and exits with status 1.
+A program: ``python -m tests.lint.words``. It prints what to change, and exits with status 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check the Promela models in this directory exhaustively with spin.
 
-``python tests/model/check.py [--only CHECK] [--trace CHECK] [MODEL ...]``; without arguments, all
+``python -m tests.model.check [--only CHECK] [--trace CHECK] [MODEL ...]``; without arguments, all
 checks of all models. ``--trace`` also prints the steps that lead to the fault which a check finds.
 
 A model lists its checks, each in a comment of one line::

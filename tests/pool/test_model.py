@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests._helpers.processes import ROOT
+from tests._helpers.processes import ROOT, environment, python
 
-CHECK = ROOT / "tests" / "model" / "check.py"
+MODEL = ROOT / "tests" / "model" / "pool.pml"
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(
@@ -24,8 +23,8 @@ pytestmark = [
 def check(model: Path | str, *arguments: str, path: str | None = None) -> tuple[int, str]:
     """Return the exit status of check.py, and what it prints."""
     done = subprocess.run(
-        [sys.executable, str(CHECK), *arguments, str(model)],
-        env={**os.environ, "PATH": os.environ["PATH"] if path is None else path},
+        python("tests.model.check", *arguments, str(model)),
+        env={**environment(), "PATH": os.environ["PATH"] if path is None else path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,7 +99,7 @@ def test_check_rejects_line_that_it_cannot_read(tmp_path: Path) -> None:
     status, printed = check(model)
     assert status == 1
     assert "1 of 1 checks cannot be read" in printed
-    assert check(CHECK.parent / "pool.pml", "--only", "nothing")[0] == 2
+    assert check(MODEL, "--only", "nothing")[0] == 2
 
 
 def test_check_names_missing_package() -> None:
@@ -112,7 +111,7 @@ def test_check_names_missing_package() -> None:
 
 def test_model_of_pool_has_fault_with_two_queues() -> None:
     """With separate queues for batches and other frames, DRAIN overtakes JOBS."""
-    status, printed = check(CHECK.parent / "pool.pml", "--trace", "two-queues")
+    status, printed = check(MODEL, "--trace", "two-queues")
     assert status == 0, printed
     assert "crashed[w]" in printed
     drain = printed.rindex("send DRAIN")

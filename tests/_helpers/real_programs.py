@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from tests.interop.harness import missing_peer
+from tests._helpers.glib import missing_peer
 from trio_unixconn import (
     UnixConnection,
     UnixSocketAddress,

@@ -14,7 +14,7 @@ from typing import Final
 
 import attrs
 
-from tests.interop.harness import receive_exactly
+from tests._helpers.glib import receive_exactly
 from trio_unixconn import UnixConnection, UnixFDList, open_unix_connection
 
 METHOD_CALL: Final = 1

@@ -14,7 +14,7 @@ import attrs
 import pytest
 import trio
 
-from tests.interop.peers.open_files import described, opened
+from tests._helpers.programs.open_files import described, opened
 from trio_unixconn import (
     AsyncResult,
     Cancellable,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Debian's PyGObject is installed for this Python, whichever Python runs the tests.
 SYSTEM_PYTHON: Final = "/usr/bin/python3"
-PEER: Final = Path(__file__).parent / "peers" / "glib_peer.py"
+PEER: Final = Path(__file__).parent / "programs" / "glib_peer.py"
 
 OURS: Final = ("await", "callback")
 GLIBS: Final = ("blocking", "async")
