@@ -55,6 +55,9 @@ def oldest_dependencies() -> list[str]:
     return [each.replace(">=", "==") for each in PROJECT["project"]["dependencies"]]
 
 
+# Even if no argument selects tests, the sessions run those marked slow. One process a processor.
+PYTEST = ("pytest", "--slow", "-n", "auto")
+
 # The pool, the command line, and programs that measure or stress.
 NOT_CORE = [
     f"--ignore-glob=tests/{pattern}"
@@ -88,7 +91,7 @@ def tests(session: nox.Session) -> None:
         return
     install(session, "tests")
     which = [] if session.python == PYTHONS[-1] else ["-m", "not once"]
-    session.run("pytest", "-n", "auto", *which, *session.posargs)
+    session.run(*PYTEST, *which, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
@@ -96,7 +99,7 @@ def oldest(session: nox.Session) -> None:
     """Run the core's tests with the oldest trio and attrs that pyproject.toml allows."""
     install(session, "tests")
     session.install(*oldest_dependencies())
-    session.run("pytest", "-n", "auto", "-m", "not once", *NOT_CORE, "tests", *session.posargs)
+    session.run(*PYTEST, "-m", "not once", *NOT_CORE, "tests", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -127,12 +130,10 @@ def coverage(session: nox.Session) -> None:
     """
     install(session, "tests")
     session.run("coverage", "erase")
-    session.run(
-        *("coverage", "run", "-m", "pytest", "-n", "auto", "-m", "not once"), *session.posargs
-    )
+    session.run(*("coverage", "run", "-m", *PYTEST, "-m", "not once"), *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report")
-    session.run("pytest", "-n", "auto", "-m", "once", *session.posargs)
+    session.run(*PYTEST, "-m", "once", *session.posargs)
 
 
 @nox.session
@@ -249,4 +250,4 @@ def release(session: nox.Session) -> None:
             "python", "-c", "import trio_unixconn as t; assert 'site-packages' in t.__file__"
         )
         session.run("trio-unixconn", "demo", silent=True)
-        session.run("pytest", "-n", "auto", *(session.posargs or RELEASE_TESTS))
+        session.run(*PYTEST, *(session.posargs or RELEASE_TESTS))

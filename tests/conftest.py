@@ -21,21 +21,40 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --slow."""
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="run tests marked slow, too; a path, -k or -m does so as well",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare what all processes of this run use."""
+    """Prepare what all processes of this run use, and decide whether slow tests run."""
     # The package need not be installed with its entry point.
     if not config.pluginmanager.has_plugin("trio_unixconn"):
         config.pluginmanager.register(plugin, "trio_unixconn")
-    # The workers of pytest-xdist inherit the environment.
+    # The workers of pytest-xdist inherit the environment, and get a copy of the options.
     if not hasattr(config, "workerinput"):
         # Without compiled files, each of a thousand Pythons compiles the package again.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        selects_tests = config.args_source == pytest.Config.ArgsSource.ARGS
+        option = config.option
+        option.slow = bool(option.slow or selects_tests or option.keyword or option.markexpr)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Reject ids with an address in memory, which pytest-xdist reports as different tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests unless they were asked for.
+
+    Reject ids with an address in memory, which pytest-xdist reports as different tests.
+    """
     if wrong := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"expected ids that are the same in each process, got {wrong}")
+    if not config.option.slow:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,8 @@ import trio.testing
 from tests._helpers.processes import ROOT
 from tests._helpers.time_limits import task_stacks
 
+pytestmark = pytest.mark.slow
+
 HANGS = """
 import threading
 

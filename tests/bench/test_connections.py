@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # One Python is enough.
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 # Gigabytes, and thousands of connections, are left to the benchmark.
 SIZES = {"bytes, others idle": 2, "memory of an idle connection": 10, "a large buffer": 4096}

@@ -43,7 +43,7 @@ from tests.bench.pool.workloads import (
 from .implementations import OURS, FailedError, MissingError
 
 # One Python is enough.
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 # What is there wherever the tests run.
 ALWAYS = {"reuseport", "shared", "single"}

@@ -25,6 +25,8 @@ from trio_unixconn._cli.demo import driver, wire
 if TYPE_CHECKING:
     from trio.testing import MockClock
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``python -m trio_unixconn``."""

@@ -23,6 +23,8 @@ from trio_unixconn._cli import _console, passing
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+pytestmark = pytest.mark.slow
+
 ABSTRACT = f"@trio-unixconn-test-{os.getpid()}"
 
 

@@ -15,6 +15,8 @@ from tests._helpers.cli import ended
 from tests._helpers.http_clients import clients_of, http_server
 from tests._helpers.waiting import until_sync
 
+pytestmark = pytest.mark.slow
+
 
 def test_keep_alive_clients_survive_restarts_and_a_drain() -> None:
     """Under SIGHUPs, and a SIGTERM at the end, no request on a connection kept alive fails."""

@@ -15,6 +15,8 @@ from tests._helpers.cli import run
 from trio_unixconn import Credentials, PeerIdentity, _kernel
 from trio_unixconn._cli import peer
 
+pytestmark = pytest.mark.slow
+
 ABSTRACT = f"trio-unixconn-test-peer-{os.getpid()}"
 
 

@@ -39,6 +39,8 @@ from trio_unixconn._cli.serve.reload import ReloadFilter, directories_of
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 UID, GID = os.geteuid(), os.getegid()
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 CHECKS = ("--stats", "tcp:127.0.0.1:0", "--agent-check", "tcp:127.0.0.1:0")
 
 

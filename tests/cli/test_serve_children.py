@@ -21,6 +21,8 @@ from trio_unixconn._cli.serve import children
 from trio_unixconn._cli.serve.children import reap_adopted_children, zombies
 from trio_unixconn._cli.serve.pid_file import pid_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

@@ -37,6 +37,8 @@ from trio_unixconn.pool._supervisor import CANCELLED, UNFINISHED
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 # A handler that prints, and one whose error has text of its client.
 LOUD = """
 import sys

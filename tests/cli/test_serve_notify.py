@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

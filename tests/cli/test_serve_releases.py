@@ -23,6 +23,8 @@ from tests._helpers.serve_cli import (
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

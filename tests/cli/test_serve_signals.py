@@ -25,6 +25,8 @@ from tests._helpers.waiting import until_sync
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

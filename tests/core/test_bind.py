@@ -69,6 +69,7 @@ def drive(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize("scenario", ["free", "dead", "live", "long", "long dead"])
 def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
@@ -78,6 +79,7 @@ def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     assert seen["steps"] > 40
 
 
+@pytest.mark.slow
 def test_race_with_replace(tmp_path: Path) -> None:
     """Of servers that start with replace=True at the same time, each gets the path in turn."""
     seen = drive("bind_driver", "race", tmp_path, "replace")
@@ -86,6 +88,7 @@ def test_race_with_replace(tmp_path: Path) -> None:
     assert seen["left"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["free", "dead", "long", "long dead"])
 def test_race_for_a_path(tmp_path: Path, before: str) -> None:
     """Of servers that start at one path at the same time, exactly one gets it."""
@@ -95,6 +98,7 @@ def test_race_for_a_path(tmp_path: Path, before: str) -> None:
     assert seen["left"] == []
 
 
+@pytest.mark.slow
 def test_replace_200_times_under_load(tmp_path: Path) -> None:
     """During 200 restarts with replace=True, every request of every client is answered."""
     seen = drive("restart_driver", tmp_path, 200, 2)
@@ -445,6 +449,7 @@ print(connected, tried)
 """
 
 
+@pytest.mark.slow
 @as_root
 @pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize("replace", [False, True])

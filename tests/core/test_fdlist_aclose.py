@@ -89,7 +89,8 @@ async def test_unix_fd_list_open_file_if_cancelled() -> None:
 async def test_unix_fd_list_open_file_of_a_hanging_file_cancelled_by_a_scope() -> None:
     """The thread closes the descriptor when the file server answers; the list has it no more."""
     with hanging_file() as file:
-        fds = UnixFDList([os.dup(file.fd)])
+        fd = os.dup(file.fd)
+        fds = UnixFDList([fd])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fds.open_file, 0)
             await until(lambda: "getattr" in file.asked())
@@ -97,7 +98,7 @@ async def test_unix_fd_list_open_file_of_a_hanging_file_cancelled_by_a_scope() -
         assert list(fds) == []
         fds.close()
         file.answer()
-        assert _closing.wait_closed(30)
+        await until(lambda: not is_open(fd))
 
 
 @pytest.mark.parametrize("wrong", [5, None, "ab", b"ab", bytearray(b"ab"), memoryview(b"ab")])

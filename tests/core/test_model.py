@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 # One Python is enough.
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 # The kernel takes up to this many bytes as a whole, or none of them.
 ATOMIC = 4096

@@ -631,6 +631,7 @@ def fd():
 """
 
 
+@pytest.mark.slow
 def test_plugin_is_off_by_default(project: pytest.Pytester) -> None:
     """A test that requests no fixture runs as without the plugin, even if it leaks."""
     project.makepyfile(
@@ -648,6 +649,7 @@ def test_plugin_is_off_by_default(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*trio_unixconn*: *testing/plugin.py"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["by name", "marked", "autouse"])
 def test_fd_leak_guard_fails_a_leaking_test(project: pytest.Pytester, how: str) -> None:
     """However the guard is requested, a test that leaks or loses a descriptor fails."""
@@ -742,6 +744,7 @@ def outcomes(result: pytest.RunResult) -> dict[str, str]:
     return dict(re.findall(r"::test_(\w+) ([A-Z]+)", result.stdout.str()))
 
 
+@pytest.mark.slow
 def test_fd_leak_guard_and_how_the_test_ends(project: pytest.Pytester) -> None:
     """A test that fails has one report with both; a skip or another error hides no leak."""
     project.makepyfile(LEAKING_IN_EVERY_WAY)
@@ -770,6 +773,7 @@ def test_fd_leak_guard_and_how_the_test_ends(project: pytest.Pytester) -> None:
     assert ended["expects_at_last"] == "FAILED"
 
 
+@pytest.mark.slow
 def test_fd_leak_guard_in_other_reports(project: pytest.Pytester) -> None:
     """JUnit's XML has a leak as the failure of its test; -x ends the fixtures of the module."""
     project.makepyfile(
@@ -802,6 +806,7 @@ def test_fd_leak_guard_in_other_reports(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_fails*"])
 
 
+@pytest.mark.slow
 def test_fd_leak_guard_when_another_plugin_runs_the_test(project: pytest.Pytester) -> None:
     """If another plugin runs tests in pytest's place, its reports are left alone."""
     project.makeconftest(
@@ -821,6 +826,7 @@ def test_fd_leak_guard_when_another_plugin_runs_the_test(project: pytest.Pyteste
     )
 
 
+@pytest.mark.slow
 def test_fd_leak_guard_of_an_interrupted_teardown(project: pytest.Pytester) -> None:
     """Ctrl-C in a teardown does not hide that the test has failed."""
     project.makepyfile(
@@ -841,6 +847,7 @@ def test_fd_leak_guard_of_an_interrupted_teardown(project: pytest.Pytester) -> N
     result.stdout.fnmatch_lines(["E * assert not 'of the test'"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["a, b", "b, a"])
 def test_fd_leak_guard_with_unix_connection_pair(project: pytest.Pytester, arguments: str) -> None:
     """In both orders of the two names, the pair is not a leak; a received descriptor is one."""
@@ -873,6 +880,7 @@ def test_fd_leak_guard_with_unix_connection_pair(project: pytest.Pytester, argum
     result.stdout.no_fnmatch_line("*  lost: *")
 
 
+@pytest.mark.slow
 def test_plugin_with_every_way_to_run_trio(project: pytest.Pytester) -> None:
     """The fixtures work under pytest-trio, anyio and trio.run, even below async fixtures."""
     project.makepyfile(
@@ -943,6 +951,7 @@ def test_plugin_with_every_way_to_run_trio(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=5 if lacking else 7, deselected=2 if lacking else 0)
 
 
+@pytest.mark.slow
 def test_unix_socket_path_with_a_long_basetemp(project: pytest.Pytester) -> None:
     """The path is short even if pytest's is long, and its directory is removed afterwards."""
     project.makepyfile(
@@ -963,6 +972,7 @@ def test_unix_socket_path_with_a_long_basetemp(project: pytest.Pytester) -> None
     assert not Path(found[1]).parent.exists()
 
 
+@pytest.mark.slow
 def test_plugin_disabled(project: pytest.Pytester) -> None:
     """With -p no:trio_unixconn there are no fixtures; trio_unixconn.testing works."""
     project.makepyfile(
@@ -990,6 +1000,7 @@ def test_plugin_disabled(project: pytest.Pytester) -> None:
 ################################################################
 
 
+@pytest.mark.slow
 def test_how_to_test_your_code(project: pytest.Pytester) -> None:
     """The tests in the how-to pass; without close() they fail with the text in the how-to."""
     files = dict(

@@ -14,6 +14,8 @@ from tests._helpers.waiting import until
 from tests.faults.pool.runner import SCENES
 from trio_unixconn.pool import open_worker_pool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.once
 @pytest.mark.parametrize("scene", SCENES)

@@ -12,6 +12,8 @@ import pytest
 
 from tests._helpers.processes import environment, python
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = "tests.faults.pool.random_pool"
 
 

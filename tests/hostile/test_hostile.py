@@ -26,7 +26,7 @@ from tests.hostile.calls import MIXES, Driver, names, one_call
 from trio_unixconn import ConnectionBrokenError, UnixConnection
 
 # One Python is enough.
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 HERE = Path(__file__).parent
 MESSAGES = int(os.environ.get("HOSTILE_MESSAGES", "100000"))

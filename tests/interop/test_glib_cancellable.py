@@ -13,6 +13,8 @@ import pytest
 from tests._helpers.glib import SYSTEM_PYTHON
 from tests._helpers.programs import cancellable_scenarios
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(cancellable_scenarios.__file__)
 NAMES = [scenario.__name__ for scenario in cancellable_scenarios.SCENARIOS]
 

@@ -21,6 +21,8 @@ from trio_unixconn import (
     open_callback_adapter,
 )
 
+pytestmark = pytest.mark.slow
+
 PROGRAM: Final = ROOT / "tests" / "_helpers" / "programs" / "glib_close_order.py"
 METHODS: Final = {"write": "send_all", "read": "receive_some", "close": "close"}
 ARGUMENTS: Final[dict[str, Any]] = {"send_all": b"x", "receive_some": 1, "close": 0}

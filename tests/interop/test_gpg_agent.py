@@ -10,6 +10,7 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
 from trio_unixconn import UnixConnection, UnixListener, open_unix_connection, open_unix_listener
@@ -17,6 +18,8 @@ from trio_unixconn import UnixConnection, UnixListener, open_unix_connection, op
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 # A program finds the listening sockets that it inherits from descriptor 3 on.
 INHERIT = """

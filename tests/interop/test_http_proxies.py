@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 # Neither may hide a failure: no request is sent twice.
 NGINX = """\
 daemon off;

@@ -8,6 +8,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
 from tests._helpers.dbus import open_bus
@@ -17,6 +18,8 @@ from trio_unixconn import open_unix_listener
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 CONFIG = """\
 <!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"

@@ -17,6 +17,8 @@ from tests._helpers.real_programs import first_line, output_of, running
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE: Final = ROOT / "examples" / "pool_http.py"
 
 

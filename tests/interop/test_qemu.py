@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import pytest
 import trio
 
 from tests._helpers.programs.open_files import opened
@@ -20,6 +21,8 @@ from trio_unixconn import UnixConnection, open_unix_listener
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 SIZE = 1 << 20
 

@@ -23,6 +23,8 @@ from trio_unixconn import UnixConnection, UnixSocketAddress
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE: Final = ROOT / "examples" / "http_server.py"
 # More than a socket buffer holds, without repetition.
 MEGABYTES: Final = b"".join(hashlib.sha256(b"%d" % n).digest() for n in range(5_000_000 // 32))

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 ################################################################
 # dbus-daemon
 ################################################################

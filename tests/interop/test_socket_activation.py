@@ -7,6 +7,8 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests._helpers.cli import COMMAND
 from tests._helpers.real_programs import require_program
 from tests._helpers.serve_cli import Served, answer, connected, hear_signals, make_project
@@ -14,6 +16,8 @@ from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 
 # All that it leaves of the environment.

@@ -21,6 +21,8 @@ from trio_unixconn.testing import open_service_manager
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def systemd_notify() -> str:

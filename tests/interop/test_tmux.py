@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import attrs
+import pytest
 import trio
 
 from tests._helpers.real_programs import serving
@@ -19,6 +20,8 @@ from trio_unixconn import ConnectionBrokenError, UnixConnection, open_unix_conne
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 MUCH = os.urandom(100_000).hex().encode()
 

@@ -16,6 +16,8 @@ from trio_unixconn.pool import open_worker_pool
 if TYPE_CHECKING:
     from trio_unixconn.pool import Job, WorkerPool
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 16 * 2**20
 
 

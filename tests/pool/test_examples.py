@@ -11,6 +11,8 @@ import pytest
 
 from tests._helpers.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 DESIGN = ROOT / "docs" / "explanation" / "pools.md"
 

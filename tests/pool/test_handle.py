@@ -941,6 +941,7 @@ async def _call_forever(pool: WorkerPool) -> None:
     await pool.call(data=b"forever", worker=1)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 async def test_restart_while_groups_of_calls_time_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -13,6 +13,7 @@ from tests._helpers.processes import ROOT, environment, python
 
 MODEL = ROOT / "tests" / "model" / "pool.pml"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.once,
     pytest.mark.skipif(
         shutil.which("spin") is None and "CI" not in os.environ, reason="spin is not installed"

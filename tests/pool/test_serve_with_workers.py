@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
     Listener = trio.SocketListener | UnixListener
 
+pytestmark = pytest.mark.slow
+
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from trio_unixconn.pool import Job
 
-pytestmark = pytest.mark.usefixtures("no_child_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
 
 HOLD = "tests._helpers.pool_handlers:hold"
 DO = "tests._helpers.pool_handlers:do"
