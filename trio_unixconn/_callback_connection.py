@@ -68,6 +68,9 @@ class CallbackConnection(DescriptorOwner):
         self._begin_operation = begin_operation
         self.connection = connection
 
+    def __repr__(self) -> str:
+        return f"<CallbackConnection of {self.connection!r}>"
+
     @enable_ki_protection
     async def send_fd(self, fd: FileDescriptor, cancellable: Cancellable | None = None) -> bool:
         """See :meth:`UnixConnection.send_fd`."""

@@ -62,6 +62,10 @@ class CallbackAdapter(DescriptorOwner):
             raise TypeError(f"connection must be a UnixConnection, got {type(connection).__name__}")
         return CallbackConnection(self._begin, connection)
 
+    def __repr__(self) -> str:
+        with self._lock:
+            return f"<CallbackAdapter with {len(self._pending)} pending>"
+
     def cancel_pending(self) -> None:
         """Cancel all pending operations: the error of their results is OperationCancelled.
 

@@ -371,6 +371,9 @@ class Cancellable(DescriptorOwner):
             os.close(pipe[0])
             os.close(pipe[1])
 
+    def __repr__(self) -> str:
+        return f"<Cancellable {'cancelled' if self._cancelled else 'not cancelled'}>"
+
     def __del__(self) -> None:
         self._close_pipe()
 
@@ -421,6 +424,9 @@ class CancellableScope(DescriptorOwner):
         self._cancellable = cancellable
         self._scope = trio.CancelScope()
         self._target = _ScopeTarget(self._scope)
+
+    def __repr__(self) -> str:
+        return f"<CancellableScope of {self._cancellable!r}>"
 
     def __enter__(self) -> trio.CancelScope:
         scope = self._scope.__enter__()

@@ -92,6 +92,10 @@ class DescriptorStream(DescriptorOwner):
             receiver.read_ahead(self._read_ahead - 1)
         return _ancillary.expect_fd(received)
 
+    def __repr__(self) -> str:
+        fd = self._receiver.raw.fileno()
+        return f"<DescriptorStream fd={fd} read_ahead={self._read_ahead}>"
+
 
 class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     """A connected Unix-domain stream socket: ``Gio.UnixConnection`` for trio.
@@ -952,7 +956,12 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
     def __repr__(self) -> str:
         if self.is_closed():
             return "<UnixConnection closed>"
-        return f"<UnixConnection fd={self._receiver.raw.fileno()} to {self.get_remote_address()}>"
+        try:
+            to = f" to {self.get_remote_address()}"
+        except OSError:
+            # Other code has closed the number.
+            to = ""
+        return f"<UnixConnection fd={self._receiver.raw.fileno()}{to}>"
 
 
 def close_now(conn: UnixConnection) -> None:

@@ -314,7 +314,12 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
     def __repr__(self) -> str:
         if self.is_closed():
             return "<UnixDatagramSocket closed>"
-        return f"<UnixDatagramSocket fd={self._receiver.raw.fileno()} {self.get_local_address()}>"
+        try:
+            name = f" {self.get_local_address()}"
+        except OSError:
+            # Other code has closed the number.
+            name = ""
+        return f"<UnixDatagramSocket fd={self._receiver.raw.fileno()}{name}>"
 
 
 @enable_ki_protection

@@ -207,6 +207,12 @@ class UnixListener(DescriptorOwner, trio.abc.Listener[UnixConnection]):
                 "%s: the path stays, for the next server to replace: %s", self._address, why
             )
 
+    def __repr__(self) -> str:
+        fd = self.socket.fileno()
+        if fd == -1:
+            return "<UnixListener closed>"
+        return f"<UnixListener fd={fd} at {self._address}, {self.denied} denied>"
+
     def _check_open(self) -> None:
         if self.socket.fileno() == -1:
             raise ConnectionClosedError("this listener is closed")

@@ -8,7 +8,7 @@ https://docs.gtk.org/gio-unix/class.CredentialsMessage.html, unix(7)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -23,6 +23,16 @@ from ._trio_task import check_task
 if TYPE_CHECKING:
     from ._ancillary import ControlMessage
     from ._fds import FileDescriptor
+
+
+# How many bytes of a message its repr shows.
+_SHOWN: Final = 64
+
+
+def _short(data: bytes) -> str:
+    if len(data) <= _SHOWN:
+        return repr(data)
+    return f"{data[:_SHOWN]!r}... ({len(data)} bytes)"
 
 
 @attrs.frozen(eq=False)
@@ -40,7 +50,7 @@ class Message(ClosableOwner):
         one; at most one.
     """
 
-    data: bytes
+    data: bytes = attrs.field(repr=_short)
     fds: UnixFDList
     credentials: Credentials | None
     pidfds: UnixFDList = attrs.field(factory=UnixFDList)

@@ -73,6 +73,10 @@ class AsyncResult(DescriptorOwner):
         """Whether the operation failed: ``*_finish`` raises the error."""
         return self._had_error
 
+    def __repr__(self) -> str:
+        state = "finished" if self._finished else "failed" if self._had_error else "not finished"
+        return f"<AsyncResult of {self._tag}, {state}>"
+
     def _finish(self, source: Source, tag: str) -> Any:
         if self._source.connection is not source.connection:
             raise ValueError("this result belongs to another connection; finish it there")

@@ -55,6 +55,9 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
             raise TypeError(f"expected a UnixConnection, got {type(connection).__name__}")
         self.connection: UnixConnection = connection
 
+    def __repr__(self) -> str:
+        return f"<UnixConnectionStream of {self.connection!r}>"
+
     @property
     def _raw_socket(self) -> stdlib_socket.socket:
         # For anyio's typed attributes.

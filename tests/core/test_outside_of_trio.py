@@ -27,6 +27,8 @@ from trio_unixconn import (
     serve_unix,
 )
 from trio_unixconn._trio_task import explain
+from trio_unixconn.anyio import connect_unix
+from trio_unixconn.handover import open_generation, request_upgrade
 from trio_unixconn.pool import (
     open_worker_pool,
     serve_agent_check,
@@ -159,11 +161,23 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "ServiceManager.store": lambda on: on.systemd.store([]),
     "ServiceManager.watchdog": lambda on: on.systemd.watchdog(),
     "FakeServiceManager.wait_for": lambda on: on.manager.wait_for("READY=1"),
+    "connect_unix": lambda on: connect_unix(on.path),
+    "open_generation": lambda on: open_generation(on.path, name="name"),
+    "request_upgrade": lambda on: request_upgrade(on.path),
     "open_service_manager": lambda _: open_service_manager(),
     "unclog": lambda on: unclog(on.conn, 1),
 }
 # They wait only if the code of their caller does.
 NEEDS_NO_TASK = {"PeerPolicy.admits"}
+# Only code in a task gets objects of these classes.
+MADE_IN_A_TASK = {
+    "Generation",
+    "GenerationListener",
+    "NotebookNursery",
+    "PassedConnections",
+    "ServiceNotifier",
+    "UnixConnectionStream",
+}
 
 
 def is_async(function: object) -> bool:
@@ -178,7 +192,7 @@ def async_names() -> set[str]:
         value = getattr(importlib.import_module(module), name)
         if is_async(value):
             found.add(name)
-        elif inspect.isclass(value):
+        elif inspect.isclass(value) and name not in MADE_IN_A_TASK:
             found |= {
                 f"{name}.{key}"
                 for key, member in inspect.getmembers(value, is_async)

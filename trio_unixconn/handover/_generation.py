@@ -55,6 +55,7 @@ from .._listener import UnixListener, open_unix_listener
 from .._owner import DescriptorOwner
 from .._paths import absolute
 from .._policy import PeerPolicy, check_peer, check_policy
+from .._trio_task import check_task
 from ..errors import (
     AddressInUseError,
     ConnectionClosedError,
@@ -1103,6 +1104,7 @@ async def open_generation(
     _check_seconds(probation, "probation", least_exclusive=False)
     if type(max_draining) is not int or max_draining < 1:
         raise ValueError(f"max_draining must be a positive int, got {max_draining!r}")
+    check_task()
     generation = Generation(
         _Options(
             address,

@@ -266,6 +266,9 @@ class PassedConnections(DescriptorOwner):
             assert isinstance(stream, (trio.SocketStream, UnixConnection))
             return stream, connection.data
 
+    def __repr__(self) -> str:
+        return f"<PassedConnections: {self.count} received, {len(self._received)} not taken>"
+
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()

@@ -238,6 +238,14 @@ class WorkerPool(DescriptorOwner):
     # Statistics
     ################################################################
 
+    def __repr__(self) -> str:
+        handles = list(self._supervisor.handles())
+        return (
+            f"<WorkerPool {self._supervisor.options.handler} {self._supervisor.state}: "
+            f"{len(handles)} workers, {sum(each.jobs_in_hand for each in handles)} jobs in flight, "
+            f"{len(self._queue)} queued>"
+        )
+
     def statistics(self) -> PoolStatistics:
         """Return what the pool has done since its beginning, and what it is doing."""
         restarts = {id(slot.handle): slot.restarts for slot in self._supervisor.slots}
