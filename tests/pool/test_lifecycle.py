@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -556,6 +556,11 @@ async def test_scale_up_and_down(shared: Path) -> None:
         assert (await at_rest(pool)).deaths == 0
         with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
             await pool.scale(0)
+        with pytest.raises(TypeError, match="workers must be an int, got bool"):
+            await pool.scale(True)
+        with pytest.raises(TypeError, match="workers must be an int, got str"):
+            await pool.scale(cast("int", "2"))
+        assert pids(pool) == [first]
 
 
 async def test_scale_that_fails(shared: Path) -> None:

@@ -279,6 +279,7 @@ async def test_reject_pinned() -> None:
         nursery.start_soon(queue.reserve, 3)
         await wait_all_tasks_blocked()
         queue.reject_pinned(1)
+        queue.reject_pinned_to(7, "no job was ever pinned to it")
     assert jobs[0].state is JobState.QUEUED
     assert str(jobs[1].outcome) == "job 2 rejected: there is no worker 3"
     queue.release(1, 3)

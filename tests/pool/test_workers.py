@@ -371,6 +371,30 @@ async def test_call_without_a_free_descriptor_to_send_by(monkeypatch: pytest.Mon
     assert len(tries) == 3
 
 
+async def test_call_after_an_unexpected_error_while_receiving(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error in the task that reads from a worker is logged, and costs that worker only."""
+    receive = UnixConnection.receive_some
+    failures = iter([ZeroDivisionError("not expected")])
+
+    async def receive_some(self: UnixConnection, *arguments: Any, **options: Any) -> bytes:
+        data = await receive(self, *arguments, **options)
+        for failure in failures:
+            raise failure
+        return data
+
+    async with open_worker_pool(DO, workers=1) as pool:
+        first = pids(pool)
+        monkeypatch.setattr(UnixConnection, "receive_some", receive_some)
+        # The acknowledgement is lost: the job is retried.
+        assert await pool.call(data=b"") == b"nothing to do"
+        await until(lambda: pool.statistics().deaths == 1 and pids(pool) != first)
+        assert await pool.call(data=b"") == b"nothing to do"
+    assert "error in the pool, killing it" in caplog.text
+    assert "not expected" in caplog.text
+
+
 async def test_call_after_an_unexpected_error_of_the_pool(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
