@@ -44,21 +44,26 @@ class KeepAliveClient:
     """A client that sends one request after the other on a connection, until it is told to end.
 
     It opens another connection only after an answer with ``Connection: close``. Everything else
-    that ends a connection is a failure.
+    that ends a connection is a failure. It ends if another connection is refused.
     """
 
     port: int
     answered: int = 0
     connections: int = 0
+    is_refused: bool = False
     failures: list[str] = attrs.field(factory=list[str])
     pause: float = 0
 
     def run(self, stop: threading.Event) -> None:
         while not stop.is_set():
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-            self.connections += 1
             try:
+                connection.connect()
+                self.connections += 1
                 self._use(connection, stop)
+            except ConnectionRefusedError:
+                self.is_refused = True
+                return
             except (OSError, http.client.HTTPException) as exc:
                 self.failures.append(repr(exc))
             finally:
@@ -98,7 +103,7 @@ def wait_for_answers(clients: Sequence[KeepAliveClient], count: int) -> None:
     before = [each.answered for each in clients]
     until_sync(
         lambda: all(
-            each.answered >= answered + count or each.failures
+            each.answered >= answered + count or each.failures or each.is_refused
             for each, answered in zip(clients, before, strict=True)
         )
     )

@@ -29,6 +29,8 @@ def test_keep_alive_clients_survive_restarts_and_a_drain() -> None:
                 # Each of them is told to connect again, and does.
                 for each, count in zip(clients, before, strict=True):
                     until_sync(lambda each=each, count=count: each.connections > count)  # type: ignore[misc]
+            assert not any(each.is_refused for each in clients)
+            # From now on other connections are refused, as soon as all were accepted.
             served.send(signal.SIGTERM)
             served.line("draining")
         done = ended(served.process)
