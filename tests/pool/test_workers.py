@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -287,21 +288,44 @@ async def call_nothing(pool: WorkerPool) -> None:
         await pool.call()
 
 
-async def test_submit_to_workers_without_free_descriptors(shared: Path) -> None:
-    """A job that no worker can receive is rejected after max_attempts, with the reason."""
+async def test_submit_to_workers_without_free_descriptors(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that max_attempts workers could not receive is rejected, with the reason."""
+    monkeypatch.setattr(_supervisor, "MAX_REFUSALS", 2)
+    monkeypatch.setattr(_supervisor, "MAX_REST", 0.01)
     async with open_worker_pool(
-        HOLD, workers=1, setup="tests._helpers.pool_handlers:one_is_poor", max_attempts=4
+        HOLD, workers=1, setup="tests._helpers.pool_handlers:destitute", max_attempts=3
     ) as pool:
+        first = pids(pool)
         client, theirs = ends()
-        with pytest.raises(JobRefusedError, match="not accepted after 4 attempts") as caught:
+        with pytest.raises(JobRefusedError, match="not accepted after 3 attempts") as caught:
             await pool.submit(theirs)
         assert isinstance(caught.value.__cause__, WorkerDiedError)
         assert "had no free file descriptor to receive it" in str(caught.value.__cause__)
         assert await client.read() == b""
         await client.end()
         found = await at_rest(pool)
-        assert (found.rejected, found.retried, found.acknowledged) == (1, 3, 0)
+        assert (found.rejected, found.acknowledged) == (1, 0)
+        assert found.restarts >= 2
+        assert pids(pool) != first
     assert lines(shared / "began") == []
+
+
+async def test_submit_to_a_worker_that_refuses_a_job_again_and_again(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is one attempt, even if it refuses a job many times before it is replaced."""
+    monkeypatch.setattr(_supervisor, "MAX_REST", 0.01)
+    async with open_worker_pool(
+        HOLD, workers=1, setup="tests._helpers.pool_handlers:one_is_poor", max_attempts=2
+    ) as pool:
+        async with client_of(pool) as client:
+            assert client.receipt is not None
+            assert await client.line() == [client.receipt.pid, client.receipt.id]
+        found = await at_rest(pool)
+        assert (found.rejected, found.handled, found.restarts) == (0, 1, 1)
+        assert found.retried >= _supervisor.MAX_REFUSALS
 
 
 async def test_call_with_one_free_descriptor_in_the_worker(shared: Path) -> None:
@@ -387,8 +411,9 @@ async def test_call_after_an_unexpected_error_while_receiving(
     async with open_worker_pool(DO, workers=1) as pool:
         first = pids(pool)
         monkeypatch.setattr(UnixConnection, "receive_some", receive_some)
-        # The acknowledgement is lost: the job is retried.
-        assert await pool.call(data=b"") == b"nothing to do"
+        # It is retried, unless the worker has noted that it began.
+        with contextlib.suppress(WorkerDiedError):
+            assert await pool.call(data=b"") == b"nothing to do"
         await until(lambda: pool.statistics().deaths == 1 and pids(pool) != first)
         assert await pool.call(data=b"") == b"nothing to do"
     assert "error in the pool, killing it" in caplog.text

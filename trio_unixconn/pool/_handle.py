@@ -253,7 +253,9 @@ class WorkerHandle(DescriptorOwner):
                 deadline += late
             elif scope.cancelled_caught:
                 reason = f"did not exit within {grace:g} s after its last job or its deadline"
-                logger.warning("%r: %s, killing it", self, reason)
+                if self._killed_for is None:
+                    # Else another task has said so, or why.
+                    logger.warning("%r: %s, killing it", self, reason)
                 self.kill(reason)
                 await self.gone.wait()
 
@@ -504,7 +506,12 @@ class WorkerHandle(DescriptorOwner):
             error = WorkerDiedError(
                 f"{self!r} had no free file descriptor to receive it (RLIMIT_NOFILE)"
             )
-            self._owner.requeue(jobs, error, counts=len(jobs) == 1)
+            # One worker is one attempt, even if it refuses a job again and again: it can have a
+            # free file descriptor later, or it is replaced.
+            counts = len(jobs) == 1 and self.pid not in jobs[0].refused_by
+            if counts:
+                jobs[0].refused_by += (self.pid,)
+            self._owner.requeue(jobs, error, counts=counts)
             self._owner.on_refused(self)
         self._changed.unpark_all()
 

@@ -106,6 +106,7 @@ class PendingJob(DescriptorOwner):
       peer: the address of the peer, if a server of the pool accepted the connection.
       state: see the module.
       attempts: the number of workers that were given it and did not acknowledge it.
+      refused_by: the process IDs of those that had no free file descriptor for it.
       cause: why the last attempt failed.
       outcome: what the submitter is told: a receipt, an answer, or an error to raise.
       raise_cancel: trio's function, if the submitter was cancelled too late to take it back.
@@ -126,6 +127,7 @@ class PendingJob(DescriptorOwner):
         "outcome",
         "peer",
         "raise_cancel",
+        "refused_by",
         "state",
         "submitted_at",
         "wants_answer",
@@ -154,6 +156,7 @@ class PendingJob(DescriptorOwner):
         self.peer: Any = peer
         self.state: JobState = JobState.QUEUED
         self.attempts: int = 0
+        self.refused_by: tuple[int, ...] = ()
         self.cause: BaseException | None = None
         self.outcome: Any = None
         self.raise_cancel: Callable[[], Any] | None = None
