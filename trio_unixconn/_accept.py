@@ -23,10 +23,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket as stdlib_socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint, enable_ki_protection
@@ -36,14 +38,10 @@ from ._sockopts import raw_socket
 from ._trio_task import check_task
 from .errors import ConnectionBusyError, ConnectionClosedError
 
-if TYPE_CHECKING:
-    import socket as stdlib_socket
-    from collections.abc import Callable
-
 logger: Final = logging.getLogger("trio_unixconn")
 
 # A file descriptor, which the caller owns, and the address of the peer.
-Accepted: TypeAlias = "tuple[int, Any]"
+Accepted: TypeAlias = tuple[int, Any]
 
 # How long to wait if the process is out of file descriptors or memory. As trio.serve_listeners.
 ACCEPT_RETRY_DELAY: Final = 0.1

@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from . import _kernel
@@ -29,17 +30,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ._ucred import MessageKind
 
 logger: Final = logging.getLogger("trio_unixconn")
 
 # What socket.recvmsg returns, but for the address, which a connected socket has no use for.
-ControlMessage: TypeAlias = "tuple[int, int, bytes]"
+ControlMessage: TypeAlias = tuple[int, int, bytes]
 # "own" are those of this process at the moment of sending.
-SentCredentials: TypeAlias = "Credentials | Literal['own']"
-RawMessage: TypeAlias = "tuple[bytes, list[ControlMessage], int, object]"
+SentCredentials: TypeAlias = Credentials | Literal["own"]
+RawMessage: TypeAlias = tuple[bytes, list[ControlMessage], int, object]
 
 _SOL_SOCKET: Final = _kernel.SOL_SOCKET
 _SCM_RIGHTS: Final = _kernel.SCM_RIGHTS

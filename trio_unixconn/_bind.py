@@ -60,8 +60,9 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 import attrs
 import trio
@@ -78,9 +79,6 @@ from ._paths import (
     what_is,
 )
 from .errors import AddressInUseError, NotSupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator
 
 T = TypeVar("T")
 

@@ -8,6 +8,8 @@ Source: https://docs.gtk.org/gio-unix/class.Connection.html
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,9 +27,6 @@ from ._owner import DescriptorOwner
 from ._results import AsyncReadyCallback, AsyncResult, Operation, finish_result
 
 if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Awaitable, Callable, Collection, Iterable
-
     import trio
 
     from ._buffers import Buffer

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 from trio.lowlevel import disable_ki_protection, enable_ki_protection
@@ -31,9 +31,6 @@ from ._owner import DescriptorOwner
 from ._results import AsyncResult, Operation, discard_result
 from ._trio_task import check_task
 from .errors import ConnectionBusyError, ConnectionClosedError, OperationCancelled
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
 
 
 class CallbackAdapter(DescriptorOwner):

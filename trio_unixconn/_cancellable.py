@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextvars
 import os
+import socket as stdlib_socket
 import sys
 import threading
 import types
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from types import TracebackType
+from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -23,11 +26,6 @@ from trio.lowlevel import Abort, current_task, current_trio_token, enable_ki_pro
 from ._owner import DescriptorOwner
 from ._trio_task import checkpoint_in_task, explain
 from .errors import ConnectionClosedError, NotSupportedError, OperationCancelled
-
-if TYPE_CHECKING:
-    import socket as stdlib_socket
-    from collections.abc import Callable, Coroutine, Generator
-    from types import TracebackType
 
 if sys.version_info < (3, 11):
     # A dependency of trio's there.
@@ -538,7 +536,7 @@ def _has_abort_func() -> bool:
 
 _HAS_ABORT_FUNC: Final = _has_abort_func()
 
-Wait: TypeAlias = "Callable[[stdlib_socket.socket], Coroutine[Any, Any, None]]"
+Wait: TypeAlias = Callable[[stdlib_socket.socket], Coroutine[Any, Any, None]]
 
 
 @enable_ki_protection

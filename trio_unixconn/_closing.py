@@ -33,24 +33,22 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import sys
 import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable
+from typing import Final, TypeAlias
 
 logger: Final = logging.getLogger("trio_unixconn")
 
 # File descriptors, the close method of an object, and a function to call after they are closed.
-_Batch: TypeAlias = "tuple[list[int], Callable[[], object] | None, Callable[[], object] | None]"
+_Batch: TypeAlias = tuple[list[int], Callable[[], object] | None, Callable[[], object] | None]
 
 # How long a thread may be in close(2) before another one takes over the queue, in seconds.
 STUCK_AFTER: Final = 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import os
 import socket as stdlib_socket
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, overload
 
 import trio
@@ -39,8 +40,6 @@ from ._trio_task import check_task
 from .errors import EndOfStreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
-
     from ._ancillary import RawMessage
     from ._buffers import Buffer
     from ._cancellable import Cancellable

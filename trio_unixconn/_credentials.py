@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 import struct
 import sys
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import attrs
 
 from . import _kernel
 from ._ucred import LAYOUTS, PLATFORM, UNKNOWN_ID, Layout, Platform, UcredLayout
 from .errors import NotSupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _TOP_PID: Final = 2**31
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket as stdlib_socket
 import threading
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -32,8 +33,6 @@ from ._trio_task import check_task, checkpoint_in_task
 from .errors import ConnectionClosedError, DatagramTruncatedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from ._address import AddressLike
     from ._buffers import Buffer
     from ._cancellable import Cancellable

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
+from collections.abc import Collection, Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Final, SupportsIndex
 
 import trio
@@ -29,8 +30,6 @@ from ._owner import ClosableOwner
 from ._trio_task import check_task, checkpoint_in_task
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
-
     from ._cancellable import Cancellable
 
 _TAKEN: Final = -1

@@ -12,16 +12,14 @@ import errno
 import os
 import sys
 from array import array
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Final, Protocol, TypeAlias
 
 import trio
 
 from . import _closing
 from ._guards import check_handover, guards
 from .errors import SendError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 _EXPECTED: Final = "expected a file descriptor (an int or an object with a fileno() method)"
 _LISTS: Final = frozenset({list, tuple})
@@ -47,7 +45,7 @@ class HasSocket(Protocol):
         ...
 
 
-FileDescriptor: TypeAlias = "int | HasFileno | HasSocket"
+FileDescriptor: TypeAlias = int | HasFileno | HasSocket
 
 
 def fileno(fd: FileDescriptor) -> int:

@@ -21,6 +21,7 @@ import os
 import socket as stdlib_socket
 import stat
 import struct
+from collections.abc import Callable, Collection
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
@@ -30,8 +31,6 @@ from ._file_thread import call_in_file_thread
 from .errors import WrongDescriptorKindError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
     from ._cancellable import Cancellable
 
 _O_PATH: Final[int] = getattr(os, "O_PATH", 0)

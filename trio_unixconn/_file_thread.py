@@ -20,6 +20,7 @@ Sources: fuse(4), https://trio.readthedocs.io/en/stable/reference-core.html (tri
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -27,8 +28,6 @@ import trio
 from trio.lowlevel import enable_ki_protection, start_thread_soon
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import outcome
 
     from ._cancellable import Cancellable

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 from ._closing import close_fds
 from ._owner import DescriptorOwner
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 _header: Final = struct.Struct("=BBI")
 

@@ -10,10 +10,8 @@ guards make sending slower.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection
+from typing import Final
 
 #: For each guarded file descriptor, what raises if it cannot be handed over.
 guards: Final[dict[int, Callable[[], None]]] = {}

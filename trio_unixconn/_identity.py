@@ -22,8 +22,11 @@ import errno
 import os
 import select
 import signal
+import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
@@ -37,10 +40,6 @@ from ._trio_task import check_task
 from .errors import NotSupportedError, PeerGoneError
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
-    from types import TracebackType
-
     from typing_extensions import Self
 
 T = TypeVar("T")

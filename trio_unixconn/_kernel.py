@@ -16,12 +16,10 @@ import platform
 import select
 import socket
 import sys
-from typing import TYPE_CHECKING, Final, TypeVar
+from types import ModuleType
+from typing import Final, TypeVar
 
 from .errors import NotSupportedError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 T = TypeVar("T")
 

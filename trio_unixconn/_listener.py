@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -24,9 +25,6 @@ from ._policy import PeerPolicy, admit_or_close, check_policy
 from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
 from ._trio_task import check_task, checkpoint_in_task
 from .errors import ConnectionClosedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 logger: Final = logging.getLogger("trio_unixconn")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
 

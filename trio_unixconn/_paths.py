@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +19,6 @@ from ._address import escaped
 from .errors import AddressInUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from ._address import UnixSocketAddress
 
 # sockaddr_un has 108 bytes for a path on Linux and 104 elsewhere, with the final NUL.

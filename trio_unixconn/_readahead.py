@@ -16,6 +16,7 @@ whichever these are, and until then the socket cannot be handed over: ReadAheadE
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,8 +25,6 @@ from ._guards import guards
 from .errors import ReadAheadError
 
 if TYPE_CHECKING:
-    import socket
-
     from ._ancillary import RawMessage
 
 # A message of one byte, with its file descriptor if that is all it has (otherwise -1); or an

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket as stdlib_socket
 import struct
 import sys
 import warnings
@@ -35,8 +36,6 @@ from ._sockopts import disable_passrights, enable_oobinline
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
-    import socket as stdlib_socket
-
     import trio
 
     from ._ancillary import RawMessage

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 import trio
 
 from ._owner import DescriptorOwner
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
-
-AsyncReadyCallback: TypeAlias = "Callable[..., object]"
+AsyncReadyCallback: TypeAlias = Callable[..., object]
 
 
 class Source(Protocol):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import socket as stdlib_socket
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -51,8 +52,6 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ._address import UnixSocketAddress
     from ._ancillary import SentCredentials
     from ._buffers import Buffer

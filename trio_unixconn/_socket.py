@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket as stdlib_socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
 import trio
@@ -27,9 +29,6 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    import socket as stdlib_socket
-    from collections.abc import Sequence
-
     from ._ancillary import SentCredentials
     from ._credentials import Credentials
 

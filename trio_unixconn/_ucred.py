@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 import attrs
 
 from . import _kernel
 from .errors import NotSupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 UNKNOWN_ID: Final = 0xFFFFFFFF
 

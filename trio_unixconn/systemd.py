@@ -20,7 +20,15 @@ import select
 import socket as stdlib_socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -38,8 +46,6 @@ from ._trio_task import checkpoint_in_task
 from .errors import NotSupportedError, SendError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Mapping, MutableMapping, Sequence
-
     from ._datagram import UnixDatagramSocket
     from ._fds import FileDescriptor
 

@@ -14,15 +14,13 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 from ..systemd import inherited_fds
 from ._console import fail
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FIRST: Final = 3
 # What a shell says of a program that it does not find, or cannot start.

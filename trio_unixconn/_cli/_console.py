@@ -13,17 +13,15 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
+from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 import trio
 import typer
 
 from .._address import UnixSocketAddress
 from ..errors import UnixConnectionError, WorkerStartError
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
 T = TypeVar("T")
 

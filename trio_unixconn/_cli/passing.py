@@ -10,6 +10,7 @@ import enum
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -30,8 +31,6 @@ from ._activation import FIRST, become, check_command, is_inherited
 from ._console import address_of, fail, run, say, seconds, too_slow
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
-
     from .._address import UnixSocketAddress
     from .._listener import UnixListener
 

@@ -6,6 +6,7 @@ Invariant: no byte is sent or read. A fact that is unknown is reported with the 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -19,8 +20,6 @@ from ..errors import UnixConnectionError
 from ._console import address_of, argument_of, described, run, say, say_json, seconds, too_slow
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from .._address import UnixSocketAddress
     from .._identity import PeerIdentity
 

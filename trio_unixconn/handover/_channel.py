@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket as stdlib_socket
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -20,8 +21,6 @@ from ..errors import DescriptorsTruncatedError, UnixConnectionError
 from ._protocol import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .._fds import FileDescriptor
 
 # The size of a read.

@@ -38,6 +38,7 @@ import socket as stdlib_socket
 import sys
 import time
 import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -78,8 +79,6 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-
     from .._buffers import Buffer
     from .._connection import UnixConnection
     from ._manifest import ListenerEntry

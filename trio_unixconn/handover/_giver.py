@@ -9,6 +9,7 @@ the end of the channel would mean that this process has died, and that the succe
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -23,8 +24,6 @@ from . import _protocol
 from ._channel import expect_no_fds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
-
     from .._frames import Frame
     from ._channel import Channel
     from ._manifest import Manifest

@@ -23,7 +23,7 @@ from ._protocol import ProtocolError
 MAX_LISTENERS: Final = 100_000
 
 #: What getsockname(2) returns: the name of a Unix socket, or host, port and, for IPv6, two numbers.
-SocketName: TypeAlias = "str | tuple[str | int, ...]"
+SocketName: TypeAlias = str | tuple[str | int, ...]
 
 _FAMILIES: Final = {
     "inet": stdlib_socket.AF_INET,

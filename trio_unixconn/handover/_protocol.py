@@ -34,12 +34,10 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, cast
 
 from .._frames import FrameError, encode_frame
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 #: Changes whenever a frame changes.
 PROTOCOL_VERSION: Final = 1

@@ -17,16 +17,14 @@ import signal
 import socket as stdlib_socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
 from .._connection import UnixConnection
 from .._owner import DescriptorOwner
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 #: Names the inherited file descriptors, in the environment of a successor.
 VARIABLE: Final = "TRIO_UNIXCONN_HANDOVER"

@@ -9,6 +9,7 @@ wait in their queues, and this process is the only one that has them.
 from __future__ import annotations
 
 import os
+import socket as stdlib_socket
 from typing import TYPE_CHECKING, NoReturn
 
 import attrs
@@ -23,8 +24,6 @@ from ._channel import expect_no_fds
 from ._manifest import Manifest, check_listener
 
 if TYPE_CHECKING:
-    import socket as stdlib_socket
-
     from .._frames import Frame
     from ._channel import Channel
     from ._manifest import ListenerEntry

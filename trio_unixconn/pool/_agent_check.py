@@ -5,6 +5,7 @@ Source: the configuration manual of HAProxy, "agent-check"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from ._exchanges import Exchanges, open_listeners, serve_exchanges
 from ._health import STATES, check_source, free_percentage, statistics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ._exchanges import Stream, Where
     from ._health import Source
     from ._server import AnyListener

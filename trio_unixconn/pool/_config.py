@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import attrs
@@ -22,9 +24,6 @@ from ._worker_config import (
 )
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping, Sequence
-
     from .._buffers import Buffer
     from ._proxy_header import Network, ProxyVersion
     from ._statistics import AbandonedJob

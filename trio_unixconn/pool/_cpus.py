@@ -13,10 +13,7 @@ from __future__ import annotations
 import math
 import os
 import posixpath
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Iterator
 
 
 def available_cpus() -> int:

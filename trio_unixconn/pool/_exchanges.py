@@ -20,6 +20,7 @@ import logging
 import os
 import socket as stdlib_socket
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -28,6 +29,7 @@ from trio.lowlevel import enable_ki_protection
 
 from .._accept import Acceptor, is_out_of_resources
 from .._address import UnixSocketAddress
+from .._connection import UnixConnection
 from .._listener import UnixListener
 from .._server import serve_unix
 from .._sockopts import raw_socket
@@ -36,20 +38,17 @@ from ..errors import UnixConnectionError
 from ._server import AnyListener, checked_listeners, close_listeners
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from typing_extensions import TypeIs
 
     from .._address import AddressLike
-    from .._connection import UnixConnection
     from .._policy import PeerPolicy
     from .._server import UnixServer
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
-Stream: TypeAlias = "UnixConnection | trio.SocketStream"
+Stream: TypeAlias = UnixConnection | trio.SocketStream
 # A host and a port, a listener, or several.
-Where: TypeAlias = "tuple[str, int] | AnyListener | Sequence[AnyListener]"
+Where: TypeAlias = tuple[str, int] | AnyListener | Sequence[AnyListener]
 
 # The maximum time of an exchange, in seconds.
 EXCHANGE_TIMEOUT: Final = 5.0

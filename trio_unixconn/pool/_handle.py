@@ -30,6 +30,7 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
@@ -53,8 +54,6 @@ from ._process import WorkerProcess, describe_exit
 from ._protocol import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from ._statistics import Counters
 
 logger: Final = logging.getLogger("trio_unixconn.pool")

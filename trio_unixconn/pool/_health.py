@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ._server import WorkerServer
 from ._statistics import Counters, PoolStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from ._pool import WorkerPool
 
 # A pool or a server, or a function that returns None until there is one.

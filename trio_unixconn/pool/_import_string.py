@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
+from typing import Any
 
 _POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,8 +46,6 @@ from .._owner import DescriptorOwner
 from ._endpoints import EndpointKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._statistics import Counters
 
 # close(2) of these can block if their peer chose so. That of the TCP kinds cannot: they are without

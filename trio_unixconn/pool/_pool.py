@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,6 @@ from ._statistics import PoolStatistics, WorkerStatistics, memory_of
 from ._supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
-
     from typing_extensions import Unpack
 
     from .._buffers import Buffer

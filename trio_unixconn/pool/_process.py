@@ -15,6 +15,7 @@ import signal
 import socket as stdlib_socket
 import subprocess
 import sys
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -28,8 +29,6 @@ from ._completion_log import CompletionLog, create_memory_file
 from ._worker_config import WORKER_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
     from ._worker_config import WorkerConfig
 
 logger: Final = logging.getLogger("trio_unixconn.pool")

@@ -29,13 +29,11 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Final, NamedTuple, Protocol
 
 from .._frames import FrameError, encode_frame
 from .._version import __version__
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 #: Changes whenever a frame changes.
 PROTOCOL_VERSION: Final = 2

@@ -15,19 +15,18 @@ import functools
 import ipaddress
 import socket as stdlib_socket
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import attrs
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from .._connection import UnixConnection
 
 #: The versions that a pool can expect; "any" is one of both.
 ProxyVersion: TypeAlias = Literal["v1", "v2", "any"]
-Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
 #: The maximum length of a header, in bytes. One of version 1 has at most MAX_LINE.

@@ -17,6 +17,7 @@ Invariant: a queued job is in exactly one lane.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING, Final
 
@@ -27,8 +28,6 @@ from ..errors import JobRefusedError, PoolClosedError
 from ._pending import JobEnd, PendingJob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from ._handle import WorkerHandle
     from ._statistics import Counters
 

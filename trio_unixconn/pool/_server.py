@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import socket as stdlib_socket
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -43,8 +44,6 @@ from ._endpoints import EndpointKind
 from ._pool import check_run, config_of, open_worker_pool, put_accepted, queue_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from typing_extensions import Unpack
 
     from ._config import WorkerPoolOptions
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
-AnyListener: TypeAlias = "trio.SocketListener | UnixListener"
+AnyListener: TypeAlias = trio.SocketListener | UnixListener
 
 # The maximum number of connections that are accepted before other tasks run.
 MAX_BATCH: Final = 256

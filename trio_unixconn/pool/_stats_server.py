@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import partial
 from http import HTTPStatus
@@ -31,8 +31,6 @@ from ._exchanges import (
 from ._health import STATES, Source, check_source, statistics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from .._address import AddressLike
     from .._listener import UnixListener
     from .._server import UnixServer

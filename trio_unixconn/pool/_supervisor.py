@@ -64,6 +64,7 @@ import logging
 import math
 import random
 import sys
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -84,8 +85,6 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterable
-
     from ._config import PoolConfig
     from ._pending import PendingJob
     from ._process import FdReserve

@@ -26,10 +26,12 @@ import os
 import resource
 import select
 import signal
+import socket as stdlib_socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import AsyncIterator
 from functools import partial
 from io import IOBase
 from ipaddress import ip_network
@@ -56,9 +58,6 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
-    import socket as stdlib_socket
-    from collections.abc import AsyncIterator
-
     from ._proxy_header import ProxyHeader
 
 _PR_SET_PDEATHSIG: Final = 1

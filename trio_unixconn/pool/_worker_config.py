@@ -12,7 +12,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex, cast
 
 import attrs
@@ -22,8 +22,6 @@ from .._buffers import bytes_of
 from .._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from .._buffers import Buffer
     from ._proxy_header import ProxyVersion
 

@@ -16,8 +16,10 @@ import gc
 import os
 import socket as stdlib_socket
 import sys
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Final
+from types import TracebackType
+from typing import Final
 
 import attrs
 
@@ -25,10 +27,6 @@ from .. import _closing
 from .._address import escaped
 from .._fdtypes import identify_file, kind_of
 from ..errors import NotSupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
-    from types import TracebackType
 
 _DIRECTORIES: Final = ("/proc/self/fd", "/dev/fd")
 # How long to wait for the library to close what it has queued, in seconds.

@@ -8,15 +8,13 @@ Sources: send(2) (``MSG_DONTWAIT``), unix(7)
 from __future__ import annotations
 
 import socket as stdlib_socket
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from .. import _kernel
 from .._connection import UnixConnection, close_outside_run, connection_pair
 from ..errors import ConnectionClosedError, EndOfStreamError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 _CHUNK: Final = 4096
 

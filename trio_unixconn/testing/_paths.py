@@ -11,12 +11,10 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+from typing import Final
 
 # The shortest sun_path there is: 104 bytes on macOS and the BSDs, with the final NUL. Linux
 # has 108.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -25,8 +26,6 @@ from ..errors import UnixConnectionError
 from ._paths import NAME, short_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection
-
     from .._credentials import Credentials
     from .._datagram import Datagram
 

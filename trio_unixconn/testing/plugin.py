@@ -6,6 +6,8 @@ Invariant: nothing is on unless a test requests it, and only this module imports
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 import pytest
@@ -16,9 +18,6 @@ from ._descriptors import assert_no_fd_leak
 from ._pairs import closing_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
-    from pathlib import Path
-
     from _pytest._code.code import ExceptionRepr
 
     from .._connection import UnixConnection

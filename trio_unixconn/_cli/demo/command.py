@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +18,6 @@ from rich.table import Table
 from .._console import fail, printable, run, say, say_json, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from .driver import Report, Transfer
 
 # The maximum width of the columns beside that of the name, with all lines.

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,6 @@ from ...errors import OperationCancelled
 from . import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
-
     from ..._callback_connection import CallbackConnection
     from ..._connection import UnixConnection
     from ..._results import AsyncResult

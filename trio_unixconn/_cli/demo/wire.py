@@ -11,14 +11,13 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..._connection import UnixConnection
     from ..._credentials import Credentials
 

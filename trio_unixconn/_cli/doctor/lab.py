@@ -11,16 +11,15 @@ import socket as stdlib_socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from ... import _ancillary, _kernel
 from ..._owner import DescriptorOwner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
-
     from typing_extensions import Self
 
     from ..._ancillary import ControlMessage, Received

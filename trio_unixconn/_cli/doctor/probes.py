@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 import attrs
 
@@ -23,9 +24,6 @@ from ..._identity import get_peer_groups, get_peer_security_context, open_peer_p
 from ..._paths import LONGEST, bindable, connectable
 from ...errors import PeerGoneError
 from .lab import PATIENCE, Lab, expect, expect_error
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SECURITY_MODULES: Final = "/sys/kernel/security/lsm"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket as stdlib_socket
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -23,8 +24,6 @@ from .._activation import from_systemd, is_inherited
 from .._console import address_of, argument_of, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from typing_extensions import Self
 
     Listener = trio.SocketListener | UnixListener

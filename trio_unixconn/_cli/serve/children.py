@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Container
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Container
 
 # The pool reaps its own children as soon as it runs. A child that has been a zombie for so many
 # seconds is an adopted one.

@@ -13,17 +13,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Callable
+from typing import Final, Literal, TextIO
 
 from rich.text import Text
 
 from ...pool._supervisor import CANCELLED, UNFINISHED
 from .._console import printable
 from .output import CapturedStream, LineOutput
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TextIO
 
 logger: Final = logging.getLogger("trio_unixconn.serve")
 # How many lines are printed at a time above a table.

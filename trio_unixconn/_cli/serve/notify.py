@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -21,8 +22,6 @@ from ...systemd import ServiceManager
 from .log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from ...systemd import HealthCheck
 
 # How long a message waits while the queue of the manager is full, in seconds.

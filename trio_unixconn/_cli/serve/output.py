@@ -15,13 +15,11 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..._owner import DescriptorOwner
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # The maximum number of bytes that wait for an output. Lines that do not fit are lost.
 MAX_PENDING: Final = 2**20

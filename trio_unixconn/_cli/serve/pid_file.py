@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from typing import Final
 
 # A file that is longer is not one of a process id.
 MAX_SIZE: Final = 32

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from watchfiles import Change, DefaultFilter, awatch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 # The time in milliseconds after which a watcher without a change says that it watches.
 _FIRST_REPORT: Final = 200

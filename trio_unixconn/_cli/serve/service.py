@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext, suppress
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -33,9 +35,6 @@ from .status import Sample, Sampler
 from .table import render
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-    from types import FrameType
-
     from ...pool import WorkerPoolOptions
     from .binds import Bind, Listener
     from .directory import WorkingDirectory

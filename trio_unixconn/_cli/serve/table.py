@@ -6,6 +6,7 @@ only a few of these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from rich import box
@@ -17,8 +18,6 @@ from rich.text import Text
 from .._console import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .status import Status
 
 _COLUMNS: Final = ("#", "pid", "state", "in flight", "handled", "per s", "restarts", "memory")
