@@ -1,0 +1,233 @@
+"""HAProxy asks ``serve --agent-check``, and sends its clients where there is capacity."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import attrs
+import pytest
+
+from tests._helpers.cli import ended, started
+from tests._helpers.http_clients import EXAMPLES, clients_of, wait_for_answers
+from tests._helpers.real_programs import require_program
+from tests._helpers.serve_cli import Served, hear_signals, import_path
+from tests._helpers.waiting import until_sync
+from tests.interop.test_http_proxies import free_port
+from trio_unixconn._cli.serve.service import SAME_SIGNAL
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+# Only the agent decides: there are no other checks, and no request is sent twice.
+CONFIG = """\
+global
+    stats socket {directory}/admin level admin
+defaults
+    mode http
+    retries 0
+    timeout connect 30s
+    timeout client 60s
+    timeout server 60s
+    timeout queue 60s
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend back
+backend back
+    balance roundrobin
+    http-reuse always
+"""
+SERVER = (
+    "    server app{index} 127.0.0.1:{port} weight 100 "
+    "agent-check agent-addr 127.0.0.1 agent-port {check} agent-inter 50ms\n"
+)
+
+
+@attrs.frozen
+class App:
+    """Where one server and its agent check are."""
+
+    port: int = attrs.field(factory=free_port)
+    check: int = attrs.field(factory=free_port)
+
+    @contextmanager
+    def serving(self, project: Path, *arguments: str) -> Generator[Served, None, None]:
+        """Serve the HTTP example with one worker."""
+        with started(
+            *("serve", "app:handler", "--bind", f"tcp:127.0.0.1:{self.port}", "--workers", "1"),
+            *("--agent-check", f"tcp:127.0.0.1:{self.check}", *arguments),
+            cwd=project,
+            env={
+                **os.environ,
+                "PYTHONPATH": import_path(EXAMPLES),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            preexec_fn=hear_signals,
+        ) as process:
+            served = Served(process, project)
+            served.line("ready: ")
+            yield served
+
+
+@attrs.frozen
+class HAProxy:
+    """A running HAProxy."""
+
+    port: int
+    admin: str
+
+    def ask(self, command: str) -> str:
+        """Send a command to the administration socket, and return the answer."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(self.admin)
+            client.sendall(command.encode() + b"\n")
+            return b"".join(iter(lambda: client.recv(65536), b"")).decode()
+
+    def weight(self, index: int) -> int:
+        """Return the weight of a server."""
+        return int(self.ask(f"get weight back/app{index}").split()[0])
+
+    def row(self, index: int) -> dict[str, str]:
+        """Return the statistics of a server."""
+        lines = self.ask("show stat").removeprefix("# ").splitlines()
+        return next(row for row in csv.DictReader(lines) if row["svname"] == f"app{index}")
+
+    def status(self, index: int) -> str:
+        """Return the status of a server; "no check" is that of one that takes clients."""
+        return self.row(index)["status"]
+
+    def takes_clients(self, index: int) -> bool:
+        """Whether the agent of a server has said that it takes clients."""
+        row = self.row(index)
+        return (row["status"], row["agent_status"]) == ("no check", "L7OK")
+
+    def get(self) -> int:
+        """Return the status of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Make a directory with the HTTP example as ``app``."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "app.py").write_text("from pool_http import handler\n")
+    return project
+
+
+@contextmanager
+def haproxy(directory: Path, apps: Sequence[App]) -> Generator[HAProxy, None, None]:
+    """Run HAProxy in front of servers."""
+    program, port = require_program("haproxy"), free_port()
+    servers = "".join(
+        SERVER.format(index=index, port=app.port, check=app.check) for index, app in enumerate(apps)
+    )
+    config = directory / "haproxy"
+    config.write_text(CONFIG.format(directory=directory, port=port) + servers)
+    proxy = HAProxy(port, str(directory / "admin"))
+
+    def answers() -> bool:
+        assert process.poll() is None, "HAProxy exited; its errors are on stderr"
+        try:
+            return "app0" in proxy.ask("show stat")
+        except OSError:
+            return False
+
+    with subprocess.Popen([program, "-db", "-q", "-f", str(config)]) as process:
+        try:
+            until_sync(answers)
+            yield proxy
+        finally:
+            process.terminate()
+
+
+def test_haproxy_reads_weight_and_maxconn(tmp_path: Path, project: Path) -> None:
+    """The weight follows the free capacity, and is never 0; maxconn is the capacity."""
+    app = App()
+    with (
+        app.serving(project, "--max-in-flight", "4") as served,
+        haproxy(tmp_path, [app]) as proxy,
+        ExitStack() as stack,
+    ):
+        until_sync(lambda: proxy.row(0)["slim"] == "4")
+        assert proxy.weight(0) == 100
+        for weight in (75, 50, 25, 1):
+            stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
+            until_sync(lambda weight=weight: proxy.weight(0) == weight)  # type: ignore[misc]
+            assert proxy.takes_clients(0)
+        stack.close()
+        until_sync(lambda: proxy.weight(0) == 100)
+        assert proxy.get() == 200
+        served.drained()
+
+
+def test_haproxy_takes_a_server_out_during_a_drain(tmp_path: Path, project: Path) -> None:
+    """A server drains and comes back under load without one failed request."""
+    apps = [App(), App()]
+    with (
+        apps[1].serving(project) as other,
+        haproxy(tmp_path, apps) as proxy,
+    ):
+        with apps[0].serving(project, "--drain-delay", "1000") as served:
+            until_sync(lambda: all(proxy.takes_clients(i) for i in range(2)))
+            with clients_of(proxy.port, 8) as clients:
+                wait_for_answers(clients, 20)
+                since = time.monotonic()
+                served.send(signal.SIGTERM)
+                until_sync(lambda: "DRAIN" in proxy.status(0))
+                wait_for_answers(clients, 20)
+                time.sleep(max(0.0, since + SAME_SIGNAL - time.monotonic()) + 0.1)
+                served.send(signal.SIGTERM)
+                done = ended(served.process)
+                # HAProxy keeps what the agent said last.
+                assert "DRAIN" in proxy.status(0)
+                wait_for_answers(clients, 20)
+        assert done.returncode == 0
+        assert ", 0 failed, 0 abandoned, 0 rejected" in done.stdout
+        with apps[0].serving(project) as served, clients_of(proxy.port, 8) as more:
+            before = int(proxy.row(0)["stot"])
+            until_sync(lambda: int(proxy.row(0)["stot"]) > before + 20)
+            assert proxy.takes_clients(0)
+            wait_for_answers(more, 20)
+        other.drained()
+    failures = [each.failures for each in (*clients, *more)]
+    assert failures == [[]] * 16
+
+
+def test_haproxy_takes_a_server_out_while_no_worker_is_alive(tmp_path: Path, project: Path) -> None:
+    """While its last worker is restarted, a server is down, and another one has all requests."""
+    apps = [App(), App()]
+    with (
+        apps[0].serving(project) as served,
+        apps[1].serving(tmp_path, "--chdir", str(project)) as other,
+        haproxy(tmp_path, apps) as proxy,
+    ):
+        until_sync(lambda: all(proxy.takes_clients(i) for i in range(2)))
+        (project / "app.py").rename(project / "gone.py")
+        os.kill(int(served.lines[-1].split()[-1]), signal.SIGKILL)
+        until_sync(lambda: proxy.status(0).startswith("DOWN"))
+        before = int(proxy.row(0)["stot"])
+        assert {proxy.get() for _ in range(20)} == {200}
+        assert int(proxy.row(0)["stot"]) == before
+        (project / "gone.py").rename(project / "app.py")
+        until_sync(lambda: proxy.takes_clients(0))
+        assert {proxy.get() for _ in range(20)} == {200}
+        assert int(proxy.row(0)["stot"]) > before
+        served.drained()
+        other.drained()
