@@ -39,7 +39,10 @@ nitpick_ignore = [
     ("py:class", "Buffer"),
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
+    ("py:class", "AnyListener"),
     ("py:class", "Handler"),
+    ("py:class", "Source"),
+    ("py:class", "Where"),
     ("py:class", "HealthCheck"),
     ("py:class", "Submittable"),
 ]
@@ -72,10 +75,12 @@ _MADE_BY_THE_LIBRARY = {
     )
 }
 _OTHER_PROJECTS = (
+    "anyio.",
     "trio.",
     "collections.abc.",
     "contextlib.",
     "enum.",
+    "IOBase",
     "os.",
     "socket.",
     "stdlib_socket.",

@@ -67,10 +67,12 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
         """Receive at least one byte.
 
         Raises:
-          UnexpectedDescriptorsError: file descriptors came with the bytes, which are in ``.data``;
-            they are closed. Use :meth:`receive_fds`.
-          anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError,
-            anyio.BusyResourceError: as of every stream of anyio.
+          UnexpectedDescriptorsError: file descriptors arrived with the bytes, and are
+            closed; the bytes are in ``.data``. Use :meth:`receive_fds`.
+          anyio.EndOfStream: as of every stream of anyio.
+          anyio.ClosedResourceError: as of every stream of anyio.
+          anyio.BrokenResourceError: as of every stream of anyio.
+          anyio.BusyResourceError: as of every stream of anyio.
         """
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be a positive integer, got {max_bytes}")
@@ -84,8 +86,9 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
         """Send all bytes.
 
         Raises:
-          anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError: as of every
-            stream of anyio.
+          anyio.ClosedResourceError: as of every stream of anyio.
+          anyio.BrokenResourceError: as of every stream of anyio.
+          anyio.BusyResourceError: as of every stream of anyio.
         """
         with _errors_of_anyio(_SENDING):
             await self.connection.send_all(item)
@@ -94,8 +97,9 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
         """Say that no more bytes follow.
 
         Raises:
-          anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError: as of every
-            stream of anyio.
+          anyio.ClosedResourceError: as of every stream of anyio.
+          anyio.BrokenResourceError: as of every stream of anyio.
+          anyio.BusyResourceError: as of every stream of anyio.
         """
         with _errors_of_anyio(_SENDING):
             await self.connection.send_eof()
@@ -105,16 +109,18 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
         await self.connection.aclose()
 
     async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
-        """Receive bytes, and the file descriptors that came with them, which the caller owns.
+        """Receive bytes, and the file descriptors that arrived with them, which the caller owns.
 
         Raises:
-          UnexpectedControlMessageError: more than ``maxfds`` came; they are closed.
+          UnexpectedControlMessageError: more than ``maxfds`` arrived; they are closed.
           DescriptorsTruncatedError: this process had no slot for some of them.
-          anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError,
-            anyio.BusyResourceError: as of every stream of anyio.
+          anyio.EndOfStream: as of every stream of anyio.
+          anyio.ClosedResourceError: as of every stream of anyio.
+          anyio.BrokenResourceError: as of every stream of anyio.
+          anyio.BusyResourceError: as of every stream of anyio.
         """
         for name, value in (("msglen", msglen), ("maxfds", maxfds)):
-            # anyio raises ValueError for what is no number, too.
+            # anyio raises ValueError for other types, too.
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         with _errors_of_anyio(_RECEIVING):
@@ -130,8 +136,9 @@ class UnixConnectionStream(anyio.abc.UNIXSocketStream):
 
         Raises:
           SendError: a file descriptor is closed, or the kernel refuses it.
-          anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.BusyResourceError: as of every
-            stream of anyio.
+          anyio.ClosedResourceError: as of every stream of anyio.
+          anyio.BrokenResourceError: as of every stream of anyio.
+          anyio.BusyResourceError: as of every stream of anyio.
         """
         if not message:
             raise ValueError("message must not be empty")

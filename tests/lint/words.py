@@ -43,7 +43,7 @@ RULES: Final = (
     Rule(r"\balso~when\b", "even if"),
     Rule(r"(\bthere~)?\b(?:is|are)~no\b(?!~(?:longer|more)\b)", "is not a ..."),
     Rule(r"\bcame\b", "got, arrived or was received"),
-    Rule(r"\bbehind\b", "after"),
+    Rule(r"\bbehind\b([ -]an?\b|~(?:balancers?|proxies|nginx|HAProxy)\b)?", "after"),
     Rule(r"\bfor~ever\b", "without end"),
     Rule(r"\bas~above\b", "say it again, or name the place"),
     Rule(r"\bif~left~out\b", "if omitted, or default: ..."),

@@ -115,7 +115,7 @@ def test_parser_of_version_1(line: bytes, source: object, destination: object) -
     ],
 )
 def test_parser_rejects_lines(data: bytes, said: str) -> None:
-    """What is no header of version 1 is rejected, with what was received."""
+    """A wrong header of version 1 is rejected, with what was received."""
     with pytest.raises(ProxyProtocolError, match=said):
         ProxyHeaderParser().feed(data)
 
@@ -194,7 +194,7 @@ def test_parser_checks_the_checksum() -> None:
     ],
 )
 def test_parser_rejects_blocks(data: bytes, said: str) -> None:
-    """What is no header of version 2 is rejected, and a long one before it has arrived."""
+    """A wrong header of version 2 is rejected, and a long one before it has arrived."""
     with pytest.raises(ProxyProtocolError, match=said):
         ProxyHeaderParser().feed(data)
 

@@ -286,7 +286,9 @@ class Generation(DescriptorOwner):
 
         Raises:
           ValueError: this generation has a listener of this name; or no address.
-          TypeError, AddressInUseError, OSError: as :func:`open_unix_listener`.
+          TypeError: as :func:`open_unix_listener`.
+          AddressInUseError: as :func:`open_unix_listener`.
+          OSError: as :func:`open_unix_listener`.
           RuntimeError: after :meth:`ready`.
         """
         self._check_name(name)
@@ -1090,8 +1092,10 @@ async def open_generation(
 
     Raises:
       TakeOverError: the generation that runs does not hand over.
-      AddressInUseError, OSError: as :func:`open_unix_listener`.
-      TypeError, ValueError: a wrong argument.
+      TypeError: an argument of a wrong type.
+      ValueError: a wrong argument.
+      AddressInUseError: as :func:`open_unix_listener`.
+      OSError: as :func:`open_unix_listener`.
     """
     address = UnixSocketAddress.from_any(path, argument="path")
     if address.get_is_anonymous():

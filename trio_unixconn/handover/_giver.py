@@ -97,7 +97,8 @@ async def give(channel: Channel, giving: Giving) -> list[str]:
       The names of the listeners that the successor keeps.
 
     Raises:
-      UpgradeFailedError, ProtocolError: nothing has changed.
+      UpgradeFailedError: nothing has changed.
+      ProtocolError: nothing has changed.
     """
     await _offer(channel, giving)
     await _offer_listeners(channel, giving.fds)

@@ -66,7 +66,7 @@ class Job(DescriptorOwner):
 
     @property
     def peer(self) -> Credentials | tuple[Any, ...] | str | None:
-        """The client: the peer of the stream, or the source that a balancer has told.
+        """The peer of the stream; after a balancer, the client that it has told.
 
         For a Unix socket the credentials of the peer, which the kernel guarantees. For a TCP socket
         the address of the peer. None for a file, or for a job without a file descriptor. If the

@@ -249,7 +249,8 @@ def check_proxy_from(networks: Iterable[object] | None) -> tuple[str, ...] | Non
     """Return the networks of balancers as text.
 
     Raises:
-      TypeError, ValueError: not an iterable, or one of them is no network.
+      TypeError: not an iterable.
+      ValueError: one of them is not a network.
     """
     if networks is None:
         return None
