@@ -18,6 +18,7 @@ LAYERS = [
     "__main__",
     "_cli",
     "testing",
+    "jupyter",
     "pool",
     "handover",
     "anyio",

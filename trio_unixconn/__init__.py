@@ -136,3 +136,17 @@ __all__ = [
 ]
 
 _export(globals())
+
+
+def load_ipython_extension(ipython: object) -> None:
+    """Load :mod:`trio_unixconn.jupyter`; ``%load_ext trio_unixconn`` calls this."""
+    from .jupyter import load_ipython_extension as load
+
+    load(ipython)
+
+
+def unload_ipython_extension(ipython: object) -> None:
+    """Unload it; ``%unload_ext trio_unixconn`` calls this."""
+    from .jupyter import unload_ipython_extension as unload
+
+    unload(ipython)

@@ -167,8 +167,8 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "open_service_manager": lambda _: open_service_manager(),
     "unclog": lambda on: unclog(on.conn, 1),
 }
-# They wait only if the code of their caller does.
-NEEDS_NO_TASK = {"PeerPolicy.admits"}
+# The code of its caller waits; and it looks first whether the extension is loaded.
+NEEDS_NO_TASK = {"PeerPolicy.admits", "watch"}
 # Only code in a task gets objects of these classes.
 MADE_IN_A_TASK = {
     "Generation",
