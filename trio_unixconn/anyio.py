@@ -17,6 +17,7 @@ import trio
 from . import _kernel
 from ._client import open_unix_connection
 from ._connection import UnixConnection
+from ._owner import DescriptorOwner
 from ._sockopts import raw_socket
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _RECEIVING = "reading from"
 _SENDING = "writing to"
 
 
-class UnixConnectionStream(anyio.abc.UNIXSocketStream):
+class UnixConnectionStream(DescriptorOwner, anyio.abc.UNIXSocketStream):
     """An :class:`anyio.abc.UNIXSocketStream` over a :class:`UnixConnection`.
 
     It does what the stream of anyio does, and keeps the promises of the connection: a file

@@ -27,7 +27,7 @@ def main() -> None:
     os.environ.pop("TRIO_UNIXCONN_WORKER", None)
     if os.environ.pop("TRIO_UNIXCONN_LINES", None) and isinstance(sys.stdout, io.TextIOWrapper):
         # What reads the other end forwards lines, each when it is complete.
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportUnknownMemberType]
     with open(config, "rb") as file:
         message, _, setup_data = file.read().partition(b"\n")
     fields = json.loads(message)
