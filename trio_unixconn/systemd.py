@@ -360,24 +360,30 @@ class ServiceManager:
         there is no heartbeat, and after ``WatchdogSec=`` the manager restarts the service. The next
         check can make it healthy again before that.
 
-        The block is that of a nursery: its exceptions are raised in an ExceptionGroup.
+        Exceptions of the block are raised as they are.
 
         Args:
           check: an async function without arguments that returns a bool. Default: the service is
             healthy as long as the event loop runs.
 
         Raises:
-          TypeError: the check returned something else.
+          ExceptionGroup: of a TypeError, because the check returned something else.
           OSError: EMFILE, at the beginning; later heartbeats need no file descriptor.
         """
         if self._to is None or self.watchdog_timeout is None:
             await checkpoint_in_task()
             yield
             return
+        raised: BaseException | None = None
         async with await open_unix_datagram() as sock, trio.open_nursery() as nursery:
             nursery.start_soon(self._beat, sock, self._to, self.watchdog_timeout / 2, check)
-            yield
+            try:
+                yield
+            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+                raised = exc
             nursery.cancel_scope.cancel()
+        if raised is not None:
+            raise raised
 
     async def _beat(
         self,

@@ -503,6 +503,18 @@ async def test_watchdog_rejects_a_check_that_returns_no_bool() -> None:
                 await trio.sleep_forever()
 
 
+async def test_watchdog_raises_exceptions_of_the_block_as_they_are() -> None:
+    """An exception of the block is not wrapped in a group, nor is one of the fake's block."""
+    with pytest.raises(KeyError, match="'x'"):
+        async with managed(10) as (_, manager), manager.watchdog():
+            raise KeyError("x")
+    with trio.CancelScope() as scope:
+        async with managed(10) as (_, manager), manager.watchdog():
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+
+
 async def test_watchdog_continues_without_manager_and_without_descriptors(
     unix_socket_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

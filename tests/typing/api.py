@@ -15,6 +15,7 @@ from trio_unixconn import (
     CallbackConnection,
     Cancellable,
     Credentials,
+    Datagram,
     DescriptorKind,
     IOErrorEnum,
     Message,
@@ -25,6 +26,7 @@ from trio_unixconn import (
     PeerPolicy,
     Seals,
     UnixConnection,
+    UnixDatagramSocket,
     UnixFDList,
     UnixListener,
     UnixServer,
@@ -32,15 +34,19 @@ from trio_unixconn import (
     connection_pair,
     open_callback_adapter,
     open_unix_connection,
+    open_unix_datagram,
     open_unix_listener,
     serve_unix,
 )
+from trio_unixconn.systemd import ServiceManager, inherited_fds, inherited_listeners
 from trio_unixconn.testing import (
+    FakeServiceManager,
     assert_no_fd_leak,
     clog,
     clogged_pair,
     limit_descriptors,
     open_descriptors,
+    open_service_manager,
     unclog,
 )
 
@@ -188,3 +194,32 @@ async def testing_tools(conn: UnixConnection) -> None:
     assert_type(open_descriptors(), dict[int, str])
     await unclog(conn, clog(conn))
     clog(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def datagrams(sock: UnixDatagramSocket) -> None:
+    assert_type(await open_unix_datagram(Path("x"), credentials=True), UnixDatagramSocket)
+    await open_unix_datagram()
+    async with await sock.receive_message(100, max_fds=0) as message:
+        assert_type(message, Datagram)
+        assert_type(message.sender, UnixSocketAddress)
+        await sock.send_message(message.data, message.sender, fds=[sock, 3])
+    await sock.send_message(b"x", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def is_healthy() -> bool:
+    return True
+
+
+async def service() -> None:
+    manager = ServiceManager.from_environ()
+    await manager.ready("serving")
+    await manager.main_pid(pidfd=3)
+    await manager.store([3], "web", poll=False)
+    async with manager.watchdog(is_healthy):
+        pass
+    manager.watchdog(lambda: True)  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType]
+    assert_type(inherited_fds("web"), dict[str, list[int]])
+    assert_type(inherited_listeners(), dict[str, list[UnixListener | trio.SocketListener]])
+    async with open_service_manager(watchdog_timeout=1, pids=[1]) as fake:
+        assert_type(fake, FakeServiceManager)
+        assert_type(fake.stored, dict[str, list[int]])

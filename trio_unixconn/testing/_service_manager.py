@@ -245,6 +245,7 @@ async def open_service_manager(
         if watchdog_timeout is not None:
             environ["WATCHDOG_USEC"] = str(round(watchdog_timeout * 1_000_000))
         manager = FakeServiceManager(environ, pids=pids)
+        raised: BaseException | None = None
         async with (
             await open_unix_datagram(path, credentials=True) as sock,
             trio.open_nursery() as nursery,
@@ -252,6 +253,9 @@ async def open_service_manager(
             nursery.start_soon(manager._receive, sock)
             try:
                 yield manager
-            finally:
-                nursery.cancel_scope.cancel()
-                manager.close()
+            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+                raised = exc
+            nursery.cancel_scope.cancel()
+            manager.close()
+    if raised is not None:
+        raise raised
