@@ -200,7 +200,7 @@ def test_restart(project: Path) -> None:
         served.send(signal.SIGHUP)
         served.line("restarted")
         assert answer(str(project / "s")) == b"the second"
-        (project / "app.py").write_text("this is not Python")
+        (project / "app.py").write_text("this is not Python (")
         served.send(signal.SIGHUP)
         served.line("ERROR")
         served.line("SyntaxError")
@@ -651,7 +651,7 @@ def test_reload(project: Path) -> None:
         assert f"changed: {project / 'app.py'}: restarting" in served.line("changed")
         served.line("restarted")
         assert answer(str(project / "s")) == b"two"
-        (project / "app.py").write_text("this is not Python")
+        (project / "app.py").write_text("this is not Python (")
         served.line("SyntaxError")
         served.line("the old workers go on")
         assert answer(str(project / "s")) == b"two"
