@@ -57,6 +57,8 @@ def oldest_dependencies() -> list[str]:
 
 # Even if no argument selects tests, the sessions run those marked slow. One process a processor.
 PYTEST = ("pytest", "--slow", "-n", "auto")
+# What depends on the version of Python.
+EVERY_PYTHON = "not once and not interop"
 
 # The pool, the command line, and programs that measure or stress.
 NOT_CORE = [
@@ -90,7 +92,7 @@ def tests(session: nox.Session) -> None:
         coverage(session)
         return
     install(session, "tests")
-    which = [] if session.python == PYTHONS[-1] else ["-m", "not once"]
+    which = [] if session.python == PYTHONS[-1] else ["-m", EVERY_PYTHON]
     session.run(*PYTEST, *which, *session.posargs)
 
 
@@ -99,7 +101,7 @@ def oldest(session: nox.Session) -> None:
     """Run the core's tests with the oldest trio and attrs that pyproject.toml allows."""
     install(session, "tests")
     session.install(*oldest_dependencies())
-    session.run(*PYTEST, "-m", "not once", *NOT_CORE, "tests", *session.posargs)
+    session.run(*PYTEST, "-m", EVERY_PYTHON, *NOT_CORE, "tests", *session.posargs)
 
 
 @nox.session(venv_backend="none")

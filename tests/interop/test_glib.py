@@ -33,7 +33,7 @@ from trio_unixconn import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("real_glib")
+pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("real_glib")]
 
 ways = pytest.mark.parametrize("way", WAYS)
 ours = pytest.mark.parametrize("form", OURS)

@@ -16,7 +16,7 @@ from trio_unixconn import UnixSocketAddress, open_unix_connection, open_unix_lis
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
 SCRIPT = """
 import json, sys, warnings

@@ -33,7 +33,7 @@ from trio_unixconn import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
 ours = pytest.mark.parametrize("form", OURS)
 glibs = pytest.mark.parametrize("glib", GLIBS)

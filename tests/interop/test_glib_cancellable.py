@@ -13,7 +13,7 @@ import pytest
 from tests._helpers.glib import SYSTEM_PYTHON
 from tests._helpers.programs import cancellable_scenarios
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 PROGRAM = Path(cancellable_scenarios.__file__)
 NAMES = [scenario.__name__ for scenario in cancellable_scenarios.SCENARIOS]

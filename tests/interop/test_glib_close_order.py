@@ -21,7 +21,7 @@ from trio_unixconn import (
     open_callback_adapter,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 PROGRAM: Final = ROOT / "tests" / "_helpers" / "programs" / "glib_close_order.py"
 METHODS: Final = {"write": "send_all", "read": "receive_some", "close": "close"}

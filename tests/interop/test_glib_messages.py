@@ -13,7 +13,7 @@ from trio_unixconn import Credentials, UnixCredentialsMessage, UnixFDList, UnixF
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
 SO_PASSCRED = 16
 

@@ -11,7 +11,7 @@ import pytest
 from tests._helpers.glib import SYSTEM_PYTHON
 from trio_unixconn import SendError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
 SCRIPT = """
 import json, sys

@@ -17,7 +17,7 @@ from tests._helpers.real_programs import first_line, output_of, running
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 EXAMPLE: Final = ROOT / "examples" / "pool_http.py"
 

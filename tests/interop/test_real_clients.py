@@ -23,7 +23,7 @@ from trio_unixconn import UnixConnection, UnixSocketAddress
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 EXAMPLE: Final = ROOT / "examples" / "http_server.py"
 # More than a socket buffer holds, without repetition.

@@ -17,7 +17,7 @@ from tests._helpers.waiting import until_sync
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 
 # All that it leaves of the environment.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 MUCH = os.urandom(100_000).hex().encode()
 
