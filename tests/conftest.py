@@ -115,6 +115,16 @@ def default_sigint() -> Iterator[None]:
 
 
 @pytest.fixture
+def unmeasured_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage does not measure the processes that the test starts.
+
+    Other tests run the same lines, and a process that is measured takes 0.15 seconds longer.
+    """
+    for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def no_child_left() -> Iterator[None]:
     """Child processes after the test, zombies included, are those from before it."""
     before = children_of(os.getpid())

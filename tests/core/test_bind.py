@@ -79,6 +79,7 @@ def test_killed_at_every_line(tmp_path: Path, scenario: str) -> None:
     assert seen["steps"] > 40
 
 
+@pytest.mark.usefixtures("unmeasured_processes")
 @pytest.mark.slow
 def test_race_with_replace(tmp_path: Path) -> None:
     """Of servers that start with replace=True at the same time, each gets the path in turn."""
@@ -88,6 +89,7 @@ def test_race_with_replace(tmp_path: Path) -> None:
     assert seen["left"] == []
 
 
+@pytest.mark.usefixtures("unmeasured_processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["free", "dead", "long", "long dead"])
 def test_race_for_a_path(tmp_path: Path, before: str) -> None:
@@ -98,6 +100,8 @@ def test_race_for_a_path(tmp_path: Path, before: str) -> None:
     assert seen["left"] == []
 
 
+@pytest.mark.once
+@pytest.mark.usefixtures("unmeasured_processes")
 @pytest.mark.slow
 def test_replace_200_times_under_load(tmp_path: Path) -> None:
     """During 200 restarts with replace=True, every request of every client is answered."""

@@ -8,6 +8,11 @@ from tests._helpers.glib import require_glib
 from tests._helpers.real_programs import require_program
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(unmeasured_processes: None) -> None:
+    """Tests of the core, the pool and the command line run what these processes do, too."""
+
+
 @pytest.fixture(scope="session")
 def real_glib() -> None:
     """PyGObject is installed."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests._helpers.processes import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("unmeasured_processes"), pytest.mark.slow]
 
 EXAMPLES = ROOT / "examples"
 DESIGN = ROOT / "docs" / "explanation" / "pools.md"

@@ -15,7 +15,7 @@ from trio_unixconn.pool import _process, _statistics, _supervisor, open_worker_p
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
 
 DO = "tests._helpers.pool_handlers:do"
 HOLD = "tests._helpers.pool_handlers:hold"

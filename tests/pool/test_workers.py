@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trio_unixconn.pool import JobReceipt, WorkerPool
     from trio_unixconn.pool._worker_config import WorkerConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
 
 DO = "tests._helpers.pool_handlers:do"
 HOLD = "tests._helpers.pool_handlers:hold"
