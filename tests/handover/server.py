@@ -7,6 +7,7 @@ number of the generation and the pid. Everything that happens is noted in a file
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -99,6 +100,7 @@ async def serve(config: Config) -> None:
         if config.mode == "raise":
             raise ValueError("this version cannot start")
         if config.mode == "hang":
+            config.note("hangs")
             await trio.sleep_forever()
         await serve_generation(config, gen)
 
@@ -187,8 +189,20 @@ async def serve_generation(config: Config, gen: Generation) -> None:
     gen._options.command[:] = successor_of(config).command()  # type: ignore[index]
     if config.mode == "deaf":
         del listeners[1]
-    async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
+    async with trio.open_nursery() as handlers:
         handlers.start_soon(server.receive_passed, handlers)
+        await serve_until_replaced(config, gen, server, listeners, handlers)
+        if config.mode == "drain long":
+            await gen.overdue()
+            config.note(f"overdue {gen.number}")
+        server.drain()
+    config.note(f"left {gen.number}")
+
+
+async def serve_until_replaced(
+    config: Config, gen: Generation, server: Server, listeners: list[Any], handlers: trio.Nursery
+) -> None:
+    async with trio.open_nursery() as accepting:
         accepting.start_soon(
             partial(trio.serve_listeners, server.handle, listeners, handler_nursery=handlers)
         )
@@ -203,11 +217,6 @@ async def serve_generation(config: Config, gen: Generation) -> None:
         await gen.replaced()
         config.note(f"replaced {gen.number}")
         accepting.cancel_scope.cancel()
-        if config.mode == "drain long":
-            await gen.overdue()
-            config.note(f"overdue {gen.number}")
-        server.drain()
-    config.note(f"left {gen.number}")
 
 
 async def note_when(wait: Any, config: Config, text: str) -> None:
@@ -218,6 +227,7 @@ async def note_when(wait: Any, config: Config, text: str) -> None:
 def main() -> None:
     """Run a generation; a SIGTERM ends it."""
     config = Config(**json.loads(sys.argv[1]))
+    logging.basicConfig(level=logging.INFO)
     if config.mode == "fail import":
         sys.stderr.write("about to fail\n")
         raise ImportError("no module of this name")

@@ -572,7 +572,7 @@ class Generation(DescriptorOwner):
             except BaseException:
                 self._gate.open()
                 raise
-        except _protocol.ProtocolError as exc:
+        except FrameError as exc:
             reason = f"the successor broke the protocol: {exc}"
             raise UpgradeFailedError(reason) from exc
         except UpgradeFailedError as exc:
@@ -1071,7 +1071,8 @@ async def open_generation(
     process fails before that, the other one serves on, and its ``upgrade`` raises the traceback.
     If the other one is killed before it has offered everything, this becomes the first one.
 
-    The block is that of a nursery: its exceptions are raised in an ExceptionGroup. At its end, all
+    The block is that of a nursery: exceptions in it are raised in an ExceptionGroup, as is a
+    TakeOverError if the other generation ends the handover later. At its end, all
     listeners are closed here; another generation that has them keeps them. If the block ends during
     a handover, the successor is told to end; if it ends with an exception that is neither a
     cancellation nor a KeyboardInterrupt, the successor goes on alone.
@@ -1120,12 +1121,17 @@ async def open_generation(
             service_manager,
         )
     )
+    failure: BaseException | None = None
+    begin_failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
-            failure: BaseException | None = None
             try:
-                await generation._start(nursery, take_over=take_over)
-                yield generation
+                try:
+                    await generation._start(nursery, take_over=take_over)
+                except Exception as exc:  # noqa: BLE001 - raised below, as it is and not in a group
+                    begin_failure = exc
+                else:
+                    yield generation
             except BaseException as exc:
                 failure = exc
                 raise
@@ -1136,6 +1142,8 @@ async def open_generation(
     finally:
         with trio.CancelScope(shield=True):
             await generation._close()
+    if begin_failure is not None:
+        raise begin_failure
 
 
 async def request_upgrade(path: AddressLike, *, policy: PeerPolicy | None = None) -> Upgrade:

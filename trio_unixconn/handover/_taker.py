@@ -16,7 +16,7 @@ import attrs
 
 from .. import _memfd
 from .._closing import close_fds
-from .._frames import close_frames
+from .._frames import FrameError, close_frames
 from .._owner import DescriptorOwner
 from ..errors import IOErrorEnum, TakeOverError, UnsafeBufferError
 from . import _protocol
@@ -67,19 +67,19 @@ async def take(channel: Channel, name: str) -> Taken | None:
     """
     if not await channel.send(_protocol.pack_hello(name)):
         return None
-    frame = await channel.receive()
-    if frame is None:
-        return None
-    if frame.kind != _protocol.OFFER:
-        refused(frame)
     try:
+        frame = await channel.receive()
+        if frame is None:
+            return None
+        if frame.kind != _protocol.OFFER:
+            refused(frame)
         taken = _unpack_offer(frame, name)
         try:
             await _take_listeners(channel, taken)
         except BaseException:
             taken.close()
             raise
-    except _protocol.ProtocolError as exc:
+    except FrameError as exc:
         await channel.send(_protocol.pack_text(_protocol.FAILED, str(exc)))
         raise TakeOverError(
             f"the generation that runs offered what it does not have: {exc}"
