@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ class Service:
         return (self.directory / "stderr").read_text()
 
     def start(self, config: Config) -> subprocess.Popen[bytes]:
-        """Start a process that is no child of another generation."""
+        """Start a process that another generation has not started."""
         with open(self.directory / "stderr", "ab") as errors:
             process = subprocess.Popen(
                 config.command(), cwd=ROOT, env=environment(), stderr=errors, stdout=errors
@@ -173,7 +174,7 @@ async def clients(found: Service) -> AsyncGenerator[Clients, None]:
     async with trio.open_nursery() as nursery:
         for _ in range(CLIENTS):
             for unix in False, True:
-                nursery.start_soon(lambda unix=unix: made.run(unix=unix))
+                nursery.start_soon(partial(made.run, unix=unix))
         await made.answered()
         yield made
         nursery.cancel_scope.cancel()

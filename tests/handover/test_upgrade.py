@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,6 +35,11 @@ from trio_unixconn.handover._manifest import ListenerEntry, Manifest
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+def has_at_most(pid: int, opened: list[int]) -> bool:
+    """Whether a process has no more file descriptors than the first one had."""
+    return not opened or open_descriptors(pid) <= opened[0]
 
 
 async def deny(_: object) -> bool:
@@ -82,7 +88,7 @@ async def test_upgrade_leaks_no_descriptor(tmp_path: Path) -> None:
             await found.has_ended(number - 1)
             pid = found.pid(number)
             # The channel to the generation before is closed when that has ended.
-            await until(lambda pid=pid: not opened or open_descriptors(pid) <= opened[0])
+            await until(partial(has_at_most, pid, opened))
             opened.append(open_descriptors(pid))
         assert opened == opened[:1] * len(opened)
 
@@ -193,7 +199,7 @@ async def test_upgrade_is_busy_during_a_handover(tmp_path: Path) -> None:
 
 
 async def test_open_generation_takes_over_by_itself(tmp_path: Path) -> None:
-    """A process that is no child takes the listeners over by the rendezvous path."""
+    """A process that was started by itself takes the listeners over by the rendezvous path."""
     async with service(tmp_path) as found, clients(found) as load:
         found.start(Config(str(tmp_path), port=load.port))
         assert (await found.noted("generation 2"))[7] == "11"
