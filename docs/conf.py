@@ -39,12 +39,12 @@ nitpick_ignore = [
     ("py:class", "Buffer"),
     ("py:class", "ControlMessage"),
     ("py:class", "AsyncReadyCallback"),
-    ("py:class", "AnyListener"),
     ("py:class", "Handler"),
-    ("py:class", "Source"),
-    ("py:class", "Where"),
     ("py:class", "HealthCheck"),
     ("py:class", "Submittable"),
+    ("py:class", "StatisticsSource"),
+    ("py:class", "ListenersOrAddress"),
+    ("py:class", "AnyListener"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"

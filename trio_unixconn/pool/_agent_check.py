@@ -15,15 +15,15 @@ from ._exchanges import Exchanges, open_listeners, serve_exchanges
 from ._health import STATES, check_source, free_percentage, statistics_of
 
 if TYPE_CHECKING:
-    from ._exchanges import Stream, Where
-    from ._health import Source
+    from ._exchanges import ListenersOrAddress, Stream
+    from ._health import StatisticsSource
     from ._server import AnyListener
     from ._statistics import PoolStatistics
 
 
 async def serve_agent_check(
-    source: Source,
-    listeners: Where,
+    source: StatisticsSource,
+    listeners: ListenersOrAddress,
     *,
     task_status: trio.TaskStatus[Sequence[AnyListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -67,7 +67,7 @@ async def serve_agent_check(
     await serve_exchanges(exchanges, opened, task_status=task_status)
 
 
-async def _answer(source: Source, stream: Stream) -> None:
+async def _answer(source: StatisticsSource, stream: Stream) -> None:
     await stream.send_all(f"{agent_answer(statistics_of(source)[0])}\n".encode())
 
 

@@ -48,7 +48,7 @@ logger: Final = logging.getLogger("trio_unixconn.pool")
 
 Stream: TypeAlias = UnixConnection | trio.SocketStream
 # A host and a port, a listener, or several.
-Where: TypeAlias = tuple[str, int] | AnyListener | Sequence[AnyListener]
+ListenersOrAddress: TypeAlias = tuple[str, int] | AnyListener | Sequence[AnyListener]
 
 # The maximum time of an exchange, in seconds.
 EXCHANGE_TIMEOUT: Final = 5.0
@@ -106,7 +106,7 @@ def is_unix_address(where: object) -> TypeIs[AddressLike | UnixListener]:
     return isinstance(where, (str, bytes, os.PathLike, UnixSocketAddress, UnixListener))
 
 
-async def open_listeners(where: Where) -> list[AnyListener]:
+async def open_listeners(where: ListenersOrAddress) -> list[AnyListener]:
     """Return the listeners of an argument, which the caller owns.
 
     Raises:
@@ -131,7 +131,7 @@ async def open_listeners(where: Where) -> list[AnyListener]:
     return checked_listeners(where)
 
 
-def _is_host_and_port(where: Where) -> TypeIs[tuple[str, int]]:
+def _is_host_and_port(where: ListenersOrAddress) -> TypeIs[tuple[str, int]]:
     return isinstance(where, tuple) and len(where) == 2 and isinstance(where[0], str)
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ._pool import WorkerPool
 
 # A pool or a server, or a function that returns None until there is one.
-Source: TypeAlias = "WorkerServer | WorkerPool | Callable[[], WorkerServer | WorkerPool | None]"
+StatisticsSource: TypeAlias = (
+    "WorkerServer | WorkerPool | Callable[[], WorkerServer | WorkerPool | None]"
+)
 
 # The states of a pool, and what to say about each of them.
 STATES: Final = {
@@ -26,7 +28,7 @@ STATES: Final = {
 
 
 def check_source(source: object) -> None:
-    """Raise unless this is a :data:`Source`.
+    """Raise unless this is a :data:`StatisticsSource`.
 
     Raises:
       TypeError: it is not.
@@ -38,7 +40,7 @@ def check_source(source: object) -> None:
         )
 
 
-def statistics_of(source: Source) -> tuple[PoolStatistics, Mapping[str, int]]:
+def statistics_of(source: StatisticsSource) -> tuple[PoolStatistics, Mapping[str, int]]:
     """Return the statistics of a pool, and the counters of its server.
 
     Until there is a pool, its state is "starting", and everything else is 0.

@@ -28,13 +28,13 @@ from ._exchanges import (
     serve_exchanges,
     serve_unix_exchanges,
 )
-from ._health import STATES, Source, check_source, statistics_of
+from ._health import STATES, StatisticsSource, check_source, statistics_of
 
 if TYPE_CHECKING:
     from .._address import AddressLike
     from .._listener import UnixListener
     from .._server import UnixServer
-    from ._exchanges import Stream, Where
+    from ._exchanges import ListenersOrAddress, Stream
     from ._server import AnyListener
     from ._statistics import Latency, PoolStatistics, WorkerStatistics
 
@@ -50,7 +50,7 @@ TEXT_TYPE: Final = "text/plain; charset=utf-8"
 
 @overload
 async def serve_statistics(
-    source: Source,
+    source: StatisticsSource,
     address: AddressLike | UnixListener,
     *,
     policy: PeerPolicy | None = None,
@@ -61,7 +61,7 @@ async def serve_statistics(
 
 @overload
 async def serve_statistics(
-    source: Source,
+    source: StatisticsSource,
     address: tuple[str, int] | trio.SocketListener | Sequence[AnyListener],
     *,
     policy: PeerPolicy | None = None,
@@ -70,8 +70,8 @@ async def serve_statistics(
 
 
 async def serve_statistics(
-    source: Source,
-    address: AddressLike | Where,
+    source: StatisticsSource,
+    address: AddressLike | ListenersOrAddress,
     *,
     policy: PeerPolicy | None = None,
     mode: int | None = None,
@@ -143,7 +143,7 @@ async def serve_statistics(
         await serve_exchanges(exchanges, listeners, policy=policy, task_status=task_status)
 
 
-async def _answer(source: Source, stream: Stream) -> None:
+async def _answer(source: StatisticsSource, stream: Stream) -> None:
     received = await _receive_line(stream)
     line = received.partition(b"\n")[0].rstrip(b"\r")
     if line in (b"", b"json"):
@@ -182,25 +182,25 @@ class _Page:
     text: str
 
 
-def _document(source: Source) -> _Page:
+def _document(source: StatisticsSource) -> _Page:
     return _Page(200, JSON_TYPE, as_json(*statistics_of(source)))
 
 
-def _metrics(source: Source) -> _Page:
+def _metrics(source: StatisticsSource) -> _Page:
     return _Page(200, PROMETHEUS_TYPE, as_prometheus(*statistics_of(source)))
 
 
-def _ready(source: Source) -> _Page:
+def _ready(source: StatisticsSource) -> _Page:
     state = statistics_of(source)[0].state
     return _Page(200 if state == "ready" else 503, TEXT_TYPE, f"{STATES[state]}\n")
 
 
-def _live(_: Source) -> _Page:
+def _live(_: StatisticsSource) -> _Page:
     return _Page(200, TEXT_TYPE, "live\n")
 
 
 _PATHS_EXPECTED: Final = "expected / (JSON), /metrics (Prometheus), /ready or /live\n"
-_PAGES: Final[Mapping[bytes, Callable[[Source], _Page]]] = {
+_PAGES: Final[Mapping[bytes, Callable[[StatisticsSource], _Page]]] = {
     b"/": _document,
     b"/metrics": _metrics,
     b"/ready": _ready,
@@ -208,7 +208,7 @@ _PAGES: Final[Mapping[bytes, Callable[[Source], _Page]]] = {
 }
 
 
-async def _answer_http(source: Source, stream: Stream, data: bytes) -> None:
+async def _answer_http(source: StatisticsSource, stream: Stream, data: bytes) -> None:
     """Answer the request that begins with ``data``; its body is not read."""
     # Of an extra.
     import h11
