@@ -106,7 +106,7 @@ def test_chdir_keeps_the_release_if_the_new_one_cannot_start(tmp_path: Path) -> 
         served = Served(process, tmp_path)
         served.line("ready: ")
         broken = release(tmp_path, 2)
-        (broken / "released.py").write_text("this is not Python")
+        (broken / "released.py").write_text("this is not Python (")
         switch(current, broken)
         served.send(signal.SIGHUP)
         served.line("SyntaxError")

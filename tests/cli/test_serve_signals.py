@@ -96,7 +96,7 @@ def test_sigttin_and_sigttou_change_the_number_of_workers(project: Path) -> None
 def test_sigttin_with_a_broken_handler(project: Path) -> None:
     """A worker that cannot start is logged; there are as many workers as before."""
     with serving(project, "once") as served:
-        (project / "app.py").write_text("this is not Python")
+        (project / "app.py").write_text("this is not Python (")
         served.send(signal.SIGTTIN)
         served.line("cannot change to 2 workers: ")
         (project / "app.py").write_text(APP)
