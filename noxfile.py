@@ -166,6 +166,13 @@ def examples(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/test_readme.py")
 
 
+@nox.session(python=PYTHONS[-1])
+def notebooks(session: nox.Session) -> None:
+    """Run the notebooks in a kernel, and compare their outputs; ``--write`` keeps the new ones."""
+    install(session, "notebooks")
+    session.run("python", "-m", "tests.notebooks", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
     """Send a million descriptors; memory, descriptors and processor time must stay flat."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, os.path.abspath(".."))
 
 import trio_unixconn
+import trio_unixconn.jupyter
 import trio_unixconn.pool
 import trio_unixconn.testing
 

@@ -21,7 +21,7 @@ import time
 import traceback
 import types
 import weakref
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -39,7 +39,6 @@ from .pool import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
-    from contextlib import AbstractAsyncContextManager
     from types import FrameType
 
 T = TypeVar("T")
@@ -225,7 +224,7 @@ class NotebookNursery(DescriptorOwner):
 
         return await self._nursery.start(run, name=name or async_fn)
 
-    async def enter_async_context(self, context: AbstractAsyncContextManager[T]) -> T:
+    async def enter_async_context(self, context: AbstractAsyncContextManager[Any]) -> Any:
         """Enter an async context manager, and keep it open across cells.
 
         For example, ``pool = await nursery.enter_async_context(open_worker_pool("file:handler"))``.
@@ -234,7 +233,7 @@ class NotebookNursery(DescriptorOwner):
           What ``async with`` would: pass it to :meth:`exit_async_context`.
         """
 
-        async def hold(*, task_status: trio.TaskStatus[T]) -> None:
+        async def hold(*, task_status: trio.TaskStatus[Any]) -> None:
             leave, left = trio.Event(), trio.Event()
             try:
                 async with context as value:
@@ -245,8 +244,7 @@ class NotebookNursery(DescriptorOwner):
                 self._contexts[:] = [each for each in self._contexts if each[1] is not leave]
                 left.set()
 
-        value: T = await self.start(hold, name=type(context))
-        return value
+        return await self.start(hold, name=type(context))
 
     async def exit_async_context(self, value: object) -> None:
         """Exit the context manager that has returned ``value``, and wait until it has ended.

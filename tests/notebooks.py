@@ -1,0 +1,88 @@
+"""Run the notebooks in ``examples/notebooks``, and compare what they show with what is kept.
+
+Numbers may differ, and pictures; all other text is the same in every run. ``--write`` keeps the new
+outputs. It needs the dependency group ``notebooks``: ``nox -s notebooks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
+
+
+def run(notebook: Any) -> None:
+    """Run all cells in a new kernel and a new directory; a cell that raises is an error."""
+    with tempfile.TemporaryDirectory() as directory:
+        client = NotebookClient(
+            notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": directory}}
+        )
+        client.execute()
+
+
+def shown(notebook: Any) -> list[str]:
+    """Return the outputs as lines, with the same text for all numbers, and no pictures."""
+    lines: list[str] = []
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = output.get("text") or data.get("text/html") or data.get("text/plain", "")
+            kinds = ", ".join(sorted(data)) or output["output_type"]
+            text = re.sub(r"/tmp/\S*?/|0x[0-9a-f]+", "", text)
+            text = re.sub(r"\d+(\.\d+)?", "N", text)
+            lines += [f"cell {number}: {kinds}", *text.splitlines()]
+    return lines
+
+
+def forget_runs(notebook: Any) -> None:
+    """Remove what differs in every run and says nothing: times, ids, and the version of Python."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = {}
+        cell.id = f"cell-{number}"
+        if "execution_count" in cell:
+            cell.execution_count = None
+        for output in cell.get("outputs", []):
+            if "execution_count" in output:
+                output.execution_count = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="without .ipynb; default: all")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    names = arguments.names or sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    failed = 0
+    for name in names:
+        path = NOTEBOOKS / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        kept = shown(notebook)
+        run(notebook)
+        forget_runs(notebook)
+        now = shown(notebook)
+        if arguments.write:
+            nbformat.write(notebook, path)
+        elif kept != now:
+            failed += 1
+            sys.stdout.writelines(
+                f"{line}\n" for line in difflib.unified_diff(kept, now, "kept", "now", lineterm="")
+            )
+        sys.stdout.write(f"{name}: {len(notebook.cells)} cells, {len(now)} lines shown\n")
+    sys.exit(f"{failed} notebooks show something else than is kept" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
