@@ -55,8 +55,8 @@ def oldest_dependencies() -> list[str]:
     return [each.replace(">=", "==") for each in PROJECT["project"]["dependencies"]]
 
 
-# Even if no argument selects tests, the sessions run those marked slow. One process a processor.
-PYTEST = ("pytest", "--slow", "-n", "auto")
+# One process a processor; one that has nothing left to do takes tests of another.
+PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal", "--slow")
 # What depends on the version of Python.
 EVERY_PYTHON = "not once and not interop"
 
@@ -86,13 +86,17 @@ def tests(session: nox.Session) -> None:
     """Run the test suite, one process per processor; arguments go to pytest.
 
     What does not depend on the version of Python runs on the newest one only. With COVERAGE=1
-    in the environment, that one is run as by the session ``coverage``.
+    in the environment, that one is run as by the session ``coverage``. With QUICK=1, only the
+    oldest and the newest run slow tests.
     """
     if session.python == PYTHONS[-1] and os.environ.get("COVERAGE") == "1":
         coverage(session)
         return
     install(session, "tests")
-    which = [] if session.python == PYTHONS[-1] else ["-m", EVERY_PYTHON]
+    which: list[str] = []
+    if session.python != PYTHONS[-1]:
+        is_quick = os.environ.get("QUICK") == "1" and session.python != PYTHONS[0]
+        which = ["-m", f"{EVERY_PYTHON} and not slow" if is_quick else EVERY_PYTHON]
     session.run(*PYTEST, *which, *session.posargs)
 
 
