@@ -86,7 +86,7 @@ class KeepAliveClient:
 def clients_of(port: int, count: int) -> Generator[Sequence[KeepAliveClient], None, None]:
     """Run clients in threads, and wait for their last answers at the end of the block."""
     stop = threading.Event()
-    clients = [KeepAliveClient(port, pause=index * 0.002) for index in range(count)]
+    clients = [KeepAliveClient(port, pause=(1 + index) * 0.002) for index in range(count)]
     threads = [threading.Thread(target=each.run, args=(stop,)) for each in clients]
     for thread in threads:
         thread.start()

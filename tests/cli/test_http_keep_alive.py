@@ -83,7 +83,7 @@ def test_request_during_a_drain_is_answered_with_connection_close() -> None:
 def test_wrk_with_keep_alive_under_restarts() -> None:
     """Wrk counts no error on connections kept alive while the workers are replaced."""
     with http_server() as (served, port):
-        command = ["wrk", "-t1", "-c8", "-d4s", f"http://127.0.0.1:{port}/"]
+        command = ["wrk", "-t1", "-c8", "-d2s", f"http://127.0.0.1:{port}/"]
         load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         while load.poll() is None:
             served.send(signal.SIGHUP)

@@ -150,9 +150,10 @@ def look_from_program(
     "options",
     [
         ("-I",),
-        ("-E", "-s"),
+        ("-E", "-s", "-B"),
         ("-O",),
-        ("-OO", "-B"),
+        # Without -B: compiling all that a worker imports takes a second.
+        ("-OO",),
         ("-W", "error::FutureWarning", "-X", "utf8=1"),
         ("-X", "int_max_str_digits=5000", "-X", "dev"),
         ("-X", "pycache_prefix=/nonexistent"),
