@@ -97,7 +97,7 @@ def _print_tables(report: Report, rows: int) -> None:
         console.print(_exchanges(report))
     say(
         f"{sum(report.cancelled)} of {len(report.cancelled)} receives were cancelled by a thread; "
-        "what was sent after them still arrived"
+        "what was sent later arrived"
     )
     for process in report.descriptors:
         say(f"{process.process}: {process.before} descriptors open before, {process.after} after")
