@@ -13,7 +13,7 @@ try:
     import typer
 
     from ._cli import passing, peer
-    from ._cli._console import end_output, say
+    from ._cli._console import end_output, end_printing, replace_closed_streams, say
     from ._cli.demo.command import demo
     from ._cli.doctor.command import doctor
     from ._cli.serve.command import serve
@@ -61,8 +61,12 @@ app.command()(serve)
 
 def main() -> None:
     """Run the command line."""
+    replace_closed_streams()
     try:
         app()
+    except OSError as exc:
+        end_printing(exc)
+        raise
     finally:
         end_output()
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import trio_unixconn
 from tests._helpers.cli import run_in_this_process
 from trio_unixconn import __main__ as command_line
+from trio_unixconn._cli._console import end_printing
 from trio_unixconn._cli.demo import driver, wire
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def test_demo_in_80_columns(directory: Path) -> None:
         if line.startswith("\N{BOX DRAWINGS LIGHT VERTICAL}")
     ]
     assert max(map(len, rows)) <= 80
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if str(directory) not in line)
     assert sum(" TCP connection " in row for row in rows) == 2
     assert sum(" the worker " in row for row in rows) == 4
 
@@ -110,7 +112,15 @@ def test_main_show_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("doctor",), ("doctor", "--json"), ("demo", __file__), ("--version",)]
+    "command",
+    [
+        ("doctor",),
+        ("doctor", "--json"),
+        ("demo", __file__),
+        ("--version",),
+        ("-h",),
+        ("serve", "--help"),
+    ],
 )
 @pytest.mark.parametrize("output", ["/dev/full", None])
 def test_main_output_that_cannot_be_written(command: tuple[str, ...], output: str | None) -> None:
@@ -128,6 +138,39 @@ def test_main_output_that_cannot_be_written(command: tuple[str, ...], output: st
     why = "Bad file descriptor" if output is None else "No space left on device"
     assert done.stderr == f"trio-unixconn: standard output: {why}\n"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (("peer", "nothing"), 1),
+        (("serve", "no:where", "--bind", "x"), 2),
+        (("peer",), 2),
+        (("doctor", ">/dev/full"), 1),
+        (("-h", ">/dev/full"), 1),
+    ],
+)
+def test_main_errors_that_cannot_be_written(
+    command: tuple[str, ...], status: int, redirection: str
+) -> None:
+    """Without standard error the exit status is the same, and nothing goes to standard output."""
+    done = subprocess.run(
+        ["sh", "-c", " ".join([sys.executable, "-m", "trio_unixconn", *command, redirection])],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_end_printing_leaves_other_errors() -> None:
+    """An OSError of another origin is a bug, which stays visible."""
+    with pytest.raises(FileNotFoundError) as caught:
+        open("/no/such/file")  # noqa: SIM115 - it fails
+    end_printing(caught.value)
 
 
 def test_demo_as_json(directory: Path) -> None:

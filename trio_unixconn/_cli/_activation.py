@@ -115,9 +115,7 @@ def become(command: Sequence[str], fds: Sequence[int], names: Sequence[str]) -> 
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     for output in (sys.stdout, sys.stderr):
-        # A stream that was closed at the start is None.
-        if output is not None:
-            output.flush()
+        output.flush()
     try:
         os.execvpe(command[0], [*command], environment)  # noqa: S606 - what the user said
     except OSError as exc:

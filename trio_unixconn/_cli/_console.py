@@ -8,13 +8,15 @@ a bug in this library is a traceback.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 import trio
@@ -25,6 +27,8 @@ from ..errors import UnixConnectionError, WorkerStartError
 
 T = TypeVar("T")
 
+# What prints helps and mistakes in arguments. Some versions of typer contain click.
+_PRINTERS: Final = frozenset({"typer", "click", "rich"})
 _OF_TRIO: Final = "Exceptions from Trio nursery"
 
 
@@ -72,8 +76,6 @@ def say_json(value: Any) -> None:
 @contextmanager
 def writing() -> Generator[TextIO, None, None]:
     """Write to standard output, or end with a line that says why that is not possible."""
-    if sys.stdout is None:
-        fail(f"standard output: {os.strerror(errno.EBADF)}")
     try:
         yield sys.stdout
     except OSError as exc:
@@ -87,31 +89,76 @@ def _discard_output() -> None:
         os.dup2(null.fileno(), 1)
 
 
+class _ClosedOutput(io.TextIOBase):
+    """Standard output that the parent process has closed."""
+
+    def write(self, _: str, /) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+class _ClosedError(io.TextIOBase):
+    """Standard error that the parent process has closed: there is nowhere to report that."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
+def replace_closed_streams() -> None:
+    """Have something at sys.stdout and sys.stderr, which are None if their descriptor is closed.
+
+    Otherwise print() to the second one would print to the first one. Neither has a file descriptor.
+    """
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = _ClosedError()
+
+
+def end_printing(exc: OSError) -> None:
+    """End in place of an error of typer or its libraries while they printed a help or a mistake."""
+    names = [
+        str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(exc.__traceback__)
+    ]
+    # The last step is in this module if the stream is one of those above.
+    called = [name.partition(".")[0] for name in names if name != __name__]
+    if called[-1] not in _PRINTERS:
+        return
+    status = getattr(exc.__context__, "exit_code", None)
+    if status is not None:
+        # A mistake in the arguments, which goes to standard error.
+        raise SystemExit(status) from None
+    _discard_output()
+    with suppress(OSError):
+        sys.stderr.write(f"trio-unixconn: standard output: {exc.strerror}\n")
+    raise SystemExit(1) from None
+
+
 def end_output() -> None:
     """Write what is still buffered for standard output, or end as :func:`writing` does.
 
     Python does so itself, but with a traceback, and exit status 120.
     """
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except OSError as exc:
         _discard_output()
-        sys.stderr.write(f"trio-unixconn: standard output: {exc.strerror}\n")
+        with suppress(OSError):
+            sys.stderr.write(f"trio-unixconn: standard output: {exc.strerror}\n")
         raise SystemExit(1) from None
 
 
 def complain(text: str) -> None:
     """Print what another process says went wrong, in its own lines."""
-    for line in text.splitlines():
-        print(printable(line), file=sys.stderr)  # noqa: T201 - the output of the command
+    with suppress(OSError):
+        for line in text.splitlines():
+            print(printable(line), file=sys.stderr)  # noqa: T201 - the output of the command
 
 
 def fail(*lines: str, status: int = 1) -> NoReturn:
     """Say what went wrong, and end."""
-    for line in lines:
-        print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - the output of the command
+    with suppress(OSError):
+        for line in lines:
+            print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - the output of the command
     raise typer.Exit(status)
 
 
