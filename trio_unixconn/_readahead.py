@@ -11,6 +11,27 @@ missing at the next owner of the socket, and credentials beside a file descripto
 from those that the kernel adds. So messages are read as they are. They serve the next receives,
 whichever these are, and until then the socket cannot be handed over: ReadAheadError.
 
+The rules::
+
+      queue of the kernel              ReadAhead                   the caller
+      fd, fd, "xyz", fd  --- 1, 2 ---> fd, fd, "x"  ------ 3 ----> the next receive
+                                           |
+                                           +--- 4: no hand-over,  5: closed
+
+1. One recvmsg(2) of one byte for each message, and of at most ``read_ahead`` messages. 253 file
+   descriptors stay free, as many as one message can have, so that reading early loses none.
+2. It stops after the first message that is not a lone file descriptor: a byte without one, several
+   of them, or an error. That one is held, too, because it was read. SO_PASSCRED is on meanwhile, so
+   that credentials which the peer sent are received, and SO_PASSPIDFD if this connection was ever
+   asked for pidfds.
+3. Every receive takes from here first, in the order of the stream, as if the message were still in
+   the queue of the kernel.
+4. While anything is held, detach(), sending the socket and submitting it to a pool raise
+   ReadAheadError. The guard that does this is found by the number of the socket, so that it stops
+   even code that has only the socket.
+5. Closing or dropping the connection closes the file descriptors that are held, as the kernel does
+   with those in its queue.
+
 ``receive_fds`` needs none of this. It peeks, and takes only what it returns.
 """
 
