@@ -277,12 +277,10 @@ class WorkerPool(DescriptorOwner):
 
 
 def queue_of(pool: WorkerPool) -> JobQueue:
-    """Return the queue of a pool."""
     return pool._queue
 
 
 def config_of(pool: WorkerPool) -> PoolConfig:
-    """Return the options of a pool."""
     return pool._supervisor.options
 
 

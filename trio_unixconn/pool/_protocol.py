@@ -134,7 +134,6 @@ def pack_batch_id(kind: int, batch: int) -> bytes:
 
 
 def unpack_batch_id(body: bytes) -> int:
-    """Return the id of a batch."""
     try:
         return int(_batch.unpack(body)[0])
     except struct.error as exc:
@@ -147,7 +146,6 @@ def pack_job_ids(kind: int, ids: Iterable[int]) -> bytes:
 
 
 def unpack_job_ids(body: bytes) -> list[int]:
-    """Return the ids of jobs."""
     ids = array("Q")
     try:
         ids.frombytes(body)
