@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -237,15 +238,13 @@ RELEASE_TESTS = (
 
 @nox.session(python=PYTHONS[-1])
 def release(session: nox.Session) -> None:
-    """Build the sdist and the wheel, check both, and test the wheel as it is installed.
+    """Build the sdist and the wheel into ``dist``, check both, and test the installed wheel.
 
     The wheel is built from the sdist and installed without the tree. The tests are those of the
     sdist, from which the package itself is removed; arguments are tests to run instead of some.
     """
-    temporary = Path(session.create_tmp()).resolve()
-    dist, unpacked = temporary / "dist", temporary / "sdist"
-    for directory in (dist, unpacked):
-        shutil.rmtree(directory, ignore_errors=True)
+    dist = Path("dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
     session.install("build", "twine", *nox.project.dependency_groups(PROJECT, "tests"))
     session.run("python", "-m", "build", "--outdir", str(dist))
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
@@ -255,12 +254,14 @@ def release(session: nox.Session) -> None:
         session.error(f"CHANGELOG.md has no section for version {version}")
     session.install("--force-reinstall", "--no-deps", str(wheel))
     session.install(f"{wheel}[cli]")
-    shutil.unpack_archive(sdist, unpacked, filter="data")
-    (tree,) = unpacked.iterdir()
-    shutil.rmtree(tree / "trio_unixconn")
-    with session.chdir(tree):
-        session.run(
-            "python", "-c", "import trio_unixconn as t; assert 'site-packages' in t.__file__"
-        )
-        session.run("trio-unixconn", "demo", silent=True)
-        session.run(*PYTEST, *(session.posargs or RELEASE_TESTS))
+    # Not session.create_tmp(), which also makes it the TMPDIR: sockets of tests need short paths.
+    with tempfile.TemporaryDirectory() as unpacked:
+        shutil.unpack_archive(sdist, unpacked, filter="data")
+        (tree,) = Path(unpacked).iterdir()
+        shutil.rmtree(tree / "trio_unixconn")
+        with session.chdir(tree):
+            session.run(
+                "python", "-c", "import trio_unixconn as t; assert 'site-packages' in t.__file__"
+            )
+            session.run("trio-unixconn", "demo", silent=True)
+            session.run(*PYTEST, *(session.posargs or RELEASE_TESTS))
