@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
     from ._messages import Message
 
 
+class _NotGiven:
+    """The default of an argument for which None is a value."""
+
+    def __repr__(self) -> str:
+        return "not given"
+
+
+NOT_GIVEN: Final = _NotGiven()
+
+
 class CallbackConnection(DescriptorOwner):
     """A connection in callback form; made by :meth:`CallbackAdapter.wrap`.
 
@@ -45,7 +55,8 @@ class CallbackConnection(DescriptorOwner):
     None immediately. When the operation has ended, ``callback(source, result, *user_data)`` is
     called in the trio thread, exactly once, even if the operation failed or was cancelled. It calls
     the matching ``*_finish``, which returns the value or raises the error. Without a callback
-    the operation runs and its result is discarded.
+    the operation runs and its result is discarded. As in PyGObject, the user data are the arguments
+    after the callback, or one value by keyword: ``user_data=value``.
 
     ``*_async`` can be called in any thread. In the trio thread the callback never runs before
     ``*_async`` has returned. In another thread it can, because the two threads run at the same
@@ -96,7 +107,8 @@ class CallbackConnection(DescriptorOwner):
         fd: FileDescriptor,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`send_fd`; the caller may close ``fd`` when this has returned.
 
@@ -111,7 +123,7 @@ class CallbackConnection(DescriptorOwner):
             partial(self.connection.send_fd, duplicates[0]),
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             fds=owned,
         )
 
@@ -123,7 +135,8 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`receive_fd`."""
         self._begin(
@@ -131,7 +144,7 @@ class CallbackConnection(DescriptorOwner):
             self.connection.receive_fd,
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             discard=_discard_fd,
         )
 
@@ -145,7 +158,8 @@ class CallbackConnection(DescriptorOwner):
         fds: Iterable[FileDescriptor],
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
         per_message: int = SCM_MAX_FD,
     ) -> None:
         """Begin :meth:`UnixConnection.send_fds`; ``fds`` are the caller's again.
@@ -161,7 +175,7 @@ class CallbackConnection(DescriptorOwner):
             partial(self.connection.send_fds, duplicates, per_message=per_message),
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             fds=owned,
         )
 
@@ -174,12 +188,18 @@ class CallbackConnection(DescriptorOwner):
         max_fds: int,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_fds`."""
         work = partial(self.connection.receive_fds, max_fds)
         self._begin(
-            "receive_fds_async", work, cancellable, callback, user_data, discard=_discard_list
+            "receive_fds_async",
+            work,
+            cancellable,
+            callback,
+            (args, user_data),
+            discard=_discard_list,
         )
 
     def receive_fds_finish(self, result: AsyncResult) -> UnixFDList:
@@ -192,13 +212,19 @@ class CallbackConnection(DescriptorOwner):
         mode: str = "rb",
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
         kinds: Collection[DescriptorKind] = (DescriptorKind.REGULAR_FILE,),
     ) -> None:
         """Begin :meth:`UnixConnection.receive_file`."""
         work = partial(self.connection.receive_file, mode, kinds=kinds)
         self._begin(
-            "receive_file_async", work, cancellable, callback, user_data, discard=_discard_file
+            "receive_file_async",
+            work,
+            cancellable,
+            callback,
+            (args, user_data),
+            discard=_discard_file,
         )
 
     def receive_file_finish(self, result: AsyncResult) -> IO[Any]:
@@ -210,12 +236,18 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_socket`."""
         work = self.connection.receive_socket
         self._begin(
-            "receive_socket_async", work, cancellable, callback, user_data, discard=_discard_socket
+            "receive_socket_async",
+            work,
+            cancellable,
+            callback,
+            (args, user_data),
+            discard=_discard_socket,
         )
 
     def receive_socket_finish(self, result: AsyncResult) -> trio.socket.SocketType:
@@ -227,12 +259,18 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_stream`."""
         work = self.connection.receive_stream
         self._begin(
-            "receive_stream_async", work, cancellable, callback, user_data, discard=_discard_stream
+            "receive_stream_async",
+            work,
+            cancellable,
+            callback,
+            (args, user_data),
+            discard=_discard_stream,
         )
 
     def receive_stream_finish(self, result: AsyncResult) -> trio.abc.HalfCloseableStream:
@@ -246,7 +284,8 @@ class CallbackConnection(DescriptorOwner):
         data: Buffer | FileDescriptor,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.send_buffer`; ``data`` is the caller's again.
 
@@ -263,7 +302,7 @@ class CallbackConnection(DescriptorOwner):
             partial(self.connection.send_fd, fd),
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             fds=[fd],
         )
 
@@ -276,12 +315,13 @@ class CallbackConnection(DescriptorOwner):
         max_bytes: int,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
         seals: Seals = Seals.ALL,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_buffer`."""
         work = partial(self.connection.receive_buffer, max_bytes, seals=seals)
-        self._begin("receive_buffer_async", work, cancellable, callback, user_data)
+        self._begin("receive_buffer_async", work, cancellable, callback, (args, user_data))
 
     def receive_buffer_finish(self, result: AsyncResult) -> memoryview:
         """Return the view, or raise the error."""
@@ -292,11 +332,12 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`send_credentials`."""
         work = self.connection.send_credentials
-        self._begin("send_credentials_async", work, cancellable, callback, user_data)
+        self._begin("send_credentials_async", work, cancellable, callback, (args, user_data))
 
     def send_credentials_finish(self, result: AsyncResult) -> bool:
         """Return True, or raise the error of :meth:`send_credentials_async`."""
@@ -306,11 +347,12 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`receive_credentials`."""
         work = self.connection.receive_credentials
-        self._begin("receive_credentials_async", work, cancellable, callback, user_data)
+        self._begin("receive_credentials_async", work, cancellable, callback, (args, user_data))
 
     def receive_credentials_finish(self, result: AsyncResult) -> Credentials:
         """Return the credentials, or raise the error."""
@@ -322,11 +364,12 @@ class CallbackConnection(DescriptorOwner):
         credentials: Credentials,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.send_fake_credentials`."""
         work = partial(self.connection.send_fake_credentials, credentials)
-        self._begin("send_fake_credentials_async", work, cancellable, callback, user_data)
+        self._begin("send_fake_credentials_async", work, cancellable, callback, (args, user_data))
 
     def send_fake_credentials_finish(self, result: AsyncResult) -> bool:
         """Return True, or raise the error."""
@@ -338,7 +381,8 @@ class CallbackConnection(DescriptorOwner):
         data: Buffer,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
         fds: Iterable[FileDescriptor] = (),
         credentials: Credentials | None = None,
     ) -> None:
@@ -357,7 +401,7 @@ class CallbackConnection(DescriptorOwner):
             partial(self.connection.send_message, copy, fds=duplicates, credentials=credentials),
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             fds=owned,
         )
 
@@ -370,7 +414,8 @@ class CallbackConnection(DescriptorOwner):
         max_bytes: int,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
         max_fds: int = SCM_MAX_FD,
         credentials: bool = False,
         pidfd: bool = False,
@@ -388,7 +433,7 @@ class CallbackConnection(DescriptorOwner):
             work,
             cancellable,
             callback,
-            user_data,
+            (args, user_data),
             discard=_discard_message,
         )
 
@@ -402,7 +447,8 @@ class CallbackConnection(DescriptorOwner):
         data: Buffer,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.send_all`; ``data`` is the caller's again.
 
@@ -412,7 +458,7 @@ class CallbackConnection(DescriptorOwner):
         with bytes_of(data) as view:
             copy = view.tobytes()
         work = partial(_under, partial(self.connection.send_all, copy))
-        self._begin("send_all_async", work, cancellable, callback, user_data)
+        self._begin("send_all_async", work, cancellable, callback, (args, user_data))
 
     def send_all_finish(self, result: AsyncResult) -> None:
         """Return None, or raise the error of :meth:`send_all_async`."""
@@ -423,11 +469,12 @@ class CallbackConnection(DescriptorOwner):
         max_bytes: int | None = None,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_some`."""
         work = partial(_under, partial(self.connection.receive_some, max_bytes))
-        self._begin("receive_some_async", work, cancellable, callback, user_data)
+        self._begin("receive_some_async", work, cancellable, callback, (args, user_data))
 
     def receive_some_finish(self, result: AsyncResult) -> bytes:
         """Return the bytes, empty at the end of the stream, or raise the error."""
@@ -439,11 +486,12 @@ class CallbackConnection(DescriptorOwner):
         buffer: bytearray | memoryview,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.receive_into`; ``buffer`` is in use until the callback."""
         work = partial(self.connection.receive_into, buffer)
-        self._begin("receive_into_async", work, cancellable, callback, user_data)
+        self._begin("receive_into_async", work, cancellable, callback, (args, user_data))
 
     def receive_into_finish(self, result: AsyncResult) -> int:
         """Return the number of bytes, 0 at the end of the stream, or raise the error."""
@@ -453,11 +501,12 @@ class CallbackConnection(DescriptorOwner):
         self,
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin :meth:`UnixConnection.send_eof`."""
         work = partial(_under, self.connection.send_eof)
-        self._begin("send_eof_async", work, cancellable, callback, user_data)
+        self._begin("send_eof_async", work, cancellable, callback, (args, user_data))
 
     def send_eof_finish(self, result: AsyncResult) -> None:
         """Return None, or raise the error of :meth:`send_eof_async`."""
@@ -468,7 +517,8 @@ class CallbackConnection(DescriptorOwner):
         io_priority: int = 0,  # noqa: ARG002 - Gio has it
         cancellable: Cancellable | None = None,
         callback: AsyncReadyCallback | None = None,
-        *user_data: Any,
+        *args: Any,
+        user_data: Any = NOT_GIVEN,
     ) -> None:
         """Begin to close the connection. It is closed even if the Cancellable is cancelled.
 
@@ -478,7 +528,9 @@ class CallbackConnection(DescriptorOwner):
         Args:
           io_priority: ignored. Gio has it; trio has no priorities.
         """
-        self._begin("close_async", self._close, cancellable, callback, user_data, closes=True)
+        self._begin(
+            "close_async", self._close, cancellable, callback, (args, user_data), closes=True
+        )
 
     def close_finish(self, result: AsyncResult) -> bool:
         """Return True, or raise OperationCancelled; the connection is closed either way."""
@@ -497,7 +549,7 @@ class CallbackConnection(DescriptorOwner):
         work: Callable[..., Awaitable[Any]],
         cancellable: Cancellable | None,
         callback: AsyncReadyCallback | None,
-        user_data: tuple[Any, ...],
+        user_data: tuple[tuple[Any, ...], Any],
         *,
         discard: Callable[[Any], object] | None = None,
         fds: Iterable[int] = (),
@@ -506,6 +558,7 @@ class CallbackConnection(DescriptorOwner):
         """Begin ``work(cancellable=...)``.
 
         Args:
+          user_data: what was passed after the callback, and by keyword.
           discard: closes a value that is not finished; must not raise or block.
           fds: file descriptors that ``work`` uses; they are closed afterwards, even if it was
             not begun.
@@ -516,12 +569,17 @@ class CallbackConnection(DescriptorOwner):
                 check_cancellable(cancellable)
             if callback is not None and not callable(callback):
                 raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+            data, keyword = user_data
+            if keyword is not NOT_GIVEN:
+                if data:
+                    raise TypeError(f"{tag}() got user data by position and by keyword")
+                data = (keyword,)
             operation = Operation(
                 self,
                 tag,
                 partial(work, cancellable=cancellable),
                 callback,
-                user_data,
+                data,
                 discard=discard,
                 fds=fds,
                 closes=closes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 import threading
@@ -88,6 +89,35 @@ async def test_async_has_gios_keywords() -> None:
         await trio.testing.wait_all_tasks_blocked()
         gio.close_async(io_priority=0, cancellable=None, callback=calls)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in vars(CallbackConnection) if name.endswith("_async")]
+)
+def test_async_takes_user_data_by_position_and_keyword(name: str) -> None:
+    """Every *_async method takes user data after the callback, or as user_data=, as PyGObject."""
+    parameters = inspect.signature(getattr(CallbackConnection, name)).parameters
+    assert parameters["user_data"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert repr(parameters["user_data"].default) == "not given"
+    assert parameters["args"].kind is inspect.Parameter.VAR_POSITIONAL
+
+
+async def test_async_passes_user_data_by_keyword() -> None:
+    """The callback gets one value as it is, even None; by position and keyword is a TypeError."""
+    one, two = connection_pair()
+    async with one, two, open_callback_adapter() as adapter:
+        calls = Calls()
+        gio = adapter.wrap(one)
+        gio.send_fd_async(0, None, calls, user_data=(1, 2))
+        while not calls:
+            await trio.lowlevel.checkpoint()
+        gio.send_credentials_async(None, calls, user_data=None)
+        while len(calls) < 2:
+            await trio.lowlevel.checkpoint()
+        assert [data for _, _, data, _ in calls] == [((1, 2),), (None,)]
+        both = r"^send_fd_async\(\) got user data by position and by keyword$"
+        with pytest.raises(TypeError, match=both):
+            gio.send_fd_async(0, None, calls, 1, user_data=2)
 
 
 async def test_wrap_has_awaitable_methods() -> None:

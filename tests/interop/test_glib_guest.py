@@ -1,0 +1,134 @@
+"""Trio as a guest of GLib's main loop, with the real Gio at the other end; and its user data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from tests._helpers.glib import SYSTEM_PYTHON, missing_peer
+from tests._helpers.processes import ROOT
+from trio_unixconn import AsyncResult, CallbackConnection, connection_pair, open_callback_adapter
+
+if TYPE_CHECKING:
+    from trio_unixconn import CallbackAdapter
+
+pytestmark = pytest.mark.usefixtures("real_glib")
+
+EXAMPLE = ROOT / "examples" / "glib" / "guest.py"
+HOW_TO = ROOT / "docs" / "how-to" / "use-with-gtk.md"
+
+
+@pytest.fixture(scope="session")
+def python_with_trio() -> dict[str, str]:
+    """The environment in which the Python that has PyGObject has trio and this package, too.
+
+    Both are Python code without compiled parts, so those of this environment can be used.
+    """
+    packages = Path(trio.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
+    probe = "import trio, attrs, gi"
+    done = subprocess.run(
+        [SYSTEM_PYTHON, "-c", probe], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        missing_peer(f"{SYSTEM_PYTHON} cannot import trio or attrs: {done.stderr}")
+    return environment
+
+
+@pytest.mark.once
+def test_example_runs_in_glib(python_with_trio: dict[str, str]) -> None:
+    """GLib's callbacks and trio's tasks use one connection with Gio at its other end."""
+    done = subprocess.run(
+        [SYSTEM_PYTHON, "-W", "error", "-W", "ignore::ImportWarning", str(EXAMPLE)],
+        env=python_with_trio,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "Gio has sent its credentials",
+        "credentials from Gio",
+        "the pipe has: written by a callback",
+        "Gio has received a file of the same size",
+    ]
+
+
+# What is passed after the callback, by position and by keyword.
+USER_DATA: list[tuple[list[Any], dict[str, Any]]] = [
+    ([], {}),
+    ([1], {}),
+    ([1, "two"], {}),
+    ([], {"user_data": 5}),
+    ([], {"user_data": None}),
+    ([], {"user_data": [1, 2]}),
+    ([1], {"user_data": 5}),
+]
+ASK_GIO = """
+import json, socket, sys
+from gi.repository import Gio, GLib
+
+one, two = socket.socketpair()
+conn = Gio.Socket.new_from_fd(one.detach()).connection_factory_create_connection()
+loop, told = GLib.MainLoop(), []
+
+def on_sent(source, result, *user_data):
+    source.send_credentials_finish(result)
+    told.append(user_data)
+    loop.quit()
+
+for args, keywords in json.loads(sys.argv[1]):
+    try:
+        conn.send_credentials_async(None, on_sent, *args, **keywords)
+    except TypeError:
+        told.append("TypeError")
+    else:
+        loop.run()
+print(json.dumps(told))
+"""
+
+
+async def told_by_us(
+    adapter: CallbackAdapter, args: list[Any], keywords: dict[str, Any]
+) -> list[Any] | str:
+    told: list[list[Any]] = []
+    called = trio.Event()
+
+    def on_sent(source: CallbackConnection, result: AsyncResult, *user_data: Any) -> None:
+        source.send_credentials_finish(result)
+        told.append(list(user_data))
+        called.set()
+
+    one, two = connection_pair()
+    async with one, two:
+        try:
+            adapter.wrap(one).send_credentials_async(None, on_sent, *args, **keywords)
+        except TypeError:
+            return "TypeError"
+        await called.wait()
+    return told[0]
+
+
+async def test_user_data_as_in_pygobject() -> None:
+    """The callback gets what it gets from PyGObject, whether it was passed by keyword or not."""
+    asked = await trio.run_process(
+        [SYSTEM_PYTHON, "-c", ASK_GIO, json.dumps(USER_DATA)], capture_stdout=True
+    )
+    async with open_callback_adapter() as adapter:
+        ours = [await told_by_us(adapter, args, keywords) for args, keywords in USER_DATA]
+    assert ours == json.loads(asked.stdout)
+    assert ours[3:] == [[5], [None], [[1, 2]], "TypeError"]
+
+
+def test_how_to_has_the_function_of_the_example() -> None:
+    """The page for GTK programs shows the function that the example runs."""
+    text = EXAMPLE.read_text()
+    function = text[text.index("def run_in_glib") : text.index("async def main")].strip()
+    assert function in HOW_TO.read_text()
