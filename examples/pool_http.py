@@ -23,15 +23,18 @@ from trio_unixconn.pool import Job, WorkerServer, serve_with_workers
 # In seconds, with the wait for the next request: shorter than the drain_timeout of a pool, so that
 # idle clients do not keep the old workers.
 LONGEST_EXCHANGE = 20
-# In seconds, how long an idle connection stays open while the worker drains. A client that is just
-# sending its next request gets an answer, with "Connection: close". Without this wait the
+# In seconds, how long an idle connection stays open while the whole pool drains. A client that is
+# just sending its next request gets an answer, with "Connection: close". Without this wait the
 # connection would be closed under that request, and without a limit, one idle client would keep
 # the old worker for LONGEST_EXCHANGE.
 LAST_IDLE_WAIT = 1
 
 
 async def receive_request(stream: trio.abc.Stream, http: h11.Connection, job: Job) -> bool:
-    """Wait for the first bytes of a request. Return False if the connection can be closed."""
+    """Wait for the first bytes of a request.
+
+    Return False if the client has left, or if this worker drains and none have arrived.
+    """
     if http.trailing_data[0]:
         return True  # sent together with the request before
     data = b""
@@ -39,7 +42,8 @@ async def receive_request(stream: trio.abc.Stream, http: h11.Connection, job: Jo
 
         async def end_soon() -> None:
             await job.draining.wait()
-            nursery.cancel_scope.deadline = trio.current_time() + LAST_IDLE_WAIT
+            wait = 0 if job.can_pass_on else LAST_IDLE_WAIT
+            nursery.cancel_scope.deadline = trio.current_time() + wait
 
         nursery.start_soon(end_soon)
         with suppress(trio.BrokenResourceError):  # the client has left
@@ -73,8 +77,8 @@ async def answer(stream: trio.abc.Stream, http: h11.Connection, greeting: bytes,
             status, text, more = 405, b"not so\n", [(b"Allow", b"GET, HEAD")]
     except h11.RemoteProtocolError as exc:
         status, text, more = exc.error_status_hint, b"bad request\n", [(b"Connection", b"close")]
-    if job.draining.is_set():
-        more = [*more, (b"Connection", b"close")]  # the next request goes to a new worker
+    if job.draining.is_set() and not job.can_pass_on:
+        more = [*more, (b"Connection", b"close")]  # no worker will have the next request
     headers = [
         (b"Date", formatdate(usegmt=True).encode()),
         (b"Content-Type", b"text/plain"),
@@ -86,21 +90,23 @@ async def answer(stream: trio.abc.Stream, http: h11.Connection, greeting: bytes,
     http.send(h11.EndOfMessage())
 
 
-async def handler(stream: trio.abc.Stream, job: Job) -> None:
+async def handler(stream: trio.abc.Stream, job: Job) -> object:
     # This runs in a worker, for one connection, over TCP or a Unix socket.
     greeting = b"Hello from process %d, for job %d!\n" % (os.getpid(), job.id)
     http = h11.Connection(h11.SERVER)
     try:
-        # Not until the worker drains: a connection is closed only after an answer has said so.
+        # A connection is closed only after an answer has said so.
         while http.our_state is h11.IDLE:
             with trio.fail_after(LONGEST_EXCHANGE):
                 if not await receive_request(stream, http, job):
-                    break
+                    # Between two requests, a new worker can go on with the connection.
+                    return job.pass_on() if job.draining.is_set() and job.can_pass_on else None
                 await answer(stream, http, greeting, job)
             if http.our_state is http.their_state is h11.DONE:
                 http.start_next_cycle()
     except (trio.BrokenResourceError, trio.TooSlowError):
         pass  # the client has left, or was too slow
+    return None
 
 
 async def serve_until_told(port: int) -> None:

@@ -981,6 +981,25 @@ def close_outside_run(conn: UnixConnection) -> None:
     _closing.close_socket(conn._receiver.raw)
 
 
+async def receive_with_fds(conn: UnixConnection, max_bytes: int) -> tuple[bytes, list[int] | None]:
+    """Receive bytes as ``receive_some``, and file descriptors that came with them.
+
+    Returns:
+      The bytes, and the file descriptors, which the caller owns; None instead of these if the
+      kernel dropped some of them.
+    """
+    received = await conn._receiver.receive(max_bytes, None)
+    if not received[1] and not received[2] & _kernel.MSG_CTRUNC:
+        return received[0], []
+    message = _ancillary.unpack(received)
+    if message.truncated:
+        message.close()
+        return message.data, None
+    fds, message.fds = message.fds, []
+    message.close()
+    return message.data, fds
+
+
 def accepts_descriptors(conn: UnixConnection) -> bool:
     """Whether the peer may send file descriptors (``receive_descriptors``)."""
     return not isinstance(conn._receiver, RefusingReceiver)

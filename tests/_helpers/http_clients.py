@@ -50,6 +50,7 @@ class KeepAliveClient:
     port: int
     answered: int = 0
     connections: int = 0
+    worker: str = ""
     is_refused: bool = False
     failures: list[str] = attrs.field(factory=list[str])
     pause: float = 0
@@ -76,6 +77,8 @@ class KeepAliveClient:
             body = answer.read()
             if answer.status != 200 or b"Hello" not in body:
                 self.failures.append(f"{answer.status} {body!r}")
+            found = re.search(rb"process (\d+)", body)
+            self.worker = found[1].decode() if found else ""
             self.answered += 1
             if answer.will_close:
                 return

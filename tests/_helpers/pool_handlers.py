@@ -27,6 +27,7 @@ from trio_unixconn import (
     ConnectionBrokenError,
     Credentials,
     EndOfStreamError,
+    ReadAheadError,
     Seals,
     UnexpectedControlMessageError,
 )
@@ -436,6 +437,62 @@ def leave_free(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + count, hard))
 
 
+async def pass_on(stream: Any, job: Job) -> object:
+    """Answer each line with what this handler knows; pass the connection on when told, or drained.
+
+    On "pass", the connection is passed on with the rest of the line as data.
+    """
+    await stream.send_all(b"%d %d %s\n" % (os.getpid(), job.passed, job.data or b"nothing"))
+    while True:
+        line = b""
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await job.draining.wait()
+                if job.can_pass_on:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
+            # One byte after the other: what follows the line is the next handler's.
+            while not line.endswith(b"\n") and (byte := await stream.receive_some(1)):
+                line += byte
+            nursery.cancel_scope.cancel()
+        word, _, rest = line.strip().partition(b" ")
+        if not line and job.draining.is_set() and job.can_pass_on:
+            return job.pass_on(b"drained")
+        if not line:
+            return None
+        if word == b"pass":
+            return job.pass_on(rest)
+        if word == b"close":
+            passed = job.pass_on(rest)
+            await stream.aclose()
+            return passed
+        await stream.send_all(line.upper())
+
+
+async def pass_on_what_cannot_be(stream: Any, job: Job) -> bytes:
+    """Return why a job cannot be passed on."""
+    assert not job.can_pass_on
+    try:
+        job.pass_on()
+    except (RuntimeError, ValueError) as exc:
+        text = f"{type(exc).__name__}: {exc}".encode()
+        note("why", text.decode())
+        return text
+    return b"it can"
+
+
+async def read_ahead(stream: Any, job: Job) -> bytes:
+    """Try to pass on a connection that has read messages ahead."""
+    os.close(await anext(stream.fds()))
+    try:
+        job.pass_on()
+    except ReadAheadError as exc:
+        note("why", exc)
+    return b""
+
+
 async def tell_proxy(stream: Any, job: Job) -> bytes:
     """Tell what a balancer has said, and the rest of the stream."""
     rest = b"".join([chunk async for chunk in stream])
@@ -455,3 +512,12 @@ async def tell_proxy(stream: Any, job: Job) -> bytes:
     }
     await stream.send_all(json.dumps(told).encode())
     return b""
+
+
+async def pass_on_and_tell_peer(stream: Any, job: Job) -> object:
+    """Tell the peer, and pass the connection on at the next byte."""
+    assert isinstance(job.peer, tuple)
+    await stream.send_all(b"%s %d %s\n" % (job.peer[0].encode(), job.passed, job.data))
+    if not await stream.receive_some(1):
+        return None
+    return job.pass_on(b"some data")

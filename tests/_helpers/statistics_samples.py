@@ -46,6 +46,7 @@ STATISTICS = PoolStatistics(
     retried=5,
     rejected=4,
     cancelled=6,
+    passed=3,
     restarts=7,
     deaths=8,
     wait=latency(0.002, 0.0001, 70.0),

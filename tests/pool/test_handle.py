@@ -224,6 +224,10 @@ def answer(job_id: int, data: bytes = b"an answer") -> bytes:
     return _protocol.pack_job_result(_protocol.ANSWER, job_id, data)
 
 
+def pass_on(job_id: int) -> bytes:
+    return _protocol.pack_job_result(_protocol.PASS, job_id, b"data")
+
+
 def error(job_id: int) -> bytes:
     return _protocol.pack_job_result(_protocol.ERROR, job_id, b"it failed")
 
@@ -332,12 +336,28 @@ LIES = {
         retried=0,
     ),
     "file descriptors after TAKEN": Lie(
-        taken(3) + BEAT, "expected", BOTH | {SENT}, acknowledged=True, retried=0, attach=True
+        taken(3) + BEAT, "carries none", BOTH | {SENT}, acknowledged=True, retried=0, attach=True
     ),
+    "PASS of a call": Lie(pass_on(A_CALL), "expects an answer", attach=True),
+    "PASS of a job that is not acknowledged": Lie(pass_on(SENT), NOT_IN_FLIGHT, attach=True),
+    "PASS of no job": Lie(pass_on(12345), NOT_IN_FLIGHT, attach=True),
+    "PASS with half an id": Lie(
+        encode_frame(_protocol.PASS, bytes(3), carries_fds=True), "the id of a job", attach=True
+    ),
+    "PASS of another file": Lie(pass_on(A_JOB), "got another file", attach=True),
+    "PASS without a file descriptor": Lie(
+        encode_frame(_protocol.PASS, A_JOB.to_bytes(8, "little")), "got another file"
+    ),
+    "PASS, and a frame that is too long": Lie(
+        pass_on(A_JOB) + encode_frame(_protocol.ANSWER)[:2] + (MAX_BODY + 1).to_bytes(4, "little"),
+        "expected a frame of at most",
+        attach=True,
+    ),
+    "unknown kind, and PASS": Lie(encode_frame(255) + pass_on(A_JOB), "got kind 255", attach=True),
     "file descriptors": Lie(
         encode_frame(_protocol.BEAT, carries_fds=True), "expected", attach=True
     ),
-    "file descriptors with a frame that claims none": Lie(BEAT, "expected", attach=True),
+    "file descriptors with a frame that claims none": Lie(BEAT, "carries none", attach=True),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 ids = st.integers(0, 2**64 - 1)
 sent_jobs = st.builds(
-    _protocol.SentJob, ids, st.integers(0, 5), st.booleans(), st.binary(max_size=40)
+    _protocol.SentJob,
+    ids,
+    st.integers(0, 5),
+    st.booleans(),
+    st.integers(0, _protocol.MAX_PASSED),
+    st.binary(max_size=40),
 )
 
 
@@ -40,22 +46,40 @@ def test_unpack_of_other_frames(
         _protocol.pack_batch_id(_protocol.TAKEN, batch),
         _protocol.pack_job_ids(_protocol.DONE, job_ids),
         _protocol.pack_job_result(_protocol.ANSWER, job_id, result),
-        _protocol.pack_seconds(_protocol.DRAIN, time),
+        _protocol.pack_drain(time, is_replaced=True),
+        _protocol.pack_passed(job_id, _protocol.PassVerdict.RETRY),
         encode_frame(_protocol.BEAT),
     ]
-    taken, done, answer, drain, beat = FrameDecoder().feed(b"".join(data), [])
+    taken, done, answer, drain, passed, beat = FrameDecoder().feed(b"".join(data), [])
     assert (taken.kind, _protocol.unpack_batch_id(taken.body)) == (_protocol.TAKEN, batch)
     assert (done.kind, _protocol.unpack_job_ids(done.body)) == (_protocol.DONE, job_ids)
     assert answer.kind == _protocol.ANSWER
     assert _protocol.unpack_job_result(answer.body) == (job_id, result)
-    assert (drain.kind, _protocol.unpack_seconds(drain.body)) == (_protocol.DRAIN, time)
+    assert (drain.kind, _protocol.unpack_drain(drain.body)) == (_protocol.DRAIN, (time, True))
+    verdict = _protocol.PassVerdict.RETRY
+    assert (passed.kind, _protocol.unpack_passed(passed.body)) == (
+        _protocol.PASSED,
+        (job_id, verdict),
+    )
     assert beat == Frame(_protocol.BEAT, b"", [])
 
 
-def test_unpack_seconds_of_a_drain_without_a_deadline() -> None:
+def test_unpack_drain_without_a_deadline() -> None:
     """A drain without a deadline has infinity as its time."""
-    (frame,) = FrameDecoder().feed(_protocol.pack_seconds(_protocol.DRAIN, math.inf), [])
-    assert _protocol.unpack_seconds(frame.body) == math.inf
+    data = _protocol.pack_drain(math.inf, is_replaced=False)
+    (frame,) = FrameDecoder().feed(data, [])
+    assert _protocol.unpack_drain(frame.body) == (math.inf, False)
+
+
+def test_pack_job_result_of_a_connection_that_is_passed_on() -> None:
+    """Its file descriptor arrives with the frame."""
+    reader, writer = os.pipe()
+    data = _protocol.pack_job_result(_protocol.PASS, 7, b"data")
+    (frame,) = FrameDecoder().feed(data, [reader])
+    assert (frame.kind, frame.fds) == (_protocol.PASS, [reader])
+    assert _protocol.unpack_job_result(frame.body) == (7, b"data")
+    os.close(reader)
+    os.close(writer)
 
 
 def test_check_ready() -> None:
@@ -91,7 +115,7 @@ def test_check_ready_rejects_other_versions(body: bytes, version: str) -> None:
     )
 
 
-JOB = struct.Struct("=QBBI")
+JOB = struct.Struct("=QBBHI")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +124,7 @@ JOB = struct.Struct("=QBBI")
         pytest.param(b"", id="nothing"),
         pytest.param(b"\0" * 7, id="part of an id"),
         pytest.param(b"\0" * 8 + b"\0" * 5, id="part of a job"),
-        pytest.param(b"\0" * 8 + JOB.pack(1, 0, 0, 2) + b"x", id="data that is too short"),
+        pytest.param(b"\0" * 8 + JOB.pack(1, 0, 0, 0, 2) + b"x", id="data that is too short"),
     ],
 )
 def test_unpack_jobs_rejects_invalid_bodies(body: bytes) -> None:
@@ -115,7 +139,9 @@ def test_unpack_jobs_rejects_invalid_bodies(body: bytes) -> None:
         (_protocol.unpack_batch_id, b"123", "the id of a batch"),
         (_protocol.unpack_job_ids, b"1234567", "the ids of jobs"),
         (_protocol.unpack_job_result, b"1234567", "the id of a job"),
-        (_protocol.unpack_seconds, b"123456789", "a time in seconds"),
+        (_protocol.unpack_drain, b"1234567", "a time in seconds"),
+        (_protocol.unpack_passed, b"1234567", "the id of a job and a verdict"),
+        (_protocol.unpack_passed, b"12345678\x09", "the id of a job and a verdict"),
     ],
 )
 def test_unpack_rejects_invalid_bodies(

@@ -60,7 +60,7 @@ class Puppet:
 
     async def drain(self, timeout: float = 5) -> None:
         """Have it exit."""
-        await self.send(_protocol.pack_seconds(_protocol.DRAIN, timeout))
+        await self.send(_protocol.pack_drain(timeout, is_replaced=False))
         with trio.fail_after(30):
             assert await self.process.wait() == 0
 
@@ -99,7 +99,7 @@ async def puppet(handler: str, **options: Any) -> AsyncGenerator[Puppet, None]:
 
 
 def job(number: int, kind: int = EndpointKind.NONE, data: bytes = b"") -> _protocol.SentJob:
-    return _protocol.SentJob(number, kind, wants_answer=True, data=data)
+    return _protocol.SentJob(number, kind, wants_answer=True, passed=0, data=data)
 
 
 async def test_run_worker_logs_answered_calls() -> None:
@@ -189,7 +189,7 @@ async def test_drain_frame_refuses_later_batches(shared: Path) -> None:
             with other, theirs:
                 await worker.send_jobs(1, job(1, EndpointKind.UNIX), fds=[other.fileno()])
                 await held.line()
-                await worker.send(_protocol.pack_seconds(_protocol.DRAIN, 30))
+                await worker.send(_protocol.pack_drain(30, is_replaced=True))
                 await worker.send_jobs(2, job(2, EndpointKind.UNIX), fds=[theirs.fileno()])
                 await worker.send_jobs(3, job(3), fds=[])
             for batch in 2, 3:
@@ -311,7 +311,7 @@ async def test_run_job_with_any_exception(shared: Path, *, wants_answer: bool) -
         await worker.send_jobs(1, job(99, data=b"wait"), fds=[])
         await worker.receive(_protocol.MORE)
         for number, name in enumerate([*RAISED, b"exit in a nursery"], 1):
-            sent = _protocol.SentJob(number, EndpointKind.NONE, wants_answer, name)
+            sent = _protocol.SentJob(number, EndpointKind.NONE, wants_answer, 0, name)
             await worker.send_jobs(1 + number, sent, fds=[])
             failed, text = await worker.receive_error()
             assert failed == number
@@ -354,7 +354,7 @@ async def test_finish_job_names_type_of_wrong_answer() -> None:
 async def test_handler_timeout(shared: Path, *, wants_answer: bool) -> None:
     """A handler that takes longer than handler_timeout is cancelled, and its job fails."""
     async with puppet("tests.pool.test_worker:raise_it", handler_timeout=0.05) as worker:
-        sent = _protocol.SentJob(1, EndpointKind.NONE, wants_answer, b"wait")
+        sent = _protocol.SentJob(1, EndpointKind.NONE, wants_answer, 0, b"wait")
         await worker.send_jobs(1, sent, fds=[])
         assert await worker.receive_error() == (
             1,
@@ -474,11 +474,11 @@ async def test_run_of_a_worker_that_is_ready_after_drain() -> None:
 
     owner: Any = Owner()
     link = WorkerHandle(0, process, owner, Counters())
-    link.drain(0)
+    link.drain(0, is_replaced=False)
     with trio.fail_after(30):
         await link.run()
     assert isinstance(link.error, WorkerStartError)
     assert link.ready.is_set()
     # The process has exited.
-    link.drain(0)
+    link.drain(0, is_replaced=False)
     assert link.state is HandleState.ENDED

@@ -250,6 +250,26 @@ def _is_unconnected(sock: stdlib_socket.socket) -> bool:
     return False
 
 
+def kind_of_passed(kind: int, fd: int) -> EndpointKind | None:
+    """Return what a connection is that a handler has passed on; None if it is something else.
+
+    The kernel answers this without a file server, whatever the file descriptor is.
+
+    Args:
+      kind: what the connection was when the handler got it.
+    """
+    try:
+        found = _kind_of_socket(fd)
+    except (OSError, WrongDescriptorKindError):
+        return None
+    if found == EndpointKind.OTHER and kind != EndpointKind.UNIX_WITHOUT_DESCRIPTORS:
+        # The handler has set SO_LINGER, or it was such a socket before.
+        return found
+    if kind == EndpointKind.UNIX_WITHOUT_DESCRIPTORS:
+        return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+    return found if found == kind else None
+
+
 async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
     """Return a stream or file that owns ``fd``. This is a checkpoint only for a file.
 

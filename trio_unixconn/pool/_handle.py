@@ -37,23 +37,25 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
-from .._frames import Frame, FrameDecoder, FrameError
+from .._connection import receive_with_fds
+from .._frames import Frame, FrameDecoder, FrameError, close_frames
 from .._owner import DescriptorOwner
 from ..errors import (
     ConnectionBrokenError,
     ConnectionClosedError,
     HandlerError,
-    UnexpectedDescriptorsError,
     UnixConnectionError,
     WorkerDiedError,
     WorkerStartError,
 )
 from . import _protocol
+from ._endpoints import kind_of_passed
 from ._pending import JobEnd, PendingJob
 from ._process import WorkerProcess, describe_exit
-from ._protocol import ProtocolError
+from ._protocol import PassVerdict, ProtocolError
 
 if TYPE_CHECKING:
+    from ._endpoints import EndpointKind
     from ._statistics import Counters
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
@@ -106,6 +108,13 @@ class HandleOwner(Protocol):
 
         Args:
           awaited: whether a caller is told, too.
+        """
+
+    def on_passed(self, job: PendingJob, fd: int, kind: EndpointKind, data: bytes) -> bool:
+        """Called with a connection that a handler has passed on.
+
+        Returns:
+          Whether another handler gets it. Then the owner of this owns the file descriptor.
         """
 
     def on_refused(self, handle: WorkerHandle) -> None:
@@ -216,16 +225,21 @@ class WorkerHandle(DescriptorOwner):
         self._killed_for = self._killed_for or why
         self.process.kill()
 
-    def drain(self, timeout: float) -> None:
+    def drain(self, timeout: float, *, is_replaced: bool) -> None:
         """Have the worker finish its jobs and exit; its handlers are cancelled after ``timeout``.
 
         Of several timeouts, the one that passes first counts.
+
+        Args:
+          is_replaced: whether other workers go on, so that handlers can pass connections on.
         """
         if self.state is not HandleState.ENDED:
             self.state = HandleState.DRAINING
-            self._send_soon(_protocol.pack_seconds(_protocol.DRAIN, timeout))
+            self._send_soon(_protocol.pack_drain(timeout, is_replaced=is_replaced))
 
-    async def leave(self, timeout: float, grace: float | None = None) -> None:
+    async def leave(
+        self, timeout: float, grace: float | None = None, *, is_replaced: bool = False
+    ) -> None:
         """Drain the worker, and wait until it has ended; kill it if it does not end in time.
 
         It has ``grace`` seconds to exit: from its last job on, or from the end of ``timeout`` if
@@ -233,11 +247,12 @@ class WorkerHandle(DescriptorOwner):
 
         Args:
           grace: default: EXIT_GRACE.
+          is_replaced: as of ``drain``.
         """
         grace = EXIT_GRACE if grace is None else grace
         begin = trio.current_time()
         deadline = begin + timeout
-        self.drain(timeout)
+        self.drain(timeout, is_replaced=is_replaced)
         while self.state is not HandleState.ENDED:
             limit = deadline
             if not self.jobs_in_hand:
@@ -429,33 +444,68 @@ class WorkerHandle(DescriptorOwner):
         decoder = FrameDecoder()
         conn = self.process.conn
         while True:
-            try:
-                data = await conn.receive_some(CHUNK_SIZE)
-            except UnexpectedDescriptorsError as exc:
-                with contextlib.suppress(FrameError):
-                    self._on_data(decoder, exc.data)
-                raise
+            data, fds = await receive_with_fds(conn, CHUNK_SIZE)
             if not data:
                 return
-            self._on_data(decoder, data)
+            self._on_data(decoder, data, fds)
 
-    def _on_data(self, decoder: FrameDecoder, data: bytes) -> None:
+    def _on_data(self, decoder: FrameDecoder, data: bytes, fds: list[int] | None) -> None:
         self.last_heard = trio.current_time()
         try:
-            frames: Sequence[Frame] = decoder.feed(data, [])
+            frames: Sequence[Frame] = decoder.feed(data, fds)
         except FrameError as exc:
             # What it has sent before counts: handlers may have begun.
             for frame in exc.frames:
-                self._on_frame(frame)
+                if frame.kind != _protocol.PASS:
+                    self._on_frame(frame)
             raise
-        for frame in frames:
-            self._on_frame(frame)
+        for index, frame in enumerate(frames):
+            try:
+                self._on_frame(frame)
+            except BaseException:
+                close_frames(frames[index + 1 :])
+                raise
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.kind == _protocol.PASS:
+            self._on_pass(frame)
+            return
         handler = self._FRAME_HANDLERS.get(frame.kind)
-        if handler is None:
-            raise ProtocolError(f"expected a frame of a worker, got kind {frame.kind}")
+        if handler is None or frame.fds != []:
+            close_frames([frame])
+            raise ProtocolError(
+                f"expected a frame of a worker, got kind {frame.kind} with "
+                f"{'some' if frame.fds is None else len(frame.fds)} file descriptors"
+            )
         handler(self, frame.body)
+
+    def _on_pass(self, frame: Frame) -> None:
+        """Take a connection that a handler has passed on. Its job ends with this.
+
+        Only if this process has no free file descriptor for it, the worker tries again.
+        """
+        try:
+            job_id, data = _protocol.unpack_job_result(frame.body)
+            job = self._job(job_id, wants_answer=False)
+            if frame.fds is None:
+                # EMFILE here: the kernel has dropped the duplicate.
+                self._send_soon(_protocol.pack_passed(job_id, PassVerdict.RETRY))
+                return
+            kind = kind_of_passed(job.kind, frame.fds[0]) if len(frame.fds) == 1 else None
+            if kind is None:
+                raise ProtocolError(f"expected the connection of job {job_id}, got another file")
+        except ProtocolError:
+            close_frames([frame])
+            raise
+        verdict = PassVerdict.TAKEN
+        if not self._owner.on_passed(job, frame.fds[0], kind, data):
+            close_frames([frame])
+            verdict = PassVerdict.CLOSED
+        self._send_soon(_protocol.pack_passed(job_id, verdict))
+        # The worker reports nothing more about it.
+        self._finish(job_id, wants_answer=False).settle(JobEnd.HANDLED)
+        self.handled += 1
+        self._on_finished(1)
 
     def _on_ready(self, body: bytes) -> None:
         if self.started_at < math.inf or self.error is not None:
@@ -560,12 +610,16 @@ class WorkerHandle(DescriptorOwner):
         )
         self._on_finished(0)
 
-    def _finish(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:
+    def _job(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:
         job = self.in_flight.get(job_id)
         if job is None:
             raise ProtocolError(f"job {job_id} is not in flight")
         if wants_answer is not None and job.wants_answer != wants_answer:
             raise ProtocolError(f"job {job_id} expects {'an' if job.wants_answer else 'no'} answer")
+        return job
+
+    def _finish(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:
+        job = self._job(job_id, wants_answer=wants_answer)
         del self.in_flight[job_id]
         self._counters.handling.add(self.last_heard - job.acknowledged_at)
         return job

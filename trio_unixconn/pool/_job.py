@@ -17,12 +17,15 @@ from .._closing import close_fds, close_object
 from .._connection import UnixConnection, close_now
 from .._fdtypes import DescriptorKind, is_memory
 from .._file_thread import call_in_file_thread, ignore
+from .._guards import check_handover
 from .._memfd import Seals
 from .._owner import DescriptorOwner
 from .._sockopts import can_linger
-from ..errors import UnsafeBufferError
+from ..errors import UnsafeBufferError, WrongDescriptorKindError
+from ._endpoints import checked_data
 
 if TYPE_CHECKING:
+    from .._buffers import Buffer
     from .._credentials import Credentials
     from ._proxy_header import ProxyHeader
 
@@ -43,6 +46,26 @@ class WorkerInfo:
     data: bytes = attrs.field(repr=False)
 
 
+@attrs.frozen
+class PassedOn:
+    """What :meth:`Job.pass_on` returns, for the handler to return."""
+
+    data: bytes = attrs.field(repr=False)
+
+
+@attrs.define
+class WorkerState:
+    """What the jobs of a worker know about it.
+
+    Attributes:
+      draining: set when the worker is going to exit.
+      is_replaced: whether other workers go on then.
+    """
+
+    draining: trio.Event = attrs.field(factory=trio.Event)
+    is_replaced: bool = True
+
+
 @attrs.define(eq=False)
 class Job(DescriptorOwner):
     """A job, the second argument of its handler; the first one is the stream.
@@ -51,8 +74,8 @@ class Job(DescriptorOwner):
       id: the pool's number for the job, as in :class:`JobReceipt`.
       data: the bytes that were submitted with it.
       state: what the ``setup`` of the worker yielded; None without one.
-      draining: set when the worker is going to exit, for handlers that can finish sooner: one that
-        waits for the next request of a client can stop waiting.
+      passed: how many times handlers have passed the connection on with :meth:`pass_on`; ``data``
+        is what the last one has said then.
       proxy: the PROXY protocol header that the connection began with, in a pool with
         ``proxy_protocol``; None in others.
     """
@@ -60,9 +83,70 @@ class Job(DescriptorOwner):
     id: int
     data: bytes
     state: Any = attrs.field(repr=False)
-    draining: trio.Event = attrs.field(repr=False)
+    _worker: WorkerState = attrs.field(alias="worker", repr=False)
     _stream: Any = attrs.field(alias="stream", repr=False)
     proxy: ProxyHeader | None = attrs.field(default=None, repr=False)
+    passed: int = 0
+    _wants_answer: bool = attrs.field(default=False, alias="wants_answer", repr=False)
+
+    @property
+    def draining(self) -> trio.Event:
+        """Set when the worker is going to exit, for handlers that can finish sooner.
+
+        One that waits for the next request of a client can stop waiting, or, if ``can_pass_on``,
+        pass the connection on.
+        """
+        return self._worker.draining
+
+    @property
+    def can_pass_on(self) -> bool:
+        """Whether another handler can have the connection now.
+
+        False for a file, a job without a source and a ``call``, and when the whole pool drains.
+        """
+        return (
+            not self._wants_answer
+            and isinstance(self._stream, (trio.SocketStream, UnixConnection))
+            and (self._worker.is_replaced or not self._worker.draining.is_set())
+        )
+
+    def pass_on(self, data: Buffer = b"") -> PassedOn:
+        """Pass the connection on to another handler, when this one has returned.
+
+        ::
+
+            if job.draining.is_set() and job.can_pass_on:
+                return job.pass_on(data=b"what this handler knows of the client")
+
+        The next handler gets the connection as its stream and the data as ``job.data``, in another
+        worker if this one drains. The client notices nothing. The handler must stand at a boundary
+        of its protocol, with nothing of the client read that is not in the data, and must not close
+        the stream. A connection that a handler has wrapped, as in TLS, cannot be passed on: its
+        state is in this process. If no worker accepts jobs any more, the connection is closed.
+
+        Args:
+          data: at most 16 MiB for the next handler.
+
+        Returns:
+          An object that the handler returns. Without that, nothing happens.
+
+        Raises:
+          RuntimeError: the job is a :meth:`WorkerPool.call`, which wants an answer.
+          WrongDescriptorKindError: the job has no connection.
+          ReadAheadError: the connection has read messages ahead.
+          TypeError, ValueError: ``data`` is not bytes, or too large.
+        """
+        if self._wants_answer:
+            raise RuntimeError("cannot pass on the connection of a call, which wants an answer")
+        stream = self._stream
+        if not isinstance(stream, (trio.SocketStream, UnixConnection)):
+            raise WrongDescriptorKindError(
+                f"expected a job with a connection, got {type(stream).__name__}",
+                DescriptorKind.REGULAR_FILE,
+            )
+        if stream.socket.fileno() >= 0:
+            check_handover([stream.socket.fileno()])
+        return PassedOn(checked_data(data))
 
     @property
     def peer(self) -> Credentials | tuple[Any, ...] | str | None:

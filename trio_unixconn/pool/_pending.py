@@ -103,6 +103,7 @@ class PendingJob(DescriptorOwner):
       worker: the index of the only worker that may have it; None for any.
       wants_answer: whether the submitter waits for what the handler returns.
       peer: the address of the peer, if a server of the pool accepted the connection.
+      passed: how many times handlers have passed its connection on.
       state: see the module.
       attempts: the number of workers that were given it and did not acknowledge it.
       refused_by: the process IDs of those that had no free file descriptor for it.
@@ -124,6 +125,7 @@ class PendingJob(DescriptorOwner):
         "id",
         "kind",
         "outcome",
+        "passed",
         "peer",
         "raise_cancel",
         "refused_by",
@@ -145,6 +147,7 @@ class PendingJob(DescriptorOwner):
         worker: int | None = None,
         wants_answer: bool = False,
         peer: Any = None,
+        passed: int = 0,
     ) -> None:
         self.id: int = job_id
         self.fd: int = fd
@@ -153,6 +156,7 @@ class PendingJob(DescriptorOwner):
         self.worker: int | None = worker
         self.wants_answer: bool = wants_answer
         self.peer: Any = peer
+        self.passed: int = passed
         self.state: JobState = JobState.QUEUED
         self.attempts: int = 0
         self.refused_by: tuple[int, ...] = ()

@@ -7,9 +7,9 @@ left.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
+import threading
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ class WorkerPool(DescriptorOwner):
         self._supervisor = supervisor
         self._queue = supervisor.queue
         self._counters = supervisor.counters
-        self._ids = itertools.count(1)
         self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
 
     ################################################################
     # Jobs
@@ -132,7 +132,7 @@ class WorkerPool(DescriptorOwner):
         if source is not None:
             fd, kind = await detach_endpoint(source)
         job = PendingJob(
-            next(self._ids),
+            next(self._supervisor.ids),
             fd,
             kind,
             self._counters,
@@ -180,7 +180,8 @@ class WorkerPool(DescriptorOwner):
 
     def _check_run(self) -> None:
         if not is_current_run(self._token):
-            check_task()
+            if threading.get_ident() == self._thread:
+                check_task()
             raise RuntimeError(
                 "this pool belongs to another thread or trio.run; from a thread, call it with "
                 "trio.from_thread.run"
@@ -300,7 +301,7 @@ def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: En
     Args:
       accepted: file descriptors, which the pool owns afterwards, and the addresses of the peers.
     """
-    now, counters, ids = trio.current_time(), pool._counters, pool._ids
+    now, counters, ids = trio.current_time(), pool._counters, pool._supervisor.ids
     queue_of(pool).put_many(
         [PendingJob(next(ids), fd, kind, counters, now, peer=peer) for fd, peer in accepted]
     )

@@ -6,6 +6,7 @@ from the pool
 JOBS                  a batch: its id, and the id, endpoint kind and data of each job
 CANCEL                the ids of jobs whose callers were cancelled
 DRAIN                 the seconds in which to finish; a later batch is refused
+PASSED                the pool has a connection that was passed on, or cannot have it
 ====================  ==================================================================
 
 ====================  ==================================================================
@@ -19,6 +20,8 @@ MORE                  it can accept another batch
 DONE                  the ids of jobs whose handlers have returned
 ANSWER                what the handler of a call has returned
 ERROR                 the handler of a job has raised; with the traceback
+PASS                  the handler of a job has passed its connection on; with its file
+                      descriptor, and the data for the next handler
 BEAT                  the heartbeat
 LEAVING               it was asked to terminate (SIGTERM)
 ====================  ==================================================================
@@ -26,6 +29,7 @@ LEAVING               it was asked to terminate (SIGTERM)
 
 from __future__ import annotations
 
+import enum
 import json
 import struct
 from array import array
@@ -36,12 +40,13 @@ from .._frames import FrameError, encode_frame
 from .._version import __version__
 
 #: Changes whenever a frame changes.
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 # From the pool to a worker.
 JOBS: Final = 1
 CANCEL: Final = 2
 DRAIN: Final = 3
+PASSED: Final = 4
 # From a worker to the pool.
 READY: Final = 16
 FAILED: Final = 17
@@ -53,6 +58,7 @@ ERROR: Final = 22
 BEAT: Final = 23
 LEAVING: Final = 24
 MORE: Final = 25
+PASS: Final = 26
 
 #: The whole text of an ERROR for a job whose handler was cancelled at the end of a drain. The
 #: traceback of an exception is another text.
@@ -65,9 +71,24 @@ NO_DESCRIPTOR: Final = 0
 MAX_DATA: Final = 16 * 1024 * 1024
 
 _batch: Final = struct.Struct("=Q")
-_job: Final = struct.Struct("=QBBI")
+_job: Final = struct.Struct("=QBBHI")
 _id: Final = struct.Struct("=Q")
-_seconds: Final = struct.Struct("=d")
+_drain: Final = struct.Struct("=d?")
+_passed: Final = struct.Struct("=QB")
+
+#: The maximum number of moves that are counted.
+MAX_PASSED: Final = 2**16 - 1
+
+
+class PassVerdict(enum.IntEnum):
+    """What a pool says about a connection that was passed on."""
+
+    #: The pool has it, for another handler, and the job has ended.
+    TAKEN = 0
+    #: The pool had no free file descriptor for it, and the job has not ended.
+    RETRY = 1
+    #: No worker will accept it; the pool has closed it, and the job has ended.
+    CLOSED = 2
 
 
 class ProtocolError(FrameError):
@@ -81,11 +102,13 @@ class SentJob(NamedTuple):
       id: the pool's number for it.
       kind: what its file descriptor is, an ``EndpointKind``.
       wants_answer: whether the pool expects what the handler returns.
+      passed: how many times its connection was passed on.
     """
 
     id: int
     kind: int
     wants_answer: bool
+    passed: int
     data: bytes
 
 
@@ -99,6 +122,8 @@ class AnyJob(Protocol):
     @property
     def wants_answer(self) -> bool: ...
     @property
+    def passed(self) -> int: ...
+    @property
     def data(self) -> bytes: ...
 
 
@@ -106,7 +131,7 @@ def pack_jobs(batch: int, jobs: Iterable[AnyJob], *, carries_fds: bool) -> bytes
     """Return a JOBS frame; the file descriptors of the jobs are sent with it, in their order."""
     parts = [_batch.pack(batch)]
     for job in jobs:
-        parts.append(_job.pack(job.id, job.kind, job.wants_answer, len(job.data)))
+        parts.append(_job.pack(job.id, job.kind, job.wants_answer, job.passed, len(job.data)))
         if job.data:
             parts.append(job.data)
     return encode_frame(JOBS, b"".join(parts), carries_fds=carries_fds)
@@ -118,9 +143,10 @@ def unpack_jobs(body: bytes) -> tuple[int, list[SentJob]]:
         (batch,) = _batch.unpack_from(body)
         start, end, jobs = _batch.size, len(body), list[SentJob]()
         while start < end:
-            job_id, kind, wants_answer, size = _job.unpack_from(body, start)
+            job_id, kind, wants_answer, passed, size = _job.unpack_from(body, start)
             start += _job.size + size
-            jobs.append(SentJob(job_id, kind, bool(wants_answer), body[start - size : start]))
+            data = body[start - size : start]
+            jobs.append(SentJob(job_id, kind, bool(wants_answer), passed, data))
     except struct.error as exc:
         raise ProtocolError(f"expected a batch of jobs: {exc}") from exc
     if start != end:
@@ -155,29 +181,44 @@ def unpack_job_ids(body: bytes) -> list[int]:
 
 
 def pack_job_result(kind: int, job_id: int, result: bytes) -> bytes:
-    """Return an ANSWER or ERROR frame."""
-    return encode_frame(kind, _id.pack(job_id) + result)
+    """Return an ANSWER or ERROR frame, or a PASS frame, whose file descriptor is sent with it."""
+    return encode_frame(kind, _id.pack(job_id) + result, carries_fds=kind == PASS)
 
 
 def unpack_job_result(body: bytes) -> tuple[int, bytes]:
-    """Return the id of a job, and its answer or traceback."""
+    """Return the id of a job, and its answer, traceback or data."""
     try:
         return int(_id.unpack_from(body)[0]), body[_id.size :]
     except struct.error as exc:
         raise ProtocolError(f"expected the id of a job: {exc}") from exc
 
 
-def pack_seconds(kind: int, seconds: float) -> bytes:
-    """Return a DRAIN frame."""
-    return encode_frame(kind, _seconds.pack(seconds))
+def pack_drain(seconds: float, *, is_replaced: bool) -> bytes:
+    """Return a DRAIN frame; ``is_replaced`` if other workers go on."""
+    return encode_frame(DRAIN, _drain.pack(seconds, is_replaced))
 
 
-def unpack_seconds(body: bytes) -> float:
-    """Return a time in seconds."""
+def unpack_drain(body: bytes) -> tuple[float, bool]:
+    """Return a time in seconds, and whether other workers go on."""
     try:
-        return float(_seconds.unpack(body)[0])
+        seconds, is_replaced = _drain.unpack(body)
     except struct.error as exc:
         raise ProtocolError(f"expected a time in seconds: {exc}") from exc
+    return float(seconds), bool(is_replaced)
+
+
+def pack_passed(job_id: int, verdict: PassVerdict) -> bytes:
+    """Return a PASSED frame."""
+    return encode_frame(PASSED, _passed.pack(job_id, verdict))
+
+
+def unpack_passed(body: bytes) -> tuple[int, PassVerdict]:
+    """Return the id of a job whose connection was passed on, and what became of that."""
+    try:
+        job_id, verdict = _passed.unpack(body)
+        return int(job_id), PassVerdict(verdict)
+    except (struct.error, ValueError) as exc:
+        raise ProtocolError(f"expected the id of a job and a verdict: {exc}") from exc
 
 
 def pack_ready() -> bytes:

@@ -91,6 +91,7 @@ class ProxyHeader:
       destination: the address that the client has connected to; None likewise.
       is_local: whether the balancer has connected on its own behalf.
       tlvs: the values of version 2 by type; of a type that occurs twice, the last one.
+      raw: the bytes of the header.
     """
 
     version: int
@@ -98,6 +99,7 @@ class ProxyHeader:
     destination: tuple[Any, ...] | str | None
     is_local: bool = False
     tlvs: Mapping[int, bytes] = attrs.field(factory=dict[int, bytes], repr=False)
+    raw: bytes = attrs.field(default=b"", repr=False, eq=False)
 
     @property
     def unique_id(self) -> bytes | None:
@@ -170,7 +172,8 @@ class ProxyHeaderParser:
         if end is None:
             self._data = whole
             return len(data)
-        self.header = (_parse_line if whole[:1] == b"P" else _parse_block)(whole[:end])
+        header = (_parse_line if whole[:1] == b"P" else _parse_block)(whole[:end])
+        self.header = attrs.evolve(header, raw=whole[:end])
         taken = end - len(self._data)
         self._data = b""
         return taken
@@ -368,6 +371,25 @@ def crc32c(data: bytes) -> int:
     for byte in data:
         crc = table[(crc ^ byte) & 255] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
+
+
+################################################################
+# Connections that are passed on
+################################################################
+
+
+def join_passed(header: ProxyHeader | None, data: bytes) -> bytes:
+    """Return the data of a connection that is passed on, after the header that it had."""
+    raw = b"" if header is None else header.raw
+    return len(raw).to_bytes(4, "big") + raw + data
+
+
+def split_passed(data: bytes) -> tuple[ProxyHeader | None, bytes]:
+    """Return the header and the data of a connection that was passed on."""
+    end = 4 + int.from_bytes(data[:4], "big")
+    parser = ProxyHeaderParser()
+    parser.feed(data[4:end])
+    return parser.header, data[end:]
 
 
 ################################################################

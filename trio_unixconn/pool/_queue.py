@@ -123,6 +123,11 @@ class JobQueue(DescriptorOwner):
         self._put(job)
         self.dispatch()
 
+    def put_passed(self, job: PendingJob) -> None:
+        """Queue a connection that a handler has passed on, even if the queue is full."""
+        self._common.reserved += 1
+        self.put(job)
+
     def put_many(self, jobs: Iterable[PendingJob]) -> None:
         """Queue jobs of the same kind of lane as ``put``, and dispatch them together."""
         for job in jobs:

@@ -126,6 +126,8 @@ class PoolStatistics:
       retried: how many times a job was queued again.
       rejected: the number of jobs that no worker has accepted.
       cancelled: the number of jobs that were cancelled before a worker had them.
+      passed: the number of connections that handlers have passed on to other handlers. Each of
+        them counts as a job that was handled, and another one that was submitted.
       restarts: the number of workers that were replaced, for any reason.
       deaths: the number of workers that died without having been asked to exit.
       wait: the time from the submission of a job until a worker accepted it.
@@ -146,6 +148,7 @@ class PoolStatistics:
     retried: int
     rejected: int
     cancelled: int
+    passed: int
     restarts: int
     deaths: int
     wait: Latency
@@ -185,6 +188,7 @@ class Counters:
     retried: int = 0
     rejected: int = 0
     cancelled: int = 0
+    passed: int = 0
     restarts: int = 0
     deaths: int = 0
     wait: LatencyHistogram = attrs.field(factory=LatencyHistogram)

@@ -60,12 +60,14 @@ KeyboardInterrupt.
 from __future__ import annotations
 
 import enum
+import itertools
 import logging
 import math
 import random
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -74,10 +76,12 @@ from trio.lowlevel import enable_ki_protection
 
 from .._owner import DescriptorOwner
 from ..errors import WorkerStartError
-from . import _process
+from . import _process, _protocol
 from ._cpus import available_cpus
 from ._endpoints import EndpointKind
 from ._handle import HandleState, WorkerHandle
+from ._pending import PendingJob
+from ._proxy_header import split_passed
 from ._queue import JobQueue
 from ._statistics import AbandonedJob, Counters, memory_of
 
@@ -86,7 +90,6 @@ if sys.version_info < (3, 11):
 
 if TYPE_CHECKING:
     from ._config import PoolConfig
-    from ._pending import PendingJob
     from ._process import FdReserve
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
@@ -209,6 +212,7 @@ class Supervisor(DescriptorOwner):
       slots: the slots of the pool, by index.
       alive: the workers whose processes exist, and for those that start, since when.
       failure: the exception with which the pool has ended by itself.
+      ids: the numbers of the next jobs.
       dispatch: gives queued jobs to workers that can accept them.
     """
 
@@ -216,6 +220,7 @@ class Supervisor(DescriptorOwner):
         self.options: PoolConfig = options
         self._nursery = nursery
         self._reserve = reserve
+        self.ids: Iterator[int] = itertools.count(1)
         self.counters: Counters = Counters()
         self.queue: JobQueue = JobQueue(
             options.max_in_flight, options.max_queue, options.max_attempts, self.counters
@@ -503,8 +508,9 @@ class Supervisor(DescriptorOwner):
             return
         self._leaving.add(handle)
         timeout = self.options.drain_timeout
-        handle.drain(timeout)
-        self._spawn(f"leave {handle.index}", handle, handle.leave, timeout)
+        handle.drain(timeout, is_replaced=True)
+        leave = partial(handle.leave, is_replaced=True)
+        self._spawn(f"leave {handle.index}", handle, leave, timeout)
 
     def _spawn(
         self,
@@ -794,6 +800,18 @@ class Supervisor(DescriptorOwner):
             )
         self.dispatch()
 
+    def on_passed(self, job: PendingJob, fd: int, kind: EndpointKind, data: bytes) -> bool:
+        """Give a connection that a handler has passed on to another handler, if there is one."""
+        if not self.queue.is_open():
+            return False
+        self.counters.passed += 1
+        passed = min(job.passed + 1, _protocol.MAX_PASSED)
+        now, counters = trio.current_time(), self.counters
+        self.queue.put_passed(
+            PendingJob(next(self.ids), fd, kind, counters, now, data, peer=job.peer, passed=passed)
+        )
+        return True
+
     def on_refused(self, handle: WorkerHandle) -> None:
         """Let a worker without a free file descriptor rest; replace it if that does not help."""
         if handle.refusals == 1:
@@ -851,9 +869,10 @@ class Supervisor(DescriptorOwner):
             if report is not None:
                 seconds = trio.current_time() - job.acknowledged_at
                 try:
-                    report(
-                        AbandonedJob(job.id, handle.index, handle.pid, job.peer, job.data, seconds)
-                    )
+                    data = job.data
+                    if self.options.proxy_protocol is not None and job.passed:
+                        _, data = split_passed(data)
+                    report(AbandonedJob(job.id, handle.index, handle.pid, job.peer, data, seconds))
                 except BaseException:
                     logger.exception("on_abandoned raised an exception for job %d", job.id)
 

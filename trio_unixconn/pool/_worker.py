@@ -40,18 +40,25 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
+from .. import _kernel
 from .._closing import close_fds
 from .._connection import UnixConnection
 from .._frames import Frame, FrameDecoder, encode_frame
 from .._sockopts import raw_socket
 from .._version import __version__
-from ..errors import DescriptorsTruncatedError, UnixConnectionError
+from ..errors import DescriptorsTruncatedError, SendError, UnixConnectionError
 from . import _protocol
 from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_endpoint
 from ._import_string import import_handler, import_setup
-from ._job import Job, WorkerInfo, close_file, close_stream
-from ._proxy_header import ProxyProtocolError, read_proxy_header
+from ._job import Job, PassedOn, WorkerInfo, WorkerState, close_file, close_stream
+from ._protocol import PassVerdict
+from ._proxy_header import (
+    ProxyProtocolError,
+    join_passed,
+    read_proxy_header,
+    split_passed,
+)
 from ._worker_config import WorkerConfig
 
 if sys.version_info < (3, 11):
@@ -73,6 +80,12 @@ _ORPHAN_DRAIN: Final = 0.5
 _ORPHAN_EXIT: Final = 0.75
 # The maximum length of a traceback, in bytes. What a handler raises can have a text of any length.
 MAX_TRACEBACK: Final = 65536
+# How long a worker tries to pass on a connection while the pool has no free file descriptor, in
+# seconds, and the pause between two attempts.
+_PASS_TIMEOUT: Final = 5.0
+_PASS_RETRY_DELAY: Final = 0.05
+# The result of a handler whose connection the pool has taken.
+_PASSED: Final = object()
 
 
 def run_worker(
@@ -280,6 +293,22 @@ def _contains_cancelled(exc: BaseException) -> bool:
     return isinstance(exc, trio.Cancelled)
 
 
+class _Verdict:
+    """What the pool says about a connection that was passed on, as soon as it does."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._verdict = PassVerdict.CLOSED
+
+    def set(self, verdict: PassVerdict) -> None:
+        self._verdict = verdict
+        self._event.set()
+
+    async def get(self) -> PassVerdict:
+        await self._event.wait()
+        return self._verdict
+
+
 class _Worker:
     """A worker that is ready."""
 
@@ -317,7 +346,11 @@ class _Worker:
         # Those of calls, which the pool can cancel.
         self._scopes: dict[int, trio.CancelScope] = {}
         self._deadline = trio.CancelScope()
-        self._draining = trio.Event()
+        self._worker_state = WorkerState()
+        self._draining = self._worker_state.draining
+        # The verdicts that jobs wait for, whose connections were passed on.
+        self._verdicts: dict[int, _Verdict] = {}
+        self._is_receiving = True
 
     async def run(self, signals: AsyncIterator[int]) -> None:
         """Handle jobs until the pool drains this worker, or is gone."""
@@ -341,9 +374,16 @@ class _Worker:
 
     async def _receive(self, handlers: trio.Nursery) -> None:
         # An error: the pool could not be told that jobs were taken.
-        with contextlib.suppress(UnixConnectionError):
-            await self._receive_until_end(handlers)
+        try:
+            with contextlib.suppress(UnixConnectionError):
+                await self._receive_until_end(handlers)
+        finally:
+            # At the deadline, too, verdicts do not arrive any more.
+            self._is_receiving = False
+            while self._verdicts:
+                self._verdicts.popitem()[1].set(PassVerdict.CLOSED)
         # The pool is gone.
+        self._worker_state.is_replaced = False
         self._group.is_orphan = True
         self._drain(_ORPHAN_DRAIN)
 
@@ -377,7 +417,11 @@ class _Worker:
                         scope.deadline = math.inf
                         scope.cancel()
             case _protocol.DRAIN:
-                self._drain(_protocol.unpack_seconds(body))
+                timeout, self._worker_state.is_replaced = _protocol.unpack_drain(body)
+                self._drain(timeout)
+            case _protocol.PASSED:
+                job_id, verdict = _protocol.unpack_passed(body)
+                self._verdicts.pop(job_id).set(verdict)
             case _:
                 raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
 
@@ -419,7 +463,10 @@ class _Worker:
         try:
             with scope:
                 result = await self._call_handler(job, fd)
-            if not scope.cancelled_caught:
+            if result is _PASSED:
+                # The pool has ended the job.
+                pass
+            elif not scope.cancelled_caught:
                 self._finish_job(job, result)
             elif scope.deadline == math.inf:
                 self._fail_job(job.id, b"handler was cancelled because its call was cancelled")
@@ -439,14 +486,26 @@ class _Worker:
         """Call the handler; its stream is closed, and a file written, when this returns."""
         stream: Any = None
         proxy: ProxyHeader | None = None
+        data = job.data
         if job.kind != EndpointKind.NONE:
             stream = await attach_endpoint(job.kind, fd)
         try:
             if self._read_proxy_header is not None and isinstance(stream, trio.abc.Stream):
-                proxy = await self._read_proxy_header(stream)
-            return await self._handler(
-                stream, Job(job.id, job.data, self._state, self._draining, stream, proxy)
+                if job.passed:
+                    proxy, data = split_passed(data)
+                else:
+                    proxy = await self._read_proxy_header(stream)
+            given = Job(
+                *(job.id, data, self._state, self._worker_state, stream, proxy),
+                passed=job.passed,
+                wants_answer=job.wants_answer,
             )
+            result = await self._handler(stream, given)
+            if isinstance(result, PassedOn) and not job.wants_answer:
+                if self._read_proxy_header is not None:
+                    result = PassedOn(join_passed(proxy, result.data))
+                return await self._pass_on(job, stream, result)
+            return result
         finally:
             if job.kind == EndpointKind.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
@@ -454,6 +513,49 @@ class _Worker:
                 # An error is about data that was sent before. The socket is closed.
                 with contextlib.suppress(OSError):
                     close_stream(stream)
+
+    async def _pass_on(self, job: _protocol.SentJob, stream: Any, passed: PassedOn) -> object:
+        """Send the connection of a job to the pool, which gives it to another handler.
+
+        The caller closes this worker's copy. Until the pool has said what became of the connection,
+        it is the only one which the kernel cannot drop.
+
+        Returns:
+          _PASSED if the pool has ended the job, and None if the connection is closed instead.
+        """
+        if stream.socket.fileno() < 0:
+            raise RuntimeError("handler has passed on a connection that it has closed")
+        frame = _protocol.pack_job_result(_protocol.PASS, job.id, passed.data)
+        with trio.move_on_after(_PASS_TIMEOUT):
+            while self._is_receiving:
+                # A cancellation must not leave open whether the pool has it.
+                with trio.CancelScope(shield=True):
+                    verdict = await self._pass_once(job.id, frame, stream)
+                if verdict is not PassVerdict.RETRY:
+                    return _PASSED
+                await trio.sleep(_PASS_RETRY_DELAY)
+        return None
+
+    async def _pass_once(self, job_id: int, frame: bytes, stream: Any) -> PassVerdict:
+        answer = self._verdicts[job_id] = _Verdict()
+        while self._is_sending:
+            await self._sent.park()
+        self._is_sending = True
+        try:
+            await self._conn.send_message(frame, fds=[stream.socket])
+        except SendError as exc:
+            del self._verdicts[job_id]
+            if exc.errno not in _kernel.OUT_OF_RESOURCES:
+                raise
+            return PassVerdict.RETRY
+        except UnixConnectionError:
+            # The pool is gone.
+            self._verdicts.pop(job_id, None)
+            return PassVerdict.CLOSED
+        finally:
+            self._is_sending = False
+            self._sent.unpark_all()
+        return await answer.get()
 
     def _finish_job(self, job: _protocol.SentJob, result: Any) -> None:
         if not job.wants_answer:
