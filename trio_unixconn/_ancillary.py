@@ -359,8 +359,13 @@ def expect_fds(message: RawMessage, max_fds: int) -> list[int]:
     return received.fds
 
 
-def expect_message(message: RawMessage, max_fds: int) -> Received:
+def expect_message(
+    message: RawMessage, max_fds: int, *, received_by: str = "connection"
+) -> Received:
     """Return a message that may have up to ``max_fds`` file descriptors.
+
+    Args:
+      received_by: what has received it, for errors.
 
     Raises:
       UnexpectedControlMessageError: more.
@@ -369,7 +374,9 @@ def expect_message(message: RawMessage, max_fds: int) -> Received:
     received = unpack(message)
     if received.truncated or len(received.fds) > max_fds:
         raise _unexpected(
-            f"at most {max_fds} file descriptors" if max_fds else "no file descriptors", received
+            f"at most {max_fds} file descriptors" if max_fds else "no file descriptors",
+            received,
+            received_by,
         )
     return received
 
@@ -428,14 +435,14 @@ def expect_no_fds(message: RawMessage) -> None:
 
 
 def _unexpected(
-    expected: str, received: Received
+    expected: str, received: Received, received_by: str = "connection"
 ) -> UnexpectedControlMessageError | DescriptorsTruncatedError:
     text, arrived = str(received), len(received.fds)
     received.close()
     if received.truncated:
         return DescriptorsTruncatedError(received.data, arrived, received.credentials)
     return UnexpectedControlMessageError(
-        f"expected {expected}, got {text}; the bytes are in .data and the connection is still "
+        f"expected {expected}, got {text}; the bytes are in .data and the {received_by} is still "
         "usable",
         received.data,
         received.credentials,

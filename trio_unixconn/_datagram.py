@@ -92,6 +92,7 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
         "__weakref__",
         "_address",
         "_binding",
+        "_leaving",
         "_receive_descriptors",
         "_receiver",
         "_sender",
@@ -113,6 +114,7 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
         self._receive_descriptors = receive_descriptors
         self._address = address
         self._binding: _bind.Binding | None = None
+        self._leaving = trio.Lock()
         if not receive_descriptors:
             disable_passrights(raw)
         # Until the receiver is collected.
@@ -218,8 +220,9 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
     ) -> Datagram:
         """Receive one datagram, with its file descriptors, its sender and credentials.
 
-        Every error but :class:`ConnectionClosedError` and :class:`ConnectionBusyError` is about
-        one datagram, which is lost. The next call returns the next one.
+        A datagram socket has no end: this waits even if no process can send any more. Every error
+        but :class:`ConnectionClosedError` and :class:`ConnectionBusyError` is about one datagram,
+        which is lost. The next call returns the next one.
 
         Args:
           max_bytes: the size of the largest datagram that is accepted. Linux limits those of
@@ -249,7 +252,7 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
             raise DatagramTruncatedError(message.data, sent, sender, message.credentials)
         if not self._receive_descriptors:
             _ancillary.expect_no_fds(received)
-        message = _ancillary.expect_message(received, most)
+        message = _ancillary.expect_message(received, most, received_by="socket")
         return Datagram(
             message.data,
             UnixFDList.owning(message.fds),
@@ -285,11 +288,11 @@ class UnixDatagramSocket(DescriptorOwner, trio.abc.AsyncResource):
         """
         check_task()
         raw = self._receiver.raw
-        if raw.fileno() != -1:
-            binding, self._binding = self._binding, None
-            if binding is not None:
-                # First the path: while the socket is open, it is known to be ours.
-                with trio.CancelScope(shield=True):
+        # First the path: while the socket is open, it is known to be ours. So a second task waits.
+        with trio.CancelScope(shield=True):
+            async with self._leaving:
+                binding, self._binding = self._binding, None
+                if binding is not None and raw.fileno() != -1:
                     await _bind.unbind_quietly(binding)
         if raw.fileno() != -1:
             self._sender.release()

@@ -104,7 +104,7 @@ class Receiver(ConnectedSocket):
           into: where to put the bytes; then the data of the message is their number.
         """
         if self.busy:
-            raise ConnectionBusyError("another task is receiving from this connection")
+            raise ConnectionBusyError(f"another task is receiving from this {self.noun}")
         self.busy = True
         try:
             if cancellable is not None:
@@ -394,6 +394,7 @@ class DatagramReceiver(Receiver):
 
     __slots__ = ("_buffer",)
 
+    noun: ClassVar[str] = "socket"
     into_flags: ClassVar[int] = _FLAGS | _kernel.MSG_TRUNC
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:

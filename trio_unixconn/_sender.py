@@ -25,7 +25,7 @@ import errno
 import socket as stdlib_socket
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 from trio.lowlevel import (
@@ -238,7 +238,7 @@ class Sender(ConnectedSocket):
         nothing can be sent any more.
         """
         if self.busy:
-            raise _busy()
+            raise self._is_busy()
         self.busy = True
         progress: _SendProgress | None = None
         try:
@@ -400,9 +400,12 @@ class Sender(ConnectedSocket):
         finally:
             self.busy = False
 
+    def _is_busy(self) -> ConnectionBusyError:
+        return ConnectionBusyError(f"another task is sending on this {self.noun}")
+
     def _begin(self) -> None:
         if self.busy:
-            raise _busy()
+            raise self._is_busy()
         self.busy = True
 
     async def _refuse_after_cut(self) -> None:
@@ -431,6 +434,8 @@ class DatagramSender(Sender):
     """
 
     __slots__ = ("_probe",)
+
+    noun: ClassVar[str] = "socket"
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
@@ -556,7 +561,3 @@ def _open_probe(address: UnixSocketAddress) -> stdlib_socket.socket:
         probe.close()
         raise
     return probe
-
-
-def _busy() -> ConnectionBusyError:
-    return ConnectionBusyError("another task is sending on this connection")

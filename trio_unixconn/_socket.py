@@ -12,7 +12,7 @@ import errno
 import os
 import socket as stdlib_socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeAlias, TypeVar
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint
@@ -80,6 +80,9 @@ class ConnectedSocket(DescriptorOwner):
 
     __slots__ = ("raw", "socket")
 
+    # What the user calls it, for errors.
+    noun: ClassVar[str] = "connection"
+
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         self.socket: trio.socket.SocketType = socket
         self.raw: stdlib_socket.socket = raw
@@ -95,7 +98,10 @@ class ConnectedSocket(DescriptorOwner):
           ConnectionClosedError: this side has closed it.
         """
         if self.is_closed():
-            raise ConnectionClosedError(_CLOSED)
+            raise self._closed()
+
+    def _closed(self) -> ConnectionClosedError:
+        return ConnectionClosedError(f"this {self.noun} is closed")
 
     async def failed(
         self,
@@ -124,18 +130,17 @@ class ConnectedSocket(DescriptorOwner):
         attempt: SendAttempt | None,
     ) -> UnixConnectionError:
         if isinstance(exc, trio.BusyResourceError):
-            return ConnectionBusyError("another task is waiting for the socket of this connection")
+            return ConnectionBusyError(
+                f"another task is waiting for the socket of this {self.noun}"
+            )
         if self.is_closed() or isinstance(exc, trio.ClosedResourceError):
-            return ConnectionClosedError(_CLOSED)
+            return self._closed()
         if exc.errno == errno.EPIPE and self.socket.did_shutdown_SHUT_WR:
             return ConnectionClosedError("cannot send after send_eof()")
         if attempt is None or exc.errno in _PEER_GONE or not (attempt.is_message or attempt.fds):
             # As trio's streams: every other error of plain bytes is a broken stream, too.
             return ConnectionBrokenError(f"connection is broken: {exc}")
         return _rejected(exc, attempt)
-
-
-_CLOSED: Final = "this connection is closed"
 
 
 def with_sent(error: _ErrorT, sent: int) -> _ErrorT:

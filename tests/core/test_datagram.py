@@ -320,9 +320,9 @@ async def test_two_tasks_in_one_direction_are_busy(unix_socket_path: Path) -> No
             nursery.start_soon(sender.send_message, b"x", unix_socket_path)
             nursery.start_soon(sender.receive_message)
             await wait_all_tasks_blocked()
-            with pytest.raises(ConnectionBusyError):
+            with pytest.raises(ConnectionBusyError, match="sending on this socket"):
                 await sender.send_message(b"y", unix_socket_path)
-            with pytest.raises(ConnectionBusyError):
+            with pytest.raises(ConnectionBusyError, match="receiving from this socket"):
                 await sender.receive_message()
             nursery.cancel_scope.cancel()
         assert receiver.socket.fileno() != -1
@@ -508,7 +508,9 @@ async def test_receive_message_rejects_descriptors(
     async with await open_unix_datagram() as sender:
         async with await open_unix_datagram(unix_socket_path) as receiver:
             await sender.send_message(b"x", unix_socket_path, fds=[0, 1])
-            with pytest.raises(UnexpectedControlMessageError, match="at most 1"):
+            with pytest.raises(
+                UnexpectedControlMessageError, match=r"at most 1.* the socket is still usable"
+            ):
                 await receiver.receive_message(max_fds=1)
             await sender.send_message(b"x", unix_socket_path, fds=[0, 1, 2])
             with limit_descriptors(1), pytest.raises(DescriptorsTruncatedError) as caught:
@@ -638,6 +640,20 @@ async def test_aclose_closes_descriptors_in_the_queue(unix_socket_path: Path) ->
     assert repr(receiver) == "<UnixDatagramSocket closed>"
     with pytest.raises(ConnectionClosedError):
         receiver.get_local_address()
+
+
+async def test_aclose_by_two_tasks_removes_the_path_first(unix_socket_path: Path) -> None:
+    """If two tasks close a socket, both return after it is closed, and its path is gone."""
+    receiver = await open_unix_datagram(unix_socket_path)
+
+    async def close() -> None:
+        await receiver.aclose()
+        assert receiver.is_closed()
+        assert not unix_socket_path.exists()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close)
+        nursery.start_soon(close)
 
 
 async def test_repr_names_address(unix_socket_path: Path) -> None:

@@ -586,6 +586,23 @@ async def test_open_service_manager_checks_credentials() -> None:
         fake.__reduce_ex__(2)
 
 
+async def test_wait_for_by_two_tasks_and_after_a_timeout() -> None:
+    """Each task gets the message that it waits for, and a timeout takes nothing."""
+    async with managed() as (fake, manager):
+        with trio.move_on_after(0.01):
+            await fake.wait_for("READY=1")
+        await manager.status("a")
+        await manager.status("b")
+        with trio.move_on_after(0.01):
+            await fake.wait_for("READY=1")
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for text in ("a", "b"):
+                    nursery.start_soon(fake.wait_for, f"STATUS={text}")
+                nursery.start_soon(fake.wait_for, "READY=1")
+                await manager.ready()
+
+
 async def test_open_service_manager_rejects_messages_without_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -98,13 +98,14 @@ class FakeServiceManager(DescriptorOwner):
         Returns:
           The message.
         """
-        wanted = set(assignments)
+        wanted, position = set(assignments), self._next
         await checkpoint_in_task()
         while True:
-            while self._next < len(self.received):
-                message = self.received[self._next]
-                self._next += 1
+            while position < len(self.received):
+                message = self.received[position]
+                position += 1
                 if wanted <= {f"{key}={value}" for key, value in message.assignments.items()}:
+                    self._next = position
                     return message
             await self._changed.wait()
 
