@@ -1,4 +1,4 @@
-"""HAProxy asks ``serve --agent-check``, and sends its clients where there is capacity."""
+"""HAProxy asks ``serve --agent-check`` or ``/ready``, and sends its clients accordingly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
-# Only the agent decides: there are no other checks, and no request is sent twice.
+# Only what is tested decides: there are no other checks, and no request is sent twice.
 CONFIG = """\
 global
     stats socket {directory}/admin level admin
@@ -46,26 +46,31 @@ frontend front
 backend back
     balance roundrobin
     http-reuse always
+    option httpchk GET /ready
 """
-SERVER = (
-    "    server app{index} 127.0.0.1:{port} weight 100 "
-    "agent-check agent-addr 127.0.0.1 agent-port {check} agent-inter 50ms\n"
-)
+SERVER = "    server app{index} 127.0.0.1:{port} weight 100 "
+AGENT = "agent-check agent-addr 127.0.0.1 agent-port {check} agent-inter 50ms\n"
+READY = "check addr 127.0.0.1 port {stats} inter 50ms rise 1 fall 1\n"
+# What the status of a server begins with.
+OPEN = {AGENT: "no check", READY: "UP"}
+OUT = {AGENT: "DRAIN", READY: "DOWN"}
 
 
 @attrs.frozen
 class App:
-    """Where one server and its agent check are."""
+    """Where one server and its checks are."""
 
     port: int = attrs.field(factory=free_port)
     check: int = attrs.field(factory=free_port)
+    stats: int = attrs.field(factory=free_port)
 
     @contextmanager
     def serving(self, project: Path, *arguments: str) -> Generator[Served, None, None]:
         """Serve the HTTP example with one worker."""
         with started(
             *("serve", "app:handler", "--bind", f"tcp:127.0.0.1:{self.port}", "--workers", "1"),
-            *("--agent-check", f"tcp:127.0.0.1:{self.check}", *arguments),
+            *("--agent-check", f"tcp:127.0.0.1:{self.check}"),
+            *("--stats", f"tcp:127.0.0.1:{self.stats}", *arguments),
             cwd=project,
             env={
                 **os.environ,
@@ -85,6 +90,7 @@ class HAProxy:
 
     port: int
     admin: str
+    kind: str
 
     def ask(self, command: str) -> str:
         """Send a command to the administration socket, and return the answer."""
@@ -104,13 +110,15 @@ class HAProxy:
         return next(row for row in csv.DictReader(lines) if row["svname"] == f"app{index}")
 
     def status(self, index: int) -> str:
-        """Return the status of a server; "no check" is that of one that takes clients."""
+        """Return the status of a server."""
         return self.row(index)["status"]
 
     def takes_clients(self, index: int) -> bool:
-        """Whether the agent of a server has said that it takes clients."""
+        """Whether a server takes clients, and the check has said so."""
         row = self.row(index)
-        return (row["status"], row["agent_status"]) == ("no check", "L7OK")
+        return row["status"].startswith(OPEN[self.kind]) and "L7OK" in (
+            row["agent_status"] or row["check_status"]
+        )
 
     def get(self) -> int:
         """Return the status of one request on a connection of its own."""
@@ -132,15 +140,18 @@ def project(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def haproxy(directory: Path, apps: Sequence[App]) -> Generator[HAProxy, None, None]:
-    """Run HAProxy in front of servers."""
+def haproxy(
+    directory: Path, apps: Sequence[App], kind: str = AGENT
+) -> Generator[HAProxy, None, None]:
+    """Run HAProxy in front of servers, with a kind of checks."""
     program, port = require_program("haproxy"), free_port()
     servers = "".join(
-        SERVER.format(index=index, port=app.port, check=app.check) for index, app in enumerate(apps)
+        (SERVER + kind).format(index=index, port=app.port, check=app.check, stats=app.stats)
+        for index, app in enumerate(apps)
     )
     config = directory / "haproxy"
     config.write_text(CONFIG.format(directory=directory, port=port) + servers)
-    proxy = HAProxy(port, str(directory / "admin"))
+    proxy = HAProxy(port, str(directory / "admin"), kind)
 
     def answers() -> bool:
         assert process.poll() is None, "HAProxy exited; its errors are on stderr"
@@ -177,12 +188,15 @@ def test_haproxy_reads_weight_and_maxconn(tmp_path: Path, project: Path) -> None
         served.drained()
 
 
-def test_haproxy_takes_a_server_out_during_a_drain(tmp_path: Path, project: Path) -> None:
+@pytest.mark.parametrize("kind", [AGENT, READY], ids=["agent", "ready"])
+def test_haproxy_takes_a_server_out_during_a_drain(
+    tmp_path: Path, project: Path, kind: str
+) -> None:
     """A server drains and comes back under load without one failed request."""
     apps = [App(), App()]
     with (
         apps[1].serving(project) as other,
-        haproxy(tmp_path, apps) as proxy,
+        haproxy(tmp_path, apps, kind) as proxy,
     ):
         with apps[0].serving(project, "--drain-delay", "1000") as served:
             until_sync(lambda: all(proxy.takes_clients(i) for i in range(2)))
@@ -190,13 +204,13 @@ def test_haproxy_takes_a_server_out_during_a_drain(tmp_path: Path, project: Path
                 wait_for_answers(clients, 20)
                 since = time.monotonic()
                 served.send(signal.SIGTERM)
-                until_sync(lambda: "DRAIN" in proxy.status(0))
+                until_sync(lambda: proxy.status(0).startswith(OUT[kind]))
                 wait_for_answers(clients, 20)
                 time.sleep(max(0.0, since + SAME_SIGNAL - time.monotonic()) + 0.1)
                 served.send(signal.SIGTERM)
                 done = ended(served.process)
                 # HAProxy keeps what the agent said last.
-                assert "DRAIN" in proxy.status(0)
+                assert proxy.status(0).startswith(OUT[kind])
                 wait_for_answers(clients, 20)
         assert done.returncode == 0
         assert ", 0 failed, 0 abandoned, 0 rejected" in done.stdout

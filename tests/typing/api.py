@@ -38,6 +38,7 @@ from trio_unixconn import (
     open_unix_listener,
     serve_unix,
 )
+from trio_unixconn.pool import WorkerPool, WorkerServer, serve_agent_check, serve_statistics
 from trio_unixconn.systemd import ServiceManager, inherited_fds, inherited_listeners
 from trio_unixconn.testing import (
     FakeServiceManager,
@@ -223,3 +224,16 @@ async def service() -> None:
     async with open_service_manager(watchdog_timeout=1, pids=[1]) as fake:
         assert_type(fake, FakeServiceManager)
         assert_type(fake.stored, dict[str, list[int]])
+
+
+async def pool_checks(server: WorkerServer, pool: WorkerPool) -> None:
+    await serve_statistics(server, "path", mode=0o600)
+    await serve_statistics(pool, ("127.0.0.1", 9100))
+    await serve_statistics(lambda: None, await trio.open_tcp_listeners(0))
+    await serve_statistics(lambda: server, [await open_unix_listener("s")])
+    await serve_statistics(server, ("127.0.0.1", 9100), mode=0o600)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    await serve_agent_check(lambda: pool, ("::1", 0))
+    await serve_agent_check(server, "path")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    server.drain(5, delay=2.5)
+    server.drain(5, 2.5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(server.statistics().state, str)
