@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -15,7 +15,7 @@ import typer
 
 from tests._helpers.cli import run_in_this_process
 from trio_unixconn import open_unix_connection, open_unix_listener
-from trio_unixconn._cli import _activation, passing
+from trio_unixconn._cli import passing
 from trio_unixconn._cli.serve import command, log, reload, service
 from trio_unixconn.pool import open_worker_pool
 
@@ -164,6 +164,8 @@ async def test_serve_restart_after_a_drain(caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level("INFO")
     served = service._Service.__new__(service._Service)
     served._config = cast("service.ServeConfig", Config())
+    served._notifier = Mock()
+    served._workers, served._addresses = 1, ["tcp:127.0.0.1:1"]
     async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
         await pool.drain()
         await served._restart(cast("Any", Server(pool)), "received SIGHUP")
@@ -196,21 +198,4 @@ def test_serve_catch_signals_keeps_handlers(monkeypatch: pytest.MonkeyPatch) -> 
         assert signal.getsignal(signal.SIGUSR2) is service._do_nothing
     finally:
         for number, handler in zip((signal.SIGUSR1, signal.SIGUSR2), before, strict=True):
-            signal.signal(number, handler)
-
-
-def test_become_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that the parent process had closed is not flushed."""
-
-    def execvpe(*_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGPIPE, signal.SIGXFSZ)}
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(os, "execvpe", execvpe)
-    try:
-        with pytest.raises(typer.Exit):
-            _activation.become(["true"], [], [])
-    finally:
-        for number, handler in handlers.items():
             signal.signal(number, handler)
