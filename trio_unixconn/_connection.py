@@ -982,7 +982,7 @@ def close_outside_run(conn: UnixConnection) -> None:
 
 
 async def receive_with_fds(conn: UnixConnection, max_bytes: int) -> tuple[bytes, list[int] | None]:
-    """Receive bytes as ``receive_some``, and file descriptors that came with them.
+    """Receive bytes as ``receive_some``, and file descriptors that arrived with them.
 
     Returns:
       The bytes, and the file descriptors, which the caller owns; None instead of these if the

@@ -134,7 +134,8 @@ class Job(DescriptorOwner):
           RuntimeError: the job is a :meth:`WorkerPool.call`, which wants an answer.
           WrongDescriptorKindError: the job has no connection.
           ReadAheadError: the connection has read messages ahead.
-          TypeError, ValueError: ``data`` is not bytes, or too large.
+          TypeError: ``data`` is not a contiguous buffer.
+          ValueError: ``data`` is too large.
         """
         if self._wants_answer:
             raise RuntimeError("cannot pass on the connection of a call, which wants an answer")
