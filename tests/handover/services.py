@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
+import time
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from tests._helpers.processes import ROOT, environment, has_ended
+from tests._helpers.processes import ROOT, environment
 from tests._helpers.waiting import until
 from tests.handover.server import Config
 from trio_unixconn import open_unix_connection
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 CLIENTS = 2
+# How long a process has to end by itself, in seconds.
+GRACE = 10.0
 
 
 @attrs.define
@@ -87,13 +91,18 @@ class Service:
 
     def close(self) -> None:
         self.notes()
+        # What is left ends by itself, so that coverage has its data; a fault can keep it from that.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pidfd in self.pidfds.values():
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, number)
+            deadline = time.monotonic() + GRACE
+            for pidfd in self.pidfds.values():
+                select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
         for process in self.processes:
             process.kill()
             process.wait()
         for pidfd in self.pidfds.values():
-            if not has_ended(pidfd):
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
 
 

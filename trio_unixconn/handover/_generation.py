@@ -41,7 +41,7 @@ import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import attrs
 import trio
@@ -83,6 +83,8 @@ if TYPE_CHECKING:
     from .._connection import UnixConnection
     from ._manifest import ListenerEntry
 
+_T = TypeVar("_T")
+
 logger: Final = logging.getLogger("trio_unixconn.handover")
 
 # How long a client of the rendezvous path has for its first frame, in seconds.
@@ -91,6 +93,10 @@ HELLO_TIMEOUT: Final = 10.0
 MANAGER_TIMEOUT: Final = 5.0
 # How long to wait before the next attempt to reach the generation that runs, in seconds.
 RETRY_DELAY: Final = 0.02
+# How long an address may still belong to a generation that has ended, in seconds, and the pause
+# between two attempts to listen there.
+IN_USE_TIMEOUT: Final = 5.0
+IN_USE_DELAY: Final = 0.01
 MAX_BACKLOG: Final = 0xFFFF
 
 
@@ -250,7 +256,7 @@ class Generation(DescriptorOwner):
                 socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
                 if family == stdlib_socket.AF_INET6:
                     socket.setsockopt(stdlib_socket.IPPROTO_IPV6, stdlib_socket.IPV6_V6ONLY, 1)
-                await socket.bind(address)
+                await self._retry_in_use(partial(socket.bind, address))
                 socket.listen(MAX_BACKLOG if backlog is None else backlog)
             except BaseException:
                 socket.close()
@@ -260,6 +266,20 @@ class Generation(DescriptorOwner):
         )
         self._listeners[name] = listener
         return listener
+
+    async def _retry_in_use(self, listen: Callable[[], Awaitable[_T]]) -> _T:
+        """Listen at an address which the generation before may hold, although it has ended.
+
+        When a process dies, its connections can be closed before its listeners.
+        """
+        deadline = trio.current_time() + (IN_USE_TIMEOUT if self.number > 1 else 0)
+        while True:
+            try:
+                return await listen()
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE or trio.current_time() >= deadline:
+                    raise
+            await trio.sleep(IN_USE_DELAY)
 
     @enable_ki_protection
     async def listen_unix(
@@ -318,14 +338,17 @@ class Generation(DescriptorOwner):
                 address=found,
             )
         else:
-            listener = await open_unix_listener(
-                found,
-                mode=mode,
-                owner=owner,
-                group=group,
-                backlog=backlog,
-                policy=policy,
-                receive_descriptors=receive_descriptors,
+            listener = await self._retry_in_use(
+                partial(
+                    open_unix_listener,
+                    found,
+                    mode=mode,
+                    owner=owner,
+                    group=group,
+                    backlog=backlog,
+                    policy=policy,
+                    receive_descriptors=receive_descriptors,
+                )
             )
         made: GenerationListener[UnixConnection] = GenerationListener(
             name, self._gate, listener, inherited=taken is not None, path=path, file=file

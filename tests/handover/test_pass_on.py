@@ -1,0 +1,452 @@
+"""pass_on() and connections(): each connection has one owner, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from tests._helpers.waiting import until
+from trio_unixconn import (
+    ConnectionClosedError,
+    ReadAheadError,
+    SuccessorGoneError,
+    UnixConnection,
+    connection_pair,
+    testing,
+)
+from trio_unixconn._frames import encode_frame
+from trio_unixconn.handover import _passing, _protocol as of, open_generation
+from trio_unixconn.handover._channel import Channel
+from trio_unixconn.handover._passing import PassedConnections, Passer
+from trio_unixconn.handover._predecessor import Predecessor
+from trio_unixconn.handover._protocol import PassedConnection, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+
+@asynccontextmanager
+async def channels() -> AsyncGenerator[tuple[Channel, Channel], None]:
+    one, two = map(Channel, connection_pair())
+    try:
+        yield one, two
+    finally:
+        one.close()
+        two.close()
+
+
+async def follow(channel: Channel, passer: Passer) -> None:
+    """Do what a generation does with the answers of its successor."""
+    while (frame := await channel.receive()) is not None:
+        passer.handle(frame)
+    passer.end()
+
+
+@asynccontextmanager
+async def passer_and_successor() -> AsyncGenerator[tuple[Passer, Channel], None]:
+    """A passer that runs, and the channel of a successor that answers as a test tells it."""
+    async with channels() as (old, new), trio.open_nursery() as nursery:
+        passer = Passer(old)
+        nursery.start_soon(passer.run)
+        nursery.start_soon(follow, old, passer)
+        yield passer, new
+        new.close()
+
+
+def tcp_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        two, _ = server.accept()
+    first, second = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in (one, two))
+    return first, second
+
+
+async def receive_passed(channel: Channel) -> tuple[int, list[PassedConnection], list[int]]:
+    with trio.fail_after(30):
+        frame = await channel.receive()
+    assert frame is not None
+    assert frame.kind == of.PASSED
+    assert frame.fds is not None
+    return (*of.unpack_passed(frame.body), frame.fds)
+
+
+async def echo(stream: Any, other: Any) -> None:
+    """Check that two streams are the two ends of a connection."""
+    await stream.send_all(b"x")
+    assert await other.receive_some(10) == b"x"
+    await other.send_all(b"y")
+    assert await stream.receive_some(10) == b"y"
+
+
+async def test_pass_on_between_two_generations(tmp_path: Path) -> None:
+    """Connections of each kind reach the next generation with their data, and still work."""
+    path = tmp_path / "upgrade"
+    refusing = UnixConnection.from_stdlib_socket
+    async with open_generation(path, name="x") as old:
+        await old.ready()
+        async with open_generation(path, name="x") as new:
+            await new.ready()
+            await old.replaced()
+            await new.confirmed()
+            tcp, tcp_peer = tcp_pair()
+            unix, unix_peer = connection_pair()
+            one, two = socket.socketpair()
+            plain, plain_peer = refusing(one, receive_descriptors=False), refusing(two)
+            sources: list[tuple[Any, Any]] = [
+                (tcp, tcp_peer),
+                (unix, unix_peer),
+                (plain, plain_peer),
+            ]
+            for number, (source, peer) in enumerate(sources):
+                await old.pass_on(source, b"%d" % number)
+                with trio.fail_after(30):
+                    stream, data = await new.connections().__anext__()
+                assert data == b"%d" % number
+                assert type(stream) is type(source)
+                await echo(stream, peer)
+                with pytest.raises(trio.ClosedResourceError):
+                    await source.send_all(b"x")
+                await stream.aclose()
+                await peer.aclose()
+            assert old._passer is not None
+            assert old._passer.taken == new.connections().count == 3
+
+
+async def test_pass_on_passes_a_burst_in_few_messages() -> None:
+    """Many connections at the same time share messages, each with its own data."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        pairs = [connection_pair() for _ in range(200)]
+        for number, (one, _) in enumerate(pairs):
+            nursery.start_soon(passer.pass_on, one, b"%d" % number)
+        arrived: list[bytes] = []
+        messages = 0
+        while len(arrived) < len(pairs):
+            number, connections, fds = await receive_passed(new)
+            messages += 1
+            arrived += [each.data for each in connections]
+            for fd in fds:
+                os.close(fd)
+            await new.send(of.pack_id(of.TAKEN, number))
+        assert sorted(arrived, key=int) == [b"%d" % number for number in range(200)]
+        assert messages < 20
+        for _, two in pairs:
+            assert await two.receive_some(1) == b""
+            await two.aclose()
+
+
+async def test_pass_on_when_successor_refuses() -> None:
+    """What finds no free slot is sent again, fewer at a time, and nothing is lost."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        pairs = [connection_pair() for _ in range(4)]
+        for one, _ in pairs:
+            nursery.start_soon(passer.pass_on, one, b"")
+        sizes: list[int] = []
+        left = 4
+        while left:
+            number, connections, fds = await receive_passed(new)
+            sizes.append(len(fds))
+            assert len(connections) == len(fds)
+            for fd in fds:
+                os.close(fd)
+            if len(sizes) < 4:
+                await new.send(of.pack_id(of.REFUSED, number))
+            else:
+                left -= len(fds)
+                await new.send(of.pack_id(of.TAKEN, number))
+        assert sizes == sorted(sizes, reverse=True)
+        assert (sizes[0], sizes[-1]) == (4, 1)
+        for _, two in pairs:
+            await two.aclose()
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+async def test_pass_on_when_successor_ends(*, is_sent: bool) -> None:
+    """What the successor has not taken is the caller's again, and still works."""
+    async with channels() as (old, new), trio.open_nursery() as nursery:
+        passer = Passer(old)
+        if is_sent:
+            nursery.start_soon(passer.run)
+        nursery.start_soon(follow, old, passer)
+        one, two = tcp_pair()
+
+        async def end() -> None:
+            if is_sent:
+                _, _, fds = await receive_passed(new)
+                for fd in fds:
+                    os.close(fd)
+            else:
+                await trio.testing.wait_all_tasks_blocked()
+            new.close()
+
+        nursery.start_soon(end)
+        with pytest.raises(SuccessorGoneError):
+            await passer.pass_on(one, b"")
+        await echo(one, two)
+        with pytest.raises(SuccessorGoneError):
+            await passer.pass_on(one, b"")
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_pass_on_when_the_message_cannot_be_sent() -> None:
+    """If the successor has closed its end, a connection is given back, not sent into nothing."""
+    async with channels() as (old, new):
+        passer = Passer(old)
+        new.close()
+        one, two = tcp_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(passer.run)
+            with pytest.raises(SuccessorGoneError):
+                await passer.pass_on(one, b"")
+        await echo(one, two)
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_pass_on_cancelled_before_it_is_sent() -> None:
+    """A cancellation before the connection is sent leaves the stream as it was."""
+    async with channels() as (old, _):
+        passer = Passer(old)
+        one, two = tcp_pair()
+        with trio.move_on_after(0.01) as scope:
+            await passer.pass_on(one, b"")
+        assert scope.cancelled_caught
+        await echo(one, two)
+        await one.aclose()
+        await two.aclose()
+
+
+@pytest.mark.parametrize("answer", [of.TAKEN, of.REFUSED, None])
+async def test_pass_on_cancelled_after_it_is_sent(answer: int | None) -> None:
+    """A cancellation later closes the stream here; the connection has no second owner."""
+    async with passer_and_successor() as (passer, new):
+        one, two = tcp_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(passer.pass_on, one, b"")
+            number, _, fds = await receive_passed(new)
+            nursery.cancel_scope.cancel()
+        with pytest.raises(trio.ClosedResourceError):
+            await one.send_all(b"x")
+        if answer == of.REFUSED:
+            for fd in fds:
+                os.close(fd)
+            await new.send(of.pack_id(of.REFUSED, number))
+            # It is not lost: it is sent again.
+            number, _, fds = await receive_passed(new)
+            await new.send(of.pack_id(of.TAKEN, number))
+        elif answer is not None:
+            await new.send(of.pack_id(answer, number))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fds[0])))
+        await echo(stream, two)
+        await stream.aclose()
+        if answer is None:
+            new.close()
+        with trio.fail_after(30):
+            assert await two.receive_some(1) == b""
+        await two.aclose()
+
+
+async def test_pass_on_cancelled_when_it_was_taken() -> None:
+    """A cancellation together with TAKEN closes the stream: the successor has the connection."""
+    async with channels() as (old, new):
+        passer = Passer(old)
+        one, two = tcp_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(passer.pass_on, one, b"")
+            nursery.start_soon(passer.run)
+            number, _, fds = await receive_passed(new)
+            await new.send(of.pack_id(of.TAKEN, number))
+            frame = await old.receive()
+            assert frame is not None
+            nursery.cancel_scope.cancel()
+            passer.handle(frame)
+        for fd in fds:
+            os.close(fd)
+        assert one.socket.fileno() == -1
+        with trio.fail_after(30):
+            assert await two.receive_some(1) == b""
+        await two.aclose()
+
+
+async def test_pass_on_rejects_wrong_arguments(tmp_path: Path) -> None:
+    """What cannot be passed on is rejected, and stays the caller's."""
+    async with passer_and_successor() as (passer, _):
+        one, two = connection_pair()
+        with pytest.raises(TypeError, match=r"expected a trio\.SocketStream or a UnixConnection"):
+            await passer.pass_on(trio.StapledStream(one, two), b"")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="data"):
+            await passer.pass_on(one, "text")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="at most 16777216 bytes"):
+            await passer.pass_on(one, bytes(of.MAX_DATA + 1))
+        await two.send_fds([0, 0], per_message=1)
+        fds = one.fds()
+        os.close(await fds.__anext__())
+        with pytest.raises(ReadAheadError):
+            await passer.pass_on(one, b"")
+        os.close(await fds.__anext__())
+        await one.aclose()
+        await two.aclose()
+        with pytest.raises(ConnectionClosedError):
+            await passer.pass_on(one, b"")
+        tcp, peer = tcp_pair()
+        await tcp.aclose()
+        await peer.aclose()
+        with pytest.raises(ConnectionClosedError):
+            await passer.pass_on(tcp, b"")
+    async with open_generation(tmp_path / "upgrade", name="x") as gen:
+        with pytest.raises(RuntimeError, match="wait for replaced"):
+            await gen.pass_on(tcp)
+
+
+async def test_handle_rejects_an_unknown_id() -> None:
+    """An answer to what was not sent is a ProtocolError."""
+    async with channels() as (old, new):
+        passer = Passer(old)
+        await new.send(of.pack_id(of.TAKEN, 7))
+        frame = await old.receive()
+        assert frame is not None
+        with pytest.raises(ProtocolError, match="id of connections"):
+            passer.handle(frame)
+
+
+################################################################
+# The other side
+################################################################
+
+
+@asynccontextmanager
+async def predecessor(
+    connections: PassedConnections,
+) -> AsyncGenerator[tuple[Predecessor, Channel, list[Predecessor]], None]:
+    async with channels() as (old, new), trio.open_nursery() as nursery:
+        draining: list[Predecessor] = []
+        found = Predecessor(new, connections, draining)
+        draining.append(found)
+        nursery.start_soon(found.run)
+        try:
+            yield found, old, draining
+        finally:
+            nursery.cancel_scope.cancel()
+            connections.close()
+
+
+async def send_passed(channel: Channel, number: int, count: int) -> None:
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
+    frame = of.pack_passed(number, [PassedConnection(True, b"")] * count)
+    await channel.send(frame, fds)
+    for fd in fds:
+        os.close(fd)
+
+
+async def test_connections_skips_what_is_no_connection() -> None:
+    """A connection that was reset meanwhile, or another file, is closed and skipped."""
+    connections = PassedConnections()
+    async with predecessor(connections) as (_, old, _):
+        await send_passed(old, 1, 1)
+        one, two = connection_pair()
+        await old.send(of.pack_passed(2, [PassedConnection(True, b"next")]), [one])
+        with trio.fail_after(30):
+            stream, data = await connections.__anext__()
+        assert data == b"next"
+        await stream.aclose()
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_connections_limits_what_is_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that does not ask for connections gets no more than the limit."""
+    monkeypatch.setattr(_passing, "_MAX_RECEIVED", 2)
+    connections = PassedConnections()
+    async with predecessor(connections) as (_, old, _):
+        for number in range(3):
+            await send_passed(old, number, 2)
+        await trio.testing.wait_all_tasks_blocked()
+        assert connections.count == 2
+        # The iteration skips what is not a connection, and so makes space for all of them.
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                async for _ in connections:
+                    pass
+
+            nursery.start_soon(ask)
+            await until(lambda: connections.count == 6)
+            connections.end()
+
+
+async def test_predecessor_answers_refused_without_free_slots() -> None:
+    """Connections that found no free slot are refused, and sent again later."""
+    connections = PassedConnections()
+    async with predecessor(connections) as (_, old, _):
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+        with testing.limit_descriptors(2):
+            await old.send(of.pack_passed(1, [PassedConnection(True, b"")] * 5), fds)
+            with trio.fail_after(30):
+                frame = await old.receive()
+        assert frame is not None
+        assert frame.kind == of.REFUSED
+        assert of.unpack_id(frame.body) == 1
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode_frame(of.COMMIT),
+        encode_frame(of.PASSED, b"x", carries_fds=True),
+        of.pack_passed(1, [PassedConnection(True, b"")] * 2),
+        b"\xff" * 100,
+    ],
+)
+async def test_predecessor_that_breaks_the_protocol_is_dropped(
+    frame: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A draining generation that sends nonsense is dropped and logged; the service goes on."""
+    async with predecessor(PassedConnections()) as (_, old, draining):
+        with open(os.devnull) as file:
+            await old.send(frame, [file] if frame[1] == 1 else [])
+        with trio.fail_after(30):
+            assert await old.receive() is None
+        await until(lambda: not draining)
+    assert "broke the protocol" in caplog.text
+
+
+async def test_predecessor_stop_waits_for_the_rest_of_a_frame() -> None:
+    """A channel is taken out between two frames, and nothing that was sent is lost."""
+    connections = PassedConnections()
+    async with predecessor(connections) as (found, old, _):
+        frame = of.pack_passed(1, [PassedConnection(True, b"data")])
+        one, two = connection_pair()
+        await old._conn.send_message(frame[:10], fds=[one])
+        await trio.testing.wait_all_tasks_blocked()
+        stopped: list[int | None] = []
+
+        async def stop() -> None:
+            stopped.append(await found.stop())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            await trio.testing.wait_all_tasks_blocked()
+            assert stopped == []
+            await old._conn.send_all(frame[10:])
+        assert connections.count == 1
+        (fd,) = stopped
+        assert fd is not None
+        os.close(fd)
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_predecessor_stop_when_it_has_ended() -> None:
+    """A generation that has ended has no channel to pass on."""
+    async with predecessor(PassedConnections()) as (found, old, draining):
+        old.close()
+        await until(lambda: not draining)
+        assert await found.stop() is None
