@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tests.test_public import public_objects
+from tests.test_public import is_class, public_objects
 from trio_unixconn import (
     Cancellable,
     Message,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 def test_every_public_class_has_a_repr() -> None:
     """No public class has the repr of object, which says nothing but an address in memory."""
     objects = [getattr(importlib.import_module(module), name) for module, name in public_objects()]
-    classes = [each for each in objects if inspect.isclass(each) and not is_protocol(each)]
+    classes = [each for each in objects if is_class(each) and not is_protocol(each)]
     assert [each for each in classes if each.__repr__ is object.__repr__] == []
 
 

@@ -640,7 +640,7 @@ for step in json.loads(sys.argv[2]):
     except ValueError as exc:
         seen.append(str(exc))
 seen.append([name for name in os.environ if name.startswith("LISTEN_")])
-print(json.dumps(seen))
+print(json.dumps(seen), flush=True)
 os._exit(0)
 """
 

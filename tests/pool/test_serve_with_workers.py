@@ -942,6 +942,7 @@ async def test_drain_of_server_delay_accepts_and_is_not_ready() -> None:
         server.drain(delay=math.inf)
         assert server.statistics().state == "draining"
         assert await answer(connected(listener), b"one") == b"one"
+        await until(lambda: server.statistics().handled == 1)
         os.kill(server.statistics().workers[0].pid, signal.SIGKILL)
         assert await answer(connected(listener), b"two") == b"two"
         assert server.statistics().state == "draining"

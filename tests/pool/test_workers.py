@@ -38,6 +38,7 @@ from trio_unixconn import (
     UnixConnection,
     WorkerDiedError,
     WorkerStartError,
+    _connection,
 )
 from trio_unixconn.pool import AbandonedJob, _process, _supervisor, open_worker_pool
 from trio_unixconn.pool._handle import HandleState
@@ -399,18 +400,20 @@ async def test_call_after_an_unexpected_error_while_receiving(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error in the task that reads from a worker is logged, and costs that worker only."""
-    receive = UnixConnection.receive_some
+    receive = _connection.receive_with_fds
     failures = iter([ZeroDivisionError("not expected")])
 
-    async def receive_some(self: UnixConnection, *arguments: Any, **options: Any) -> bytes:
-        data = await receive(self, *arguments, **options)
+    async def receive_with_fds(
+        conn: UnixConnection, max_bytes: int
+    ) -> tuple[bytes, list[int] | None]:
+        received = await receive(conn, max_bytes)
         for failure in failures:
             raise failure
-        return data
+        return received
 
     async with open_worker_pool(DO, workers=1) as pool:
         first = pids(pool)
-        monkeypatch.setattr(UnixConnection, "receive_some", receive_some)
+        monkeypatch.setattr("trio_unixconn.pool._handle.receive_with_fds", receive_with_fds)
         # It is retried, unless the worker has noted that it began.
         with contextlib.suppress(WorkerDiedError):
             assert await pool.call(data=b"") == b"nothing to do"

@@ -83,10 +83,10 @@ def writing() -> Generator[TextIO, None, None]:
         fail(f"standard output: {exc.strerror}")
 
 
-def _discard_output() -> None:
-    """Discard what is still buffered for standard output: writing it failed."""
+def _discard_output(fd: int = 1) -> None:
+    """Discard what is still buffered for standard output or error: writing it failed."""
     with open(os.devnull, "wb") as null:
-        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), fd)
 
 
 class _ClosedOutput(io.TextIOBase):
@@ -138,6 +138,11 @@ def end_output() -> None:
 
     Python does so itself, but with a traceback, and exit status 120.
     """
+    try:
+        # What could not be written would end this process with exit status 120.
+        sys.stderr.flush()
+    except OSError:
+        _discard_output(2)
     try:
         sys.stdout.flush()
     except OSError as exc:
