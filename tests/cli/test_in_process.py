@@ -14,9 +14,9 @@ import trio
 import typer
 
 from tests._helpers.cli import run_in_this_process
-from trio_unixconn import open_unix_connection, open_unix_listener
+from trio_unixconn import __main__, open_unix_connection, open_unix_listener
 from trio_unixconn._cli import passing
-from trio_unixconn._cli.serve import command, log, reload, service
+from trio_unixconn._cli.serve import binds, command, log, reload, service
 from trio_unixconn.pool import open_worker_pool
 
 if TYPE_CHECKING:
@@ -199,3 +199,20 @@ def test_serve_catch_signals_keeps_handlers(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         for number, handler in zip((signal.SIGUSR1, signal.SIGUSR2), before, strict=True):
             signal.signal(number, handler)
+
+
+def test_serve_binds_made_absolute() -> None:
+    """An address without a path stays as it is."""
+    for bind in (binds.read_bind("tcp:127.0.0.1:0"), binds.read_bind("fd:0")):
+        assert bind.made_absolute() is bind
+
+
+def test_main_raises_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OSError that is not about an output is a bug, which stays visible."""
+
+    def app() -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "missing")
+
+    monkeypatch.setattr(__main__, "app", app)
+    with pytest.raises(FileNotFoundError):
+        __main__.main()

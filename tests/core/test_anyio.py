@@ -158,6 +158,7 @@ async def test_connect_unix(tmp_path: Path) -> None:
         assert stream.extra(anyio.abc.SocketAttribute.remote_address) == str(path)
         assert stream.extra(anyio.abc.SocketAttribute.family) is socket.AF_UNIX
         assert stream.extra(anyio.abc.SocketAttribute.raw_socket).fileno() > 2
+        assert repr(stream) == f"<UnixConnectionStream of {stream.connection!r}>"
         await stream.connection.send_credentials()
         assert (await accepted.receive_credentials()).pid == os.getpid()
         await accepted.send_all(b"as a stream")

@@ -25,6 +25,7 @@ from trio_unixconn import (
     DescriptorsRefusedError,
     DescriptorsTruncatedError,
     IOErrorEnum,
+    NotSupportedError,
     OperationCancelled,
     SendError,
     UnexpectedControlMessageError,
@@ -693,3 +694,11 @@ def test_send_error_has_the_class_of_its_errno() -> None:
     """A SendError is also the subclass of OSError that belongs to its errno."""
     for number in (errno.EPERM, errno.EACCES, errno.ESRCH, errno.ECONNREFUSED, errno.ENOENT):
         assert isinstance(SendError(number, "x"), type(OSError(number, "x")))
+
+
+def test_open_unix_datagram_without_sendmsg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A platform whose Python has no sendmsg has no datagrams."""
+    one, two = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_DGRAM)
+    monkeypatch.setattr(_kernel, "HAS_SENDMSG", False)
+    with one, two, pytest.raises(NotSupportedError, match="sendmsg"):
+        UnixDatagramSocket.from_stdlib_socket(one)

@@ -136,3 +136,14 @@ def test_feed_of_any_bytes(data: bytes) -> None:
         FrameDecoder().feed(data, [])
     except FrameError:
         return
+
+
+def test_decoder_is_between_frames() -> None:
+    """Whether nothing of an incomplete frame has arrived."""
+    decoder = FrameDecoder()
+    assert decoder.is_between_frames()
+    data = encode_frame(1, b"body")
+    decoder.feed(data[:3], [])
+    assert not decoder.is_between_frames()
+    decoder.feed(data[3:], [])
+    assert decoder.is_between_frames()

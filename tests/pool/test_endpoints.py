@@ -32,7 +32,12 @@ from trio_unixconn import (
 )
 from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import _endpoints, open_worker_pool
-from trio_unixconn.pool._endpoints import EndpointKind, detach_endpoint
+from trio_unixconn.pool._endpoints import (
+    EndpointKind,
+    attach_endpoint,
+    detach_endpoint,
+    kind_of_passed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -441,3 +446,28 @@ async def test_call_with_a_socket_with_linger() -> None:
         async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:
             told = json.loads(await pool.call(client))
     assert told["type"] == "SocketStream"
+
+
+async def test_attach_endpoint_closes_what_is_no_stream() -> None:
+    """A file descriptor of which no stream can be made is closed."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises((OSError, ValueError)):
+        await attach_endpoint(EndpointKind.UNIX_WITHOUT_DESCRIPTORS, fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_kind_of_passed() -> None:
+    """A connection that is passed on is what it was, unless its handler has set SO_LINGER."""
+    one, two = socket.socketpair()
+    with one, two, socket.socket() as unconnected, open(os.devnull, "rb") as file:
+        fd = one.fileno()
+        assert kind_of_passed(EndpointKind.UNIX, fd) is EndpointKind.UNIX
+        without = EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        assert kind_of_passed(without, fd) is without
+        assert kind_of_passed(EndpointKind.TCP, fd) is None
+        for other in (unconnected.fileno(), file.fileno()):
+            assert kind_of_passed(EndpointKind.TCP, other) is None
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
+        assert kind_of_passed(EndpointKind.UNIX, fd) is EndpointKind.OTHER
+        assert kind_of_passed(without, fd) is without

@@ -15,7 +15,7 @@ from tests._helpers.fds import free_descriptors
 from tests._helpers.pool import at_rest, check_sums, null, pids
 from tests._helpers.waiting import until
 from trio_unixconn import UnixConnection, connection_pair
-from trio_unixconn.pool import open_worker_pool, serve_with_workers
+from trio_unixconn.pool import AbandonedJob, open_worker_pool, serve_with_workers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -287,3 +287,30 @@ async def test_pass_on_keeps_the_proxy_header() -> None:
             await client.say(b"x")
             assert await client.line() == b"192.0.2.1 2 some data"
         await at_rest(pool)
+
+
+async def test_pass_on_of_a_proxied_connection_that_is_abandoned() -> None:
+    """What is reported of it is the data of the handler, without the header."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    reported: list[AbandonedJob] = []
+    options: dict[str, Any] = {"proxy_protocol": "v1", "proxy_from": ["127.0.0.0/8"]}
+    async with (
+        listener,
+        open_worker_pool(
+            "tests._helpers.pool_handlers:pass_on_and_tell_peer",
+            workers=1,
+            on_abandoned=reported.append,
+            **options,
+        ) as pool,
+    ):
+        async with await trio.open_tcp_stream(*listener.socket.getsockname()) as stream:
+            await pool.submit(await listener.accept())
+            client = Client(stream)
+            await client.say(b"PROXY TCP4 192.0.2.1 198.51.100.7 50000 443\r\n")
+            await client.line()
+            await client.say(b"x")
+            assert await client.line() == b"192.0.2.1 1 some data"
+            os.kill(pids(pool)[0], signal.SIGKILL)
+            assert await client.line() == b""
+        await until(lambda: reported)
+    assert [each.data for each in reported] == [b"some data"]

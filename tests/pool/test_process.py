@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from trio_unixconn.pool import Job, WorkerPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
 
 SIGNALS = ("SigBlk", "SigIgn")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ import struct
 import sys
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -20,12 +22,13 @@ import trio
 from tests._helpers.pool import ends, lines
 from tests._helpers.pool_handlers import note
 from tests._helpers.waiting import until
-from trio_unixconn import WorkerStartError
+from trio_unixconn import ConnectionClosedError, SendError, WorkerStartError, connection_pair
 from trio_unixconn._frames import Frame, FrameDecoder, encode_frame
 from trio_unixconn._version import __version__
 from trio_unixconn.pool import _process, _protocol, _worker
 from trio_unixconn.pool._endpoints import EndpointKind
 from trio_unixconn.pool._handle import HandleState, WorkerHandle
+from trio_unixconn.pool._job import PassedOn
 from trio_unixconn.pool._statistics import Counters
 from trio_unixconn.pool._worker_config import WorkerConfig
 
@@ -482,3 +485,69 @@ async def test_run_of_a_worker_that_is_ready_after_drain() -> None:
     # The process has exited.
     link.drain(0, is_replaced=False)
     assert link.state is HandleState.ENDED
+
+
+################################################################
+# Connections that are passed on
+################################################################
+
+
+class FakePool:
+    """The connection of a worker to its pool, whose errors a test chooses."""
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self.errors = list(errors)
+
+        self.has_sent = trio.Event()
+
+    async def send_message(self, data: bytes, *, fds: object) -> None:
+        await trio.lowlevel.checkpoint()
+        error = self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
+        if error is not None:
+            raise error
+        self.has_sent.set()
+
+    async def receive_message(self, size: int) -> Any:
+        """End, and so does each verdict, as soon as a connection was sent."""
+        await self.has_sent.wait()
+        raise ConnectionClosedError("the pool is gone")
+
+
+async def passed_on(pool: FakePool) -> object:
+    """Pass a connection on, and return what became of it."""
+    conn, log, group = cast("Any", pool), cast("Any", Mock()), cast("Any", Mock())
+    worker = _worker._Worker(conn, log, WorkerConfig(DO, sys.executable), None, None, group)
+    one, two = connection_pair()
+    sent = job(1, EndpointKind.UNIX)
+    async with one, two:
+        outcome: list[object] = []
+
+        async def pass_on() -> None:
+            outcome.append(await worker._pass_on(sent, one, PassedOn(b"")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker._receive, nursery)
+            await pass_on()
+            pool.has_sent.set()
+    return outcome[0]
+
+
+async def test_pass_on_when_the_pool_is_gone() -> None:
+    """The pool has the connection, or it is gone: the worker says nothing more about the job."""
+    assert await passed_on(FakePool(ConnectionClosedError("gone"))) is _worker._PASSED
+    assert await passed_on(FakePool(None)) is _worker._PASSED
+
+
+async def test_pass_on_without_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again for a while; after that the connection is closed."""
+    monkeypatch.setattr(_worker, "_PASS_RETRY_DELAY", 0.001)
+    exhausted = SendError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+    assert await passed_on(FakePool(exhausted, exhausted, None)) is _worker._PASSED
+    monkeypatch.setattr(_worker, "_PASS_TIMEOUT", 0.01)
+    assert await passed_on(FakePool(exhausted)) is None
+
+
+async def test_pass_on_of_what_cannot_be_sent() -> None:
+    """Another error is that of the job."""
+    with pytest.RaisesGroup(SendError):
+        await passed_on(FakePool(SendError(errno.EINVAL, os.strerror(errno.EINVAL))))

@@ -267,9 +267,9 @@ class WorkerHandle(DescriptorOwner):
                 deadline += late
             elif scope.cancelled_caught:
                 reason = f"did not exit within {grace:g} s after its last job or its deadline"
-                if self._killed_for is None:
-                    # Else another task has said so, or why.
-                    logger.warning("%r: %s, killing it", self, reason)
+                # Another task may have said so, or why.
+                level = logging.WARNING if self._killed_for is None else logging.DEBUG
+                logger.log(level, "%r: %s, killing it", self, reason)
                 self.kill(reason)
                 await self.gone.wait()
 

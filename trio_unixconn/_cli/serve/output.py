@@ -233,8 +233,7 @@ class CapturedStream(DescriptorOwner):
     def restore(self, timeout: float) -> None:
         """Restore the stream, and wait for at most ``timeout`` seconds for its last lines."""
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                stream.flush()
+            stream.flush()
         os.dup2(self.original, self._number)
         # A process that a handler has started may still hold the other end.
         self._thread.join(timeout)

@@ -439,7 +439,7 @@ class _Service:
             console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         ) as live:
             try:
-                while not terminal.is_gone:
+                while not terminal.is_gone:  # pragma: no branch - it ends with its terminal
                     # A terminal that is stalled (Ctrl-S) gets no more pictures.
                     if terminal.is_idle:
                         self._draw(live, sampler)
