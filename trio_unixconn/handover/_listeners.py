@@ -38,7 +38,7 @@ class Gate:
     """Whether the listeners of a generation accept."""
 
     def __init__(self) -> None:
-        self.is_open = False
+        self.is_open: bool = False
         self._is_shut = False
         self._changed = trio.Event()
         # Of tasks in accept().

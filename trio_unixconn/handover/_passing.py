@@ -238,7 +238,7 @@ class PassedConnections(DescriptorOwner):
         self._is_over = False
         self._changed = trio.Event()
         #: How many have arrived.
-        self.count = 0
+        self.count: int = 0
 
     def __aiter__(self) -> PassedConnections:
         return self

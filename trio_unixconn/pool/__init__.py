@@ -9,7 +9,7 @@ from .._public import export as _export
 from ._agent_check import serve_agent_check as serve_agent_check
 from ._config import WorkerPoolOptions as WorkerPoolOptions
 from ._endpoints import Submittable as Submittable
-from ._job import Job as Job, WorkerInfo as WorkerInfo
+from ._job import Job as Job, PassedOn as PassedOn, WorkerInfo as WorkerInfo
 from ._pending import JobReceipt as JobReceipt
 from ._pool import WorkerPool as WorkerPool, open_worker_pool as open_worker_pool
 from ._proxy_header import ProxyHeader as ProxyHeader, ProxyTLS as ProxyTLS
@@ -30,6 +30,7 @@ __all__ = [
     "Job",
     "JobReceipt",
     "Latency",
+    "PassedOn",
     "PoolStatistics",
     "ProxyHeader",
     "ProxyTLS",

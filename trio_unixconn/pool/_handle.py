@@ -116,6 +116,7 @@ class HandleOwner(Protocol):
         Returns:
           Whether another handler gets it. Then the owner of this owns the file descriptor.
         """
+        ...
 
     def on_refused(self, handle: WorkerHandle) -> None:
         """Called when the worker has refused a batch; the handle rests until it is told not to."""

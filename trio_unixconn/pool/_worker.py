@@ -529,6 +529,7 @@ class _Worker:
         with trio.move_on_after(_PASS_TIMEOUT):
             while self._is_receiving:
                 # A cancellation must not leave open whether the pool has it.
+                verdict = PassVerdict.RETRY
                 with trio.CancelScope(shield=True):
                     verdict = await self._pass_once(job.id, frame, stream)
                 if verdict is not PassVerdict.RETRY:
