@@ -109,6 +109,7 @@ def but(*not_supported: str, untried: tuple[str, ...] = ()) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

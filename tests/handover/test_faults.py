@@ -16,7 +16,7 @@ from trio_unixconn.handover import _protocol as of
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 # The frames that the generation that runs sends and receives, in their order.
 GIVER_SENDS = ["OFFER", "LISTENERS", "COMMIT", "RELEASED"]

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def has_at_most(pid: int, opened: list[int]) -> bool:
     """Whether a process has no more file descriptors than the first one had."""

@@ -18,7 +18,7 @@ from trio_unixconn import AsyncResult, CallbackConnection, connection_pair, open
 if TYPE_CHECKING:
     from trio_unixconn import CallbackAdapter
 
-pytestmark = pytest.mark.usefixtures("real_glib")
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
 EXAMPLE = ROOT / "examples" / "glib" / "guest.py"
 HOW_TO = ROOT / "docs" / "how-to" / "use-with-gtk.md"

@@ -79,6 +79,7 @@ async def test_workers_default_without_sched_getaffinity(monkeypatch: pytest.Mon
         assert len(pids(pool)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "options", "said"),
     [
