@@ -465,9 +465,8 @@ async def pass_on(stream: Any, job: Job) -> object:
         if word == b"pass":
             return job.pass_on(rest)
         if word == b"close":
-            passed = job.pass_on(rest)
             await stream.aclose()
-            return passed
+            return job.pass_on(rest)
         await stream.send_all(line.upper())
 
 

@@ -560,7 +560,7 @@ async def test_scale_up_and_down(shared: Path) -> None:
             await pool.scale(True)
         with pytest.raises(TypeError, match="workers must be an int, got str"):
             await pool.scale(cast("int", "2"))
-        assert pids(pool) == [first]
+        await until(lambda: pids(pool) == [first])
 
 
 async def test_scale_that_fails(shared: Path) -> None:

@@ -547,6 +547,16 @@ async def test_pass_on_without_resources(monkeypatch: pytest.MonkeyPatch) -> Non
     assert await passed_on(FakePool(exhausted)) is None
 
 
+async def test_pass_on_after_the_last_frame_of_the_pool() -> None:
+    """No verdict can arrive any more: the connection is closed, and the job is reported."""
+    conn, log, group = cast("Any", FakePool(None)), cast("Any", Mock()), cast("Any", Mock())
+    worker = _worker._Worker(conn, log, WorkerConfig(DO, sys.executable), None, None, group)
+    worker._is_receiving = False
+    one, two = connection_pair()
+    async with one, two:
+        assert await worker._pass_on(job(1, EndpointKind.UNIX), one, PassedOn(b"")) is None
+
+
 async def test_pass_on_of_what_cannot_be_sent() -> None:
     """Another error is that of the job."""
     with pytest.RaisesGroup(SendError):

@@ -272,7 +272,9 @@ async def _serve(
             # From before READY: a SIGTERM at any time after it must not kill this worker, which
             # includes the end of the setup. A function, unlike SIG_IGN, is not inherited by the
             # programs that it starts.
-            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            if (
+                signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            ):  # pragma: no branch - else a setup's
                 signal.signal(signal.SIGTERM, lambda _, __: None)
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
                 await conn.send_all(_protocol.pack_ready())
