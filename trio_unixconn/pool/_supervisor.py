@@ -502,7 +502,7 @@ class Supervisor(DescriptorOwner):
         """Have a worker finish its jobs and exit, without waiting for that."""
         if handle.state is HandleState.ENDED:
             return
-        if self._shutting_down:
+        if self._shutting_down:  # pragma: no cover - a drain begins just while workers start
             # The drain may have ended all others already.
             handle.kill(_NOT_NEEDED)
             return
