@@ -127,7 +127,8 @@ async def test_unix_fd_list_open_file_of_a_hanging_file() -> None:
             await until(lambda: "getattr" in file.asked())
             cancellable.cancel()
 
-        fds = UnixFDList([os.dup(file.fd)])
+        fd = os.dup(file.fd)
+        fds = UnixFDList([fd])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cancel)
             with pytest.raises(OperationCancelled):
@@ -135,4 +136,4 @@ async def test_unix_fd_list_open_file_of_a_hanging_file() -> None:
         assert list(fds) == []
         fds.close()
         file.answer()
-        assert _closing.wait_closed(30)
+        await until(lambda: not is_open(fd))
