@@ -171,6 +171,8 @@ class Generation(DescriptorOwner):
         self._options = options
         self.name: str = options.name
         self.number: int = 1
+        # Whether another generation was alive at the start of this one.
+        self._had_predecessor = False
         self.state: bytes | None = None
         self._phase = Phase.STARTING
         self._gate = Gate()
@@ -272,7 +274,7 @@ class Generation(DescriptorOwner):
 
         When a process dies, its connections can be closed before its listeners.
         """
-        deadline = trio.current_time() + (IN_USE_TIMEOUT if self.number > 1 else 0)
+        deadline = trio.current_time() + (IN_USE_TIMEOUT if self._had_predecessor else 0)
         while True:
             try:
                 return await listen()
@@ -771,6 +773,7 @@ class Generation(DescriptorOwner):
                     return False
                 raise
             return True
+        self._had_predecessor = True
         channel = Channel(conn, _peer_pidfd(conn))
         self._nursery.start_soon(channel.watch_process)
         try:
