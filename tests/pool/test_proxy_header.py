@@ -17,7 +17,7 @@ import trio.testing
 from hypothesis import given, strategies as st
 
 from tests._helpers.waiting import until
-from trio_unixconn import open_unix_connection, open_unix_listener
+from trio_unixconn import connection_pair, open_unix_connection, open_unix_listener
 from trio_unixconn.pool import ProxyHeader, ProxyTLS, _proxy_header, serve_with_workers
 from trio_unixconn.pool._config import PoolConfig
 from trio_unixconn.pool._proxy_header import (
@@ -351,6 +351,74 @@ async def test_serve_with_workers_refuses_connections_without_a_header(
     assert "('127.0.0.200', " in failures[3]
     assert "it is in no network of proxy_from" in failures[3]
     assert not any("Traceback" in each for each in failures)
+
+
+def test_check_sender_of_other_families() -> None:
+    """A Unix socket needs no network; what has none otherwise is refused."""
+    check_sender(socket.AF_UNIX, "", [])
+    with pytest.raises(ProxyProtocolError, match="has no networks"):
+        check_sender(socket.AF_VSOCK, (2, 1), [ipaddress.ip_network("0.0.0.0/0")])
+
+
+async def test_read_proxy_header_of_a_connection_that_is_reset() -> None:
+    """That is what a peer decides: one line, as for a header that is wrong."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    senders = [ipaddress.ip_network("127.0.0.0/8")]
+    async with listener:
+        for begin in (b"", b"PROXY "):
+            client = socket.create_connection(listener.socket.getsockname())
+            async with await listener.accept() as stream:
+                client.sendall(begin)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                async with trio.open_nursery() as nursery:
+
+                    async def reset(client: socket.socket = client) -> None:
+                        await trio.testing.wait_all_tasks_blocked()
+                        client.close()
+
+                    nursery.start_soon(reset)
+                    with pytest.raises(ProxyProtocolError, match=r"connection of .* refused: "):
+                        await read_proxy_header(stream, "any", senders)
+            # It was reset before.
+        client = socket.create_connection(listener.socket.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        async with await listener.accept() as stream:
+            client.close()
+            with pytest.raises(ProxyProtocolError, match=r"connection of .* refused: "):
+                await read_proxy_header(stream, "any", senders)
+
+
+async def test_read_proxy_header_that_another_process_takes() -> None:
+    """What was seen is gone when it is read: the connection is refused, without a busy loop."""
+
+    class Socket:
+        family = socket.AF_UNIX
+
+        def getpeername(self) -> str:
+            return ""
+
+        async def recv(self, _: int, __: int) -> bytes:
+            await trio.lowlevel.checkpoint()
+            return b"PROXY UNKNOWN\r\n"
+
+    class Stream:
+        socket = Socket()
+
+        async def receive_some(self, _: int) -> bytes:
+            await trio.lowlevel.checkpoint()
+            return b""
+
+    with pytest.raises(ProxyProtocolError, match="another process"):
+        await read_proxy_header(cast("Any", Stream()), "any", [])
+
+
+async def test_read_proxy_header_with_file_descriptors() -> None:
+    """A header brings no file descriptors; they are closed."""
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_message(b"PROXY UNKNOWN\r\n", fds=[0])
+        with pytest.raises(ProxyProtocolError, match="file descriptor"):
+            await read_proxy_header(two, "any", [])
 
 
 async def test_read_proxy_header_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

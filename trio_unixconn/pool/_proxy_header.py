@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import attrs
 import trio
 
+from ..errors import UnixConnectionError
+
 if TYPE_CHECKING:
     from .._connection import UnixConnection
 
@@ -410,18 +412,19 @@ async def read_proxy_header(
 
     Raises:
       ProxyProtocolError: the peer may not send a header, or what it has sent is not a valid one, or
-        it was not complete after HEADER_TIMEOUT seconds.
-      OSError: the peer has closed or reset the connection.
+        it was not complete after HEADER_TIMEOUT seconds, or the connection has ended before.
     """
-    peer = stream.socket.getpeername()
+    peer: Any = "an unknown address"
     try:
+        peer = stream.socket.getpeername()
         check_sender(stream.socket.family, peer, senders)
         with trio.move_on_after(HEADER_TIMEOUT):
             return await _read_header(stream, version)
         raise ProxyProtocolError(
             f"no complete PROXY protocol header after {HEADER_TIMEOUT:g} seconds"
         )
-    except ProxyProtocolError as exc:
+    except (ProxyProtocolError, OSError, trio.BrokenResourceError, UnixConnectionError) as exc:
+        # A peer decides when it resets the connection: that is no error of this program, either.
         raise ProxyProtocolError(f"connection of {peer!r} refused: {exc}") from None
 
 
@@ -435,19 +438,24 @@ async def _read_header(
             raise ProxyProtocolError("end of stream while waiting for a PROXY protocol header")
         taken = parser.feed(data)
         while taken:
-            # It has arrived: nothing of this waits.
-            taken -= len(await stream.receive_some(taken))
+            # It has arrived: nothing of this waits, unless another process reads from the socket.
+            part = await stream.receive_some(taken)
+            if not part:
+                raise ProxyProtocolError("another process has read from the connection")
+            taken -= len(part)
     return parser.header
 
 
 def check_sender(family: int, peer: Any, senders: Sequence[Network]) -> None:
-    """Refuse a TCP peer that is in none of the networks.
+    """Refuse a peer that is in none of the networks; one at a Unix socket needs none.
 
     Raises:
-      ProxyProtocolError: it is not.
+      ProxyProtocolError: it is not, or it has no network at all (AF_VSOCK).
     """
-    if family not in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
+    if family == stdlib_socket.AF_UNIX:
         return
+    if family not in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
+        raise ProxyProtocolError(f"address family {family} has no networks")
     host = ipaddress.ip_address(peer[0].partition("%")[0])
     mapped = getattr(host, "ipv4_mapped", None) or host
     if not any(mapped in each for each in senders if each.version == mapped.version):

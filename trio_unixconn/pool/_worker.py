@@ -547,7 +547,7 @@ class _Worker:
         try:
             await self._conn.send_message(frame, fds=[stream.socket])
         except SendError as exc:
-            del self._verdicts[job_id]
+            self._verdicts.pop(job_id, None)
             if exc.errno not in _kernel.OUT_OF_RESOURCES:
                 raise
             return PassVerdict.RETRY
