@@ -12,6 +12,7 @@ import attrs
 import pytest
 import trio
 import typer
+from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.cli import run_in_this_process
 from trio_unixconn import __main__, open_unix_connection, open_unix_listener
@@ -180,6 +181,8 @@ async def test_serve_with_all_signals_ignored(monkeypatch: pytest.MonkeyPatch) -
     served = service._Service.__new__(service._Service)
     async with trio.open_nursery() as nursery:
         await nursery.start(served._heed_signals)
+        await wait_all_tasks_blocked()
+        assert not nursery.child_tasks
 
 
 def test_serve_catch_signals_keeps_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
