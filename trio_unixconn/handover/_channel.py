@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The size of a read.
 _CHUNK_SIZE: Final = 1024 * 1024
+#: How long a process may not read until it is taken for one that has ended, in seconds.
+SEND_TIMEOUT: Final = 30.0
 
 
 class Channel(DescriptorOwner):
@@ -75,21 +77,25 @@ class Channel(DescriptorOwner):
         return self._frames.popleft()
 
     async def send(self, frame: bytes, fds: Sequence[FileDescriptor] = ()) -> bool:
-        """Send a frame, as a whole even if this is cancelled meanwhile.
+        """Send a frame, as a whole even if this is cancelled before or meanwhile.
+
+        What ends a handover must arrive, above all if this generation is being cancelled: the end
+        of the connection alone would mean that its process has died.
 
         Returns:
-          False if the other end, or this one, is closed.
+          False if the other end, or this one, is closed, or does not read for SEND_TIMEOUT seconds.
 
         Raises:
           SendError: the kernel rejects the file descriptors.
         """
-        async with self._sending:
-            with trio.CancelScope(shield=True):
+        with trio.move_on_after(SEND_TIMEOUT, shield=True):
+            async with self._sending:
                 try:
                     await self._conn.send_message(frame, fds=fds)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     return False
-        return True
+                return True
+        return False
 
     async def watch_process(self) -> None:
         """Wait until the process at the other end has exited, and end the stream then.
