@@ -424,7 +424,7 @@ async def read_proxy_header(
             f"no complete PROXY protocol header after {HEADER_TIMEOUT:g} seconds"
         )
     except (ProxyProtocolError, OSError, trio.BrokenResourceError, UnixConnectionError) as exc:
-        # A peer decides when it resets the connection: that is no error of this program, either.
+        # A peer decides when it resets the connection: that is not an error of this program.
         raise ProxyProtocolError(f"connection of {peer!r} refused: {exc}") from None
 
 
