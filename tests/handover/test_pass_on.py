@@ -450,3 +450,16 @@ async def test_predecessor_stop_when_it_has_ended() -> None:
         old.close()
         await until(lambda: not draining)
         assert await found.stop() is None
+
+
+async def test_pass_on_cancelled_just_before_the_successor_ends() -> None:
+    """The stream stays the caller's: it was not sent."""
+    async with channels() as (old, _), trio.open_nursery() as nursery:
+        passer = Passer(old)
+        one, two = connection_pair()
+        nursery.start_soon(passer.pass_on, one, b"")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        passer.end()
+    async with one, two:
+        await echo(one, two)

@@ -148,7 +148,7 @@ async def test_upgrade_when_successor_is_stopped(tmp_path: Path) -> None:
     fault = ["stop", "send", of.PREPARED]
     successor = {"directory": str(tmp_path), "fault": fault}
     async with (
-        service(tmp_path, successor=successor, timeout=2) as found,
+        service(tmp_path, successor=successor, timeout=10) as found,
         clients(found) as load,
     ):
         with pytest.raises(UpgradeFailedError, match="was killed because it did not end"):
