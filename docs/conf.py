@@ -46,6 +46,8 @@ nitpick_ignore = [
     ("py:class", "StatisticsSource"),
     ("py:class", "ListenersOrAddress"),
     ("py:class", "AnyListener"),
+    # A type variable.
+    ("py:class", "trio_unixconn.handover._listeners.StreamT"),
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
