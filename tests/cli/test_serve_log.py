@@ -156,6 +156,25 @@ def test_line_output_recovers_from_a_full_disk(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "lost 3: No space left on device\nfour\n"
 
 
+def test_line_output_to_a_pipe_that_does_not_block() -> None:
+    """Another process can make the output non-blocking; a full one is waited for."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    while True:
+        try:
+            os.write(write, bytes(4096))
+        except BlockingIOError:
+            break
+    lines = LineOutput(write, lost)
+    lines.put(b"late\n")
+    until_sync(lambda: lines._writing)
+    received = b""
+    while not received.endswith(b"late\n"):
+        received += os.read(read, 65536)
+    lines.close(60)
+    os.close(read)
+
+
 def test_line_output_ends_a_torn_line(tmp_path: Path) -> None:
     """After a line that was written in part, the next one begins on a line of its own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -38,6 +38,7 @@ from trio_unixconn.handover import (
     _generation,
     _protocol as of,
     _spawn,
+    _taker,
     open_generation,
     request_upgrade,
 )
@@ -1049,4 +1050,14 @@ async def test_send_to_a_process_that_does_not_read(monkeypatch: pytest.MonkeyPa
             scope.cancel()
             assert not await channel.send(encode_frame(of.OFFER, bytes(10_000_000)))
             assert not await channel.send(encode_frame(of.MOVED))
+    channel.close()
+
+
+async def test_send_to_a_process_that_has_ended() -> None:
+    """send() says so, and a successor that cannot ask for anything takes nothing."""
+    one, two = connection_pair()
+    await two.aclose()
+    channel = Channel(one)
+    assert not await channel.send(encode_frame(of.MOVED))
+    assert await _taker.take(channel, "x") is None
     channel.close()
