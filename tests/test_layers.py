@@ -22,6 +22,7 @@ LAYERS = [
     "pool",
     "handover",
     "anyio",
+    "httpcore",
     "systemd",
     "_server",
     "_listener",

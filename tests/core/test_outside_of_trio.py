@@ -29,6 +29,7 @@ from trio_unixconn import (
 from trio_unixconn._trio_task import explain
 from trio_unixconn.anyio import connect_unix
 from trio_unixconn.handover import open_generation, request_upgrade
+from trio_unixconn.httpcore import UnixBackend
 from trio_unixconn.pool import (
     open_worker_pool,
     serve_agent_check,
@@ -161,6 +162,9 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "ServiceManager.store": lambda on: on.systemd.store([]),
     "ServiceManager.watchdog": lambda on: on.systemd.watchdog(),
     "FakeServiceManager.wait_for": lambda on: on.manager.wait_for("READY=1"),
+    "UnixBackend.connect_tcp": lambda _: UnixBackend().connect_tcp("127.0.0.1", 1),
+    "UnixBackend.connect_unix_socket": lambda on: UnixBackend().connect_unix_socket(str(on.path)),
+    "UnixBackend.sleep": lambda _: UnixBackend().sleep(1),
     "connect_unix": lambda on: connect_unix(on.path),
     "open_generation": lambda on: open_generation(on.path, name="name"),
     "request_upgrade": lambda on: request_upgrade(on.path),
