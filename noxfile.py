@@ -61,6 +61,9 @@ PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal", "--slow")
 # What depends on the version of Python.
 EVERY_PYTHON = "not once and not interop"
 
+# Examples that need packages of the dependency group "examples".
+WITH_PACKAGES = sorted(map(str, Path("examples/with_packages").glob("*.py")))
+
 # The pool, the command line, and programs that measure or stress.
 NOT_CORE = [
     f"--ignore-glob=tests/{pattern}"
@@ -155,9 +158,11 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check types with mypy and pyright, and that the public types are complete."""
-    install(session, "tests", "typing")
+    install(session, "tests", "typing", "examples")
     session.install("nox")
     session.run("mypy")
+    # Not in pyproject.toml, because of the packages that they need. Some have no types for pyright.
+    session.run("mypy", *WITH_PACKAGES)
     session.run("pyright")
     session.run("pyright", "--ignoreexternal", "--verifytypes", "trio_unixconn")
 
@@ -165,9 +170,9 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples, and those in the README."""
-    install(session, "tests")
-    for example in sorted(Path("examples").glob("*.py")):
-        session.run("python", "-W", "error", str(example))
+    install(session, "tests", "examples")
+    for example in [*sorted(map(str, Path("examples").glob("*.py"))), *WITH_PACKAGES]:
+        session.run("python", "-W", "error", example)
     session.run("pytest", "-q", "tests/test_readme.py")
 
 

@@ -1,4 +1,7 @@
-"""Gio code with callbacks, ported: the same names and the same order of arguments."""
+"""Gio code with callbacks, ported: the same names and the same order of arguments.
+
+Run it with ``python examples/callbacks.py``.
+"""
 
 import os
 
@@ -13,6 +16,7 @@ from trio_unixconn import (
 )
 
 happened: list[str] = []
+credentials_received = trio.Event()
 
 
 def on_credentials(source: CallbackConnection, result: AsyncResult) -> None:
@@ -20,6 +24,7 @@ def on_credentials(source: CallbackConnection, result: AsyncResult) -> None:
     assert credentials.get_unix_pid() == os.getpid()
     happened.append(f"received {credentials.to_string()}")
     source.receive_fd_async(None, on_descriptor, "never sent")
+    credentials_received.set()
 
 
 def on_descriptor(source: CallbackConnection, result: AsyncResult, label: str) -> None:
@@ -36,8 +41,7 @@ async def main() -> None:
         gio.receive_credentials_async(None, on_credentials)
         assert not happened  # a callback never runs before its *_async method has returned
         await there.send_credentials()
-        while not happened:
-            await trio.lowlevel.checkpoint()
+        await credentials_received.wait()
         adapter.cancel_pending()  # the block would wait for the descriptor otherwise
     print("\n".join(happened))
     assert happened[1:] == ["cancelled: never sent"]

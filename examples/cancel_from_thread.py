@@ -1,4 +1,7 @@
-"""A thread ends a receive that waits; the connection stays usable."""
+"""A thread ends a receive that waits; the connection stays usable.
+
+Run it with ``python examples/cancel_from_thread.py``.
+"""
 
 import os
 

@@ -1,4 +1,7 @@
-"""Two processes exchange credentials, which the kernel checks."""
+"""Two processes exchange credentials, which the kernel checks.
+
+Run it with ``python examples/credentials.py``.
+"""
 
 import os
 import sys

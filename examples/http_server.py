@@ -1,7 +1,10 @@
 """An HTTP/1.1 server on a Unix socket, which greets each client by its process.
 
-python examples/http_server.py /tmp/http     serves there until Ctrl-C; in another terminal:
-curl --unix-socket /tmp/http http://localhost/
+Run it with ``python examples/http_server.py``; it needs h11 (``pip install h11``). With a path, it
+serves there until Ctrl-C::
+
+    python examples/http_server.py /tmp/http
+    curl --unix-socket /tmp/http http://localhost/    # in another terminal
 """
 
 import os

@@ -36,9 +36,14 @@ def pack(**fields: str) -> bytes:
 
 def sealed_memory(data: bytes) -> int:
     memory = os.memfd_create("entry", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.write(memory, data)
-    # From here on no process can change it, so the journal can read it in place.
-    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(data)
+        # From here on no process can change it, so the journal can read it in place.
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(memory)
+        raise
     return memory
 
 

@@ -1,4 +1,9 @@
-"""Cells for a notebook: two connected ends in one process."""
+"""Cells for a notebook: two connected ends in one process.
+
+An editor that knows ``# %%`` runs them one by one.
+
+Run it with ``python examples/notebook.py``.
+"""
 
 # %%
 import os

@@ -1,4 +1,7 @@
-"""Send an open file to a child process, which reads it without having its name."""
+"""Send an open file to a child process, which reads it without having its name.
+
+Run it with ``python examples/pass_file.py``.
+"""
 
 import os
 import sys

@@ -1,4 +1,7 @@
-"""Send 1000 descriptors to a child process, and take them there in three ways."""
+"""Send 1000 descriptors to a child process, and take them there in three ways.
+
+Run it with ``python examples/pass_many.py``.
+"""
 
 import os
 import sys

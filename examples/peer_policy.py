@@ -1,4 +1,7 @@
-"""A server and a client that check each other's identity, before a byte is exchanged."""
+"""A server and a client that check each other's identity, before a byte is exchanged.
+
+Run it with ``python examples/peer_policy.py``.
+"""
 
 import logging
 import os

@@ -5,6 +5,8 @@ directory, by a path without symbolic links and "..". Parsing files of other use
 part. Workers do it that can open no file: if the broker is root, they become the user "nobody" in
 an empty root directory, and if the kernel has Landlock, it denies them every file. They receive an
 open file with each job, and nothing else.
+
+Run it with ``python examples/pool_broker.py``.
 """
 
 import ctypes

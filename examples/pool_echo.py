@@ -1,4 +1,7 @@
-"""An echo server: this process accepts, and two workers answer, each many clients at a time."""
+"""An echo server: this process accepts, and two workers answer, each many clients at a time.
+
+Run it with ``python examples/pool_echo.py``.
+"""
 
 import os
 from contextlib import suppress

@@ -1,10 +1,14 @@
 """An HTTP/1.1 server whose workers greet their clients; a connection serves many requests.
 
-python examples/pool_http.py 8000     serves on that port until Ctrl-C; in another terminal:
-curl http://localhost:8000/ http://localhost:8000/
+Run it with ``python examples/pool_http.py``; it needs h11 (``pip install h11``). With a port, it
+serves there until Ctrl-C::
 
-In this directory, the command line serves the same handler:
-trio-unixconn serve pool_http:handler --bind tcp:127.0.0.1:8000
+    python examples/pool_http.py 8000
+    curl http://localhost:8000/ http://localhost:8000/    # in another terminal
+
+In this directory, the command line serves the same handler::
+
+    trio-unixconn serve pool_http:handler --bind tcp:127.0.0.1:8000
 """
 
 import os

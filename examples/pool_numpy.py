@@ -1,6 +1,8 @@
 """A pool of numpy workers: they receive arrays as sealed memory, which is mapped and not copied.
 
 It compares that with arrays that are sent as bytes, with ``data=``.
+
+Run it with ``python examples/pool_numpy.py``; it needs numpy (``pip install numpy``).
 """
 
 import fcntl
@@ -31,10 +33,14 @@ async def handler(file: object, job: Job) -> bytes:
 def sealed(array: np.ndarray[Any, np.dtype[np.int64]]) -> int:
     """Return the file descriptor of memory with the array, which no process can change any more."""
     fd = os.memfd_create("array", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", buffering=0, closefd=False) as file:
-        assert file.write(array.data) == array.nbytes
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(array.data)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

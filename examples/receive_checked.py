@@ -1,4 +1,7 @@
-"""Receive a file, a socket and a stream; what is something else is refused and closed."""
+"""Receive a file, a socket and a stream; what is something else is refused and closed.
+
+Run it with ``python examples/receive_checked.py``.
+"""
 
 import os
 import socket

@@ -1,4 +1,7 @@
-"""A server that says how large the files are that it is handed, and stops in good order."""
+"""A server that says how large the files are that it is handed, and stops in good order.
+
+Run it with ``python examples/serve.py``.
+"""
 
 import os
 import tempfile

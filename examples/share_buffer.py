@@ -1,4 +1,7 @@
-"""Share an array with a child process: one descriptor, however large; mapped, not copied."""
+"""Share an array with a child process: one descriptor, however large; mapped, not copied.
+
+Run it with ``python examples/share_buffer.py``; it needs numpy (``pip install numpy``).
+"""
 
 import sys
 from functools import partial

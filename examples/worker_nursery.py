@@ -1,23 +1,36 @@
-"""Worker processes in a nursery; each receives live TCP connections and serves them."""
+"""Worker processes in a nursery; each receives live TCP connections and serves them.
+
+Run it with ``python examples/worker_nursery.py``.
+"""
 
 import os
-import socket
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import trio
 
-from trio_unixconn import EndOfStreamError, UnixConnection, connection_pair
+from trio_unixconn import (
+    EndOfStreamError,
+    UnixConnection,
+    WrongDescriptorKindError,
+    connection_pair,
+)
 
 
 async def worker(fd: int) -> None:
     async with UnixConnection.from_fd(fd) as control:
         try:
             while True:
-                sock = socket.socket(fileno=await control.receive_fd())
-                async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as client:
-                    await client.send_all(b"%s %d" % (await client.receive_some(), os.getpid()))
+                try:
+                    client = await control.receive_stream()
+                except WrongDescriptorKindError:
+                    continue  # not a connected socket: its client had left already
+                # A client that leaves ends its own connection only.
+                with suppress(trio.BrokenResourceError):
+                    async with client:
+                        text = await client.receive_some()
+                        await client.send_all(b"%s %d" % (text, os.getpid()))
         except EndOfStreamError:
             print(f"worker {os.getpid()}: no more work", flush=True)
 
