@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("real_glib")]
 
-EXAMPLE = ROOT / "examples" / "glib" / "guest.py"
+EXAMPLES = ROOT / "examples" / "glib"
+EXAMPLE = EXAMPLES / "guest.py"
 HOW_TO = ROOT / "docs" / "how-to" / "use-with-gtk.md"
 
 
@@ -41,23 +42,38 @@ def python_with_trio() -> dict[str, str]:
     return environment
 
 
-@pytest.mark.once
-def test_example_runs_in_glib(python_with_trio: dict[str, str]) -> None:
-    """GLib's callbacks and trio's tasks use one connection with Gio at its other end."""
+def said_in_glib(example: Path, environment: dict[str, str]) -> list[str]:
+    """Run an example, and return the lines that it prints."""
     done = subprocess.run(
-        [SYSTEM_PYTHON, "-W", "error", "-W", "ignore::ImportWarning", str(EXAMPLE)],
-        env=python_with_trio,
+        [SYSTEM_PYTHON, "-W", "error", "-W", "ignore::ImportWarning", str(example)],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.once
+def test_example_runs_in_glib(python_with_trio: dict[str, str]) -> None:
+    """GLib's callbacks and trio's tasks use one connection with Gio at its other end."""
+    assert said_in_glib(EXAMPLE, python_with_trio) == [
         "Gio has sent its credentials",
         "credentials from Gio",
         "the pipe has: written by a callback",
         "Gio has received a file of the same size",
+    ]
+
+
+@pytest.mark.once
+def test_example_of_an_application(python_with_trio: dict[str, str]) -> None:
+    """A Gio.Application starts trio, and ends when trio has ended."""
+    assert said_in_glib(EXAMPLES / "application.py", python_with_trio) == [
+        "the window would be shown now",
+        "the task has counted 3 files",
+        "trio ends",
     ]
 
 
