@@ -125,6 +125,7 @@ PACKAGES = {
     ],
     "handover": [
         "__init__",
+        "_haproxy",
         "_generation",
         "_predecessor",
         "_passing",

@@ -45,6 +45,7 @@ def required(value: T | None, what: str) -> T:
 AF_UNIX: Final = _named("AF_UNIX")
 SOL_SOCKET: Final = socket.SOL_SOCKET
 SO_ACCEPTCONN: Final = _named("SO_ACCEPTCONN")
+SO_BINDTODEVICE: Final = _named("SO_BINDTODEVICE")
 SO_OOBINLINE: Final = _named("SO_OOBINLINE")
 SO_PASSCRED: Final = _named("SO_PASSCRED")
 SO_PEERCRED: Final = _named("SO_PEERCRED")

@@ -28,7 +28,12 @@ from trio_unixconn import (
 )
 from trio_unixconn._trio_task import explain
 from trio_unixconn.anyio import connect_unix
-from trio_unixconn.handover import open_generation, request_upgrade
+from trio_unixconn.handover import (
+    open_generation,
+    request_upgrade,
+    serve_haproxy_listeners,
+    take_haproxy_listeners,
+)
 from trio_unixconn.httpcore import UnixBackend
 from trio_unixconn.pool import (
     open_worker_pool,
@@ -168,6 +173,8 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "connect_unix": lambda on: connect_unix(on.path),
     "open_generation": lambda on: open_generation(on.path, name="name"),
     "request_upgrade": lambda on: request_upgrade(on.path),
+    "serve_haproxy_listeners": lambda on: serve_haproxy_listeners(on.path, [on.listener]),
+    "take_haproxy_listeners": lambda on: take_haproxy_listeners(on.path),
     "open_service_manager": lambda _: open_service_manager(),
     "unclog": lambda on: unclog(on.conn, 1),
 }
