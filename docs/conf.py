@@ -27,7 +27,7 @@ copyright = author
 version = release = trio_unixconn.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinxcontrib_trio",
@@ -53,6 +53,9 @@ html_theme = "furo"
 html_title = "trio_unixconn"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+# The notebooks are shown with the outputs that they are kept with: nox -s notebooks runs them.
+nb_execution_mode = "off"
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 autodoc_member_order = "bysource"
 
 # Objects of these classes come from the library, so how they are made is not shown.
@@ -79,6 +82,7 @@ _MADE_BY_THE_LIBRARY = {
 }
 _OTHER_PROJECTS = (
     "anyio.",
+    "httpcore.",
     "trio.",
     "collections.abc.",
     "contextlib.",
