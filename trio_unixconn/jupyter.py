@@ -35,6 +35,7 @@ from ._credentials import Credentials
 from ._messages import Message
 from ._owner import DescriptorOwner
 from ._public import export as _export
+from ._trio_task import check_task
 from .pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ class NotebookNursery(DescriptorOwner):
 
         As ``trio.Nursery.start``. If it raises an exception before, this does.
         """
+        check_task()
         started = False
 
         async def run(task_status: trio.TaskStatus[Any]) -> None:
@@ -254,6 +256,7 @@ class NotebookNursery(DescriptorOwner):
         Raises:
           ValueError: ``value`` is not one of :meth:`enter_async_context`, or it has ended.
         """
+        check_task()
         for entered, leave, left in self._contexts:
             if entered is value:
                 leave.set()
@@ -373,7 +376,8 @@ def _find_loop(ipython: Any) -> Callable[[Callable[[], object]], object]:
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table; all texts are escaped."""
-    lines = ["<table>", f"<caption>{html.escape(caption)}</caption>"]
+    # A table without rows is as wide as the longest word of its caption.
+    lines = ["<table>", f'<caption style="white-space: nowrap">{html.escape(caption)}</caption>']
     if cells := "".join(f"<th>{html.escape(each)}</th>" for each in head):
         lines.append(f"<tr>{cells}</tr>")
     lines += [
@@ -381,6 +385,9 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[object]]) 
     ]
     return "\n".join([*lines, "</table>"])
 
+
+# Of a pool that starts no more workers.
+_END_STATES: Final = ("ended", "failed")
 
 # When a pool was shown last, and how many jobs had been handled by then.
 _shown: Final[weakref.WeakKeyDictionary[WorkerPool, tuple[float, int]]] = (
@@ -401,10 +408,12 @@ def _html_of_pool(pool: WorkerPool) -> str:
         f"{values.in_flight} in flight, {values.queued} queued{rate}"
     )
     head = ("worker", "pid", "state", "in flight", "handled", "failed", "memory")
+    has_ended = values.state in _END_STATES
     rows = [
         (
-            *(each.index, each.pid, each.state, each.in_flight, each.handled, each.failed),
-            f"{each.memory / 1e6:.1f} MB",
+            *(each.index, each.pid, values.state if has_ended else each.state),
+            *(each.in_flight, each.handled, each.failed),
+            "" if has_ended else f"{each.memory / 1e6:.1f} MB",
         )
         for each in values.workers
     ]
@@ -474,7 +483,7 @@ async def watch(pool: WorkerPool, *, interval: float = 1.0) -> None:
         raise RuntimeError("watch() requires %load_ext trio_unixconn")
     show = _session.new_display()
     show({"text/plain": repr(pool), "text/html": _html_of_pool(pool)})
-    while pool.statistics().state not in ("ended", "failed"):
+    while pool.statistics().state not in _END_STATES:
         await trio.sleep(interval)
         show({"text/plain": repr(pool), "text/html": _html_of_pool(pool)}, update=True)
 

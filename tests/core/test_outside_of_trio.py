@@ -27,7 +27,7 @@ from trio_unixconn import (
     serve_unix,
 )
 from trio_unixconn._trio_task import explain
-from trio_unixconn.anyio import connect_unix
+from trio_unixconn.anyio import UnixConnectionStream, connect_unix
 from trio_unixconn.handover import (
     open_generation,
     request_upgrade,
@@ -35,6 +35,7 @@ from trio_unixconn.handover import (
     take_haproxy_listeners,
 )
 from trio_unixconn.httpcore import UnixBackend
+from trio_unixconn.jupyter import NotebookNursery
 from trio_unixconn.pool import (
     open_worker_pool,
     serve_agent_check,
@@ -45,7 +46,7 @@ from trio_unixconn.systemd import ServiceManager
 from trio_unixconn.testing import open_service_manager, unclog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
 OUTSIDE = (
@@ -85,8 +86,14 @@ class Objects:
         async with (
             open_service_manager() as self.manager,
             open_worker_pool(HANDLER, workers=1) as self.pool,
+            open_generation(directory / "generation", name="name") as self.generation,
+            trio.open_nursery() as nursery,
         ):
-            pass
+            name, path = "listener", directory / "of-generation"
+            self.of_generation = await self.generation.listen_unix(name, path)
+            self.passed = self.generation.connections()
+            self.nursery = NotebookNursery(nursery)
+        self.stream = UnixConnectionStream(self.conn)
 
     async def close(self) -> None:
         for each in (self.conn, self.peer, self.listener, self.datagram, self.list):
@@ -102,6 +109,23 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "CallbackConnection.send_credentials": lambda on: on.wrapped.send_credentials(),
     "CallbackConnection.send_fd": lambda on: on.wrapped.send_fd(0),
     "Datagram.aclose": lambda on: on.from_datagram.aclose(),
+    "Generation.confirmed": lambda on: on.generation.confirmed(),
+    "Generation.listen_tcp": lambda on: on.generation.listen_tcp("tcp", 0),
+    "Generation.listen_unix": lambda on: on.generation.listen_unix("unix", on.path),
+    "Generation.overdue": lambda on: on.generation.overdue(),
+    "Generation.pass_on": lambda on: on.generation.pass_on(on.conn),
+    "Generation.ready": lambda on: on.generation.ready(),
+    "Generation.replaced": lambda on: on.generation.replaced(),
+    "Generation.upgrade": lambda on: on.generation.upgrade(),
+    "GenerationListener.accept": lambda on: on.of_generation.accept(),
+    "GenerationListener.aclose": lambda on: on.of_generation.aclose(),
+    "NotebookNursery.enter_async_context": (
+        lambda on: on.nursery.enter_async_context(open_callback_adapter())
+    ),
+    "NotebookNursery.exit_async_context": lambda on: on.nursery.exit_async_context(on.pool),
+    "NotebookNursery.start": lambda on: on.nursery.start(handler),
+    "PassedConnections.__anext__": lambda on: on.passed.__anext__(),
+    "PassedConnections.wait_for_space": lambda on: on.passed.wait_for_space(),
     "DescriptorStream.__anext__": lambda on: on.conn.fds().__anext__(),
     "Message.aclose": lambda on: on.message.aclose(),
     "PeerIdentity.read_cgroup": lambda on: on.identity.read_cgroup(),
@@ -132,6 +156,12 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "UnixConnection.wait_send_all_might_not_block": (
         lambda on: on.conn.wait_send_all_might_not_block()
     ),
+    "UnixConnectionStream.aclose": lambda on: on.stream.aclose(),
+    "UnixConnectionStream.receive": lambda on: on.stream.receive(),
+    "UnixConnectionStream.receive_fds": lambda on: on.stream.receive_fds(1, 1),
+    "UnixConnectionStream.send": lambda on: on.stream.send(b"x"),
+    "UnixConnectionStream.send_eof": lambda on: on.stream.send_eof(),
+    "UnixConnectionStream.send_fds": lambda on: on.stream.send_fds(b"x", [0]),
     "UnixDatagramSocket.aclose": lambda on: on.datagram.aclose(),
     "UnixDatagramSocket.receive_message": lambda on: on.datagram.receive_message(),
     "UnixDatagramSocket.send_message": lambda on: on.datagram.send_message(b"x", on.path),
@@ -180,15 +210,8 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
 }
 # The code of its caller waits; and it looks first whether the extension is loaded.
 NEEDS_NO_TASK = {"PeerPolicy.admits", "watch"}
-# Only code in a task gets objects of these classes.
-MADE_IN_A_TASK = {
-    "Generation",
-    "GenerationListener",
-    "NotebookNursery",
-    "PassedConnections",
-    "ServiceNotifier",
-    "UnixConnectionStream",
-}
+# Its methods are those of a ServiceManager.
+PROTOCOLS = {"ServiceNotifier"}
 
 
 def is_async(function: object) -> bool:
@@ -203,7 +226,7 @@ def async_names() -> set[str]:
         value = getattr(importlib.import_module(module), name)
         if is_async(value):
             found.add(name)
-        elif inspect.isclass(value) and name not in MADE_IN_A_TASK:
+        elif inspect.isclass(value) and name not in PROTOCOLS:
             found |= {
                 f"{name}.{key}"
                 for key, member in inspect.getmembers(value, is_async)
@@ -218,25 +241,37 @@ def test_every_async_function_is_tested() -> None:
     assert {name.partition(",")[0] for name in CALLS} == async_names() - NEEDS_NO_TASK
 
 
-def test_async_functions_in_asyncio(tmp_path: Path) -> None:
-    """Each raises one sentence that helps, before anything has happened."""
+async def call_all(objects: Objects) -> dict[str, str]:
+    """Return what each call has raised."""
     told: dict[str, str] = {}
+    for name, call in CALLS.items():
+        try:
+            made = call(objects)
+            if isinstance(made, AbstractAsyncContextManager):
+                await made.__aenter__()
+            else:
+                await made
+        except RuntimeError as exc:
+            told[name] = str(exc)
+    return told
 
-    async def call_all() -> None:
-        for name, call in CALLS.items():
-            try:
-                made = call(objects)
-                if isinstance(made, AbstractAsyncContextManager):
-                    await made.__aenter__()
-                else:
-                    await made
-            except RuntimeError as exc:
-                told[name] = str(exc)
 
+def run_without_a_loop(coroutine: Coroutine[Any, Any, dict[str, str]]) -> dict[str, str]:
+    """Run a coroutine that must not wait for anything."""
+    with pytest.raises(StopIteration) as stop:
+        coroutine.send(None)
+    told: dict[str, str] = stop.value.value
+    return told
+
+
+@pytest.mark.parametrize("run", [asyncio.run, run_without_a_loop])
+def test_async_functions_outside_of_trio(
+    tmp_path: Path, run: Callable[[Coroutine[Any, Any, dict[str, str]]], dict[str, str]]
+) -> None:
+    """Each raises one sentence that helps, before anything has happened."""
     objects = Objects(tmp_path)
     before = sorted(os.listdir(tmp_path))
-    asyncio.run(call_all())
-    assert told == dict.fromkeys(CALLS, OUTSIDE)
+    assert run(call_all(objects)) == dict.fromkeys(CALLS, OUTSIDE)
     assert sorted(os.listdir(tmp_path)) == before
     assert not objects.path.exists()
     # None is closed, and none is busy.

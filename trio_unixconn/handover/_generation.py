@@ -235,6 +235,7 @@ class Generation(DescriptorOwner):
             listens there.
           RuntimeError: after :meth:`ready`.
         """
+        check_task()
         self._check_name(name)
         if type(port) is not int:
             raise TypeError(f"port must be an int, got {type(port).__name__}")
@@ -313,6 +314,7 @@ class Generation(DescriptorOwner):
           OSError: as :func:`open_unix_listener`.
           RuntimeError: after :meth:`ready`.
         """
+        check_task()
         self._check_name(name)
         found = UnixSocketAddress.from_any(address)
         check_policy(policy)
@@ -418,6 +420,7 @@ class Generation(DescriptorOwner):
             :func:`open_generation`.
           RuntimeError: this was called before.
         """
+        check_task()
         if self._prepared.is_set():
             raise RuntimeError("ready() was called before")
         self._prepared.set()
@@ -442,6 +445,7 @@ class Generation(DescriptorOwner):
         That is when the probation is over. What only one process may do, such as periodic jobs,
         begins here.
         """
+        check_task()
         await self._confirmed.wait()
 
     async def replaced(self) -> None:
@@ -450,6 +454,7 @@ class Generation(DescriptorOwner):
         Afterwards, let handlers finish or pass their connections on (:meth:`pass_on`), and leave
         the block of :func:`open_generation`.
         """
+        check_task()
         await self._replaced.wait()
 
     async def overdue(self) -> None:
@@ -457,6 +462,7 @@ class Generation(DescriptorOwner):
 
         Then end at once: cancel what still runs.
         """
+        check_task()
         await self._overdue.wait()
 
     ################################################################
@@ -489,6 +495,7 @@ class Generation(DescriptorOwner):
         Raises:
           UpgradeFailedError: this generation serves as before.
         """
+        check_task()
         options = self._options
         timeout = options.timeout if timeout is None else timeout
         probation = options.probation if probation is None else probation
@@ -728,6 +735,7 @@ class Generation(DescriptorOwner):
           ConnectionClosedError: the stream is closed.
           RuntimeError: this generation was not replaced.
         """
+        check_task()
         if self._passer is None:
             raise RuntimeError("pass_on() requires a successor; wait for replaced() first")
         await self._passer.pass_on(stream, data)

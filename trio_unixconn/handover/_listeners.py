@@ -24,6 +24,7 @@ from .._listener import (
 )
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
+from .._trio_task import check_task
 from ..errors import ConnectionClosedError
 from ._manifest import ListenerEntry, describe_socket
 
@@ -143,6 +144,7 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
           ConnectionBusyError: another task is already accepting.
           OSError: as :meth:`UnixListener.accept`.
         """
+        check_task()
         self.is_used.set()
         while True:
             fd, name = await self._gate.accept(self._acceptor)
@@ -173,6 +175,7 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
 
     async def aclose(self) -> None:
         """Close the socket; other generations that have it can still accept from it."""
+        check_task()
         if isinstance(self._listener, UnixListener):
             await self._listener.aclose()
         else:

@@ -33,6 +33,7 @@ from .._fds import fileno
 from .._fdtypes import open_stream
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
+from .._trio_task import check_task
 from ..errors import ConnectionClosedError, SuccessorGoneError, WrongDescriptorKindError
 from . import _protocol
 from ._channel import expect_no_fds
@@ -245,6 +246,7 @@ class PassedConnections(DescriptorOwner):
 
     @enable_ki_protection
     async def __anext__(self) -> tuple[trio.SocketStream | UnixConnection, bytes]:
+        check_task()
         await trio.lowlevel.checkpoint()
         while True:
             while not self._received:
@@ -275,6 +277,7 @@ class PassedConnections(DescriptorOwner):
 
     async def wait_for_space(self) -> None:
         """Wait until more connections may be received."""
+        check_task()
         while len(self._received) >= _MAX_RECEIVED and not self._is_over:
             await self._changed.wait()
 
