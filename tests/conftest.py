@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests._helpers.environment import standardize_environment
 from tests._helpers.processes import children_of
 from tests._helpers.time_limits import limit_time, report_skip
 from trio_unixconn.testing import plugin
@@ -31,17 +32,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare what all processes of this run use, and decide whether slow tests run."""
+    """Decide whether slow tests run."""
     # The package need not be installed with its entry point.
     if not config.pluginmanager.has_plugin("trio_unixconn"):
         config.pluginmanager.register(plugin, "trio_unixconn")
-    # The workers of pytest-xdist inherit the environment, and get a copy of the options.
+    # The workers of pytest-xdist get a copy of the options.
     if not hasattr(config, "workerinput"):
-        # Without compiled files, each of a thousand Pythons compiles the package again.
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         selects_tests = config.args_source == pytest.Config.ArgsSource.ARGS
         option = config.option
         option.slow = bool(option.slow or selects_tests or option.keyword or option.markexpr)
+
+
+def pytest_sessionstart() -> None:
+    """Standardize the environment, which the workers of pytest-xdist inherit after this.
+
+    pytest has read before what the terminal is, and whether to use colors.
+    """
+    standardize_environment()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,23 +14,30 @@ from typing import TYPE_CHECKING, Any
 
 from typer.testing import CliRunner
 
+from tests._helpers.environment import environment
 from trio_unixconn import __main__ as command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
 COMMAND = [sys.executable, "-m", "trio_unixconn"]
 
 
-def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command until it exits."""
+def run(
+    *arguments: str | Path, program: Sequence[str] = COMMAND, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command until it exits; what it prints for a terminal has 200 columns.
+
+    Args:
+      program: what gets the arguments.
+    """
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
-        **{"stdin": subprocess.DEVNULL, **options},
+        **{"stdin": subprocess.DEVNULL, "env": environment(COLUMNS="200"), **options},
     )
 
 
@@ -49,10 +56,16 @@ def run_in_this_process(*arguments: str | Path) -> subprocess.CompletedProcess[s
 
 
 @contextmanager
-def started(*arguments: str | Path, **options: Any) -> Generator[subprocess.Popen[str], None, None]:
-    """Start a command; kill it at the end of the block."""
+def started(
+    *arguments: str | Path, program: Sequence[str] = COMMAND, **options: Any
+) -> Generator[subprocess.Popen[str], None, None]:
+    """Start a command; kill it at the end of the block.
+
+    Args:
+      program: what gets the arguments.
+    """
     with subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         text=True,
         **{
             "stdin": subprocess.DEVNULL,

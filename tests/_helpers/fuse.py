@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 
-from tests._helpers.processes import environment, program
+from tests._helpers.environment import environment
+from tests._helpers.processes import program
 from trio_unixconn import _closing
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import re
 import threading
 import time
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tests._helpers.cli import started
 from tests._helpers.processes import ROOT
-from tests._helpers.serve_cli import Served, hear_signals
+from tests._helpers.serve_cli import Served, starting
 from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
@@ -26,13 +24,8 @@ EXAMPLES = ROOT / "examples"
 @contextmanager
 def http_server(*arguments: str) -> Generator[tuple[Served, int], None, None]:
     """Run the example with two workers, and return it with its port."""
-    with started(
-        *("serve", "pool_http:handler", "--bind", "tcp:127.0.0.1:0", "--workers", "2", *arguments),
-        cwd=EXAMPLES,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, EXAMPLES)
+    tcp = "tcp:127.0.0.1:0"
+    with starting(EXAMPLES, "pool_http:handler", *arguments, bind=tcp, workers=2) as served:
         found = re.search(r":(\d+)\n", served.line("listening at"))
         assert found
         served.line("ready: ")

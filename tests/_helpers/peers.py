@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from tests._helpers.processes import environment, program
+from tests._helpers.environment import environment
+from tests._helpers.processes import program
 from trio_unixconn import UnixConnection, connection_pair, testing
 
 if TYPE_CHECKING:

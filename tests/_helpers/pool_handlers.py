@@ -23,6 +23,7 @@ import trio
 import trio.lowlevel
 
 from tests._helpers.processes import open_descriptors
+from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionBrokenError,
     Credentials,
@@ -337,8 +338,7 @@ async def slow_at_the_end() -> AsyncGenerator[None, None]:
     yield
     note("ending", os.getpid())
     with trio.CancelScope(shield=True):
-        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
-            await trio.sleep(0.01)
+        await until(Path(os.environ["POOL_FOLDER"], "go on").exists)
         done = await trio.run_process(["grep", "SigIgn", "/proc/self/status"], capture_stdout=True)
     note("ended", done.stdout.decode().split()[1])
 
@@ -369,8 +369,7 @@ async def waiting() -> AsyncGenerator[None, None]:
     """Have all workers but the first wait before they are ready, until there is a file."""
     if not first("one"):
         note("waits", os.getpid())
-        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
-            await trio.sleep(0.01)
+        await until(Path(os.environ["POOL_FOLDER"], "go on").exists)
     yield
 
 
@@ -378,8 +377,9 @@ async def waiting() -> AsyncGenerator[None, None]:
 async def two_at_most() -> AsyncGenerator[None, None]:
     """Let two workers live; the others die when they start, but after those."""
     if not first("one") and not first("two"):
-        await trio.sleep(0.5)
+        await until(lambda: Path(os.environ["POOL_FOLDER"], "ready").read_text().count("\n") == 2)
         os._exit(9)
+    note("ready", os.getpid())
     yield
 
 
@@ -388,8 +388,7 @@ async def two_are_ready() -> AsyncGenerator[None, None]:
     """Have all workers but the first two wait, until there is a file."""
     if not first("one") and not first("two"):
         note("waits", os.getpid())
-        while not Path(os.environ["POOL_FOLDER"], "go on").exists():
-            await trio.sleep(0.01)
+        await until(Path(os.environ["POOL_FOLDER"], "go on").exists)
     note("ready", os.getpid())
     yield
 

@@ -23,14 +23,8 @@ PROGRAMS = "tests._helpers.programs"
 BUSY = (0, 1, 2, 5, 6, 7)
 
 
-def environment() -> dict[str, str]:
-    """Return the environment in which a Python finds this project, installed or not."""
-    found = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
-
-
 def python(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module in an :func:`environment`."""
+    """Return the command that runs a module in an environment of this project."""
     return [sys.executable, "-m", module, *arguments]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from tests._helpers.glib import missing_peer
+from tests._helpers.waiting import until_sync
 from trio_unixconn import (
     UnixConnection,
     UnixSocketAddress,
@@ -38,6 +40,25 @@ def require_program(name: str, *, package: str | None = None) -> str:
             f"{name} is not installed; on Debian and Ubuntu install the package {package or name}"
         )
     return found
+
+
+def free_port() -> int:
+    """Return a port that is free at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def wait_for_port(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a proxy that was started listens at its port."""
+
+    def is_listening() -> bool:
+        assert process.poll() is None, "the proxy exited; its errors are on stderr"
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    until_sync(is_listening)
 
 
 @asynccontextmanager

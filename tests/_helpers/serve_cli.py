@@ -10,18 +10,21 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pyte
 
 from tests._helpers.cli import COMMAND, ended, started
+from tests._helpers.environment import environment
 from tests._helpers.waiting import until_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -53,17 +56,6 @@ def hear_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def import_path(project: Path) -> str:
-    """Return a PYTHONPATH with a directory in front."""
-    return os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def environment_without_directory(project: Path) -> dict[str, str]:
-    """Return variables for a command in a deleted directory, which coverage cannot measure."""
-    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-    return {**environment, "PYTHONPATH": import_path(project)}
-
-
 def write_program(project: Path) -> Path:
     """Write a program that is the command, and return its path.
 
@@ -72,6 +64,13 @@ def write_program(project: Path) -> Path:
     path = project / "command.py"
     path.write_text("from trio_unixconn.__main__ import main\n\nmain()\n")
     return path
+
+
+def program_in_a_deleted_directory(project: Path) -> list[str]:
+    """Return the command line as a program that runs in a directory that was deleted."""
+    gone = project / "gone"
+    shell = f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$@"'
+    return ["sh", "-c", shell, "-", sys.executable, str(write_program(project))]
 
 
 def make_project(directory: Path) -> Path:
@@ -129,17 +128,40 @@ class Served:
 
 
 @contextmanager
+def starting(
+    project: Path,
+    handler: str,
+    *arguments: str,
+    bind: str = "unix:s",
+    workers: int = 1,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> Generator[Served, None, None]:
+    """Start a server in a directory.
+
+    Args:
+      variables: of its environment.
+      options: those of :func:`tests._helpers.cli.started`.
+    """
+    with started(
+        *("serve", handler, "--bind", bind, "--workers", str(workers), *arguments),
+        # Compiled files are told from newer sources only by whole seconds and sizes.
+        **{
+            "cwd": project,
+            "env": environment(PYTHONDONTWRITEBYTECODE="1", **variables),
+            "preexec_fn": hear_signals,
+            **options,
+        },
+    ) as process:
+        yield Served(process, project)
+
+
+@contextmanager
 def serving(
     project: Path, handler: str, *arguments: str, **options: Any
 ) -> Generator[Served, None, None]:
-    """Serve at ``s`` with one worker, from when it is ready on."""
-    # Compiled files are told from newer sources only by whole seconds and sizes.
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
-    with started(
-        *("serve", f"app:{handler}", "--bind", "unix:s", "--workers", "1", *arguments),
-        **{"cwd": project, "env": env, "preexec_fn": hear_signals, **options},
-    ) as process:
-        served = Served(process, project)
+    """Serve a handler of ``app`` with one worker, at ``s`` by default; wait until it is ready."""
+    with starting(project, f"app:{handler}", *arguments, **options) as served:
         served.line("ready: ")
         yield served
 
@@ -178,22 +200,19 @@ class Terminal:
         *arguments: str,
         program: Sequence[str] = COMMAND,
         controlling: bool = False,
-        **environment: str,
+        **variables: str,
     ) -> None:
         self.screen = pyte.HistoryScreen(80, 30, history=1000)
         self._stream = pyte.ByteStream(self.screen)
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
-        env = {
-            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
-        }
         self.process = subprocess.Popen(
             [*program, "serve", "app:once", "--bind", "unix:s", "--workers", "2", *arguments],
             cwd=project,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**env, "TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            env=environment(TERM="xterm-256color", PYTHONDONTWRITEBYTECODE="1", **variables),
             start_new_session=controlling,
             preexec_fn=take_terminal if controlling else hear_signals,
         )

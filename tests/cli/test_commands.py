@@ -18,7 +18,8 @@ import trio
 from typer.testing import CliRunner
 
 import trio_unixconn
-from tests._helpers.cli import run_in_this_process
+from tests._helpers.cli import COMMAND, run, run_in_this_process
+from tests._helpers.environment import environment
 from trio_unixconn import __main__ as command_line
 from trio_unixconn._cli._console import end_printing
 from trio_unixconn._cli.demo import driver, wire
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m trio_unixconn``."""
-    return subprocess.run(
-        [sys.executable, "-m", "trio_unixconn", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        **{"env": {**os.environ, "COLUMNS": "200"}, **options},
+def run_redirected(
+    command: tuple[str, ...], redirections: str, *, unbuffered: bool
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with redirections of a shell, and with Python's buffers or without."""
+    return run(
+        *command,
+        program=["sh", "-c", f'"$@" {redirections}', "-", *COMMAND],
+        env=environment(PYTHONUNBUFFERED="1" if unbuffered else None),
     )
 
 
@@ -64,7 +65,7 @@ def test_demo_of_the_package() -> None:
 
 def test_demo_in_80_columns(directory: Path) -> None:
     """In 80 columns nothing but names is folded."""
-    done = run("demo", str(directory), env={**os.environ, "COLUMNS": "80"})
+    done = run("demo", directory, env=environment(COLUMNS="80"))
     assert done.returncode == 0, done.stderr
     rows = [
         line
@@ -82,7 +83,7 @@ def test_demo_breaks_no_word_in_80_columns(tmp_path: Path) -> None:
     file = tmp_path / "alphabetical" / "beautiful_gardens" / "character-encoding.txt"
     file.parent.mkdir(parents=True)
     file.touch()
-    done = run("demo", str(file), env={**os.environ, "COLUMNS": "80"})
+    done = run("demo", file, env=environment(COLUMNS="80"))
     assert done.returncode == 0, done.stderr
     for word in ("alphabetical/", "beautiful_", "gardens/", "character-", "encoding."):
         assert word in done.stdout
@@ -105,7 +106,7 @@ def test_main_version() -> None:
 
 def test_main_show_completion() -> None:
     """The script that a shell evaluates is printed, and its requests are answered."""
-    asked = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    asked = environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     done = run("--show-completion", "bash", env=asked)
     assert done.returncode == 0, done.stderr
     assert "complete -o default -F" in done.stdout
@@ -122,54 +123,50 @@ def test_main_show_completion() -> None:
         ("serve", "--help"),
     ],
 )
-@pytest.mark.parametrize("output", ["/dev/full", None])
-def test_main_output_that_cannot_be_written(command: tuple[str, ...], output: str | None) -> None:
+@pytest.mark.parametrize(
+    ("redirection", "unbuffered", "why"),
+    [
+        # Without a buffer, it fails where it prints, and otherwise where it ends.
+        (">/dev/full", True, "No space left on device"),
+        (">/dev/full", False, "No space left on device"),
+        (">&-", False, "Bad file descriptor"),
+    ],
+)
+def test_main_output_that_cannot_be_written(
+    command: tuple[str, ...], redirection: str, why: str, *, unbuffered: bool
+) -> None:
     """A full disk and a closed standard output are one line and exit status 1."""
-    words = " ".join([sys.executable, "-m", "trio_unixconn", *command])
-    redirection = ">&-" if output is None else f">{output}"
-    done = subprocess.run(
-        ["sh", "-c", f"{words} {redirection}"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    why = "Bad file descriptor" if output is None else "No space left on device"
+    done = run_redirected(command, redirection, unbuffered=unbuffered)
     assert done.stderr == f"trio-unixconn: standard output: {why}\n"
     assert done.returncode == 1
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 @pytest.mark.parametrize(
-    ("command", "status"),
+    ("redirection", "unbuffered"),
+    [("2>&-", False), ("2>/dev/full", False), ("2>/dev/full", True)],
+)
+@pytest.mark.parametrize(
+    ("command", "output", "status"),
     [
-        (("peer", "nothing"), 1),
-        (("serve", "no:where", "--bind", "x"), 2),
-        (("peer",), 2),
-        (("doctor", ">/dev/full"), 1),
-        (("-h", ">/dev/full"), 1),
+        (("peer", "nothing"), "", 1),
+        (("serve", "no:where", "--bind", "x"), "", 2),
+        (("peer",), "", 2),
+        (("doctor",), ">/dev/full ", 1),
+        (("-h",), ">/dev/full ", 1),
     ],
 )
 def test_main_errors_that_cannot_be_written(
-    command: tuple[str, ...], status: int, redirection: str
+    command: tuple[str, ...], output: str, status: int, redirection: str, *, unbuffered: bool
 ) -> None:
     """Without standard error the exit status is the same, and nothing goes to standard output."""
-    done = subprocess.run(
-        ["sh", "-c", " ".join([sys.executable, "-m", "trio_unixconn", *command, redirection])],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = run_redirected(command, output + redirection, unbuffered=unbuffered)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 def test_end_printing_leaves_other_errors() -> None:
     """An OSError of another origin is a bug, which stays visible."""
     with pytest.raises(FileNotFoundError) as caught:
-        open("/no/such/file")  # noqa: SIM115 - it fails
+        os.stat("/no/such/file")
     end_printing(caught.value)
 
 
@@ -229,7 +226,7 @@ def test_main_installed_script() -> None:
     script = Path(sysconfig.get_path("scripts"), "trio-unixconn")
     if not script.exists():
         pytest.skip("the package is not installed in this environment")
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    done = run("--help", program=[str(script)])
     assert "demo" in done.stdout
 
 
@@ -239,9 +236,7 @@ def test_main_without_the_extra() -> None:
         "import sys; sys.modules['rich'] = sys.modules['typer'] = None; import runpy; "
         "runpy.run_module('trio_unixconn', run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = run(program=[sys.executable, "-c", program])
     assert done.returncode == 1
     assert "pip install 'trio_unixconn[cli]'" in done.stderr
 
@@ -250,13 +245,7 @@ def test_demo_with_long_tmpdir(tmp_path: Path) -> None:
     """The demo works in a temporary directory whose name is too long for sockets."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "trio_unixconn", "demo", trio_unixconn.__file__],
-        env={**os.environ, "TMPDIR": str(long)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("demo", trio_unixconn.__file__, env=environment(TMPDIR=str(long)))
     assert done.returncode == 0, done.stderr
 
 
@@ -470,7 +459,7 @@ def test_demo_interrupted(tmp_path: Path, number: signal.Signals, status: int, s
         start_new_session=True,
         # A shell that runs these tests in the background may have ignored it.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-        env={**os.environ, "TMPDIR": str(temporary)},
+        env=environment(TMPDIR=str(temporary)),
     ) as process:
         tasks = Path(f"/proc/{process.pid}/task")
         workers: list[str] = []

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import trio_unixconn
 from tests._helpers.cli import run
+from tests._helpers.environment import environment
 from trio_unixconn import __main__ as command_line, _kernel
 from trio_unixconn._cli.doctor import lab, limits, probes
 from trio_unixconn._cli.doctor.examination import examine
@@ -37,7 +38,7 @@ def features() -> dict[str, Feature]:
 
 def test_doctor_tables() -> None:
     """Every feature and limit has its row, in 80 columns, and the core works here."""
-    done = run("doctor", env={**os.environ, "COLUMNS": "80"})
+    done = run("doctor", env=environment(COLUMNS="80"))
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     for name in ("SCM_RIGHTS", "SO_PEERPIDFD", "flock", "RLIMIT_NOFILE, soft", "SCM_MAX_FD"):

@@ -18,6 +18,7 @@ import trio
 import typer
 
 from tests._helpers.cli import ended, run, run_in_this_process, started, wait_for_socket
+from tests._helpers.environment import environment
 from trio_unixconn._cli import _console, passing
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def program(text: str) -> list[str]:
 def test_receive_fd_passes_files_to_a_command(directory: Path, path: Path) -> None:
     """The command has the files from 3 on, in order, and systemd's variables."""
     script = 'cat <&3; cat <&4; cat <&5; echo "$$"; env | grep ^LISTEN_ | sort'
-    stale = {**os.environ, "LISTEN_PIDFDID": "1", "LISTEN_FDS": "9", "LISTEN_FDNAMES": "x"}
+    stale = environment(LISTEN_PIDFDID="1", LISTEN_FDS="9", LISTEN_FDNAMES="x")
     names = ("--name", "first", "--name", "second")
     with started("receive-fd", path, *names, *shell(script), env=stale) as receiver:
         wait_for_socket(path, receiver)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from watchfiles import Change
 
-from tests._helpers.cli import COMMAND, ended, run, run_in_this_process, started
+from tests._helpers.cli import COMMAND, ended, run, run_in_this_process
+from tests._helpers.environment import environment
 from tests._helpers.serve_cli import (
     APP,
     SIGNALS,
@@ -25,11 +26,12 @@ from tests._helpers.serve_cli import (
     Terminal,
     answer,
     connected,
-    environment_without_directory,
     hear_signals,
     make_project,
+    program_in_a_deleted_directory,
     rest_of,
     serving,
+    starting,
     write_program,
 )
 from tests._helpers.waiting import until_sync
@@ -126,15 +128,10 @@ def test_a_drain_has_a_deadline(project: Path) -> None:
 def test_a_signal_before_it_is_ready(project: Path) -> None:
     """It ends at once, and nothing is left, also not a worker that is being started."""
     (project / "slow.py").write_text("import time; time.sleep(1000)")
-    with started(
-        *("serve", "slow:handler", "--bind", "unix:s", "--stats-socket", "stats"),
-        cwd=project,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,
-    ) as process:
-        Served(process, project).line("listening at unix:s")
-        process.send_signal(signal.SIGTERM)
-        done = ended(process)
+    with starting(project, "slow:handler", "--stats-socket", "stats") as served:
+        served.line("listening at unix:s")
+        served.send(signal.SIGTERM)
+        done = ended(served.process)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "trio-unixconn: ended by SIGTERM\n"
     assert {path.name for path in project.iterdir()} == {"app.py", "slow.py"}
@@ -169,18 +166,8 @@ def test_nobody_reads_what_it_says(project: Path) -> None:
 
 def test_from_a_script(project: Path) -> None:
     """The current directory is found even if Python has only the script's directory."""
-    script = project.parent / "script.py"
-    script.write_text("from trio_unixconn.__main__ import main\nmain()\n")
-    with subprocess.Popen(
-        [sys.executable, script, "serve", "app:once", "--bind", "unix:s", "--workers", "1"],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
-        served.line("ready: ")
+    program = [sys.executable, str(write_program(project.parent))]
+    with serving(project, "once", program=program) as served:
         assert answer(str(project / "s")) == b"one"
         served.drained()
 
@@ -457,18 +444,9 @@ def test_what_systemd_passes(where: str, project: Path) -> None:
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='x'); "
             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         )
-        arguments = ["serve", "app:once", "--bind", where, "--workers", "1"]
-        with subprocess.Popen(
-            [sys.executable, "-c", program, str(tcp.fileno()), *COMMAND[1:], *arguments],
-            cwd=project,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=[tcp.fileno()],
-            preexec_fn=hear_signals,
-        ) as process:
-            served = Served(process, project)
-            served.line("ready: ")
+        command = [sys.executable, "-c", program, str(tcp.fileno()), *COMMAND[1:]]
+        fds = [tcp.fileno()]
+        with serving(project, "once", bind=where, program=command, pass_fds=fds) as served:
             assert answer(tcp.getsockname()) == b"[]"
             served.drained()
 
@@ -513,8 +491,8 @@ def test_systemd_names(names: str, binds: list[str], expected: str) -> None:
 )
 def test_systemd_has_passed_nothing(project: Path, variables: dict[str, str], said: str) -> None:
     """Sockets that are not there, or another's, are a line and exit status 1."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
-    done = run("serve", "app:once", "--bind", "systemd", cwd=project, env={**env, **variables})
+    env = environment(**variables)
+    done = run("serve", "app:once", "--bind", "systemd", cwd=project, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("trio-unixconn: systemd: ")
     assert said in done.stderr
@@ -671,13 +649,7 @@ def test_reload_sees_a_change_while_workers_import(project: Path) -> None:
     gate += "while os.path.exists('gate'):\n    time.sleep(0.01)\n"
     (project / "app.py").write_text(APP + gate)
     (project / "gate").touch()
-    with started(
-        *("serve", "app:once", "--bind", "unix:s", "--workers", "1", "--reload"),
-        cwd=project,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    with starting(project, "app:once", "--reload") as served:
         until_sync((project / "importing").exists)
         (project / "app.py").write_text(APP.replace("one", "two"))
         (project / "gate").unlink()
@@ -723,39 +695,22 @@ def test_reload_at_the_inotify_limit(project: Path) -> None:
     shell = ["unshare", "-Ur", "sh", "-c", f'{limit} && exec "$@"', "-"]
     if subprocess.run([*shell, "true"], check=False).returncode:
         pytest.skip("needs a user namespace")
-    with subprocess.Popen(
-        [
-            *(*shell, *COMMAND, "serve", "app:once", "--bind", "unix:s"),
-            *("--workers", "1", "--reload"),
-        ],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    with starting(project, "app:once", "--reload", program=[*shell, *COMMAND]) as served:
         served.line("WARNING: not watching: ")
         served.line("ready: ")
         assert answer(str(project / "s")) == b"one"
         served.drained()
 
 
+@pytest.mark.usefixtures("unmeasured_processes")  # coverage wants a current directory
 def test_reload_in_a_deleted_directory(project: Path) -> None:
     """Without a current directory nothing is watched, which is logged."""
-    gone = project / "gone"
-    shell = ["sh", "-c", f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$@"', "-"]
-    program = [sys.executable, str(write_program(project))]
-    arguments = ["serve", "app:once", "--bind", f"unix:{project}/s", "--workers", "1", "--reload"]
-    with subprocess.Popen(
-        [*shell, *program, *arguments],
-        env=environment_without_directory(project),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    with starting(
+        *(project, "app:once", "--reload"),
+        bind=f"unix:{project}/s",
+        program=program_in_a_deleted_directory(project),
+        env=environment(project),
+    ) as served:
         served.line("WARNING: not watching: ")
         served.line("ready: ")
         served.drained()
@@ -767,19 +722,8 @@ def test_reload_of_a_package_elsewhere(project: Path) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "app.py").write_text(APP)
-    with started(
-        *("serve", "package.app:once", "--bind", "unix:s", "--workers", "1", "--reload"),
-        cwd=project,
-        env={
-            **os.environ,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
-        },
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    env = environment(package.parent, PYTHONDONTWRITEBYTECODE="1")
+    with starting(project, "package.app:once", "--reload", env=env) as served:
         served.line("ready: ")
         assert f"watching {project}, {package}\n" in watched(served)
         (package / "app.py").write_text(APP.replace("one", "two"))

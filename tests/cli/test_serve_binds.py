@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests._helpers.cli import ended, run, run_in_this_process, started
+from tests._helpers.cli import ended, run, run_in_this_process
 from tests._helpers.serve_cli import (
     APP,
-    Served,
     answer,
     connected,
-    hear_signals,
     make_project,
     rest_of,
     serving,
+    starting,
 )
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import binds
@@ -359,14 +358,10 @@ def test_serve_replace_signalled_before_it_is_ready(project: Path) -> None:
     """A signal before the workers are ready leaves the other server as it is."""
     (project / "slow.py").write_text("print('importing', flush=True); import time; time.sleep(999)")
     with serving(project, "once") as served:
-        with started(
-            *("serve", "slow:handler", "--bind", "unix:s", "--workers", "1", "--replace"),
-            cwd=project,
-            preexec_fn=hear_signals,
-        ) as process:
-            Served(process, project).line("importing")
-            process.send_signal(signal.SIGTERM)
-            assert ended(process).returncode == 128 + signal.SIGTERM
+        with starting(project, "slow:handler", "--replace") as other:
+            other.line("importing")
+            other.send(signal.SIGTERM)
+            assert ended(other.process).returncode == 128 + signal.SIGTERM
         assert answer(str(project / "s")) == b"one"
         served.drained()
 

@@ -19,10 +19,10 @@ from tests._helpers.serve_cli import (
     Served,
     answer,
     connected,
-    hear_signals,
     make_project,
     rest_of,
     serving,
+    starting,
 )
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve.service import SAME_SIGNAL
@@ -115,13 +115,7 @@ def test_stats_and_agent_check_while_the_workers_start(
         "import os, time\nfrom app import once\n"
         "while os.path.exists('gate'):\n    time.sleep(0.01)\n"
     )
-    with started(
-        *("serve", "slow:once", "--bind", "unix:s", "--workers", "1", *CHECKS, *options),
-        cwd=project,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    with starting(project, "slow:once", *CHECKS, *options) as served:
         served.line("agent checks at")
         (stats,), (check,) = places(served, "statistics"), places(served, "agent checks")
         assert get(stats, "/ready") == (503, "the workers are starting\n")

@@ -15,7 +15,7 @@ import trio
 
 from tests._helpers.cli import COMMAND, ended, run
 from tests._helpers.processes import children_of
-from tests._helpers.serve_cli import Served, answer, hear_signals, make_project, serving
+from tests._helpers.serve_cli import answer, make_project, serving, starting
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import children
 from trio_unixconn._cli.serve.children import reap_adopted_children, zombies
@@ -48,21 +48,11 @@ def test_process_1_reaps_adopted_children(project: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root for a pid namespace")
     (project / "app.py").write_text(ORPHANS)
-    with subprocess.Popen(
-        [
-            *("unshare", "-pf", "--mount-proc", *COMMAND),
-            *("serve", "app:once", "--bind", "unix:s", "--workers", "1"),
-        ],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
+    program = ["unshare", "-pf", "--mount-proc", *COMMAND]
+    with starting(project, "app:once", program=program) as served:
         served.line("(pid 1)")
         worker = int(re.findall(r"workers (\d+)", served.line("ready: "))[0])
-        (server,) = children_of(process.pid)
+        (server,) = children_of(served.process.pid)
         try:
             for _ in range(3):
                 assert answer(str(project / "s")) == b"one"
@@ -75,7 +65,7 @@ def test_process_1_reaps_adopted_children(project: Path) -> None:
             until_sync(lambda: answer(str(project / "s")) == b"one")
         finally:
             os.kill(server, signal.SIGTERM)
-        done = ended(process)
+        done = ended(served.process)
     assert (done.returncode, done.stderr) == (0, "")
 
 

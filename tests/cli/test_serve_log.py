@@ -23,10 +23,10 @@ from tests._helpers.serve_cli import (
     Terminal,
     answer,
     connected,
-    hear_signals,
     make_project,
     rest_of,
     serving,
+    starting,
 )
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve import output
@@ -256,8 +256,7 @@ def test_captured_stream_forwards_parts_of_a_long_line(monkeypatch: pytest.Monke
 
 def test_ascii_output_escapes_what_it_cannot_encode(project: Path) -> None:
     """Text that the encoding of the output does not have is escaped, and the server goes on."""
-    env = {"PYTHONIOENCODING": "ascii"}
-    with serving(project, "fail", env=env) as served:
+    with serving(project, "fail", variables={"PYTHONIOENCODING": "ascii"}) as served:
         assert ask(project, "na\u00efve \u65e5 \x1b[31m".encode()) == b""
         assert "ValueError: na\\xefve \\u65e5 \\x1b[31m" in served.line("ValueError: ")
         assert ask(project, b"again") == b""
@@ -331,7 +330,7 @@ def test_closed_output_does_not_fail_a_drain(project: Path) -> None:
 
 def test_worker_output_keeps_its_stream(project: Path) -> None:
     """What a handler prints is on standard output, and its errors on standard error."""
-    with serving(project, "once", env={"PYTHONUNBUFFERED": "1"}) as served:
+    with serving(project, "once", variables={"PYTHONUNBUFFERED": "1"}) as served:
         assert ask(project, b"x") == b"one"
         assert served.line("printed") == "printed b'x'\n"
         served.send(signal.SIGTERM)
@@ -347,24 +346,16 @@ def test_worker_output_keeps_its_stream(project: Path) -> None:
 def test_log_file_is_opened_again_on_sigusr1(project: Path) -> None:
     """After a rotation and SIGUSR1 the log goes to the new file; the old one is complete."""
     log, old = project / "log", project / "log.1"
-    arguments = ("--bind", "unix:s", "--workers", "1", "--log-file", "log")
-    with subprocess.Popen(
-        [*COMMAND, "serve", "app:once", *arguments],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
+    with starting(project, "app:once", "--log-file", "log") as served:
         until_sync(lambda: log.exists() and "ready: " in log.read_text())
         log.rename(old)
-        process.send_signal(signal.SIGUSR1)
+        served.send(signal.SIGUSR1)
         until_sync(lambda: log.exists() and "received SIGUSR1: opened" in log.read_text())
         log.unlink()
         log.mkdir()
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGTERM)
-        done = ended(process)
+        served.send(signal.SIGUSR1)
+        served.send(signal.SIGTERM)
+        done = ended(served.process)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert "ready: " in old.read_text()
     assert "drained" not in old.read_text()
@@ -374,20 +365,14 @@ def test_log_file_that_is_full_recovers(project: Path, tmp_path: Path) -> None:
     """A full disk stops neither the service nor, once there is space, the log."""
     log = project / "log"
     log.symlink_to("/dev/full")
-    arguments = ("serve", "app:fail", "--bind", "unix:s", "--workers", "1", "--log-file", "log")
-    with subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=project,
-        preexec_fn=hear_signals,
-    ) as process:
+    with starting(project, "app:fail", "--log-file", "log") as served:
         until_sync((project / "s").exists)
         assert ask(project, b"x") == b""
         log.unlink()
-        process.send_signal(signal.SIGUSR1)
+        served.send(signal.SIGUSR1)
         until_sync(log.exists)
         assert ask(project, b"y") == b""
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        served.drained()
     text = log.read_text()
     assert "could not be written (No space left on device)" in text
     assert "ValueError: y" in text
@@ -412,7 +397,8 @@ def test_sigusr1_without_log_file(project: Path) -> None:
 
 def test_log_format_json(project: Path) -> None:
     """Each line on standard output is a JSON object, a worker's and a traceback's, too."""
-    with serving(project, "once", "--log-format", "json", env={"PYTHONUNBUFFERED": "1"}) as served:
+    variables = {"PYTHONUNBUFFERED": "1"}
+    with serving(project, "once", "--log-format", "json", variables=variables) as served:
         assert ask(project, b"x") == b"one"
         text = "".join(served.lines) + served.drained_output()
     records = [json.loads(line) for line in text.splitlines()]
@@ -425,19 +411,10 @@ def test_log_format_json(project: Path) -> None:
 
 def test_log_level(project: Path) -> None:
     """Records below --log-level are dropped."""
-    arguments = ("serve", "app:fail", "--bind", "unix:s", "--workers", "1", "--log-level", "error")
-    with subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
+    with starting(project, "app:fail", "--log-level", "error") as served:
         until_sync((project / "s").exists)
         assert ask(project, b"secret") == b""
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
+        out = served.drained_output()
     assert "INFO" not in out
     assert "ERROR: " in out
     assert "ValueError: secret" in out

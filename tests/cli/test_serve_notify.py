@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests._helpers.cli import COMMAND
+from tests._helpers.environment import environment
 from tests._helpers.serve_cli import APP, answer, hear_signals, make_project
 from trio_unixconn._cli.serve.notify import Notifier, find_service_manager
 from trio_unixconn.systemd import ServiceManager
@@ -39,15 +40,14 @@ def project(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def served(
-    project: Path, *arguments: str, env: dict[str, str]
+    project: Path, *arguments: str, variables: dict[str, str]
 ) -> AsyncGenerator[trio.Process, None]:
     """Run a server with one worker at the socket ``s``."""
     command = [*COMMAND, "serve", "app:once", "--bind", "unix:s", "--workers", "1", *arguments]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
     process = await trio.lowlevel.open_process(
         command,
         cwd=project,
-        env=environment,
+        env=environment(PYTHONDONTWRITEBYTECODE="1", **variables),
         stdout=subprocess.DEVNULL,
         preexec_fn=hear_signals,
     )
@@ -63,7 +63,7 @@ async def test_serve_notify_tells_each_state(project: Path) -> None:
     """READY=1 once workers are ready, a pair for each restart, heartbeats, and STOPPING=1."""
     async with (
         open_service_manager(watchdog_timeout=1) as fake,
-        served(project, env=fake.environ) as process,
+        served(project, variables=fake.environ) as process,
     ):
         with trio.fail_after(60):
             await fake.wait_for("STATUS=starting")
@@ -98,7 +98,7 @@ async def test_serve_notify_tells_each_state(project: Path) -> None:
 
 async def test_serve_notify_tells_the_number_of_workers(project: Path) -> None:
     """SIGTTIN changes the number of workers, and the status."""
-    async with open_service_manager() as fake, served(project, env=fake.environ) as process:
+    async with open_service_manager() as fake, served(project, variables=fake.environ) as process:
         with trio.fail_after(60):
             await fake.wait_for("READY=1")
             process.send_signal(signal.SIGTTIN)
@@ -110,7 +110,7 @@ async def test_serve_notify_off(project: Path) -> None:
     """With --notify off nothing is said, and handlers have the variable."""
     async with (
         open_service_manager(watchdog_timeout=1) as fake,
-        served(project, "--notify", "off", env=fake.environ),
+        served(project, "--notify", "off", variables=fake.environ),
     ):
         path = project / "s"
         with trio.fail_after(60):
@@ -130,7 +130,7 @@ async def test_serve_notify_without_a_manager(project: Path, tmp_path: Path) -> 
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         async with served(
-            project, "--log-file", str(log), env={"NOTIFY_SOCKET": address}
+            project, "--log-file", str(log), variables={"NOTIFY_SOCKET": address}
         ) as process:
             with trio.fail_after(60):
                 while not log.exists() or "ready: " not in log.read_text():

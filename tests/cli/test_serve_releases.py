@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests._helpers.cli import COMMAND, ended, run
+from tests._helpers.environment import environment
 from tests._helpers.serve_cli import (
-    Served,
     answer,
-    environment_without_directory,
-    hear_signals,
     make_project,
-    write_program,
+    program_in_a_deleted_directory,
+    serving,
+    starting,
 )
 from tests._helpers.waiting import until_sync
 from trio_unixconn._cli.serve.directory import WorkingDirectory, put_current_directory_on_path
@@ -56,28 +56,13 @@ def switch(current: Path, to: Path) -> None:
     new.rename(current)
 
 
-def released(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [
-            *(*COMMAND, "serve", "released:tell", "--bind", "unix:s", "--workers", "1"),
-            *("--chdir", "current", *arguments),
-        ],
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=hear_signals,
-    )
-
-
 def test_chdir_is_resolved_by_each_restart(tmp_path: Path) -> None:
     """A symbolic link that was switched, and SIGHUP: the new release serves, code and files."""
     current, path = tmp_path / "current", str(tmp_path / "s")
     switch(current, release(tmp_path, 1))
     arguments = ("--stats-socket", "stats", "--pid-file", "pid", "--log-file", "log")
-    with released(tmp_path, *arguments) as process:
-        served = Served(process, tmp_path)
+    chdir = ("--chdir", "current")
+    with starting(tmp_path, "released:tell", *chdir, *arguments) as served:
         log = tmp_path / "log"
         until_sync(lambda: log.exists() and "ready: " in log.read_text())
         # Paths of the command line do not move with the release.
@@ -102,8 +87,7 @@ def test_chdir_keeps_the_release_if_the_new_one_cannot_start(tmp_path: Path) -> 
     """While the new release is broken or missing, a replaced worker is of the old one, too."""
     current, path = tmp_path / "current", str(tmp_path / "s")
     switch(current, release(tmp_path, 1))
-    with released(tmp_path) as process:
-        served = Served(process, tmp_path)
+    with starting(tmp_path, "released:tell", "--chdir", "current") as served:
         served.line("ready: ")
         broken = release(tmp_path, 2)
         (broken / "released.py").write_text("this is not Python (")
@@ -169,43 +153,17 @@ def test_put_current_directory_on_path_in_a_deleted_directory(
 ################################################################
 
 
-def deleted(command: list[str], project: Path) -> list[str]:
-    """Return a command that runs another one in a directory that was deleted."""
-    gone = project / "gone"
-    return [
-        "sh",
-        "-c",
-        f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$@"',
-        "-",
-        *command,
-    ]
-
-
+@pytest.mark.usefixtures("unmeasured_processes")  # coverage wants a current directory
 def test_serve_in_a_deleted_directory(project: Path) -> None:
     """With absolute paths and an importable handler it serves; a relative path is a line."""
-    program = [sys.executable, str(write_program(project))]
+    program, env = program_in_a_deleted_directory(project), environment(project)
     bind = f"unix:{project}/s"
-    command = [*program, "serve", "app:once", "--bind", bind, "--workers", "1"]
-    with subprocess.Popen(
-        deleted(command, project),
-        env=environment_without_directory(project),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
-        served.line("ready: ")
+    with serving(project, "once", bind=bind, program=program, env=env) as served:
         assert answer(str(project / "s")) == b"one"
         served.drained()
     for option in ("--log-file", "--pid-file", "--chdir"):
-        done = subprocess.run(
-            deleted([*command, option, "x"], project),
-            env=environment_without_directory(project),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        arguments = ("serve", "app:once", "--bind", bind, "--workers", "1", option, "x")
+        done = run(*arguments, program=program, env=env)
         assert done.returncode == 1
         said = "x: the current directory was deleted; use an absolute path"
         assert done.stderr == f"trio-unixconn: {said}\n"
@@ -214,21 +172,13 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_serve_with_closed_standard_streams(project: Path, closed: str) -> None:
     """Whichever of standard input, output and error the parent has closed, it serves and drains."""
-    arguments = ["serve", "app:once", "--bind", "unix:s", "--workers", "1", "--log-file", "log"]
-    command = ["sh", "-c", f'exec "$@" {closed}', "-", *COMMAND, *arguments]
-    with subprocess.Popen(
-        command,
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
+    program = ["sh", "-c", f'exec "$@" {closed}', "-", *COMMAND]
+    with starting(project, "app:once", "--log-file", "log", program=program) as served:
         log = project / "log"
         until_sync(lambda: log.exists() and "ready: " in log.read_text())
         assert answer(str(project / "s")) == b"one"
-        process.send_signal(signal.SIGTERM)
-        done = ended(process)
+        served.send(signal.SIGTERM)
+        done = ended(served.process)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert "drained: 1 accepted" in log.read_text()
 
@@ -246,19 +196,8 @@ def test_serve_without_proc(project: Path) -> None:
     """Where /proc is not mounted, it serves, restarts and drains."""
     if os.geteuid() != 0:
         pytest.skip("needs root for a mount namespace")
-    with subprocess.Popen(
-        [
-            *("unshare", "-m", "sh", "-c", 'umount -l /proc && exec "$@"', "-", *COMMAND),
-            *("serve", "app:once", "--bind", "unix:s", "--workers", "1"),
-        ],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, project)
-        served.line("ready: ")
+    program = ["unshare", "-m", "sh", "-c", 'umount -l /proc && exec "$@"', "-", *COMMAND]
+    with serving(project, "once", program=program) as served:
         assert answer(str(project / "s")) == b"one"
         served.send(signal.SIGHUP)
         served.line("restarted: ")

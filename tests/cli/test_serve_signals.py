@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests._helpers.cli import COMMAND, ended, started
+from tests._helpers.cli import COMMAND, ended
 from tests._helpers.serve_cli import (
     APP,
     answer,
     connected,
-    hear_signals,
     make_project,
     rest_of,
     serving,
+    starting,
 )
 from tests._helpers.waiting import until_sync
 
@@ -113,11 +113,8 @@ def test_signal_before_and_after_serving_does_not_kill(project: Path, name: str)
         APP + "\nimport os, time\nopen('importing', 'w').close()\n"
         "while not os.path.exists('go'):\n    time.sleep(0.01)\n"
     )
-    with started(
-        *("serve", "slow:hold", "--bind", "unix:s", "--workers", "1"),
-        cwd=project,
-        preexec_fn=hear_signals,
-    ) as process:
+    with starting(project, "slow:hold") as served:
+        process = served.process
         until_sync((project / "importing").exists)
         process.send_signal(number)
         (project / "go").touch()

@@ -18,8 +18,9 @@ import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from tests._helpers.accept_errors import always, fail_accept
+from tests._helpers.environment import environment
 from tests._helpers.fds import free_descriptors
-from tests._helpers.processes import environment, program
+from tests._helpers.processes import program
 from tests._helpers.requirements import required
 from tests._helpers.waiting import until
 from tests.core.test_closing import lingering_socket, release_lingering

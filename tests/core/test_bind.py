@@ -18,9 +18,10 @@ import pytest
 import trio
 from trio.testing import open_stream_to_socket_listener, wait_all_tasks_blocked
 
+from tests._helpers.environment import environment
 from tests._helpers.fds import free_descriptors
 from tests._helpers.peers import shared_directory
-from tests._helpers.processes import environment, program
+from tests._helpers.processes import program
 from tests._helpers.users import NOBODY, OTHER_UID, as_nobody, as_root
 from tests._helpers.waiting import counted, until
 from trio_unixconn import (

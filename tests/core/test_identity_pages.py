@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests._helpers.environment import without_coverage
 from tests._helpers.processes import ROOT
 
 DOCS = ROOT / "docs"
@@ -46,13 +46,12 @@ def test_the_example() -> None:
     """The example of a policy runs, without a warning."""
     example = ROOT / "examples" / "peer_policy.py"
     # As another user, which it becomes, it could not write down what it covered.
-    environment = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(example)],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=without_coverage(),
     )
     assert done.stderr == ""
     assert done.returncode == 0

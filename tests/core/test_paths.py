@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests._helpers.processes import environment
+from tests._helpers.environment import environment
 from tests._helpers.users import as_nobody, as_root
 from trio_unixconn import (
     AddressInUseError,

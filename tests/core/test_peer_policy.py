@@ -34,7 +34,7 @@ from tests._helpers.peers import (
 )
 from tests._helpers.requirements import mount_namespaces, peer_pidfds, unshared, user_namespaces
 from tests._helpers.users import OTHER_UID, as_root
-from tests._helpers.waiting import counted
+from tests._helpers.waiting import counted, until
 from trio_unixconn import (
     ConnectionClosedError,
     Credentials,
@@ -322,7 +322,7 @@ async def test_serve_unix_policy_check_that_raises(
         for _ in range(2):
             async with await open_unix_connection(path) as client:
                 assert await client.receive_some() == b""
-        await settled(lambda: server.connections == 0)
+        await until(lambda: server.connections == 0)
         assert (server.accepted, server.denied, server.crashed) == (2, 0, 2)
         server.drain()
     messages = [record.getMessage() for record in caplog.records]
@@ -338,13 +338,6 @@ async def test_serve_unix_policy_check_that_raises(
     while hasattr(found, "exceptions"):
         (found,) = found.exceptions
     assert isinstance(found, error)
-
-
-async def settled(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that has no event."""
-    with trio.fail_after(30):
-        while not condition():
-            await trio.sleep(0.001)
 
 
 async def accept_all(listener: UnixListener) -> None:
@@ -513,7 +506,7 @@ async def test_serve_unix_policy_denies(path: Path, caplog: pytest.LogCaptureFix
             assert server.denied == 0
             go_on.set()
             assert await one.receive_some() == b""
-        await settled(lambda: server.connections == 0)
+        await until(lambda: server.connections == 0)
         assert (server.accepted, server.denied, len(handled)) == (2, 1, 1)
         server.drain()
     assert len(caplog.records) == 1
@@ -686,7 +679,7 @@ async def test_policy_of_another_user(path: Path, policy: PeerPolicy, *, admitte
         client_process(path, uid=OTHER_UID, gid=GROUP, groups=[4711, 4712]) as client,
     ):
         assert await client.ask("receive") == ("hello" if admitted else "end")
-        await settled(lambda: server.connections == 0)
+        await until(lambda: server.connections == 0)
         assert server.denied == (not admitted)
 
 
@@ -1032,7 +1025,7 @@ async def test_policy_check_of_unknown_peer_denies(
         for _ in range(2):
             async with await open_unix_connection(path) as client:
                 assert await client.receive_some() == b""
-        await settled(lambda: server.connections == 0)
+        await until(lambda: server.connections == 0)
         assert (server.accepted, server.denied, server.crashed) == (2, 2, 0)
         with pytest.raises(PeerDeniedError, match=str(error.args[-1])):
             await open_unix_connection(path, policy=policy)
@@ -1071,7 +1064,7 @@ async def test_policy_check_of_a_peer_that_exits(
             await client.end()
             client.reap()
             exited.set()
-            await settled(lambda: server.denied == 1)
+            await until(lambda: server.denied == 1)
         async with await open_unix_connection(path) as other:
             assert await other.receive_some() == b"hello"
     (record,) = caplog.records

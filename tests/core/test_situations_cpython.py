@@ -52,7 +52,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests._helpers.processes import environment
+from tests._helpers.environment import environment
 from trio_unixconn import (
     ConnectionBrokenError,
     DescriptorsTruncatedError,

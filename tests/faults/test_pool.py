@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests._helpers.processes import environment, python
+from tests._helpers.environment import without_coverage
+from tests._helpers.processes import python
 from tests._helpers.waiting import until
 from tests.faults.pool.runner import SCENES
 from trio_unixconn.pool import open_worker_pool
@@ -23,12 +24,11 @@ def test_pool_faults_scene(scene: str, tmp_path: Path) -> None:
     """The records of clients, pool and handlers agree."""
     figures = tmp_path / "figures"
     # A process that is killed leaves half a file of coverage data.
-    env = {name: value for name, value in environment().items() if "COVERAGE_" not in name}
     done = subprocess.run(
         python("tests.faults.pool", "--tiny", "--only", scene, "--json", str(figures)),
         capture_output=True,
         text=True,
-        env=env,
+        env=without_coverage(),
         timeout=120,
         check=False,
     )

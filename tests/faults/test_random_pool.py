@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests._helpers.processes import environment, python
+from tests._helpers.environment import environment
+from tests._helpers.processes import python
 
 pytestmark = pytest.mark.slow
 

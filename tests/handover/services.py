@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from tests._helpers.processes import ROOT, environment
+from tests._helpers.environment import environment
+from tests._helpers.processes import ROOT
 from tests._helpers.waiting import until
 from tests.handover.server import Config
 from trio_unixconn import open_unix_connection

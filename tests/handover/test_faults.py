@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from tests._helpers.waiting import until
 from tests.handover.server import Config
 from tests.handover.services import CLIENTS, clients, service
 from trio_unixconn import EndOfStreamError, UpgradeFailedError
@@ -15,6 +16,8 @@ from trio_unixconn.handover import _protocol as of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.handover.services import Service
 
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
@@ -102,10 +105,8 @@ async def test_upgrade_when_the_one_before_is_killed_at_once(
         await load.answered(20)
 
 
-async def until_ready_twice(found: Any) -> None:
-    with trio.fail_after(30):
-        while found.notes().count("ready 1") < 2:
-            await trio.sleep(0.01)
+async def until_ready_twice(found: Service) -> None:
+    await until(lambda: found.notes().count("ready 1") == 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._helpers.environment import environment
 from tests._helpers.glib import SYSTEM_PYTHON, missing_peer
 from tests._helpers.processes import ROOT
 from trio_unixconn import AsyncResult, CallbackConnection, connection_pair, open_callback_adapter
@@ -32,14 +32,14 @@ def python_with_trio() -> dict[str, str]:
     Both are Python code without compiled parts, so those of this environment can be used.
     """
     packages = Path(trio.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
+    variables = environment(packages)
     probe = "import trio, attrs, gi"
     done = subprocess.run(
-        [SYSTEM_PYTHON, "-c", probe], env=environment, capture_output=True, text=True, check=False
+        [SYSTEM_PYTHON, "-c", probe], env=variables, capture_output=True, text=True, check=False
     )
     if done.returncode:
         missing_peer(f"{SYSTEM_PYTHON} cannot import trio or attrs: {done.stderr}")
-    return environment
+    return variables
 
 
 def said_in_glib(example: Path, environment: dict[str, str]) -> list[str]:

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 
-from tests._helpers.cli import ended, started
+from tests._helpers.cli import ended
+from tests._helpers.environment import environment
 from tests._helpers.http_clients import EXAMPLES, clients_of, wait_for_answers
-from tests._helpers.real_programs import require_program
-from tests._helpers.serve_cli import Served, hear_signals, import_path
+from tests._helpers.real_programs import free_port, require_program
+from tests._helpers.serve_cli import serving
 from tests._helpers.waiting import until_sync
-from tests.interop.test_http_proxies import free_port
 from trio_unixconn._cli.serve.service import SAME_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
     from pathlib import Path
+
+    from tests._helpers.serve_cli import Served
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -68,20 +70,12 @@ class App:
     @contextmanager
     def serving(self, project: Path, *arguments: str) -> Generator[Served, None, None]:
         """Serve the HTTP example with one worker."""
-        with started(
-            *("serve", "app:handler", "--bind", f"tcp:127.0.0.1:{self.port}", "--workers", "1"),
-            *("--agent-check", f"tcp:127.0.0.1:{self.check}"),
+        with serving(
+            *(project, "handler", "--agent-check", f"tcp:127.0.0.1:{self.check}"),
             *("--stats", f"tcp:127.0.0.1:{self.stats}", *arguments),
-            cwd=project,
-            env={
-                **os.environ,
-                "PYTHONPATH": import_path(EXAMPLES),
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
-            preexec_fn=hear_signals,
-        ) as process:
-            served = Served(process, project)
-            served.line("ready: ")
+            bind=f"tcp:127.0.0.1:{self.port}",
+            env=environment(EXAMPLES, PYTHONDONTWRITEBYTECODE="1"),
+        ) as served:
             yield served
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests._helpers.http_clients import clients_of, http_server, wait_for_answers
-from tests._helpers.real_programs import require_program
-from tests._helpers.waiting import until_sync
+from tests._helpers.real_programs import free_port, require_program, wait_for_port
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -62,25 +60,6 @@ backend back
     server app 127.0.0.1:{app}
 """
 COMMANDS = {"nginx": ["-c"], "haproxy": ["-db", "-q", "-f"]}
-
-
-def free_port() -> int:
-    """Return a port that is free at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def wait_for_port(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until a proxy that was started listens at its port."""
-
-    def is_listening() -> bool:
-        assert process.poll() is None, "the proxy exited; its errors are on stderr"
-        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
-    until_sync(is_listening)
 
 
 @contextmanager

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests._helpers.cli import run_in_this_process, started
-from tests._helpers.real_programs import require_program
-from tests._helpers.serve_cli import Served, hear_signals
-from tests.interop.test_http_proxies import free_port, wait_for_port
+from tests._helpers.cli import run_in_this_process
+from tests._helpers.real_programs import free_port, require_program, wait_for_port
+from tests._helpers.serve_cli import starting
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -57,15 +56,10 @@ backend back
 
 
 @contextmanager
-def serving(directory: Path, *arguments: str) -> Generator[str, None, None]:
+def serving(directory: Path, bind: str, *arguments: str) -> Generator[str, None, None]:
     """Run a server whose connections begin with a header, and return its address."""
     (directory / "app.py").write_text(APP)
-    with started(
-        *("serve", "app:handler", "--workers", "1", *arguments),
-        cwd=directory,
-        preexec_fn=hear_signals,
-    ) as process:
-        served = Served(process, directory)
+    with starting(directory, "app:handler", *arguments, bind=bind) as served:
         found = re.search(r"listening at (\S+)", served.line("listening at"))
         assert found
         served.line("ready: ")
@@ -111,10 +105,10 @@ def test_serve_behind_haproxy_with_proxy_protocol(
 ) -> None:
     """The handler knows the client of the balancer, through TCP and through a Unix socket."""
     where = "tcp:127.0.0.1:0" if bind == "tcp" else f"unix:{tmp_path}/socket"
-    arguments = ["--proxy-protocol", f"v{version}", "--bind", where]
+    arguments = ["--proxy-protocol", f"v{version}"]
     if bind == "tcp":
         arguments += ["--proxy-from", "10.0.0.0/8", "--proxy-from", "127.0.0.1/32"]
-    with serving(tmp_path, *arguments) as app, balancer(tmp_path, app, options) as port:
+    with serving(tmp_path, where, *arguments) as app, balancer(tmp_path, app, options) as port:
         told = curl(port, "--interface", "127.0.0.9")
     assert told["peer"][0] == "127.0.0.9"
     assert (told["version"], told["request"]) == (version, "GET /where")
@@ -125,7 +119,7 @@ def test_serve_behind_haproxy_with_proxy_protocol(
 def test_serve_with_haproxy_protocol_of_curl(tmp_path: Path) -> None:
     """What curl sends is a header of version 1."""
     arguments = ["--proxy-protocol", "any", "--proxy-from", "127.0.0.0/8"]
-    with serving(tmp_path, *arguments, "--bind", "tcp:127.0.0.1:0") as app:
+    with serving(tmp_path, "tcp:127.0.0.1:0", *arguments) as app:
         told = curl(int(app.rpartition(":")[2]), "--haproxy-protocol")
     assert (told["version"], told["peer"][0]) == (1, "127.0.0.1")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._helpers.environment import environment
 from tests._helpers.glib import missing_peer
 from tests._helpers.real_programs import require_program, running
 from trio_unixconn import Credentials, open_unix_datagram
@@ -55,7 +56,7 @@ async def call(command: list[str], **options: Any) -> str:
 async def test_systemd_notify(systemd_notify: str) -> None:
     """systemd-notify reports to our manager, and its barrier returns."""
     async with open_service_manager() as fake:
-        env = {**os.environ, **fake.environ}
+        env = environment(**fake.environ)
         command = [
             systemd_notify,
             "--ready",
@@ -76,7 +77,7 @@ async def test_systemd_notify(systemd_notify: str) -> None:
 async def test_systemd_notify_of_another_process(systemd_notify: str) -> None:
     """A manager that admits one process rejects systemd-notify in another one."""
     async with open_service_manager(pids=[os.getpid()]) as fake:
-        env = {**os.environ, **fake.environ}
+        env = environment(**fake.environ)
         shell = f"{systemd_notify} --ready --no-block; exit 0"
         await call(["sh", "-c", shell], env=env)
         await ServiceManager.from_environ(dict(fake.environ)).status("ours")

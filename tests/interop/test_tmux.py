@@ -14,6 +14,7 @@ import attrs
 import pytest
 import trio
 
+from tests._helpers.environment import environment
 from tests._helpers.real_programs import serving
 from trio_unixconn import ConnectionBrokenError, UnixConnection, open_unix_connection
 
@@ -40,12 +41,11 @@ class Tmux:
 
     async def run(self, *command: str, socket: str = "relay", stdin: bytes = b"") -> str:
         """Run a client to its end; return its output."""
-        env = {name: value for name, value in os.environ.items() if name != "TMUX"}
         done = await trio.run_process(
             [self.program, "-f", os.devnull, "-S", str(self.directory / socket), *command],
             stdin=stdin,
             capture_stdout=True,
-            env={**env, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+            env=environment(TERM="xterm", TMUX=None),
         )
         return bytes(done.stdout).decode()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests._helpers.environment import without_coverage
 from tests._helpers.processes import ROOT
 
 pytestmark = [pytest.mark.usefixtures("unmeasured_processes"), pytest.mark.slow]
@@ -29,13 +29,12 @@ DESIGN = ROOT / "docs" / "explanation" / "pools.md"
 def test_example_runs(name: str, said: str) -> None:
     """An example exits with status 0, and prints what it shows."""
     # Its workers become another user, which cannot write the data of coverage.
-    environment = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=without_coverage(),
         timeout=120,
     )
     assert done.stderr == ""

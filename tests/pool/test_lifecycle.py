@@ -17,6 +17,7 @@ import trio
 import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.environment import environment
 from tests._helpers.pool import (
     at_rest,
     check_sums,
@@ -28,7 +29,7 @@ from tests._helpers.pool import (
     pids,
     watched,
 )
-from tests._helpers.processes import children_of, environment, has_ended, program
+from tests._helpers.processes import children_of, has_ended, program
 from tests._helpers.waiting import counted, until
 from trio_unixconn import (
     HandlerError,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests._helpers.processes import ROOT, environment, python
+from tests._helpers.environment import environment
+from tests._helpers.processes import ROOT, python
 
 MODEL = ROOT / "tests" / "model" / "pool.pml"
 pytestmark = [
@@ -25,7 +26,7 @@ def check(model: Path | str, *arguments: str, path: str | None = None) -> tuple[
     """Return the exit status of check.py, and what it prints."""
     done = subprocess.run(
         python("tests.model.check", *arguments, str(model)),
-        env={**environment(), "PATH": os.environ["PATH"] if path is None else path},
+        env=environment() if path is None else environment(PATH=path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

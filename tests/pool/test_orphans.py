@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from tests._helpers.processes import environment
+from tests._helpers.environment import environment
 from tests._helpers.users import NOBODY
 from trio_unixconn.pool import open_worker_pool
 

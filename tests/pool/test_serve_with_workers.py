@@ -20,8 +20,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.environment import environment
 from tests._helpers.fds import free_descriptors
-from tests._helpers.processes import environment
 from tests._helpers.requirements import passrights
 from tests._helpers.waiting import until
 from trio_unixconn import (

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests._helpers import processes
+from tests._helpers.environment import environment
 from tests.bench.implementations import (
     OURS,
     Implementation,
@@ -101,7 +101,7 @@ class Pair:
                         stdout=subprocess.PIPE,
                         stderr=self._errors,
                         pass_fds=[fd],
-                        env=processes.environment(),
+                        env=environment(),
                     )
                 )
         finally:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import attrs
 
-from tests._helpers.processes import cpu_of, environment, family, open_descriptors
+from tests._helpers.environment import environment
+from tests._helpers.processes import cpu_of, family, open_descriptors
 from tests.bench.implementations import (
     OURS,
     FailedError,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 
-from tests._helpers.processes import environment, python
+from tests._helpers.environment import environment
+from tests._helpers.processes import python
 from tests._helpers.tables import machine, row_of, table_of
 
 from .implementations import IMPLEMENTATIONS, Implementation, warm_up

@@ -21,7 +21,8 @@ import attrs
 import trio
 
 from tests._helpers import processes
-from tests._helpers.processes import environment, python
+from tests._helpers.environment import environment
+from tests._helpers.processes import python
 from tests._helpers.waiting import until
 
 from .clients import Load
@@ -230,7 +231,7 @@ async def running(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**environment(), RECORDS: str(directory / "records")},
+                env=environment(**{RECORDS: str(directory / "records")}),
             )
         assert process.stdin is not None
         assert process.stdout is not None

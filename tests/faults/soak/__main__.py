@@ -26,9 +26,9 @@ import trio
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from tests._helpers.environment import environment
 from tests._helpers.processes import (
     cpu_seconds,
-    environment,
     open_descriptors,
     python,
     resident_bytes,
