@@ -139,7 +139,7 @@ async def _connect(sock: stdlib_socket.socket, name: UnixSocketAddress) -> None:
         except BlockingIOError:
             # Clients that were rejected together should not all return together: with the same
             # backoff for all, a hundred of them took 4.1 s at a backlog of 0.
-            await trio.sleep(backoff * random.uniform(0.5, 1))  # noqa: S311 - no secret
+            await trio.sleep(backoff * random.uniform(0.5, 1))
             backoff = min(2 * backoff, MAX_BACKOFF)
         except OSError as exc:
             raise describe_connect_error(exc, name) from exc

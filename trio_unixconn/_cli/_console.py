@@ -156,14 +156,14 @@ def complain(text: str) -> None:
     """Print what another process says went wrong, in its own lines."""
     with suppress(OSError):
         for line in text.splitlines():
-            print(printable(line), file=sys.stderr)  # noqa: T201 - the output of the command
+            sys.stderr.write(f"{printable(line)}\n")
 
 
 def fail(*lines: str, status: int = 1) -> NoReturn:
     """Say what went wrong, and end."""
     with suppress(OSError):
         for line in lines:
-            print(f"trio-unixconn: {printable(line)}", file=sys.stderr)  # noqa: T201 - the output of the command
+            sys.stderr.write(f"trio-unixconn: {printable(line)}\n")
     raise typer.Exit(status)
 
 

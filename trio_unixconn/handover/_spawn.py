@@ -124,7 +124,7 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> SuccessorPr
         stderr = os.dup(_STDERR)
         stack.callback(os.close, stderr)
         inode = os.fstat(theirs.fileno()).st_ino
-        popen = subprocess.Popen(  # noqa: S603 - the command of the program itself
+        popen = subprocess.Popen(
             command,
             stderr=errors,
             pass_fds=[theirs.fileno(), stderr],

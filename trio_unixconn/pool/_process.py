@@ -195,7 +195,7 @@ def start(config: WorkerConfig) -> WorkerProcess:
         config_fd = create_memory_file(config.encode(), Seals.ALL)
         stack.callback(os.close, config_fd)
         inherited = [theirs.fileno(), log.fd, config_fd]
-        popen = subprocess.Popen(  # noqa: S603 - a Python interpreter, and our own program
+        popen = subprocess.Popen(
             [
                 config.executable,
                 *_interpreter_options(),

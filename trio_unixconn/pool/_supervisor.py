@@ -199,7 +199,7 @@ def _vary(limit: float | None) -> float:
     """Return a limit for one worker."""
     if limit is None:
         return math.inf
-    return limit * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - this is not a secret
+    return limit * random.uniform(1 - JITTER, 1 + JITTER)
 
 
 class Supervisor(DescriptorOwner):

@@ -14,7 +14,7 @@ from typing import Any
 import gi
 
 gi.require_version("Gio", "2.0")
-from gi.repository import Gio, GLib  # noqa: E402
+from gi.repository import Gio, GLib
 
 
 def connection_pair() -> tuple[Gio.SocketConnection, socket.socket]:

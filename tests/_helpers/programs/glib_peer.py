@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import gi
 
 gi.require_version("Gio", "2.0")
-from gi.repository import Gio, GLib  # noqa: E402 - the version is chosen first
-from open_files import described, identity, opened  # noqa: E402 - likewise
+from gi.repository import Gio, GLib
+from open_files import described, identity, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -121,7 +121,7 @@ async def with_trio(connect: Connect, path: str, tried: Callable[[], None]) -> C
         try:
             with trio.move_on_after(TIMEOUT):
                 outcome = await connect(path)
-        except Exception as exc:  # noqa: BLE001 - any error is a result
+        except Exception as exc:
             outcome = type(exc).__name__
         seen[outcome] += 1
 
@@ -141,7 +141,7 @@ async def with_asyncio(connect: Connect, path: str, tried: Callable[[], None]) -
             return await asyncio.wait_for(connect(path), TIMEOUT)
         except asyncio.TimeoutError:
             return FALSE
-        except Exception as exc:  # noqa: BLE001 - any error is a result
+        except Exception as exc:
             return type(exc).__name__
 
     tasks = [asyncio.ensure_future(client()) for _ in range(CLIENTS)]

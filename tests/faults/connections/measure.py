@@ -96,7 +96,7 @@ class Scene:
             if type(exc) is not NotImplementedError:
                 return None, exc
             raise
-        except Exception as exc:  # noqa: BLE001 - any error is a result
+        except Exception as exc:
             # Its traceback would keep things open.
             return None, exc.with_traceback(None)
 

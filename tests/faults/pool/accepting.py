@@ -105,7 +105,7 @@ class Accepting:
         assert self.pool is not None
         try:
             receipt = await self.pool.submit(sock)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the connection is lost
+        except Exception as exc:
             self.errors.append((token, repr(exc)))
         else:
             self.receipts.append((receipt.id, token, receipt.pid))

@@ -116,7 +116,7 @@ async def play(name: str, sizes: Sizes, seed: int) -> Result:
     try:
         with trio.fail_after(LONGEST):
             figures = await scene(sizes, seed)
-    except Exception as exc:  # noqa: BLE001 - whatever it is, it is what is measured
+    except Exception as exc:
         traceback.print_exception(exc)
         figures = [none("ended by an error", [repr(exc)])]
     return Result(name, scene.__doc__.rstrip("."), time.monotonic() - begin, figures)

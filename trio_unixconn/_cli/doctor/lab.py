@@ -138,9 +138,7 @@ class Lab(DescriptorOwner):
         """
         path = os.path.join(self.directory(), "socket")
         listener = self.listener(path)
-        process = subprocess.Popen(  # noqa: S603 - this Python and the program above
-            [sys.executable, "-ISc", _CHILD, path], stdin=subprocess.PIPE
-        )
+        process = subprocess.Popen([sys.executable, "-ISc", _CHILD, path], stdin=subprocess.PIPE)
         self._stack.enter_context(process)
         self.afterwards(process.kill)
         return process, self.accept(listener)

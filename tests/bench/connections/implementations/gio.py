@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import gi
 
 gi.require_version("Gio", "2.0")
-from gi.repository import Gio, GLib  # noqa: E402 - the version is chosen first
+from gi.repository import Gio, GLib
 
-from .common import Job, Side, both, clock, end_of, serve  # noqa: E402 - needs gi.require_version first
+from .common import Job, Side, both, clock, end_of, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
