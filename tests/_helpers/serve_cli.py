@@ -212,7 +212,9 @@ class Terminal:
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=environment(TERM="xterm-256color", PYTHONDONTWRITEBYTECODE="1", **variables),
+            env=environment(
+                **{"TERM": "xterm-256color", "PYTHONDONTWRITEBYTECODE": "1", **variables}
+            ),
             start_new_session=controlling,
             preexec_fn=take_terminal if controlling else hear_signals,
         )

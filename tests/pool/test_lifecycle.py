@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import pytest
 import trio
 import trio.lowlevel
@@ -802,22 +803,40 @@ def test_open_worker_pool_raises_keyboard_interrupt() -> None:
 ################################################################
 
 
+@attrs.define
+class Driver:
+    """The process of a pool, and its workers."""
+
+    process: trio.Process
+    workers: list[int] = attrs.field(factory=list[int])
+
+    async def read_line(self) -> str:
+        assert self.process.stdout is not None
+        said = b""
+        with trio.fail_after(60):
+            while not said.endswith(b"\n"):
+                more = await self.process.stdout.receive_some()
+                assert more
+                said += more
+        return said.decode()
+
+
 @asynccontextmanager
-async def driver(*arguments: str) -> AsyncGenerator[tuple[trio.Process, list[int]], None]:
-    """Start the process of a pool; yield it, and the pids of its workers."""
+async def driver(*arguments: str) -> AsyncGenerator[Driver, None]:
+    """Start the process of a pool, whose workers have a job each."""
     process = await trio.lowlevel.open_process(
         program("pool_driver", *arguments),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment(),
     )
+    assert process.stdin is not None
     assert process.stdout is not None
-    async with process.stdout:
+    found = Driver(process)
+    async with process.stdin, process.stdout:
         try:
-            with trio.fail_after(30):
-                said = b""
-                while not said.endswith(b"\n"):
-                    said += await process.stdout.receive_some()
-            yield process, json.loads(said)
+            found.workers = json.loads(await found.read_line())
+            yield found
         finally:
             with trio.CancelScope(shield=True):
                 process.kill()
@@ -831,21 +850,27 @@ async def test_workers_exit_after_the_pool_was_killed(
     arguments: tuple[str, ...], shared: Path
 ) -> None:
     """If the pool's process is killed, its workers exit, whatever their handlers do."""
-    async with driver(*arguments) as (process, workers):
-        with watched(workers) as pidfds:
+    async with driver(*arguments) as found:
+        with watched(found.workers) as pidfds:
             assert not any(map(has_ended, pidfds))
-            process.kill()
+            found.process.kill()
             await ended(pidfds)
 
 
-async def test_worker_drops_a_job_of_a_killed_pool(shared: Path) -> None:
-    """A worker that was sent a job by a pool that was killed exits, and does not handle it."""
-    async with driver(HOLD, "1", "unused") as (process, workers):
-        with watched(workers) as pidfds:
-            os.kill(workers[0], signal.SIGSTOP)
-            process.kill()
-            os.kill(workers[0], signal.SIGCONT)
+async def test_worker_exits_with_a_job_of_a_killed_pool(shared: Path) -> None:
+    """A worker exits, even if it finds a job that a pool has sent before it was killed."""
+    async with driver(HOLD, "1") as found:
+        (worker,) = found.workers
+        with watched(found.workers) as pidfds:
+            os.kill(worker, signal.SIGSTOP)
+            assert found.process.stdin is not None
+            await found.process.stdin.send_all(b"\n")
+            assert await found.read_line() == "sent\n"
+            found.process.kill()
+            os.kill(worker, signal.SIGCONT)
             await ended(pidfds)
+    # It may have begun the second one.
+    assert lines(shared / "began")[0] == "1"
 
 
 def test_worker_exits_if_the_pool_was_killed_before(monkeypatch: pytest.MonkeyPatch) -> None:
