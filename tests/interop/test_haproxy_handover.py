@@ -15,10 +15,10 @@ import attrs
 import pytest
 import trio
 
-from tests._helpers.processes import environment, python
-from tests._helpers.real_programs import first_line, require_program
+from tests._helpers.environment import environment
+from tests._helpers.processes import python
+from tests._helpers.real_programs import first_line, free_port, require_program
 from tests._helpers.waiting import until
-from tests.interop.test_http_proxies import free_port
 from trio_unixconn import TakeOverError, open_unix_connection, open_unix_listener
 from trio_unixconn.handover import serve_haproxy_listeners, take_haproxy_listeners
 
