@@ -46,6 +46,9 @@ nitpick_ignore = [
     ("py:class", "StatisticsSource"),
     ("py:class", "ListenersOrAddress"),
     ("py:class", "AnyListener"),
+    ("py:class", "ExchangeListener"),
+    # A Generation, for a module in a layer below that.
+    ("py:class", "AnyGeneration"),
     # A type variable.
     ("py:class", "trio_unixconn.handover._listeners.StreamT"),
 ]

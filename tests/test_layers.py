@@ -127,6 +127,7 @@ PACKAGES = {
         "__init__",
         "_haproxy",
         "_generation",
+        "_serving",
         "_predecessor",
         "_passing",
         "_giver",

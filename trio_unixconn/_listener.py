@@ -276,6 +276,11 @@ def queue_size(listener: UnixListener) -> int:
     return listener._queue_size
 
 
+def set_queue_size(listener: UnixListener, size: int) -> None:
+    """Set how many connections can be in the queue of a listener that only this process has."""
+    listener._queue_size = size
+
+
 def binding_of(listener: UnixListener) -> _bind.Binding | None:
     """Return the path that closing the listener removes; None if it removes none."""
     return listener._binding

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 import attrs
 import trio
@@ -27,6 +28,7 @@ from ._listener import (
     accept_pending,
     admits,
     back_off,
+    make_connection,
     open_unix_listener,
     queue_size,
     remove_path,
@@ -40,12 +42,34 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
+    from ._accept import Accepted
     from ._address import AddressLike, UnixSocketAddress
     from ._policy import PeerPolicy
 
 logger: Final = logging.getLogger("trio_unixconn")
 
 Handler = Callable[["UnixConnection"], Awaitable[Any]]
+
+
+class GenerationServer(Protocol):
+    """The part of a server in its generation."""
+
+    @property
+    def unix_listener(self) -> UnixListener: ...
+    def claim(self) -> None: ...
+    def set_prepared(self) -> None: ...
+    def retire(self) -> None: ...
+    async def accept_fd(self) -> Accepted: ...
+    async def follow(
+        self, on_replaced: Callable[[], object], on_overdue: Callable[[], object]
+    ) -> None: ...
+    async def may_accept_last(self) -> bool: ...
+
+
+class AnyGeneration(Protocol):
+    """A :class:`Generation`, which is in a layer above."""
+
+    def server(self, listeners: Sequence[object], *, unix_only: bool) -> GenerationServer: ...
 
 
 @attrs.define(eq=False)
@@ -74,6 +98,9 @@ class UnixServer(DescriptorOwner):
     # For the log: the listener has none after it is closed.
     _address: UnixSocketAddress = attrs.field(alias="address", kw_only=True, repr=False)
     _slots: trio.CapacityLimiter = attrs.field(alias="slots", kw_only=True, repr=False)
+    _served: GenerationServer | None = attrs.field(
+        alias="served", default=None, kw_only=True, repr=False
+    )
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
     _handling: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
 
@@ -97,20 +124,34 @@ class UnixServer(DescriptorOwner):
         """
         if not timeout >= 0:
             raise ValueError(f"timeout must be non-negative, got {timeout}")
+        if self._served is not None:
+            self._served.retire()
+        self._drain(timeout)
+
+    def _drain(self, timeout: float) -> None:
         self._handling.deadline = min(self._handling.deadline, trio.current_time() + timeout)
         self._accepting.cancel()
 
     async def _serve(self, task_status: trio.TaskStatus[UnixServer]) -> None:
-        with self._handling:
-            async with trio.open_nursery() as handlers:
-                with self._accepting:
-                    task_status.started(self)
-                    while True:
-                        await self._next(handlers)
-                # A drain has cancelled that loop. Everything else ends it with an exception.
-                await remove_path(self.listener)
-                await self._handle_pending(handlers)
-                await self.listener.aclose()
+        async with trio.open_nursery() as following:
+            if self._served is not None:
+                following.start_soon(
+                    self._served.follow, partial(self._drain, math.inf), partial(self._drain, 0)
+                )
+            with self._handling:
+                async with trio.open_nursery() as handlers:
+                    with self._accepting:
+                        task_status.started(self)
+                        if self._served is not None:
+                            self._served.set_prepared()
+                        while True:
+                            await self._next(handlers)
+                    # A drain has cancelled that loop. Everything else ends it with an exception.
+                    if self._served is None or await self._served.may_accept_last():
+                        await remove_path(self.listener)
+                        await self._handle_pending(handlers)
+                    await self.listener.aclose()
+            following.cancel_scope.cancel()
         self.drained.set()
 
     async def _next(self, handlers: trio.Nursery) -> None:
@@ -129,7 +170,9 @@ class UnixServer(DescriptorOwner):
             try:
                 # The handler's task asks the listener's policy. So a drain does not end a
                 # connection that a check is being asked about.
-                return await accept_connection(self.listener)
+                if self._served is None:
+                    return await accept_connection(self.listener)
+                return make_connection(self.listener, *await self._served.accept_fd())
             except OSError as exc:
                 if not is_out_of_resources(exc):
                     raise
@@ -215,8 +258,9 @@ def crash_and_rest(exc: BaseException) -> tuple[Exception | None, BaseException 
 @enable_ki_protection
 async def serve_unix(
     handler: Handler,
-    address: AddressLike | UnixListener,
+    address: AddressLike | UnixListener | trio.abc.Listener[UnixConnection],
     *,
+    generation: AnyGeneration | None = None,
     policy: PeerPolicy | None = None,
     max_connections: int | None = None,
     handler_errors: Literal["raise", "log"] = "raise",
@@ -245,6 +289,10 @@ async def serve_unix(
       handler: an async function of one argument.
       address: see :func:`open_unix_listener`; or a :class:`UnixListener`, which the server
         owns afterwards. If the listener has a policy, that is asked first.
+      generation: the generation of a listener of :meth:`Generation.listen_unix`. The server is
+        ready when it is started, accepts while this generation does, and drains when a successor
+        has replaced it, without a limit unless too many generations drain. A call of
+        :meth:`UnixServer.drain` ends the generation without a successor.
       policy: which peers may talk to the handler. The handler's task asks it, so that a check that
         waits delays no other connection. A connection that it denies is closed, logged and counted.
       max_connections: the maximum number of connections that are handled at a time. Further ones
@@ -257,7 +305,7 @@ async def serve_unix(
 
     Returns:
       At the end of a drain. ``nursery.start`` returns a :class:`UnixServer` when clients can
-      connect.
+      connect; with a generation, before anything is accepted.
 
     Raises:
       TypeError: an argument of a wrong type; the caller still owns a listener that was passed.
@@ -275,6 +323,10 @@ async def serve_unix(
     check_policy(policy)
     check_task()
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
+    served = None
+    if generation is not None:
+        served = generation.server([address], unix_only=True)
+        address = served.unix_listener
     if isinstance(address, UnixListener):
         options = (mode, owner, group, backlog)
         if any(each is not None for each in options) or credentials or pidfds or replace:
@@ -289,7 +341,8 @@ async def serve_unix(
         listener = address
     else:
         listener = await open_unix_listener(
-            address,
+            # A listener of a generation without that is a TypeError.
+            cast("AddressLike", address),
             mode=0o600 if mode is None else mode,
             owner=owner,
             group=group,
@@ -306,7 +359,10 @@ async def serve_unix(
         address=listener.get_local_address(),
         logs_errors=handler_errors == "log",
         slots=slots,
+        served=served,
     )
+    if served is not None:
+        served.claim()
     try:
         await server._serve(task_status)
     finally:

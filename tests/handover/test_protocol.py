@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-connections = st.builds(PassedConnection, st.booleans(), st.binary(max_size=50))
+connections = st.builds(
+    PassedConnection, st.booleans(), st.binary(max_size=50), text, st.integers(0, 2**16 - 1)
+)
 results = st.builds(
     Result,
     st.integers(0, 2**31),
@@ -52,10 +54,10 @@ def test_unpack_hello_returns_what_was_packed(name: str, version: int) -> None:
 
 @given(st.lists(text, max_size=5))
 def test_unpack_prepared_returns_what_was_packed(names: list[str]) -> None:
-    """PREPARED arrives with the names of the listeners."""
-    frame = decode(_protocol.pack_prepared(names))
+    """PREPARED arrives with the names of the listeners, and of servers."""
+    frame = decode(_protocol.pack_prepared(names, reversed(names)))
     assert frame.kind == _protocol.PREPARED
-    assert _protocol.unpack_prepared(frame.body) == names
+    assert _protocol.unpack_prepared(frame.body) == (names, names[::-1])
 
 
 @given(results)
@@ -124,7 +126,8 @@ def test_unpack_of_any_bytes_is_a_protocol_error(
         (_protocol.unpack_hello, b'{"version": 1}'),
         (_protocol.unpack_hello, b"[" * 10**5),
         (_protocol.unpack_prepared, b'{"keeps": 1}'),
-        (_protocol.unpack_prepared, b'{"keeps": [1]}'),
+        (_protocol.unpack_prepared, b'{"keeps": [1], "accepts": []}'),
+        (_protocol.unpack_prepared, b'{"keeps": []}'),
         (_protocol.unpack_result, b"{}"),
         (_protocol.unpack_result, b'{"pid":1,"number":1,"seconds":1.0,"error":1,"traceback":""}'),
         (_protocol.unpack_offer, b""),

@@ -38,8 +38,8 @@ import socket as stdlib_socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
@@ -51,11 +51,13 @@ from .._accept import ACCEPT_RETRY_DELAY
 from .._address import AddressLike, UnixSocketAddress
 from .._client import open_unix_connection
 from .._closing import close_fds
+from .._fds import fileno
 from .._frames import FrameError, encode_frame
 from .._listener import UnixListener, open_unix_listener
 from .._owner import DescriptorOwner
 from .._paths import absolute
 from .._policy import PeerPolicy, check_peer, check_policy
+from .._sockopts import raw_socket
 from .._trio_task import check_task
 from ..errors import (
     AddressInUseError,
@@ -71,9 +73,10 @@ from ..errors import (
 from . import _giver, _protocol, _spawn, _taker
 from ._channel import Channel, expect_no_fds
 from ._listeners import Gate, GenerationListener
-from ._manifest import Manifest
+from ._manifest import Manifest, describe_socket
 from ._passing import PassedConnections, Passer
 from ._predecessor import Predecessor
+from ._serving import GenerationHooks, GenerationServer
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -81,6 +84,7 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from .._buffers import Buffer
     from .._connection import UnixConnection
+    from .._fds import FileDescriptor
     from ._manifest import ListenerEntry
 
 _T = TypeVar("_T")
@@ -114,6 +118,7 @@ class ServiceNotifier(Protocol):
     @property
     def watchdog_timeout(self) -> float | None: ...
     async def ready(self) -> None: ...
+    async def reloading(self) -> None: ...
     async def stopping(self) -> None: ...
     async def main_pid(self, pid: int | None = None) -> None: ...
     async def barrier(self) -> None: ...
@@ -149,6 +154,9 @@ class _Options:
     name: str
     policy: PeerPolicy
     command: Sequence[str] | None
+    cwd: str | None
+    stdout: FileDescriptor | None
+    stderr: FileDescriptor | None
     timeout: float
     probation: float
     max_draining: int
@@ -165,6 +173,7 @@ class Generation(DescriptorOwner):
       name: of the service.
       state: what the generation before has left (:meth:`set_state`); None if there was none, or if
         it set none.
+      replaced_by: the upgrade that has replaced this generation; None until then.
     """
 
     def __init__(self, options: _Options) -> None:
@@ -174,6 +183,7 @@ class Generation(DescriptorOwner):
         # Whether another generation was alive at the start of this one.
         self._had_predecessor = False
         self.state: bytes | None = None
+        self.replaced_by: Upgrade | None = None
         self._phase = Phase.STARTING
         self._gate = Gate()
         self._listeners: dict[str, GenerationListener[Any]] = {}
@@ -196,6 +206,14 @@ class Generation(DescriptorOwner):
         self._attempt_over = trio.Event()
         # Whether the program has failed, so that a successor is to go on without this process.
         self._has_crashed = False
+        # Why, in words of the program; default: the traceback.
+        self._failure = ""
+        # Whether this generation ends without a successor.
+        self._is_retired = False
+        # Set when a server is ready.
+        self._server_ready = trio.Event()
+        # The servers of the successor to which connections can be passed on.
+        self._accepts: frozenset[str] = frozenset()
         self._prepared = trio.Event()
         self._may_accept = trio.Event()
         self._confirmed = trio.Event()
@@ -264,11 +282,7 @@ class Generation(DescriptorOwner):
             except BaseException:
                 socket.close()
                 raise
-        listener = GenerationListener[trio.SocketStream](
-            name, self._gate, trio.SocketListener(socket), inherited=taken is not None
-        )
-        self._listeners[name] = listener
-        return listener
+        return self._add(name, trio.SocketListener(socket), inherited=taken is not None)
 
     async def _retry_in_use(self, listen: Callable[[], Awaitable[_T]]) -> _T:
         """Listen at an address which the generation before may hold, although it has ended.
@@ -335,12 +349,7 @@ class Generation(DescriptorOwner):
             await trio.lowlevel.checkpoint()
             entry, sock = taken
             file = entry.file
-            listener = UnixListener(
-                trio.socket.from_stdlib_socket(sock),
-                policy=policy,
-                receive_descriptors=receive_descriptors,
-                address=found,
-            )
+            listener = _inherited_unix(sock, found, policy, receives=receive_descriptors)
         else:
             listener = await self._retry_in_use(
                 partial(
@@ -354,8 +363,109 @@ class Generation(DescriptorOwner):
                     receive_descriptors=receive_descriptors,
                 )
             )
-        made: GenerationListener[UnixConnection] = GenerationListener(
-            name, self._gate, listener, inherited=taken is not None, path=path, file=file
+        return self._add(name, listener, inherited=taken is not None, path=path, file=file)
+
+    @property
+    def listeners(self) -> Sequence[GenerationListener[Any]]:
+        """The listeners of this generation, in the order in which they were opened."""
+        return tuple(self._listeners.values())
+
+    @property
+    def offered(self) -> Sequence[str]:
+        """The names of the listeners of the generation before that were not asked for yet."""
+        return () if self._taken is None else tuple(self._taken.listeners)
+
+    def inherit(
+        self, name: str, *, policy: PeerPolicy | None = None, receive_descriptors: bool = True
+    ) -> GenerationListener[Any] | None:
+        """Return the listener of this name of the generation before, whatever its address.
+
+        For listeners that a program cannot open itself (:meth:`adopt`).
+
+        Args:
+          policy, receive_descriptors: as of :func:`open_unix_listener`, for a Unix socket.
+
+        Returns:
+          None if the generation before has none of this name, or if there is none.
+
+        Raises:
+          ValueError: this generation has a listener of this name.
+          TypeError: a wrong argument.
+          RuntimeError: after :meth:`ready`.
+        """
+        self._check_name(name)
+        check_policy(policy)
+        taken = self._take(name, lambda _: True)
+        if taken is None:
+            return None
+        entry, sock = taken
+        if entry.kind != "unix":
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            return self._add(name, listener, inherited=True)
+        if entry.path is not None:
+            address = UnixSocketAddress.path(entry.path)
+        else:
+            address = UnixSocketAddress.from_native(os.fsencode(str(entry.bound)))
+        return self._add(
+            name,
+            _inherited_unix(sock, address, policy, receives=receive_descriptors),
+            inherited=True,
+            path=entry.path,
+            file=entry.file,
+        )
+
+    def adopt(
+        self, name: str, listener: trio.SocketListener | UnixListener
+    ) -> GenerationListener[Any]:
+        """Make a listener that was opened otherwise one of this generation, which owns it then.
+
+        ::
+
+            web = gen.inherit("web") or gen.adopt("web", inherited_listeners()["web"][0])
+
+        Args:
+          name: by which the next generation finds it.
+          listener: of a TCP or a Unix socket, for example one that systemd has opened.
+
+        Raises:
+          TypeError: not such a listener; it is still the caller's.
+          ValueError: this generation has a listener of this name; or another kind of socket; it is
+            still the caller's.
+          ConnectionClosedError: the listener is closed.
+          RuntimeError: after :meth:`ready`.
+        """
+        self._check_name(name)
+        if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
+            )
+        if listener.socket.fileno() == -1:
+            raise ConnectionClosedError("this listener is closed")
+        describe_socket(raw_socket(listener.socket))
+        path = None
+        if isinstance(listener, UnixListener):
+            address = listener.get_local_address()
+            if not (address.get_is_abstract() or address.get_is_anonymous()):
+                path = os.fsdecode(absolute(address.native))
+        return self._add(name, listener, path=path)
+
+    def _add(
+        self,
+        name: str,
+        listener: trio.SocketListener | UnixListener,
+        *,
+        inherited: bool = False,
+        path: str | None = None,
+        file: tuple[int, int] | None = None,
+    ) -> GenerationListener[Any]:
+        made = GenerationListener[Any](
+            name,
+            self._gate,
+            listener,
+            inherited=inherited,
+            path=path,
+            file=file,
+            on_prepared=self._on_prepared,
         )
         self._listeners[name] = made
         return made
@@ -413,31 +523,43 @@ class Generation(DescriptorOwner):
         So servers can be started before this or after it. :meth:`confirmed` waits until the one
         before has stopped for good.
 
+        First, this waits for the servers with ``generation=`` that were started
+        (:func:`serve_unix`, :func:`serve_with_workers`). If such servers have all listeners, they
+        do all of this: then nothing has to call it.
+
         Inherited listeners that the program has not asked for are closed.
 
         Raises:
           TakeOverError: the generation before does not answer within the ``timeout`` of
             :func:`open_generation`.
-          RuntimeError: this was called before.
         """
         check_task()
-        if self._prepared.is_set():
-            raise RuntimeError("ready() was called before")
-        self._prepared.set()
-        if self._taken is not None:
-            self._taken.close()
-        if self._before is None:
-            self._become_first()
-        else:
-            names = [each.name for each in self._listeners.values() if each.inherited]
-            # If it has ended, the task that follows it lets this generation accept.
-            await self._before.send(_protocol.pack_prepared(names))
+        while any(each.is_claimed and not each.is_prepared for each in self._listeners.values()):
+            await self._server_ready.wait()
+        if not self._prepared.is_set():
+            self._prepared.set()
+            if self._taken is not None:
+                self._taken.close()
+            if self._before is None:
+                self._become_first()
+            else:
+                keeps = [each.name for each in self._listeners.values() if each.inherited]
+                accepts = self._connections.servers
+                # If it has ended, the task that follows it lets this generation accept.
+                await self._before.send(_protocol.pack_prepared(keeps, accepts))
         with trio.move_on_after(self._options.timeout) as scope:
             await self._may_accept.wait()
         if scope.cancelled_caught:
             raise TakeOverError(
                 f"the generation that runs did not answer within {self._options.timeout:g} s"
             )
+
+    def _on_prepared(self) -> None:
+        """Note that a server with ``generation=`` could accept now."""
+        self._server_ready.set()
+        self._server_ready = trio.Event()
+        if all(each.is_prepared for each in self._listeners.values()):
+            self._nursery.start_soon(self.ready)
 
     async def confirmed(self) -> None:
         """Wait until no other generation accepts, or will accept again.
@@ -465,9 +587,33 @@ class Generation(DescriptorOwner):
         check_task()
         await self._overdue.wait()
 
+    def retire(self) -> None:
+        """Hand over no more: this generation is going to end without a successor.
+
+        A handover in progress is given up, and later ones fail. The rendezvous path is removed, so
+        that another process can be the first generation. Servers with ``generation=`` do this when
+        they are drained. After :meth:`replaced`, this does nothing.
+        """
+        if self._phase is Phase.RELEASED:
+            return
+        self._is_retired = True
+        if self._attempt is not None:
+            self._attempt.cancel()
+        self._nursery.start_soon(self._close_rendezvous)
+
     ################################################################
     # Handing over
     ################################################################
+
+    @property
+    def successor_pid(self) -> int | None:
+        """The process that this one has started as its successor, and has to reap; or None."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def passed_on(self) -> int:
+        """How many connections the successor has taken (:meth:`pass_on`)."""
+        return 0 if self._passer is None else self._passer.taken
 
     async def upgrade(
         self,
@@ -492,20 +638,25 @@ class Generation(DescriptorOwner):
         Returns:
           When the successor serves and its probation is over.
 
+        The first process of a pid namespace cannot do this, because its end is the end of all
+        others: start the successor by itself, for example in another container.
+
         Raises:
           UpgradeFailedError: this generation serves as before.
         """
         check_task()
+        if os.getpid() == 1:
+            raise UpgradeFailedError(
+                "process 1 cannot start its successor, because all processes of its pid namespace "
+                "end with it; start the successor by itself, as for open_generation(take_over=True)"
+            )
         options = self._options
         timeout = options.timeout if timeout is None else timeout
         probation = options.probation if probation is None else probation
         command = command or options.command or _spawn.default_command()
         began = time.monotonic()
-        with self._hand_over():
-            try:
-                process = _spawn.start(command, self._environment())
-            except OSError as exc:
-                raise UpgradeFailedError(f"cannot start the successor: {exc}") from exc
+        async with self._hand_over():
+            process = self._process = self._start_successor(command)
             channel = Channel(process.conn, process.open_pidfd())
 
             async def greet() -> None:
@@ -525,9 +676,22 @@ class Generation(DescriptorOwner):
                 raise
             finally:
                 if self._phase is not Phase.RELEASED:
+                    self._process = None
                     process.close()
-            self._process = process
         return self._log_upgrade(process.pid, time.monotonic() - began)
+
+    def _start_successor(self, command: Sequence[str]) -> _spawn.SuccessorProcess:
+        options = self._options
+        try:
+            return _spawn.start(
+                command,
+                self._environment(),
+                cwd=options.cwd,
+                stdout=None if options.stdout is None else fileno(options.stdout),
+                stderr=None if options.stderr is None else fileno(options.stderr),
+            )
+        except OSError as exc:
+            raise UpgradeFailedError(f"cannot start the successor: {exc}") from exc
 
     def _environment(self) -> dict[str, str]:
         manager = self._options.manager
@@ -540,7 +704,7 @@ class Generation(DescriptorOwner):
         return found
 
     def _log_upgrade(self, pid: int, seconds: float) -> Upgrade:
-        upgrade = Upgrade(pid, self.number + 1, seconds)
+        upgrade = self.replaced_by = Upgrade(pid, self.number + 1, seconds)
         logger.info(
             "%s: generation %d (pid %d) serves after %.3f s, %d listeners; generation %d drains",
             self.name,
@@ -552,13 +716,15 @@ class Generation(DescriptorOwner):
         )
         return upgrade
 
-    @contextmanager
-    def _hand_over(self) -> Generator[None, None, None]:
+    @asynccontextmanager
+    async def _hand_over(self) -> AsyncGenerator[None, None]:
         """Reserve this generation for one handover.
 
         Raises:
           UpgradeFailedError: it does not serve, or another handover is in progress.
         """
+        if self._is_retired:
+            raise UpgradeFailedError("this generation is draining, and ends without a successor")
         if self._phase is not Phase.SERVING:
             error = UpgradeFailedError(f"this generation is {self._phase.value}")
             error.code = IOErrorEnum.BUSY
@@ -567,14 +733,18 @@ class Generation(DescriptorOwner):
         self._attempt_over = trio.Event()
         try:
             with trio.CancelScope() as self._attempt:
+                await self._tell_reloading()
                 yield
             if self._attempt.cancelled_caught:
                 raise UpgradeFailedError("this generation ends")
         finally:
             self._attempt = None
-            self._attempt_over.set()
             if self._phase is Phase.HANDING_OVER:
+                if not self._is_retired:
+                    with trio.CancelScope(shield=True):
+                        await self._tell_ready(is_orphan=False)
                 self._phase = Phase.SERVING
+            self._attempt_over.set()
 
     @enable_ki_protection
     async def _give(
@@ -596,11 +766,11 @@ class Generation(DescriptorOwner):
             async with _giver.within(timeout):
                 await greet()
                 giving = self._giving()
-                keeps = await _giver.give(channel, giving)
+                prepared = await _giver.give(channel, giving)
             self._gate.block()
             try:
                 await _giver.wait_probation(channel, probation)
-                await self._release(channel, pid, keeps)
+                await self._release(channel, pid, prepared)
             except BaseException:
                 self._gate.open()
                 raise
@@ -632,7 +802,7 @@ class Generation(DescriptorOwner):
             state,
         )
 
-    async def _release(self, channel: Channel, pid: int, keeps: list[str]) -> None:
+    async def _release(self, channel: Channel, pid: int, prepared: _protocol.Prepared) -> None:
         """Give up the listeners; after this, the successor is the service.
 
         Raises:
@@ -656,9 +826,11 @@ class Generation(DescriptorOwner):
             close_fds(fds)
         self._phase = Phase.RELEASED
         channel.forget_process()
-        for name in keeps:
+        for name in prepared.keeps:
             if name in self._listeners:
                 self._listeners[name].disown_path()
+        self._accepts = frozenset(prepared.accepts)
+        self._gate.notify()
         self._successor, self._passer = channel, Passer(channel)
         self._nursery.start_soon(self._follow_successor, channel, self._passer)
         self._replaced.set()
@@ -701,6 +873,11 @@ class Generation(DescriptorOwner):
             async with _told(self.name, "the main pid"):
                 await manager.main_pid(pid)
                 await manager.barrier()
+
+    async def _tell_reloading(self) -> None:
+        if (manager := self._options.manager) is not None:
+            async with _told(self.name, "that an upgrade begins"):
+                await manager.reloading()
 
     async def _tell_ready(self, *, is_orphan: bool) -> None:
         if (manager := self._options.manager) is not None:
@@ -753,6 +930,34 @@ class Generation(DescriptorOwner):
         return self._connections
 
     ################################################################
+    # Servers
+    ################################################################
+
+    def server(self, listeners: Sequence[object], *, unix_only: bool = False) -> GenerationServer:
+        """Return the part of a server in this generation, for those with ``generation=``.
+
+        Args:
+          unix_only: whether it accepts from one listener, of a Unix socket.
+
+        Raises:
+          TypeError: not listeners of this generation.
+          ValueError: no listener, one of them twice, or one that another server has.
+        """
+        hooks = GenerationHooks(
+            has_listener=lambda each: self._listeners.get(each.name) is each,
+            wait_settled=self._wait_settled,
+            add_server=self._connections.add_server,
+            passer_to=lambda name: self._passer if name in self._accepts else None,
+        )
+        return GenerationServer(self, hooks, listeners, unix_only=unix_only)
+
+    async def _wait_settled(self) -> bool:
+        """Wait until it is certain which generation accepts; return whether it is the successor."""
+        while self._phase is Phase.HANDING_OVER and not self._gate.is_open:
+            await self._gate.wait_changed()
+        return self._phase is Phase.RELEASED
+
+    ################################################################
     # The begin: taking over
     ################################################################
 
@@ -780,6 +985,7 @@ class Generation(DescriptorOwner):
                 if take_over:
                     return False
                 raise
+            self._gate.allow_early()
             return True
         self._had_predecessor = True
         channel = Channel(conn, _peer_pidfd(conn))
@@ -849,6 +1055,8 @@ class Generation(DescriptorOwner):
             await self._tell_ready(is_orphan=False)
         elif self._prepared.is_set():
             self._become_first()
+        else:
+            self._gate.allow_early()
 
     async def _await_released(self, channel: Channel) -> list[Channel] | None:
         """Return channels to older generations; None if the one before has ended."""
@@ -898,6 +1106,8 @@ class Generation(DescriptorOwner):
         self._nursery.start_soon(self._answer_clients, listener)
 
     async def _try_open_rendezvous(self) -> None:
+        if self._is_retired:
+            return
         try:
             await self._open_rendezvous(replace=True)
         except OSError:
@@ -978,7 +1188,7 @@ class Generation(DescriptorOwner):
 
         options = self._options
         try:
-            with self._hand_over():
+            async with self._hand_over():
                 await self._give(channel, pid, greet, options.timeout, options.probation)
         except UpgradeFailedError as exc:
             logger.warning("%s: handover to pid %d failed: %s", self.name, pid, exc)
@@ -998,14 +1208,16 @@ class Generation(DescriptorOwner):
           failure: what the program has raised; None if it has left the block.
         """
         self._has_crashed = _is_crash(failure)
+        self._is_retired = True
         self._gate.shut()
-        if self._attempt is not None:
-            self._attempt.cancel()
+        if self._phase is Phase.HANDING_OVER:
+            if self._attempt is not None:
+                self._attempt.cancel()
             await self._attempt_over.wait()
         if self._before is not None:
             text = "its program has left open_generation() before it served"
             if failure is not None:
-                text = "".join(traceback.format_exception(failure))
+                text = self._failure or "".join(traceback.format_exception(failure))
             await self._before.send(_protocol.pack_text(_protocol.FAILED, text))
         manager = self._options.manager
         if manager is not None and self._phase in (Phase.SERVING, Phase.HANDING_OVER):
@@ -1031,6 +1243,26 @@ class Generation(DescriptorOwner):
 
     def __repr__(self) -> str:
         return f"<Generation {self.number} of {self.name}, {self._phase.value}>"
+
+
+def explain_failure(generation: Generation, text: str) -> None:
+    """Set what the generation before is told in place of a traceback, if the program fails."""
+    generation._failure = text
+
+
+def _inherited_unix(
+    sock: stdlib_socket.socket,
+    address: UnixSocketAddress,
+    policy: PeerPolicy | None,
+    *,
+    receives: bool,
+) -> UnixListener:
+    return UnixListener(
+        trio.socket.from_stdlib_socket(sock),
+        policy=policy,
+        receive_descriptors=receives,
+        address=address,
+    )
 
 
 @asynccontextmanager
@@ -1082,6 +1314,9 @@ async def open_generation(
     policy: PeerPolicy | None = None,
     take_over: bool = True,
     command: Sequence[str] | None = None,
+    cwd: str | None = None,
+    stdout: FileDescriptor | None = None,
+    stderr: FileDescriptor | None = None,
     timeout: float = 60,
     probation: float = 0,
     max_draining: int = 3,
@@ -1119,6 +1354,9 @@ async def open_generation(
         It is asked before anything is sent. Default: those of this user.
       take_over: False: if another process serves the path, raise AddressInUseError.
       command: the program and the arguments of a successor; default: as this process.
+      cwd: the current directory of a successor; default: that of this process at that moment.
+      stdout, stderr: file descriptors that are the standard output and error of a successor;
+        default: those of this process at that moment. They stay the caller's.
       timeout, probation: of :meth:`Generation.upgrade`, also for a successor that starts by itself.
       max_draining: how many replaced generations may drain at the same time. If there are more,
         the oldest is told to end at once (:meth:`Generation.overdue`).
@@ -1149,6 +1387,9 @@ async def open_generation(
             name,
             policy or PeerPolicy.same_user(),
             command,
+            cwd,
+            stdout,
+            stderr,
             timeout,
             probation,
             max_draining,

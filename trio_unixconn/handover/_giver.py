@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .._frames import Frame
     from ._channel import Channel
     from ._manifest import Manifest
+    from ._protocol import Prepared
 
 _NAMES: Final = {
     _protocol.HELLO: "HELLO",
@@ -90,11 +91,11 @@ async def within(timeout: float) -> AsyncGenerator[None, None]:
         raise error from exc
 
 
-async def give(channel: Channel, giving: Giving) -> list[str]:
+async def give(channel: Channel, giving: Giving) -> Prepared:
     """Hand over to a successor that has said HELLO, up to the moment when it serves.
 
     Returns:
-      The names of the listeners that the successor keeps.
+      What the successor keeps and accepts.
 
     Raises:
       UpgradeFailedError: nothing has changed.
@@ -102,10 +103,10 @@ async def give(channel: Channel, giving: Giving) -> list[str]:
     """
     await _offer(channel, giving)
     await _offer_listeners(channel, giving.fds)
-    keeps = _protocol.unpack_prepared(await _expect(channel, _protocol.PREPARED))
+    prepared = _protocol.unpack_prepared(await _expect(channel, _protocol.PREPARED))
     await _send(channel, encode_frame(_protocol.COMMIT))
     await _expect(channel, _protocol.SERVING)
-    return keeps
+    return prepared
 
 
 async def wait_probation(channel: Channel, probation: float) -> None:

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections import deque
-from typing import TYPE_CHECKING, Final
+from collections import Counter, deque
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 import trio
@@ -154,6 +156,27 @@ class Passer:
             raise _gone()
         close_fds_batched([_detach(stream)])
 
+    def put(self, fd: int, connection: PassedConnection) -> bool:
+        """Pass a connection on that no task waits for.
+
+        If the successor ends before it has taken the connection, it is closed, and counted in the
+        log.
+
+        Returns:
+          False if there is no successor any more; the file descriptor is still the caller's. If
+          this returns True, it is not.
+        """
+        if self._is_over:
+            return False
+        self._queue.append(_Outgoing(fd, connection, is_abandoned=True))
+        self._notify()
+        return True
+
+    async def wait_settled(self) -> None:
+        """Wait until the successor has taken all connections, or has ended."""
+        while self._queue or self._sent:
+            await self._changed.wait()
+
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
@@ -212,13 +235,18 @@ class Passer:
         self._notify()
 
     def end(self) -> None:
-        """Give back all that the successor has not taken."""
+        """Give back all that the successor has not taken; close what no task waits for."""
         self._is_over = True
-        for batch in self._sent.values():
-            for item in batch:
-                item.settle(_State.LOST)
-        for item in self._queue:
+        lost = [*chain.from_iterable(self._sent.values()), *self._queue]
+        for item in lost:
             item.settle(_State.LOST)
+        closed = sum(item.is_abandoned for item in lost)
+        if closed:
+            logger.warning(
+                "%d connections were not passed on, because the successor or this generation has "
+                "ended; they are closed here",
+                closed,
+            )
         self._sent.clear()
         self._queue.clear()
         self._notify()
@@ -228,6 +256,10 @@ def _gone() -> SuccessorGoneError:
     return SuccessorGoneError("the successor has ended; the connection is still open here")
 
 
+Received: TypeAlias = tuple[int, PassedConnection]
+_Received: TypeAlias = deque[Received]
+
+
 class PassedConnections(DescriptorOwner):
     """An async iterator over connections that were passed on to this generation.
 
@@ -235,7 +267,9 @@ class PassedConnections(DescriptorOwner):
     """
 
     def __init__(self) -> None:
-        self._received: deque[tuple[int, PassedConnection]] = deque()
+        self._received: _Received = deque()
+        # Those for servers, by the names of these; a server can have several.
+        self._of_servers: dict[str, _Received] = {}
         self._is_over = False
         self._changed = trio.Event()
         #: How many have arrived.
@@ -249,12 +283,9 @@ class PassedConnections(DescriptorOwner):
         check_task()
         await trio.lowlevel.checkpoint()
         while True:
-            while not self._received:
-                if self._is_over:
-                    raise StopAsyncIteration
-                await self._changed.wait()
-            fd, connection = self._received.popleft()
-            self._notify()
+            if not await self.wait_for(self._received):
+                raise StopAsyncIteration
+            ((fd, connection),) = self.take(self._received, 1)
             try:
                 if connection.accepts_descriptors:
                     stream = open_stream(fd)
@@ -268,6 +299,29 @@ class PassedConnections(DescriptorOwner):
             assert isinstance(stream, (trio.SocketStream, UnixConnection))
             return stream, connection.data
 
+    @property
+    def servers(self) -> Iterable[str]:
+        """The names to which connections can be passed on."""
+        return self._of_servers
+
+    def add_server(self, names: Iterable[str]) -> ConnectionsOfServer:
+        """Have connections for a server of these names received."""
+        received: _Received = deque()
+        self._of_servers.update((name, received) for name in names)
+        return ConnectionsOfServer(self, received)
+
+    async def wait_for(self, received: _Received) -> bool:
+        """Wait until there are connections in a queue; return False if no more arrive."""
+        while not (received or self._is_over):
+            await self._changed.wait()
+        return bool(received)
+
+    def take(self, received: _Received, limit: int) -> list[Received]:
+        """Take connections out of a queue."""
+        found = [received.popleft() for _ in range(min(limit, len(received)))]
+        self._notify()
+        return found
+
     def __repr__(self) -> str:
         return f"<PassedConnections: {self.count} received, {len(self._received)} not taken>"
 
@@ -278,12 +332,23 @@ class PassedConnections(DescriptorOwner):
     async def wait_for_space(self) -> None:
         """Wait until more connections may be received."""
         check_task()
-        while len(self._received) >= _MAX_RECEIVED and not self._is_over:
+        while not self._is_over and any(
+            len(each) >= _MAX_RECEIVED for each in (self._received, *self._of_servers.values())
+        ):
             await self._changed.wait()
 
     def put(self, fds: list[int], connections: list[PassedConnection]) -> None:
         """Add connections that have arrived; this owns the file descriptors."""
-        self._received.extend(zip(fds, connections, strict=True))
+        unknown: Counter[str] = Counter()
+        for fd, each in zip(fds, connections, strict=True):
+            received = self._of_servers.get(each.server) if each.server else self._received
+            if received is None:
+                unknown[each.server] += 1
+                close_fds([fd])
+            else:
+                received.append((fd, each))
+        for name, count in unknown.items():
+            logger.warning("%d connections of %r are closed: it is not served here", count, name)
         self.count += len(fds)
         self._notify()
 
@@ -295,5 +360,22 @@ class PassedConnections(DescriptorOwner):
     def close(self) -> None:
         """Close those that were not asked for."""
         self.end()
-        close_fds([fd for fd, _ in self._received])
-        self._received.clear()
+        for received in (self._received, *self._of_servers.values()):
+            close_fds([fd for fd, _ in received])
+            received.clear()
+
+
+class ConnectionsOfServer(DescriptorOwner):
+    """The connections that were passed on to a server of this generation."""
+
+    def __init__(self, connections: PassedConnections, received: _Received) -> None:
+        self._connections = connections
+        self._received = received
+
+    async def wait(self) -> bool:
+        """Wait until there are some; return False if no more arrive."""
+        return await self._connections.wait_for(self._received)
+
+    def take(self, limit: int) -> list[Received]:
+        """Take some, whose file descriptors the caller owns."""
+        return self._connections.take(self._received, limit)

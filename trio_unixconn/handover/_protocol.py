@@ -7,7 +7,8 @@ HELLO                 it asks for the listeners; with the version of the protoco
                       name of the service
 TAKEN, REFUSED        it has the file descriptors of the frame with this id; or they found no
                       free slot, and fewer are to be sent at a time
-PREPARED              it could accept now; with the names of the listeners that it keeps
+PREPARED              it could accept now; with the names of the listeners that it keeps,
+                      and of the servers to which connections can be passed on
 FAILED                it cannot take over; with the traceback
 SERVING               a task of it accepts from each listener
 MOVED                 the rendezvous path leads to it
@@ -40,7 +41,7 @@ from typing import Any, Final, NamedTuple, cast
 from .._frames import FrameError, encode_frame
 
 #: Changes whenever a frame changes.
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 # From a successor, or from a client of the rendezvous path.
 HELLO: Final = 1
@@ -72,7 +73,7 @@ MAX_TEXT: Final = 64 * 1024
 
 _id: Final = struct.Struct("=Q")
 _offer: Final = struct.Struct("=IB")
-_passed: Final = struct.Struct("=BI")
+_passed: Final = struct.Struct("=BHII")
 
 # What the state of an OFFER is.
 _NO_STATE: Final = 0
@@ -105,15 +106,31 @@ class Offer(NamedTuple):
     in_memory: bool
 
 
+class Prepared(NamedTuple):
+    """What a successor does that could accept now.
+
+    Attributes:
+      keeps: the names of the listeners that it has inherited.
+      accepts: the names of the servers to which connections can be passed on.
+    """
+
+    keeps: list[str]
+    accepts: list[str]
+
+
 class PassedConnection(NamedTuple):
     """A connection on its way to the successor.
 
     Attributes:
       accepts_descriptors: whether its peer may send file descriptors.
+      server: to which it is passed on; "" for the program itself.
+      passed: how many times it was passed on, as the server counts.
     """
 
     accepts_descriptors: bool
     data: bytes
+    server: str = ""
+    passed: int = 0
 
 
 class Result(NamedTuple):
@@ -146,14 +163,18 @@ def unpack_hello(body: bytes) -> Hello:
     return Hello(version, name)
 
 
-def pack_prepared(names: Iterable[str]) -> bytes:
+def pack_prepared(keeps: Iterable[str], accepts: Iterable[str] = ()) -> bytes:
     """Return a PREPARED frame."""
-    return _pack_json(PREPARED, {"keeps": list(names)})
+    return _pack_json(PREPARED, {"keeps": list(keeps), "accepts": list(accepts)})
 
 
-def unpack_prepared(body: bytes) -> list[str]:
-    """Return the names of the listeners that a successor keeps."""
-    names = _unpack_json(body, "names of listeners").get("keeps")
+def unpack_prepared(body: bytes) -> Prepared:
+    """Return what a successor keeps and accepts."""
+    fields = _unpack_json(body, "names of listeners")
+    return Prepared(_names(fields.get("keeps")), _names(fields.get("accepts")))
+
+
+def _names(names: object) -> list[str]:
     if not isinstance(names, list):
         raise ProtocolError("expected names of listeners")
     found = cast("list[object]", names)
@@ -237,8 +258,9 @@ def pack_passed(number: int, connections: Sequence[PassedConnection]) -> bytes:
     """Return a PASSED frame; the file descriptors are sent with it, in this order."""
     parts = [_id.pack(number)]
     for each in connections:
-        parts.append(_passed.pack(each.accepts_descriptors, len(each.data)))
-        parts.append(each.data)
+        name = each.server.encode(errors="surrogateescape")
+        parts.append(_passed.pack(each.accepts_descriptors, each.passed, len(name), len(each.data)))
+        parts += name, each.data
     return encode_frame(PASSED, b"".join(parts), carries_fds=True)
 
 
@@ -248,9 +270,12 @@ def unpack_passed(body: bytes) -> tuple[int, list[PassedConnection]]:
         (number,) = _id.unpack_from(body)
         start, end, found = _id.size, len(body), list[PassedConnection]()
         while start < end:
-            accepts, size = _passed.unpack_from(body, start)
-            start += _passed.size + size
-            found.append(PassedConnection(bool(accepts), body[start - size : start]))
+            accepts, passed, length, size = _passed.unpack_from(body, start)
+            start += _passed.size + length
+            name = body[start - length : start].decode(errors="surrogateescape")
+            start += size
+            data = body[start - size : start]
+            found.append(PassedConnection(bool(accepts), data, name, passed))
     except struct.error as exc:
         raise ProtocolError(f"expected connections: {exc}") from exc
     if start != end or not found:

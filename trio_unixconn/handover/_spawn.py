@@ -32,6 +32,8 @@ VARIABLE: Final = "TRIO_UNIXCONN_HANDOVER"
 # How much of what a successor writes to its standard error is kept for an error, in bytes.
 _MAX_ERRORS: Final = 16 * 1024
 _STDERR: Final = 2
+# The channel of this process, if it was asked for before the generation began.
+_claimed: list[UnixConnection] = []
 # How long a successor has for its end after the upgrade was given up, in seconds.
 _GRACE: Final = 5.0
 
@@ -97,11 +99,20 @@ class SuccessorProcess(DescriptorOwner):
         os.close(self._errors)
 
 
-def start(command: Sequence[str], environment: Mapping[str, str]) -> SuccessorProcess:
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    cwd: str | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> SuccessorProcess:
     """Start a successor.
 
     Args:
       environment: variables that it gets in addition to those of this process.
+      cwd: its current directory; default: that of this process.
+      stdout, stderr: default: those of this process.
 
     Raises:
       OSError: ENOENT, EACCES, EMFILE, ENOMEM; no process and no file descriptor is left.
@@ -121,17 +132,19 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> SuccessorPr
         # With O_APPEND, because a child of the successor may write there, too.
         errors = os.open(f"/proc/self/fd/{_memory(stack)}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         failed.callback(os.close, errors)
-        stderr = os.dup(_STDERR)
-        stack.callback(os.close, stderr)
+        later = os.dup(_STDERR if stderr is None else stderr)
+        stack.callback(os.close, later)
         inode = os.fstat(theirs.fileno()).st_ino
         popen = subprocess.Popen(
             command,
+            cwd=cwd,
+            stdout=stdout,
             stderr=errors,
-            pass_fds=[theirs.fileno(), stderr],
+            pass_fds=[theirs.fileno(), later],
             env={
                 **os.environ,
                 **environment,
-                VARIABLE: f"{theirs.fileno()}:{inode}:{stderr}",
+                VARIABLE: f"{theirs.fileno()}:{inode}:{later}",
             },
         )
         # From here on nothing fails but pidfd_open(2).
@@ -145,6 +158,21 @@ def _memory(stack: ExitStack) -> int:
     return fd
 
 
+def is_successor() -> bool:
+    """Whether another process has started this one as its successor."""
+    return VARIABLE in os.environ or bool(_claimed)
+
+
+def claim_connection() -> None:
+    """Get the channel to that process, and its standard error, before the generation begins.
+
+    For a program that redirects its standard error first.
+    """
+    conn = inherited_connection()
+    if conn is not None:
+        _claimed.append(conn)
+
+
 def inherited_connection() -> UnixConnection | None:
     """Return the channel to the process that has started this one as its successor.
 
@@ -154,6 +182,8 @@ def inherited_connection() -> UnixConnection | None:
     Returns:
       None if this process was not started so, or another process was meant.
     """
+    if _claimed:
+        return _claimed.pop()
     value = os.environ.pop(VARIABLE, None)
     if value is None:
         return None

@@ -15,9 +15,8 @@ from ._exchanges import Exchanges, open_listeners, serve_exchanges
 from ._health import STATES, check_source, free_percentage, statistics_of
 
 if TYPE_CHECKING:
-    from ._exchanges import ListenersOrAddress, Stream
+    from ._exchanges import ExchangeListener, ListenersOrAddress, Stream
     from ._health import StatisticsSource
-    from ._server import AnyListener
     from ._statistics import PoolStatistics
 
 
@@ -25,7 +24,7 @@ async def serve_agent_check(
     source: StatisticsSource,
     listeners: ListenersOrAddress,
     *,
-    task_status: trio.TaskStatus[Sequence[AnyListener]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Sequence[ExchangeListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer HAProxy's agent checks, so that it sends as many clients as the pool can take.
 

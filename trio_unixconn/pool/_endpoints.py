@@ -63,6 +63,17 @@ class EndpointKind(enum.IntEnum):
     UNIX_WITHOUT_DESCRIPTORS = 5
 
 
+#: Kinds of which every file descriptor is a connection.
+CONNECTIONS: Final = frozenset(
+    {
+        EndpointKind.TCP,
+        EndpointKind.TCP6,
+        EndpointKind.UNIX,
+        EndpointKind.UNIX_WITHOUT_DESCRIPTORS,
+    }
+)
+
+
 class ClosableFile(Protocol):
     """An object that owns a file descriptor: a Python file, or one that behaves like it."""
 
@@ -268,6 +279,26 @@ def kind_of_passed(kind: int, fd: int) -> EndpointKind | None:
     if kind == EndpointKind.UNIX_WITHOUT_DESCRIPTORS:
         return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
     return found if found == kind else None
+
+
+def kind_of_received(fd: int, *, accepts_descriptors: bool) -> EndpointKind | None:
+    """Return what a connection is that another generation has passed on; None if it is none."""
+    try:
+        found = _kind_of_socket(fd)
+    except (OSError, WrongDescriptorKindError):
+        return None
+    return found if accepts_descriptors else EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+
+
+def peer_name(fd: int) -> Any:
+    """Return the name of a connection's peer, as accept(2) does; None if the peer is gone."""
+    sock = stdlib_socket.socket(fileno=fd)
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
 
 
 async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:

@@ -22,7 +22,7 @@ import socket as stdlib_socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -31,10 +31,12 @@ from .._accept import Acceptor, is_out_of_resources
 from .._address import UnixSocketAddress
 from .._connection import UnixConnection
 from .._listener import UnixListener
+from .._policy import admit_or_close
 from .._server import serve_unix
 from .._sockopts import raw_socket
 from .._trio_task import check_task
 from ..errors import UnixConnectionError
+from ..handover._listeners import GenerationListener
 from ._server import AnyListener, checked_listeners, close_listeners
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ logger: Final = logging.getLogger("trio_unixconn.pool")
 
 Stream: TypeAlias = UnixConnection | trio.SocketStream
 # A host and a port, a listener, or several.
-ListenersOrAddress: TypeAlias = tuple[str, int] | AnyListener | Sequence[AnyListener]
+ExchangeListener: TypeAlias = AnyListener | GenerationListener[Any]
+ListenersOrAddress: TypeAlias = tuple[str, int] | ExchangeListener | Sequence[ExchangeListener]
 
 # The maximum time of an exchange, in seconds.
 EXCHANGE_TIMEOUT: Final = 5.0
@@ -106,7 +109,7 @@ def is_unix_address(where: object) -> TypeIs[AddressLike | UnixListener]:
     return isinstance(where, (str, bytes, os.PathLike, UnixSocketAddress, UnixListener))
 
 
-async def open_listeners(where: ListenersOrAddress) -> list[AnyListener]:
+async def open_listeners(where: ListenersOrAddress) -> list[ExchangeListener]:
     """Return the listeners of an argument, which the caller owns.
 
     Raises:
@@ -126,9 +129,12 @@ async def open_listeners(where: ListenersOrAddress) -> list[AnyListener]:
                 'machine is "0.0.0.0" or "::"'
             )
         return [*await trio.open_tcp_listeners(port, host=host)]
-    if isinstance(where, (trio.SocketListener, UnixListener)):
+    if isinstance(where, (trio.SocketListener, UnixListener, GenerationListener)):
         where = [where]
-    return checked_listeners(where)
+    # A generation owns its listeners.
+    found = [each for each in where if isinstance(each, GenerationListener)]
+    others = [each for each in where if not isinstance(each, GenerationListener)]
+    return [*found, *(checked_listeners(others) if others or not found else ())]
 
 
 def _is_host_and_port(where: ListenersOrAddress) -> TypeIs[tuple[str, int]]:
@@ -137,12 +143,15 @@ def _is_host_and_port(where: ListenersOrAddress) -> TypeIs[tuple[str, int]]:
 
 async def serve_exchanges(
     exchanges: Exchanges,
-    listeners: Sequence[AnyListener],
+    listeners: Sequence[ExchangeListener],
     *,
     policy: PeerPolicy | None = None,
-    task_status: trio.TaskStatus[Sequence[AnyListener]],
+    task_status: trio.TaskStatus[Sequence[ExchangeListener]],
 ) -> None:
     """Answer the clients of listeners, which this owns, until it is cancelled.
+
+    Clients of a generation's listener are answered by the generation that accepts; by the first
+    one even before it is ready.
 
     Args:
       policy: which peers may connect to a Unix socket, besides the policy of its listener.
@@ -152,11 +161,14 @@ async def serve_exchanges(
             for each in listeners:
                 if isinstance(each, UnixListener):
                     await nursery.start(partial(serve_unix_exchanges, exchanges, each, policy))
+                elif isinstance(each, GenerationListener):
+                    nursery.start_soon(_accept_in_generation, exchanges, each, policy, nursery)
                 else:
                     nursery.start_soon(_accept_from, exchanges, each, nursery)
             task_status.started(listeners)
     finally:
-        await close_listeners(listeners)
+        owned = [each for each in listeners if not isinstance(each, GenerationListener)]
+        await close_listeners(owned)
 
 
 async def serve_unix_exchanges(
@@ -201,9 +213,37 @@ async def _accept_from(
             nursery.start_soon(_run_logged, exchanges, stream, name)
 
 
-async def _run_logged(exchanges: Exchanges, stream: trio.SocketStream, name: str) -> None:
+@enable_ki_protection
+async def _accept_in_generation(
+    exchanges: Exchanges,
+    listener: GenerationListener[Any],
+    policy: PeerPolicy | None,
+    nursery: trio.Nursery,
+) -> None:
+    listener.is_claimed = listener.is_early = True
+    listener.set_prepared()
+    name = repr(listener)
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as exc:
+            if not is_out_of_resources(exc):
+                raise
+            await listener.acceptor.back_off(exc)
+        else:
+            nursery.start_soon(_run_logged, exchanges, stream, name, policy)
+
+
+async def _run_logged(
+    exchanges: Exchanges, stream: Stream, name: str, policy: PeerPolicy | None = None
+) -> None:
     try:
         async with stream:
-            await exchanges.run(stream)
+            if policy is not None and isinstance(stream, UnixConnection):
+                admitted = await admit_or_close(stream, policy)
+            else:
+                admitted = True
+            if admitted:
+                await exchanges.run(stream)
     except Exception:
         logger.exception("%s: the answer to a client crashed", name)

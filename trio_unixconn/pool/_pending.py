@@ -257,9 +257,19 @@ class PendingJob(DescriptorOwner):
         if task is not None:
             trio.lowlevel.reschedule(task)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a task waits for its outcome."""
+        return self.wants_answer or self._task is not None or self.raise_cancel is not None
+
     ################################################################
     # Its file descriptor
     ################################################################
+
+    def take_fd(self) -> int:
+        """Return the file descriptor, which the caller owns then."""
+        fd, self.fd = self.fd, -1
+        return fd
 
     def close(self) -> None:
         """Close the pool's copy of the file descriptor; closing twice is allowed."""

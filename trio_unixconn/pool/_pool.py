@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .._owner import DescriptorOwner
 from .._trio_task import check_task
 from ..errors import JobRefusedError, PoolClosedError
 from ._config import PoolConfig, checked_timeout
-from ._endpoints import EndpointKind, Submittable, checked_data, detach_endpoint
+from ._endpoints import EndpointKind, Submittable, checked_data, detach_endpoint, peer_name
 from ._handle import HandleState
 from ._pending import JobReceipt, JobState, PendingJob
 from ._process import FdReserve
@@ -305,6 +305,31 @@ def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: En
     queue_of(pool).put_many(
         [PendingJob(next(ids), fd, kind, counters, now, peer=peer) for fd, peer in accepted]
     )
+
+
+def put_received(
+    pool: WorkerPool, received: Iterable[tuple[int, EndpointKind, bytes, int]]
+) -> None:
+    """Queue connections that another generation has passed on, for which slots are reserved.
+
+    Args:
+      received: file descriptors, which the pool owns afterwards, with their kinds, their data and
+        how many times they were passed on.
+    """
+    now, counters, ids = trio.current_time(), pool._counters, pool._supervisor.ids
+    queue_of(pool).put_many(
+        [
+            PendingJob(next(ids), fd, kind, counters, now, data, peer=peer_name(fd), passed=passed)
+            for fd, kind, data, passed in received
+        ]
+    )
+
+
+def set_successor(
+    pool: WorkerPool, pass_on: Callable[[int, EndpointKind, bytes, int], bool]
+) -> None:
+    """Have the connections of a pool passed on to the next generation when it drains."""
+    pool._supervisor.successor = pass_on
 
 
 @asynccontextmanager

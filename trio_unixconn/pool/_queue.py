@@ -25,6 +25,7 @@ import trio
 
 from .._owner import DescriptorOwner
 from ..errors import JobRefusedError, PoolClosedError
+from ._endpoints import CONNECTIONS
 from ._pending import JobEnd, PendingJob
 
 if TYPE_CHECKING:
@@ -281,6 +282,18 @@ class JobQueue(DescriptorOwner):
                 job.requeue(cause)
                 self._counters.retried += 1
                 self._lane(job.worker).put_back(job)
+
+    def take_connections(self) -> list[PendingJob]:
+        """Take the queued jobs out that are connections, and that no submitter waits for."""
+        lane = self._common
+        found = [
+            job for job in lane.jobs.values() if job.kind in CONNECTIONS and not job.is_awaited
+        ]
+        for job in found:
+            del lane.jobs[job.id]
+        if found:
+            self._wake_submitters(lane, None)
+        return found
 
     def reject(self, jobs: Iterable[PendingJob], why: str) -> None:
         """End jobs that no worker can have, and tell their submitters."""

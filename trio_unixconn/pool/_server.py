@@ -5,6 +5,10 @@ each connection that a policy is being asked about. A slot that it does not use,
 denied, because another process has accepted the connection, or because accept(2) has failed, is
 released, and the next waiting task gets it. While accept(2) backs off, it holds no slot.
 
+In a generation, nothing is accepted while its gate is closed. When a successor has replaced it,
+what is in the listeners' queues is the successor's. So are the connections that handlers pass on
+from then on, and those that no worker has yet.
+
 Invariant: each accepted connection has a slot of the queue. While the queue is full no connection
 is accepted, and clients wait in the listeners' queues.
 
@@ -18,7 +22,8 @@ import math
 import socket as stdlib_socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 import trio
@@ -26,6 +31,7 @@ from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
 from .._accept import Accepted, Acceptor, close_listening_socket
+from .._closing import close_fds
 from .._listener import (
     UnixListener,
     admits,
@@ -39,13 +45,26 @@ from .._server import crash_and_rest
 from .._sockopts import can_linger, raw_socket
 from .._trio_task import check_task
 from ..errors import ConnectionClosedError, PoolClosedError
+from ..handover._listeners import GenerationListener
+from ..handover._protocol import PassedConnection
 from ._config import checked_timeout
-from ._endpoints import EndpointKind
-from ._pool import check_run, config_of, open_worker_pool, put_accepted, queue_of
+from ._endpoints import EndpointKind, kind_of_received
+from ._pool import (
+    check_run,
+    config_of,
+    open_worker_pool,
+    put_accepted,
+    put_received,
+    queue_of,
+    set_successor,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..handover._generation import Generation
+    from ..handover._passing import ConnectionsOfServer, Passer, Received
+    from ..handover._serving import GenerationServer
     from ._config import WorkerPoolOptions
     from ._pool import WorkerPool
     from ._statistics import PoolStatistics
@@ -69,7 +88,8 @@ class WorkerServer(DescriptorOwner):
 
     Attributes:
       pool: its workers, for :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale`.
-      listeners: the listeners that it accepts connections from; closed by a drain.
+      listeners: the listeners that it accepts connections from; closed by a drain. With a
+        generation, those that the listeners of the generation consist of.
       accepted: the number of accepted connections.
       denied: how many of those the policy of a :class:`UnixListener` has denied. That includes
         those for which a check of the policy has raised an exception, which is logged.
@@ -79,6 +99,7 @@ class WorkerServer(DescriptorOwner):
     listeners: Sequence[trio.SocketListener | UnixListener]
     accepted: int = 0
     denied: int = 0
+    _served: GenerationServer | None = attrs.field(default=None, alias="served", repr=False)
     _drains: bool = attrs.field(default=False, init=False, repr=False)
     # Has the time at which a drain stops accepting as its deadline.
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
@@ -87,10 +108,15 @@ class WorkerServer(DescriptorOwner):
     _acceptors: list[Acceptor] = attrs.field(init=False, repr=False)
     # What connections of each listener are.
     _kinds: dict[AnyListener, EndpointKind] = attrs.field(init=False, repr=False)
+    # Passes connections on to the successor of the generation.
+    _passer: Passer | None = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # Names for the log: a listener has none after it is closed.
-        self._acceptors = [_acceptor(each) for each in self.listeners]
+        if self._served is None:
+            self._acceptors = [_acceptor(each) for each in self.listeners]
+        else:
+            self._acceptors = [each.acceptor for each in self._served.listeners]
         self._kinds = {each: _kind_of(each) for each in self.listeners}
 
     def drain(self, timeout: float | None = None, *, delay: float = 0) -> None:
@@ -98,7 +124,8 @@ class WorkerServer(DescriptorOwner):
 
         Connections that are in the listeners' queues are handled. After that
         :func:`serve_with_workers` returns. A second call can only move the deadlines forward in
-        time, never back: ``drain()`` ends the delay of an earlier call.
+        time, never back: ``drain()`` ends the delay of an earlier call. A generation ends without a
+        successor then.
 
         Args:
           timeout: the time in seconds after which running handlers are cancelled, and connections
@@ -116,7 +143,13 @@ class WorkerServer(DescriptorOwner):
         check_run(self.pool)
         if timeout is not None:
             checked_timeout(timeout)
-        stop_at = trio.current_time() + checked_timeout(delay, "delay")
+        checked_timeout(delay, "delay")
+        if self._served is not None:
+            self._served.retire()
+        self._drain(timeout, delay)
+
+    def _drain(self, timeout: float | None, delay: float = 0) -> None:
+        stop_at = trio.current_time() + delay
         timeout = config_of(self.pool).drain_timeout if timeout is None else timeout
         self._drains = True
         self._finishing.deadline = min(self._finishing.deadline, stop_at + timeout)
@@ -133,34 +166,60 @@ class WorkerServer(DescriptorOwner):
         return statistics
 
     async def _serve(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
+        if self._served is None:
+            await self._serve_until_drained(task_status)
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                self._served.follow,
+                partial(self._on_replaced, self._served),
+                partial(self._drain, 0),
+            )
+            nursery.start_soon(self._receive_passed, self._served.accept_passed(self._target()))
+            await self._serve_until_drained(task_status)
+            nursery.cancel_scope.cancel()
+
+    async def _serve_until_drained(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
         with self._finishing:
             async with trio.open_nursery() as asking:
                 with self._accepting:
                     async with trio.open_nursery() as accepting:
-                        for listener, acceptor in self._each():
+                        for index, (listener, acceptor) in enumerate(self._each()):
                             accepting.start_soon(
                                 self._accept_from,
                                 listener,
                                 acceptor,
                                 asking,
+                                self._gated(index),
                                 name=f"trio_unixconn.pool {listener!r}",
                             )
                         task_status.started(self)
+                        if self._served is not None:
+                            self._served.set_prepared()
                 # A drain has cancelled that. Everything else ends it with an exception. What
                 # follows waits for free slots and for checks of policies.
                 for listener, acceptor in self._each():
                     asking.start_soon(self._accept_last, listener, acceptor, asking)
             await self.pool.drain(math.inf)
+            if self._passer is not None:
+                await self._passer.wait_settled()
         # If the deadline has passed, listeners are still open, and handlers run.
         await close_listeners(self.listeners)
         await self.pool.drain(0)
+
+    def _gated(self, index: int) -> GenerationListener[Any] | None:
+        return None if self._served is None else self._served.listeners[index]
 
     def _each(self) -> list[tuple[AnyListener, Acceptor]]:
         return list(zip(self.listeners, self._acceptors, strict=True))
 
     @enable_ki_protection
     async def _accept_from(
-        self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
+        self,
+        listener: AnyListener,
+        acceptor: Acceptor,
+        asking: trio.Nursery,
+        gated: GenerationListener[Any] | None = None,
     ) -> None:
         """Accept connections until a drain begins.
 
@@ -171,7 +230,10 @@ class WorkerServer(DescriptorOwner):
         # Trio would keep an entry for file descriptor -1 if it had to wait for that.
         while raw.fileno() != -1:
             try:
-                await trio.lowlevel.wait_readable(raw)
+                if gated is None:
+                    await trio.lowlevel.wait_readable(raw)
+                else:
+                    await gated.wait_readable()
             except trio.ClosedResourceError:
                 break
             # Connections that arrive meanwhile join the batch. With the same in the worker, that is
@@ -191,6 +253,9 @@ class WorkerServer(DescriptorOwner):
         self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
     ) -> None:
         """Accept the connections in a listener's queue, and close it."""
+        if self._served is not None and not await self._served.may_accept_last():
+            await close_listeners([listener])
+            return
         if isinstance(listener, UnixListener):
             await remove_path(listener)
         raw = raw_socket(listener.socket)
@@ -230,7 +295,7 @@ class WorkerServer(DescriptorOwner):
             accepted: list[Accepted] = []
             error = None
             try:
-                if raw.fileno() != -1:
+                if raw.fileno() != -1 and (self._served is None or self._served.is_accepting):
                     accepted, error = acceptor.accept_pending(slots)
             finally:
                 queue.release(slots - len(accepted))
@@ -281,6 +346,68 @@ class WorkerServer(DescriptorOwner):
             else:
                 queue_of(self.pool).release()
 
+    ################################################################
+    # Generations
+    ################################################################
+
+    def _target(self) -> Sequence[str]:
+        """Return the names by which other generations pass connections on to this server.
+
+        The data of connections with PROXY protocol headers have another form.
+        """
+        assert self._served is not None  # only called with a generation
+        suffix = "" if config_of(self.pool).proxy_protocol is None else " (proxy_protocol)"
+        return [f"{each.name}{suffix}" for each in self._served.listeners]
+
+    def _on_replaced(self, served: GenerationServer) -> None:
+        """Pass connections on to the successor, if it has such a server, and drain."""
+        self._passer = served.passer_to(self._target()[0])
+        if self._passer is not None:
+            set_successor(self.pool, self._pass_on)
+        self._drain(None)
+
+    def _pass_on(self, fd: int, kind: EndpointKind, data: bytes, passed: int) -> bool:
+        assert self._passer is not None  # only called with a successor
+        accepts = kind != EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        return self._passer.put(fd, PassedConnection(accepts, data, self._target()[0], passed))
+
+    @enable_ki_protection
+    async def _receive_passed(self, connections: ConnectionsOfServer) -> None:
+        """Queue connections that earlier generations pass on, or wait while the queue is full."""
+        queue = queue_of(self.pool)
+        while await connections.wait():
+            try:
+                await queue.reserve()
+            except PoolClosedError:
+                self._return(connections.take(MAX_BATCH))
+            else:
+                slots = 1 + queue.reserve_nowait(MAX_BATCH - 1)
+                found = [
+                    (fd, kind, each.data, each.passed)
+                    for fd, each in connections.take(slots)
+                    if (kind := _kind_of_received(fd, each)) is not None
+                ]
+                queue.release(slots - len(found))
+                put_received(self.pool, found)
+            await trio.lowlevel.checkpoint()
+
+    def _return(self, received: Sequence[Received]) -> None:
+        """Pass connections on that have arrived while this drains; without a successor, close them.
+
+        Those of a drain without a successor have no taker any more.
+        """
+        for fd, each in received:
+            if self._passer is None or not self._passer.put(fd, each):
+                close_fds([fd])
+
+
+def _kind_of_received(fd: int, connection: PassedConnection) -> EndpointKind | None:
+    """Return what a connection is; None if its peer has reset it meanwhile, and close it then."""
+    kind = kind_of_received(fd, accepts_descriptors=connection.accepts_descriptors)
+    if kind is None:
+        close_fds([fd])
+    return kind
+
 
 def _acceptor(listener: AnyListener) -> Acceptor:
     raw = raw_socket(listener.socket)
@@ -305,7 +432,7 @@ async def close_listeners(listeners: Sequence[AnyListener]) -> None:
             nursery.start_soon(close, listener)
 
 
-def checked_listeners(listeners: Sequence[AnyListener]) -> list[AnyListener]:
+def checked_listeners(listeners: Sequence[object]) -> list[AnyListener]:
     """Return listeners, of which the caller still owns all.
 
     Raises:
@@ -313,19 +440,24 @@ def checked_listeners(listeners: Sequence[AnyListener]) -> list[AnyListener]:
       ValueError: no listener, or one of them twice.
       ConnectionClosedError: a closed listener.
     """
-    listeners = list(listeners)
-    if not listeners:
-        raise ValueError("expected at least one listener, got an empty list")
+    found: list[AnyListener] = []
     for listener in listeners:
-        if not isinstance(listener, (trio.SocketListener, UnixListener)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(listener, GenerationListener):
+            raise TypeError(
+                "a listener of a generation requires the argument generation of a server"
+            )
+        if not isinstance(listener, (trio.SocketListener, UnixListener)):
             raise TypeError(
                 f"expected a trio.SocketListener or a UnixListener, got {type(listener).__name__}"
             )
         if listener.socket.fileno() == -1:
             raise ConnectionClosedError("this listener is closed")
-    if len({id(listener) for listener in listeners}) < len(listeners):
+        found.append(listener)
+    if not found:
+        raise ValueError("expected at least one listener, got an empty list")
+    if len({id(listener) for listener in found}) < len(found):
         raise ValueError("expected different listeners, got one of them twice")
-    return listeners
+    return found
 
 
 def _kind_of(listener: AnyListener) -> EndpointKind:
@@ -348,8 +480,9 @@ def _max_queue_size() -> int:
 @enable_ki_protection
 async def serve_with_workers(
     handler: str,
-    listeners: Sequence[trio.SocketListener | UnixListener],
+    listeners: Sequence[trio.SocketListener | UnixListener | GenerationListener[Any]],
     *,
+    generation: Generation | None = None,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[WorkerPoolOptions],
 ) -> None:
@@ -372,12 +505,20 @@ async def serve_with_workers(
         functions. The server owns them afterwards. The policy of a :class:`UnixListener` is asked
         in this process, in a task for each connection. If a check of it raises an exception, that
         is logged, the connection is closed, and the server goes on.
+      generation: the generation whose listeners these are (:meth:`Generation.listen_tcp` and
+        similar methods), which goes on owning them. The server says that it is ready when its
+        workers are, and accepts while this generation does. When a successor has replaced it, it
+        drains, and the connections that handlers pass on (:meth:`Job.pass_on`), or that no handler
+        has yet, go to the successor's server with the same listener. If ``drain_timeout`` has
+        passed, or too many generations drain, the other handlers are cancelled. A call of
+        :meth:`WorkerServer.drain` ends the generation without a successor.
       options: the keyword arguments of :func:`open_worker_pool`.
 
     Returns:
       At the end of :meth:`WorkerServer.drain`, or of :meth:`WorkerPool.drain`, which does not
       handle the connections in the listeners' queues. ``nursery.start`` returns a
-      :class:`WorkerServer` when the workers are ready.
+      :class:`WorkerServer` when the workers are ready; with a generation, before anything is
+      accepted.
 
     Raises:
       TypeError: not a listener; the caller still owns all of them. Or an option of a wrong type;
@@ -389,14 +530,20 @@ async def serve_with_workers(
       ExceptionGroup: as :func:`open_worker_pool`; or of accepting
         (:class:`ConnectionClosedError`, if other code has closed a listener).
     """
-    listeners = checked_listeners(listeners)
+    served = None
+    if generation is not None:
+        served = generation.server(listeners)
+        listeners = [each.base for each in served.listeners]
+    checked = checked_listeners(listeners)
     check_task()
+    if served is not None:
+        served.claim()
     try:
         async with open_worker_pool(handler, **options) as pool:
-            await WorkerServer(pool, listeners)._serve(task_status)
+            await WorkerServer(pool, checked, served=served)._serve(task_status)
     finally:
         with trio.CancelScope(shield=True):
-            await close_listeners(listeners)
+            await close_listeners(checked)
 
 
 @enable_ki_protection

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .._address import AddressLike
     from .._listener import UnixListener
     from .._server import UnixServer
-    from ._exchanges import ListenersOrAddress, Stream
-    from ._server import AnyListener
+    from ..handover._listeners import GenerationListener
+    from ._exchanges import ExchangeListener, ListenersOrAddress, Stream
     from ._statistics import Latency, PoolStatistics, WorkerStatistics
 
 # A client that has sent nothing after this time, in seconds, gets the JSON document.
@@ -62,10 +62,13 @@ async def serve_statistics(
 @overload
 async def serve_statistics(
     source: StatisticsSource,
-    address: tuple[str, int] | trio.SocketListener | Sequence[AnyListener],
+    address: tuple[str, int]
+    | trio.SocketListener
+    | GenerationListener[Any]
+    | Sequence[ExchangeListener],
     *,
     policy: PeerPolicy | None = None,
-    task_status: trio.TaskStatus[Sequence[AnyListener]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Sequence[ExchangeListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None: ...
 
 

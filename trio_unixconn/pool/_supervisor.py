@@ -80,7 +80,7 @@ from . import _process, _protocol
 from ._cpus import available_cpus
 from ._endpoints import EndpointKind
 from ._handle import HandleState, WorkerHandle
-from ._pending import PendingJob
+from ._pending import JobEnd, PendingJob
 from ._proxy_header import split_passed
 from ._queue import JobQueue
 from ._statistics import AbandonedJob, Counters, memory_of
@@ -213,6 +213,9 @@ class Supervisor(DescriptorOwner):
       alive: the workers whose processes exist, and for those that start, since when.
       failure: the exception with which the pool has ended by itself.
       ids: the numbers of the next jobs.
+      successor: called in a drain with a connection, its kind, its data and how many times it was
+        passed on, to pass it on to the next generation; returns whether that has it. None if
+        there is no such generation.
       dispatch: gives queued jobs to workers that can accept them.
     """
 
@@ -229,6 +232,7 @@ class Supervisor(DescriptorOwner):
         self.alive: dict[WorkerHandle, float] = {}
         self.failure: Exception | None = None
         self.dispatch: Callable[[], None] = self.queue.dispatch
+        self.successor: Callable[[int, EndpointKind, bytes, int], bool] | None = None
         self._shutting_down = False
         # Held by restart() and scale(). The scope is that of the one which holds it.
         self._changing = trio.Lock()
@@ -283,10 +287,27 @@ class Supervisor(DescriptorOwner):
         self._change.cancel()
         deadline = trio.current_time() + timeout
         with trio.move_on_at(deadline):
-            while len(self.queue) or any(handle.batch for handle in self.handles()):
+            while True:
+                self._pass_queued()
+                if not (len(self.queue) or any(handle.batch for handle in self.handles())):
+                    break
                 await self._idle.park()
         self._shut_down()
         await self._end_all(max(0.0, deadline - trio.current_time()))
+
+    def _pass_queued(self) -> None:
+        """Pass connections that no worker has on to the next generation, if there is one.
+
+        The workers may have no free slots for them, until the deadline.
+        """
+        if self.successor is None:
+            return
+        for job in self.queue.take_connections():
+            if self.successor(job.fd, EndpointKind(job.kind), job.data, job.passed):
+                job.take_fd()
+                job.settle(JobEnd.CANCELLED)
+            else:
+                self.queue.reject([job], "the next generation has ended")
 
     @enable_ki_protection
     async def abort(self) -> None:
@@ -323,7 +344,7 @@ class Supervisor(DescriptorOwner):
                 handle.kill(_NOT_NEEDED)
                 await handle.gone.wait()
             else:
-                await handle.leave(timeout, grace)
+                await handle.leave(timeout, grace, is_replaced=self.successor is not None)
 
         async with trio.open_nursery() as nursery:
             for handle in list(self.alive):
@@ -802,10 +823,13 @@ class Supervisor(DescriptorOwner):
 
     def on_passed(self, job: PendingJob, fd: int, kind: EndpointKind, data: bytes) -> bool:
         """Give a connection that a handler has passed on to another handler, if there is one."""
-        if not self.queue.is_open():
-            return False
-        self.counters.passed += 1
         passed = min(job.passed + 1, _protocol.MAX_PASSED)
+        if not self.queue.is_open():
+            if self.successor is None or not self.successor(fd, kind, data, passed):
+                return False
+            self.counters.passed += 1
+            return True
+        self.counters.passed += 1
         now, counters = trio.current_time(), self.counters
         self.queue.put_passed(
             PendingJob(next(self.ids), fd, kind, counters, now, data, peer=job.peer, passed=passed)
