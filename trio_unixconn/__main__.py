@@ -17,6 +17,7 @@ try:
     from ._cli.demo.command import demo
     from ._cli.doctor.command import doctor
     from ._cli.serve.command import serve
+    from ._cli.upgrade import upgrade
 except ImportError as _exc:
     raise SystemExit(
         f"trio-unixconn: the command line needs the extra 'cli' ({_exc}); "
@@ -57,6 +58,7 @@ app.command()(peer.peer)
 app.command()(passing.send_fd)
 app.command()(passing.receive_fd)
 app.command()(serve)
+app.command()(upgrade)
 
 
 def main() -> None:

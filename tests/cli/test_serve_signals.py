@@ -70,10 +70,10 @@ def test_sigquit_exits_quickly_and_removes_paths(project: Path) -> None:
 
 
 def test_sigusr2_is_reserved(project: Path) -> None:
-    """SIGUSR2 is logged and changes nothing."""
+    """Without --upgrade-socket, SIGUSR2 is logged and changes nothing."""
     with serving(project, "once") as served:
         served.send(signal.SIGUSR2)
-        served.line("received SIGUSR2, which is reserved for upgrades: ignored")
+        served.line("received SIGUSR2, which upgrades with --upgrade-socket: ignored")
         assert answer(str(project / "s")) == b"one"
         served.drained()
 

@@ -219,7 +219,7 @@ def run(
             return trio.run(function)
         return trio.run(_until_signalled, function)
     except BaseException as exc:  # noqa: BLE001 - raised again if it is a bug
-        lines, status = _explain(exc)
+        lines, status = explain(exc)
         if write_error is None:
             complain("\n".join(lines))
         else:
@@ -227,7 +227,7 @@ def run(
         raise typer.Exit(status) from None
 
 
-def _explain(exc: BaseException) -> tuple[list[str], int]:
+def explain(exc: BaseException) -> tuple[list[str], int]:
     """Return what to print about an exception, and the exit status.
 
     Raises:

@@ -11,7 +11,8 @@ import os
 import socket as stdlib_socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -20,11 +21,14 @@ from ... import _kernel
 from ..._address import UnixSocketAddress
 from ..._listener import UnixListener, open_unix_listener
 from ..._policy import PeerPolicy
+from ...handover import GenerationListener
 from .._activation import from_systemd, is_inherited
 from .._console import address_of, argument_of, fail
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ...handover import Generation
 
     Listener = trio.SocketListener | UnixListener
 
@@ -129,10 +133,15 @@ class UnixBind:
 
 @attrs.frozen
 class InheritedBind:
-    """Descriptors of sockets that listen already."""
+    """Descriptors of sockets that listen already.
+
+    Attributes:
+      missing: why there are none, which is an error unless the server before has some of this name.
+    """
 
     text: str
     fds: Sequence[int]
+    missing: str = ""
 
     def made_absolute(self) -> Self:
         """Return this."""
@@ -145,6 +154,8 @@ class InheritedBind:
 
     async def open(self, options: UnixOptions) -> Sequence[Listener]:
         """Take them over."""
+        if self.missing:
+            raise OSError(errno.EINVAL, self.missing, self.text)
         found: list[Listener] = []
         try:
             # One by one: those before the one that cannot be are closed.
@@ -165,11 +176,12 @@ Bind = TCPBind | UnixBind | InheritedBind
 ################################################################
 
 
-def read_bind(text: str, option: str = "--bind") -> Bind:
+def read_bind(text: str, option: str = "--bind", *, may_inherit: bool = False) -> Bind:
     """Read what was said to ``--bind``, or end with exit status 2.
 
     Args:
       option: another option of the same form, for errors.
+      may_inherit: whether the server before may have what was not passed to this process.
     """
     kind, _, rest = text.partition(":")
     if kind == "tcp":
@@ -184,6 +196,8 @@ def read_bind(text: str, option: str = "--bind") -> Bind:
         try:
             return InheritedBind(text, from_systemd(rest or None))
         except ValueError as exc:
+            if may_inherit:
+                return InheritedBind(text, [], str(exc))
             fail(f"{text}: {exc}")
     return fail(f"{option}: expected {_FORMS}, got {text}", status=2)
 
@@ -258,7 +272,7 @@ def has_path(bind: Bind) -> bool:
 
 def _has_unix_socket(bind: Bind) -> bool:
     if isinstance(bind, InheritedBind):
-        return any(map(_can_be_unix, bind.fds))
+        return bool(bind.missing) or any(map(_can_be_unix, bind.fds))
     return isinstance(bind, UnixBind)
 
 
@@ -384,8 +398,106 @@ async def close_all(listeners: Sequence[Listener]) -> None:
             await listener.aclose()
 
 
-def name_of(listener: Listener) -> str:
+################################################################
+# Listeners of a generation
+################################################################
+
+
+async def open_all_in(
+    generation: Generation, binds: Sequence[Bind], options: UnixOptions
+) -> list[GenerationListener[Any]]:
+    """Listen everywhere; what the generation before has, is inherited.
+
+    Raises:
+      OSError: with what was said, or the address.
+    """
+    found: list[GenerationListener[Any]] = []
+    for bind in binds:
+        match bind:
+            case TCPBind():
+                found += await _open_tcp(generation, bind)
+            case UnixBind():
+                found.append(await _open_unix(generation, bind, options))
+            case InheritedBind():
+                found += await _inherit(generation, bind, options)
+    return found
+
+
+async def _open_tcp(
+    generation: Generation, bind: TCPBind
+) -> list[GenerationListener[trio.SocketStream]]:
+    """Listen at every address of the host that this machine has."""
+    found: list[GenerationListener[trio.SocketStream]] = []
+    unsupported: OSError | None = None
+    try:
+        for family, _, _, _, address in await trio.socket.getaddrinfo(
+            bind.host,
+            bind.port,
+            type=stdlib_socket.SOCK_STREAM,
+            flags=stdlib_socket.AI_PASSIVE,
+        ):
+            host = str(address[0])
+            shown = f"[{host}]" if family == stdlib_socket.AF_INET6 else host
+            name = _unused_name(generation, f"tcp:{shown}:{bind.port}")
+            try:
+                found.append(await generation.listen_tcp(name, bind.port, host=host))
+            except OSError as exc:
+                if exc.errno != errno.EAFNOSUPPORT:
+                    raise
+                unsupported = exc
+        if not found and unsupported is not None:
+            raise unsupported
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, bind.text) from exc
+    return found
+
+
+async def _open_unix(
+    generation: Generation, bind: UnixBind, options: UnixOptions
+) -> GenerationListener[Any]:
+    address = absolute_address(bind.address)
+    permissions: dict[str, Any] = {}
+    if bind.is_path:
+        permissions = {"mode": options.mode, "owner": options.owner, "group": options.group}
+    return await generation.listen_unix(
+        f"unix:{argument_of(address)}",
+        address,
+        policy=options.policy,
+        receive_descriptors=options.receive_descriptors,
+        **permissions,
+    )
+
+
+async def _inherit(
+    generation: Generation, bind: InheritedBind, options: UnixOptions
+) -> list[GenerationListener[Any]]:
+    offered = [each for each in generation.offered if each.partition("#")[0] == bind.text]
+    found = [
+        generation.inherit(
+            each, policy=options.policy, receive_descriptors=options.receive_descriptors
+        )
+        for each in offered
+    ]
+    if not found:
+        return [
+            generation.adopt(_unused_name(generation, bind.text), each)
+            for each in await bind.open(options)
+        ]
+    return [each for each in found if each is not None]
+
+
+def _unused_name(generation: Generation, name: str) -> str:
+    """Return the name, or that with a number: several sockets can have the same."""
+    used = {each.name for each in generation.listeners}
+    if name not in used:
+        return name
+    return next(each for each in (f"{name}#{n}" for n in count(2)) if each not in used)
+
+
+def name_of(listener: Listener | GenerationListener[Any]) -> str:
     """Return where it listens, in the form of ``--bind``."""
+    if isinstance(listener, GenerationListener):
+        listener = listener.base
     if isinstance(listener, UnixListener):
         return f"unix:{argument_of(listener.get_local_address())}"
     name = listener.socket.getsockname()

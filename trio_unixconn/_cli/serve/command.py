@@ -242,6 +242,31 @@ def serve(
             help="Answer agent checks of HAProxy there; WHERE is as of --bind; repeatable.",
         ),
     ] = None,
+    upgrade_socket: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Be replaced without a lost connection by SIGUSR2 or trio-unixconn upgrade PATH.",
+        ),
+    ] = None,
+    take_over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="As --upgrade-socket, and replace the server that has this path, if there is one.",
+        ),
+    ] = None,
+    upgrade_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="A successor must serve by then."),
+    ] = 60,
+    probation: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Serve again if a successor ends so soon after it has begun to serve.",
+        ),
+    ] = 0,
     reload: Annotated[
         bool, typer.Option("--reload", help="Restart the workers when Python files change.")
     ] = False,
@@ -287,9 +312,9 @@ def serve(
     """Accept connections, and have worker processes handle them.
 
     SIGHUP replaces the workers with new ones, which import the handler again.
-    The old ones exit when all new ones are ready. SIGTERM and SIGINT drain:
-    what was accepted is finished. A second one ends at once. Exit status 0
-    after a drain.
+    The old ones exit when all new ones are ready. SIGUSR2 replaces the whole
+    server, with --upgrade-socket. SIGTERM and SIGINT drain: what was accepted
+    is finished. A second one ends at once. Exit status 0 after a drain.
     """
     # --help needs none of it.
     from ...pool._config import PoolConfig
@@ -310,6 +335,7 @@ def serve(
         is_terminal,
         serve_until_told,
     )
+    from .upgrades import read_upgrade_options
 
     open_missing_streams()
     catch_signals()
@@ -347,11 +373,17 @@ def serve(
             fail(f"{name} can only be used with --reload", status=2)
     if not drain_delay >= 0:
         fail(f"--drain-delay must be non-negative, got {drain_delay}", status=2)
-    binds = [read_bind(each) for each in bind]
-    stats_binds = [read_bind(each, "--stats") for each in stats or []]
-    if stats_socket is not None:
-        stats_binds.append(UnixBind(address_of(stats_socket)))
-    agent_binds = [read_bind(each, "--agent-check") for each in agent_check or []]
+    upgrades = read_upgrade_options(
+        upgrade_socket, take_over, timeout=upgrade_timeout, probation=probation, replace=replace
+    )
+    # What systemd has passed to the server before was not passed to this process.
+    read = partial(read_bind, may_inherit=upgrades is not None and upgrades.may_inherit)
+    binds = [read(each) for each in bind]
+    stats_binds = [
+        *(read(each, "--stats") for each in stats or []),
+        *([] if stats_socket is None else [UnixBind(address_of(stats_socket))]),
+    ]
+    agent_binds = [read(each, "--agent-check") for each in agent_check or []]
     check_different(bind=binds, stats=stats_binds, agent_check=agent_binds)
     check_proxy_options(binds, proxy_protocol, proxy_from)
     unix_options = read_unix_options(
@@ -391,6 +423,7 @@ def serve(
         agent_check=agent_binds,
         drain_delay=drain_delay,
         directory=directory,
+        upgrades=upgrades,
         reload=reload,
         reload_include=reload_include or [],
         reload_exclude=reload_exclude or [],

@@ -129,6 +129,11 @@ class Log(logging.Handler):
         return self._streams["stdout"].original
 
     @property
+    def originals(self) -> tuple[int, int]:
+        """Standard output and error as they were, for a program that outlives this one."""
+        return self._streams["stdout"].original, self._streams["stderr"].original
+
+    @property
     def encoding(self) -> str:
         """The encoding of standard output."""
         return self._encodings["stdout"]

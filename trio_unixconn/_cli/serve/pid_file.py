@@ -19,8 +19,19 @@ from typing import Final
 MAX_SIZE: Final = 32
 
 
+class PidFile:
+    """A file with the process id.
+
+    Attributes:
+      is_owned: whether to remove it at the end of the block; False: another process replaces it.
+    """
+
+    def __init__(self) -> None:
+        self.is_owned: bool = True
+
+
 @contextmanager
-def pid_file(path: str | None, *, replace: bool = False) -> Generator[None, None, None]:
+def pid_file(path: str | None, *, replace: bool = False) -> Generator[PidFile, None, None]:
     """Have a file with the process id in this block.
 
     Args:
@@ -30,18 +41,20 @@ def pid_file(path: str | None, *, replace: bool = False) -> Generator[None, None
     Raises:
       OSError: another process holds it; it is a file of another kind; or it cannot be written.
     """
+    found = PidFile()
     if path is None:
-        yield
+        yield found
         return
     path = os.path.abspath(path)
     with ExitStack() as stack:
         fd = _write(path, stack, replace=replace)
         try:
-            yield
+            yield found
         finally:
             # Another program may have put another file there.
             with suppress(OSError):
-                if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                same = os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+                if found.is_owned and same:
                     os.unlink(path)
 
 

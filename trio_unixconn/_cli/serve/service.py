@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, nullcontext, suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -21,24 +27,30 @@ from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.live import Live
 
 from ..._version import __version__
-from ...errors import PoolClosedError, WorkerStartError
+from ...errors import PoolClosedError, UpgradeFailedError, WorkerStartError
+from ...handover import Phase
 from ...pool import WorkerServer, serve_agent_check, serve_statistics
 from ...pool._pool import wait_worker_exit
 from ...pool._server import serve_when_ready, serve_with_workers
 from .._console import Signalled, heard_signals
-from .binds import UnixOptions, has_path, name_of, open_all
+from .binds import UnixOptions, has_path, name_of, open_all, open_all_in
 from .children import reap_adopted_children
 from .log import Log, Screen, logger, start_log
-from .notify import Notifier, find_service_manager
+from .notify import GenerationNotifier, Notifier, find_service_manager
 from .pid_file import pid_file
 from .status import Sample, Sampler
 from .table import render
+from .upgrades import claim_streams, opened_generation, set_workers, workers_of
 
 if TYPE_CHECKING:
+    from ...handover import Generation, GenerationListener
     from ...pool import WorkerPoolOptions
+    from ...systemd import ServiceManager
     from .binds import Bind, Listener
     from .directory import WorkingDirectory
     from .log import LogFormat
+    from .pid_file import PidFile
+    from .upgrades import UpgradeOptions
 
 # Seconds between two pictures of the table.
 _REFRESH: Final = 0.25
@@ -65,6 +77,7 @@ class ServeConfig:
       reload_include, reload_exclude: which files matter, as of :class:`ReloadFilter`.
       max_draining: how many old workers may be draining while new ones start.
       directory: where the workers run, if that may be another after a restart.
+      upgrades: how the server is replaced; None if it cannot be.
       pid_file: the path of a file with the process id.
       notify: whether the service manager is told what happens, if there is one.
       log_file, log_format, log_level: as of :class:`Log`.
@@ -83,6 +96,7 @@ class ServeConfig:
     reload_exclude: Sequence[str]
     max_draining: int
     directory: WorkingDirectory | None
+    upgrades: UpgradeOptions | None
     pid_file: str | None
     notify: bool
     log_file: str | None
@@ -99,6 +113,7 @@ async def serve_until_told(config: ServeConfig) -> None:
       WorkerStartError: as of :func:`open_worker_pool`.
       ExceptionGroup: as of :func:`open_worker_pool`.
     """
+    claim_streams()
     log = start_log(
         file=config.log_file,
         form=config.log_format,
@@ -108,18 +123,24 @@ async def serve_until_told(config: ServeConfig) -> None:
     try:
         logger.info("trio-unixconn %s serves %s (pid %d)", __version__, config.handler, os.getpid())
         # Before any worker is started, which would inherit the variables.
-        notifier = Notifier(find_service_manager(is_wanted=config.notify))
-        await _Service(config, log, notifier).run()
+        manager = find_service_manager(is_wanted=config.notify)
+        await _Service(config, log, manager).run()
     finally:
         log.ended_jobs.report()
         log.stop()
 
 
 class _Service:
-    def __init__(self, config: ServeConfig, log: Log, notifier: Notifier) -> None:
+    def __init__(self, config: ServeConfig, log: Log, manager: ServiceManager) -> None:
         self._config = config
         self._log = log
-        self._notifier = notifier
+        self._manager = manager
+        # Whether another server may be the one that serves.
+        self._may_inherit = config.upgrades is not None and config.upgrades.may_inherit
+        self._notifier = Notifier(manager, speaks=not self._may_inherit)
+        self._generation: Generation | None = None
+        self._pid_file: PidFile | None = None
+        self._showing = trio.CancelScope()
         self._begun = trio.current_time()
         self._addresses: list[str] = []
         self._server: WorkerServer | None = None
@@ -139,24 +160,37 @@ class _Service:
             nursery.start_soon(self._report_ended_jobs)
             nursery.start_soon(self._notifier.run, self._is_healthy)
             self._notifier.status("starting")
-            if self._config.table:
+            if self._config.table and not self._may_inherit:
                 nursery.start_soon(self._show)
             if self._config.reload:
                 # Before the workers import anything.
                 await nursery.start(self._watch)
-            async with trio.open_nursery() as serving:
+            async with self._opened_generation(), trio.open_nursery() as serving:
                 server = await self._start_server(nursery, serving, stack)
                 self._server = server
                 self._workers = _count(server)
-                nursery.start_soon(reap_adopted_children, partial(_pids, server))
+                nursery.start_soon(reap_adopted_children, self._child_pids)
                 logger.info("ready: %s", _workers(server))
-                self._notifier.ready(self._status())
+                if self._generation is None:
+                    self._notifier.ready(self._status())
+                else:
+                    nursery.start_soon(self._follow, self._generation, nursery, stack)
                 nursery.start_soon(self._stay_up_to_date, server)
             # It has drained.
             await self._notifier.flush()
             nursery.cancel_scope.cancel()
         self._log.ended_jobs.report()
         pool = server.statistics()
+        if self._generation is not None and (upgrade := self._generation.replaced_by) is not None:
+            logger.info(
+                "upgraded: generation %d (pid %d) after %.3f seconds, %d listeners, %d connections "
+                "passed on",
+                upgrade.number,
+                upgrade.pid,
+                upgrade.seconds,
+                len(self._generation.listeners),
+                self._generation.passed_on,
+            )
         logger.info(
             "drained: %d accepted, %d denied, %d handled, %d failed, %d abandoned, %d rejected; "
             "up for %.1f seconds",
@@ -176,7 +210,12 @@ class _Service:
         handler, options = self._config.handler, self._config.options
         serve: Callable[..., Awaitable[None]]
         listen = partial(self._listen, nursery, stack)
-        if self._config.unix_options.replace:
+        if self._generation is not None:
+            found = await self._listen_in(self._generation, nursery, stack)
+            options = {**options, "workers": workers_of(self._generation, options.get("workers"))}
+            generation = self._generation
+            serve = partial(serve_with_workers, handler, found, generation=generation, **options)
+        elif self._config.unix_options.replace:
             # A path is the other server's, which goes on if the workers cannot start.
             await self._answer_checks(nursery, stack, lambda bind: not has_path(bind))
             serve = partial(serve_when_ready, handler, partial(listen, has_path), **options)
@@ -197,13 +236,107 @@ class _Service:
           checks: at which places statistics and agent checks are answered from now on.
         """
         config = self._config
-        stack.enter_context(pid_file(config.pid_file, replace=config.unix_options.replace))
+        self._pid_file = stack.enter_context(
+            pid_file(config.pid_file, replace=config.unix_options.replace)
+        )
         await self._answer_checks(nursery, stack, checks)
         listeners = await open_all(config.binds, config.unix_options)
         self._addresses = [name_of(each) for each in listeners]
         for name in self._addresses:
             logger.info("listening at %s", name)
         return listeners
+
+    async def _listen_in(
+        self, generation: Generation, nursery: trio.Nursery, stack: AsyncExitStack
+    ) -> Sequence[GenerationListener[Any]]:
+        """Open or inherit everything that clients and operators find this server by."""
+        config = self._config
+        if generation.number == 1:
+            self._pid_file = stack.enter_context(pid_file(config.pid_file))
+        options = UnixOptions(receive_descriptors=False)
+        for what, binds, answer in (
+            ("statistics", config.stats, serve_statistics),
+            ("agent checks", config.agent_check, serve_agent_check),
+        ):
+            checks = await open_all_in(generation, binds, options)
+            for each in checks:
+                logger.info("%s at %s", what, name_of(each))
+            if checks:
+                nursery.start_soon(answer, lambda: self._server, checks)
+        listeners = await open_all_in(generation, config.binds, config.unix_options)
+        self._addresses = [name_of(each) for each in listeners]
+        for each in listeners:
+            how = "listening, inherited, at" if each.inherited else "listening at"
+            logger.info("%s %s", how, name_of(each))
+        set_workers(generation, config.options.get("workers"), lambda: self._workers)
+        return listeners
+
+    ################################################################
+    # Generations
+    ################################################################
+
+    @asynccontextmanager
+    async def _opened_generation(self) -> AsyncGenerator[None, None]:
+        """Be a generation in this block, if this server can be replaced."""
+        options = self._config.upgrades
+        if options is None:
+            yield
+            return
+        told = None
+        if self._manager:
+            told = GenerationNotifier(self._notifier, self._manager, self._status)
+        async with opened_generation(options, told, self._log.originals) as self._generation:
+            if self._generation.number == 1:
+                self._notifier.speak()
+            yield
+
+    async def _follow(
+        self, generation: Generation, nursery: trio.Nursery, stack: AsyncExitStack
+    ) -> None:
+        """Take the place of the generation before, and give way to the next one."""
+        await generation.confirmed()
+        if generation.number > 1:
+            logger.info("generation %d serves (pid %d)", generation.number, os.getpid())
+            try:
+                self._pid_file = stack.enter_context(pid_file(self._config.pid_file, replace=True))
+            except OSError as exc:
+                logger.error("%s: %s; the server goes on", exc.filename, exc.strerror)
+        if self._config.table and self._may_inherit:
+            nursery.start_soon(self._show)
+        await generation.replaced()
+        self._while_open.cancel()
+        self._showing.cancel()
+        self._notifier.silence()
+        if self._pid_file is not None:
+            self._pid_file.is_owned = False
+        if self._server is not None:
+            pool = self._server.statistics()
+            logger.info(
+                "replaced by generation %d, draining %d running and %d queued jobs (signal twice "
+                "to exit immediately)",
+                generation.number + 1,
+                pool.in_flight,
+                pool.queued,
+            )
+
+    async def _upgrade(self) -> None:
+        generation = self._generation
+        if generation is None:
+            logger.info("received SIGUSR2, which upgrades with --upgrade-socket: ignored")
+            return
+        logger.info("received SIGUSR2, starting a successor")
+        try:
+            await generation.upgrade()
+        except UpgradeFailedError as exc:
+            logger.error("upgrade failed: %s", exc)
+
+    def _child_pids(self) -> set[int]:
+        """Return the process ids of the children that are reaped elsewhere."""
+        assert self._server is not None  # only called when it has started
+        pids = _pids(self._server)
+        if self._generation is not None and self._generation.successor_pid is not None:
+            pids.add(self._generation.successor_pid)
+        return pids
 
     async def _answer_checks(
         self, nursery: trio.Nursery, stack: AsyncExitStack, wanted: Callable[[Bind], bool]
@@ -259,7 +392,7 @@ class _Service:
             elif name == "SIGUSR1":
                 self._log.reopen()
             elif name == "SIGUSR2":
-                logger.info("received SIGUSR2, which is reserved for upgrades: ignored")
+                nursery.start_soon(self._upgrade)
             else:
                 self._resize_by(1 if name == "SIGTTIN" else -1, name)
 
@@ -268,6 +401,16 @@ class _Service:
         if server is None:
             raise Signalled(number)
         delay = self._config.drain_delay
+        if self._generation is not None and self._generation.phase is Phase.RELEASED:
+            # It drains already.
+            if self._stopped_at == -math.inf:
+                self._stopped_at = now
+                logger.info(
+                    "received %s, draining already (signal again to exit immediately)", name
+                )
+            elif now - self._stopped_at > SAME_SIGNAL:
+                raise Signalled(number)
+            return
         if not self._while_open.cancel_called:
             self._while_open.cancel()
             self._notifier.stopping(f"received {name}, draining")
@@ -426,7 +569,8 @@ class _Service:
 
     async def _show(self) -> None:
         try:
-            await self._show_until_gone()
+            with self._showing:
+                await self._show_until_gone()
         except Exception:  # noqa: BLE001 - of rich, about this terminal
             logger.exception("cannot show the table; from now on there are only lines")
         finally:
