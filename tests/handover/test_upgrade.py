@@ -80,6 +80,13 @@ async def test_upgrade_loses_no_request(tmp_path: Path) -> None:
         assert each == list(range(1, len(each) + 1))
 
 
+async def test_request_upgrade_again_at_once(tmp_path: Path) -> None:
+    """The next request reaches the generation that the one before has started."""
+    async with service(tmp_path) as found:
+        for number in range(2, 6):
+            assert (await found.upgrade()).number == number
+
+
 async def test_upgrade_leaks_no_descriptor(tmp_path: Path) -> None:
     """Each generation has as many file descriptors as the one before."""
     async with service(tmp_path) as found:

@@ -95,6 +95,8 @@ logger: Final = logging.getLogger("trio_unixconn.handover")
 HELLO_TIMEOUT: Final = 10.0
 # How long the service manager has to process a message, in seconds.
 MANAGER_TIMEOUT: Final = 5.0
+# How long a successor has to take the rendezvous path, in seconds.
+MOVE_TIMEOUT: Final = 5.0
 # How long to wait before the next attempt to reach the generation that runs, in seconds.
 RETRY_DELAY: Final = 0.02
 # How long an address may still belong to a generation that has ended, in seconds, and the pause
@@ -218,6 +220,8 @@ class Generation(DescriptorOwner):
         self._may_accept = trio.Event()
         self._confirmed = trio.Event()
         self._replaced = trio.Event()
+        # The rendezvous path leads to the successor, or the successor has ended.
+        self._moved = trio.Event()
         self._overdue = trio.Event()
 
     ################################################################
@@ -838,6 +842,12 @@ class Generation(DescriptorOwner):
 
     async def _follow_successor(self, channel: Channel, passer: Passer) -> None:
         """After RELEASED: close the listeners, and pass connections on."""
+        try:
+            await self._listen_to_successor(channel, passer)
+        finally:
+            self._moved.set()
+
+    async def _listen_to_successor(self, channel: Channel, passer: Passer) -> None:
         with trio.CancelScope(shield=True):
             for each in self._listeners.values():
                 await each.aclose()
@@ -853,6 +863,7 @@ class Generation(DescriptorOwner):
                     expect_no_fds(frame)
                     if frame.kind == _protocol.MOVED:
                         await self._close_rendezvous()
+                        self._moved.set()
                     elif frame.kind == _protocol.FINISH:
                         self._overdue.set()
                     else:
@@ -1159,12 +1170,23 @@ class Generation(DescriptorOwner):
             # The client tries again, and reaches the successor.
             return
         expect_no_fds(frame)
+        if self._may_accept.is_set() and self._before is None:
+            # It is about to be SERVING: clients may know already that the upgrade has succeeded.
+            await self._confirmed.wait()
         if frame.kind == _protocol.REQUEST:
-            await channel.send(_protocol.pack_result(await self._upgrade_for_client()))
+            result = await self._upgrade_for_client()
+            if result.error is None:
+                # So that the next request reaches the successor.
+                await self._wait_moved()
+            await channel.send(_protocol.pack_result(result))
         elif frame.kind == _protocol.HELLO:
             await self._hand_over_to(channel, conn, frame.body)
         else:
             raise _protocol.ProtocolError(f"unexpected frame {frame.kind}")
+
+    async def _wait_moved(self) -> None:
+        with trio.move_on_after(MOVE_TIMEOUT, shield=True):
+            await self._moved.wait()
 
     async def _upgrade_for_client(self) -> _protocol.Result:
         try:
@@ -1219,6 +1241,8 @@ class Generation(DescriptorOwner):
             if failure is not None:
                 text = self._failure or "".join(traceback.format_exception(failure))
             await self._before.send(_protocol.pack_text(_protocol.FAILED, text))
+        if self._phase is Phase.RELEASED:
+            await self._wait_moved()
         manager = self._options.manager
         if manager is not None and self._phase in (Phase.SERVING, Phase.HANDING_OVER):
             async with _told(self.name, "that this process ends"):
