@@ -310,6 +310,14 @@ class PassedConnections(DescriptorOwner):
         self._of_servers.update((name, received) for name in names)
         return ConnectionsOfServer(self, received)
 
+    def remove_server(self, received: _Received) -> None:
+        """Close the connections of a server that has ended, and those that arrive later."""
+        for name in [name for name, each in self._of_servers.items() if each is received]:
+            del self._of_servers[name]
+        close_fds([fd for fd, _ in received])
+        received.clear()
+        self._notify()
+
     async def wait_for(self, received: _Received) -> bool:
         """Wait until there are connections in a queue; return False if no more arrive."""
         while not (received or self._is_over):
@@ -379,3 +387,7 @@ class ConnectionsOfServer(DescriptorOwner):
     def take(self, limit: int) -> list[Received]:
         """Take some, whose file descriptors the caller owns."""
         return self._connections.take(self._received, limit)
+
+    def close(self) -> None:
+        """Close those that were not taken, and those that arrive later."""
+        self._connections.remove_server(self._received)

@@ -102,7 +102,8 @@ class Job(DescriptorOwner):
     def can_pass_on(self) -> bool:
         """Whether another handler can have the connection now.
 
-        False for a file, a job without a source and a ``call``, and when the whole pool drains.
+        False for a file, a job without a source and a ``call``, and when the whole pool drains and
+        no next generation has such a server.
         """
         return (
             not self._wants_answer
@@ -119,10 +120,11 @@ class Job(DescriptorOwner):
                 return job.pass_on(data=b"what this handler knows of the client")
 
         The next handler gets the connection as its stream and the data as ``job.data``, in another
-        worker if this one drains. The client notices nothing. The handler must stand at a boundary
-        of its protocol, with nothing of the client read that is not in the data, and must not close
-        the stream. A connection that a handler has wrapped, as in TLS, cannot be passed on: its
-        state is in this process. If no worker accepts jobs any more, the connection is closed.
+        worker if this one drains, or in one of the next generation. The client notices nothing. The
+        handler must stand at a boundary of its protocol, with nothing of the client read that is
+        not in the data, and must not close the stream. A connection that a handler has wrapped, as
+        in TLS, cannot be passed on: its state is in this process. If no worker accepts jobs any
+        more, the connection is closed.
 
         Args:
           data: at most 16 MiB for the next handler.

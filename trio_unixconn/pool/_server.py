@@ -21,7 +21,7 @@ import logging
 import math
 import socket as stdlib_socket
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -169,15 +169,15 @@ class WorkerServer(DescriptorOwner):
         if self._served is None:
             await self._serve_until_drained(task_status)
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                self._served.follow,
-                partial(self._on_replaced, self._served),
-                partial(self._drain, 0),
-            )
-            nursery.start_soon(self._receive_passed, self._served.accept_passed(self._target()))
-            await self._serve_until_drained(task_status)
-            nursery.cancel_scope.cancel()
+        served = self._served
+        with closing(served.accept_passed(self._target())) as passed:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    served.follow, partial(self._on_replaced, served), partial(self._drain, 0)
+                )
+                nursery.start_soon(self._receive_passed, passed)
+                await self._serve_until_drained(task_status)
+                nursery.cancel_scope.cancel()
 
     async def _serve_until_drained(self, task_status: trio.TaskStatus[WorkerServer]) -> None:
         with self._finishing:

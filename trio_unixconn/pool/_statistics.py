@@ -125,9 +125,11 @@ class PoolStatistics:
       abandoned: the number of jobs that were being handled when their workers died.
       retried: how many times a job was queued again.
       rejected: the number of jobs that no worker has accepted.
-      cancelled: the number of jobs that were cancelled before a worker had them.
+      cancelled: the number of jobs that were cancelled before a worker had them; and of those that
+        went to the next generation then.
       passed: the number of connections that handlers have passed on to other handlers. Each of
-        them counts as a job that was handled, and another one that was submitted.
+        them counts as a job that was handled, and another one that was submitted, here or in the
+        pool of the next generation.
       restarts: the number of workers that were replaced, for any reason.
       deaths: the number of workers that died without having been asked to exit.
       wait: the time from the submission of a job until a worker accepted it.

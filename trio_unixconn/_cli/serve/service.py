@@ -253,23 +253,29 @@ class _Service:
         config = self._config
         if generation.number == 1:
             self._pid_file = stack.enter_context(pid_file(config.pid_file))
-        options = UnixOptions(receive_descriptors=False)
-        for what, binds, answer in (
-            ("statistics", config.stats, serve_statistics),
-            ("agent checks", config.agent_check, serve_agent_check),
-        ):
-            checks = await open_all_in(generation, binds, options)
-            for each in checks:
-                logger.info("%s at %s", what, name_of(each))
-            if checks:
-                nursery.start_soon(answer, lambda: self._server, checks)
         listeners = await open_all_in(generation, config.binds, config.unix_options)
         self._addresses = [name_of(each) for each in listeners]
-        for each in listeners:
-            how = "listening, inherited, at" if each.inherited else "listening at"
-            logger.info("%s %s", how, name_of(each))
+        # All of them, before one is served: then the generation has all its listeners.
+        options = UnixOptions(receive_descriptors=False)
+        statistics = await open_all_in(generation, config.stats, options)
+        checks = await open_all_in(generation, config.agent_check, options)
+        for what, found in (
+            ("listening", listeners),
+            ("statistics", statistics),
+            ("agent checks", checks),
+        ):
+            for each in found:
+                inherited = " (inherited)" if each.inherited else ""
+                logger.info("%s at %s%s", what, name_of(each), inherited)
+        if statistics:
+            nursery.start_soon(serve_statistics, self._get_server, statistics)
+        if checks:
+            nursery.start_soon(serve_agent_check, self._get_server, checks)
         set_workers(generation, config.options.get("workers"), lambda: self._workers)
         return listeners
+
+    def _get_server(self) -> WorkerServer | None:
+        return self._server
 
     ################################################################
     # Generations
@@ -318,6 +324,8 @@ class _Service:
                 pool.in_flight,
                 pool.queued,
             )
+        await generation.overdue()
+        logger.warning("too many generations drain, cancelling what still runs")
 
     async def _upgrade(self) -> None:
         generation = self._generation
@@ -353,7 +361,7 @@ class _Service:
                 stack.push_async_exit(each)
                 logger.info("%s at %s", what, name_of(each))
             if listeners:
-                nursery.start_soon(serve, lambda: self._server, listeners)
+                nursery.start_soon(serve, self._get_server, listeners)
 
     async def _report_ended_jobs(self) -> None:
         while True:
