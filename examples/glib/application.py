@@ -1,8 +1,8 @@
 """A Gio.Application, as a GTK program has one, with trio as its guest: it starts and ends both.
 
 Gtk.Application is a Gio.Application, so a GTK program does the same and adds its windows. This one
-answers "clients", which are tasks of trio, with the number of files that they have sent. A timeout
-stands for the click that closes the window.
+answers "clients", which are tasks of trio, with the number of files that they have sent. It ends by
+Ctrl-C, which a timeout sends here; closing the window would end it in the same way.
 
 Run it with a Python that has PyGObject, trio and attrs::
 
@@ -10,6 +10,7 @@ Run it with a Python that has PyGObject, trio and attrs::
 """
 
 import os
+import signal
 from typing import Any
 
 import trio
@@ -37,13 +38,17 @@ class Application(Gio.Application):
                 call_once, function, priority=GLib.PRIORITY_DEFAULT
             ),
             done_callback=self.on_done,
-            # PyGObject's main loop sets it, in order to notice Ctrl-C.
+            # PyGObject's main loop sets it.
             host_uses_signal_set_wakeup_fd=True,
         )
 
     def do_activate(self) -> None:
         print("the window would be shown now")
-        GLib.timeout_add(300, self.on_close)
+        GLib.timeout_add(300, self.press_control_c)
+
+    def press_control_c(self) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return GLib.SOURCE_REMOVE
 
     def on_close(self) -> bool:
         # Not self.quit(): trio has to end first, which calls on_done().
@@ -80,5 +85,7 @@ def call_once(function: Any) -> bool:
 
 
 app = Application()
+# Before run(), which has a handler of its own otherwise: that calls app.quit().
+signal.signal(signal.SIGINT, lambda _signum, _frame: GLib.idle_add(app.on_close))
 app.run()
 app.outcome.unwrap()  # raises what trio's main has raised

@@ -48,7 +48,7 @@ async def main() -> None:
     one, two = socket.socketpair()
     gio = Gio.Socket.new_from_fd(two.detach()).connection_factory_create_connection()
     reader, writer = os.pipe()
-    received = trio.Event()
+    sent, received = trio.Event(), trio.Event()
 
     # GLib's code: a timeout and callbacks, which may call *_async methods at any time.
     def on_timeout() -> bool:
@@ -59,6 +59,7 @@ async def main() -> None:
     def on_sent(source: Any, result: Any) -> None:
         source.send_credentials_finish(result)
         print("Gio has sent its credentials")
+        sent.set()
 
     def on_credentials(source: CallbackConnection, result: AsyncResult, label: str) -> None:
         credentials = source.receive_credentials_finish(result)
@@ -77,6 +78,7 @@ async def main() -> None:
         wrapped = adapter.wrap(conn)
         GLib.timeout_add(1, on_timeout)
         # Trio's code, in the same thread.
+        await sent.wait()
         await received.wait()
         print("the pipe has:", os.read(reader, 100).decode())
         fd = os.open(__file__, os.O_RDONLY)

@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.usefixtures("re
 
 EXAMPLES = ROOT / "examples" / "glib"
 EXAMPLE = EXAMPLES / "guest.py"
-HOW_TO = ROOT / "docs" / "how-to" / "use-with-gtk.md"
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +58,10 @@ def said_in_glib(example: Path, environment: dict[str, str]) -> list[str]:
 @pytest.mark.once
 def test_example_runs_in_glib(python_with_trio: dict[str, str]) -> None:
     """GLib's callbacks and trio's tasks use one connection with Gio at its other end."""
-    assert said_in_glib(EXAMPLE, python_with_trio) == [
-        "Gio has sent its credentials",
-        "credentials from Gio",
+    said = said_in_glib(EXAMPLE, python_with_trio)
+    # Gio sends in a thread, so its callback may be called after what it sent has arrived.
+    assert sorted(said[:-2]) == ["Gio has sent its credentials", "credentials from Gio"]
+    assert said[-2:] == [
         "the pipe has: written by a callback",
         "Gio has received a file of the same size",
     ]
@@ -69,7 +69,7 @@ def test_example_runs_in_glib(python_with_trio: dict[str, str]) -> None:
 
 @pytest.mark.once
 def test_example_of_an_application(python_with_trio: dict[str, str]) -> None:
-    """A Gio.Application starts trio, and ends when trio has ended."""
+    """A Gio.Application starts trio; Ctrl-C ends trio first, and then the application."""
     assert said_in_glib(EXAMPLES / "application.py", python_with_trio) == [
         "the window would be shown now",
         "the task has counted 3 files",
@@ -141,10 +141,3 @@ async def test_user_data_as_in_pygobject() -> None:
         ours = [await told_by_us(adapter, args, keywords) for args, keywords in USER_DATA]
     assert ours == json.loads(asked.stdout)
     assert ours[3:] == [[5], [None], [[1, 2]], "TypeError"]
-
-
-def test_how_to_has_the_function_of_the_example() -> None:
-    """The page for GTK programs shows the function that the example runs."""
-    text = EXAMPLE.read_text()
-    function = text[text.index("def run_in_glib") : text.index("async def main")].strip()
-    assert function in HOW_TO.read_text()
