@@ -1,5 +1,7 @@
 """Run the notebooks in ``examples/notebooks``, and compare what they show with what is kept.
 
+It also runs the cells on the page about notebooks.
+
 Numbers may differ, and pictures; all other text is the same in every run. ``--write`` keeps the new
 outputs. It needs the dependency group ``notebooks``: ``nox -s notebooks``.
 """
@@ -17,7 +19,18 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "examples" / "notebooks"
+PAGE = ROOT / "docs" / "how-to" / "use-a-notebook.md"
+# After the last cell of the page: its button stops a receive, so the connection is not busy.
+AFTER_THE_PAGE = """
+import trio.testing
+
+button.click()
+await trio.testing.wait_all_tasks_blocked()
+await there.send_fd(0)
+os.close(await here.receive_fd())
+"""
 
 
 def run(notebook: Any) -> None:
@@ -27,6 +40,16 @@ def run(notebook: Any) -> None:
             notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": directory}}
         )
         client.execute()
+
+
+def run_page() -> int:
+    """Run the cells on the page, and press its button; return how many there are."""
+    cells = re.findall(
+        r"^```(?:python|text)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
+    new = nbformat.v4
+    run(new.new_notebook(cells=[new.new_code_cell(each) for each in [*cells, AFTER_THE_PAGE]]))
+    return len(cells)
 
 
 def shown(notebook: Any) -> list[str]:
@@ -81,6 +104,8 @@ def main() -> None:
                 f"{line}\n" for line in difflib.unified_diff(kept, now, "kept", "now", lineterm="")
             )
         sys.stdout.write(f"{name}: {len(notebook.cells)} cells, {len(now)} lines shown\n")
+    if not arguments.names:
+        sys.stdout.write(f"{PAGE.name}: {run_page()} cells\n")
     sys.exit(f"{failed} notebooks show something else than is kept" if failed else 0)
 
 

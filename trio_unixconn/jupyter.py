@@ -183,6 +183,7 @@ class NotebookNursery(DescriptorOwner):
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
         self._contexts: list[tuple[Any, trio.Event, trio.Event]] = []
+        self._is_exiting = False
 
     def start_soon(
         self, async_fn: Callable[..., Awaitable[object]], *args: Any, name: object = None
@@ -194,7 +195,7 @@ class NotebookNursery(DescriptorOwner):
                 try:
                     await async_fn(*args)
                 except Exception:  # noqa: BLE001 - no other task can raise it
-                    traceback.print_exc()
+                    self._print_error()
 
         start = partial(self._nursery.start_soon, run, name=name or async_fn)
         call_in_trio_thread(self._token, partial(contextvars.copy_context().run, start))
@@ -222,7 +223,7 @@ class NotebookNursery(DescriptorOwner):
                 except Exception:
                     if not started:
                         raise
-                    traceback.print_exc()
+                    self._print_error()
 
         return await self._nursery.start(run, name=name or async_fn)
 
@@ -263,6 +264,10 @@ class NotebookNursery(DescriptorOwner):
                 await left.wait()
                 return
         raise ValueError(f"expected what enter_async_context() has returned, got {value!r}")
+
+    def _print_error(self) -> None:
+        if not self._is_exiting:
+            traceback.print_exc()
 
     def cancel(self) -> None:
         """Cancel all tasks, and exit all context managers; others can be started afterwards."""
@@ -520,7 +525,7 @@ def load_ipython_extension(ipython: Any) -> None:
     formatter = ipython.display_formatter.formatters["text/html"]
     for cls, html_of in _HTML.items():
         formatter.for_type(cls, html_of)
-    atexit.register(_end)
+    atexit.register(_end_at_exit)
 
 
 def unload_ipython_extension(ipython: Any) -> None:
@@ -533,10 +538,17 @@ def unload_ipython_extension(ipython: Any) -> None:
     _end()
 
 
+def _end_at_exit() -> None:
+    # IPython in a terminal has deleted the names of the cells by now, which running tasks may use.
+    assert _session is not None
+    _session.nursery._is_exiting = True
+    _end()
+
+
 def _end() -> None:
     global _session
     session, _session = _session, None
-    atexit.unregister(_end)
+    atexit.unregister(_end_at_exit)
     assert session is not None  # the callers have looked
     session.end()
 

@@ -319,6 +319,24 @@ def test_nursery_prints_what_a_task_raises(
     assert repr(shell.nursery) == "<NotebookNursery: 1 tasks, 0 context managers>"
 
 
+def test_nursery_prints_nothing_when_python_exits(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """IPython has deleted the names of the cells by then, so a task that uses one raises."""
+
+    async def fail_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise NameError("name 'count' is not defined")
+
+    shell.nursery.start_soon(fail_at_the_end)
+    shell.run(sleep())
+    # What atexit calls.
+    jupyter._end_at_exit()
+    assert capsys.readouterr().err == ""
+
+
 def test_nursery_start(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
     """start() returns what the task gives, raises what it raises before, and prints the rest."""
 
