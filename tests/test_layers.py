@@ -19,6 +19,7 @@ LAYERS = [
     "_cli",
     "testing",
     "jupyter",
+    "asgi",
     "pool",
     "handover",
     "anyio",
@@ -140,6 +141,7 @@ PACKAGES = {
         "_manifest",
         "_protocol",
     ],
+    "asgi": ["__init__", "_server", "_worker", "_hypercorn", "_application"],
     "testing": ["plugin", "__init__", "_service_manager", "_paths", "_pairs", "_descriptors"],
 }
 

@@ -424,6 +424,10 @@ class WorkerDiedError(UnixConnectionError, RuntimeError):
     code = IOErrorEnum.BROKEN_PIPE
 
 
+class ReportedError(Exception):
+    """Base of the errors that a worker reports by their text alone, without a traceback."""
+
+
 class _RemoteError(UnixConnectionError, RuntimeError):
     """An error in a process that this one has started.
 

@@ -250,7 +250,9 @@ def explain(exc: BaseException) -> tuple[list[str], int]:
         raise causes[0] from causes[0].__cause__
     # Workers mostly fail for the same reason.
     tracebacks = [each.traceback for each in causes if isinstance(each, WorkerStartError)]
-    lines = [line for text in dict.fromkeys(tracebacks) for line in text.rstrip().splitlines()]
+    texts = [text.rstrip().splitlines() for text in dict.fromkeys(tracebacks)]
+    # A single line is a part of the error's own.
+    lines = [line for text in texts if len(text) > 1 for line in text]
     errors = [*_headings(exc), *map(described, causes)]
     return [*lines, *(f"trio-unixconn: {printable(line)}" for line in errors)], 1
 

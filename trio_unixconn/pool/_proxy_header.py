@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import attrs
 import trio
 
-from ..errors import UnixConnectionError
+from ..errors import ReportedError, UnixConnectionError
 
 if TYPE_CHECKING:
     from .._connection import UnixConnection
@@ -58,7 +58,7 @@ _CLIENT_SSL: Final = 0x01
 _CLIENT_CERT_CONN: Final = 0x02
 
 
-class ProxyProtocolError(ValueError):
+class ProxyProtocolError(ReportedError, ValueError):
     """A connection does not begin with the header that it must begin with."""
 
 

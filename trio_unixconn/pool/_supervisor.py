@@ -812,11 +812,12 @@ class Supervisor(DescriptorOwner):
           cancelled: whether the end of its worker has cancelled it.
         """
         if not awaited:
+            text = text.rstrip()
             logger.error(
-                "%r: job %d failed\n%s",
+                "%r: job %d failed\n%s" if "\n" in text else "%r: job %d failed: %s",
                 handle,
                 job_id,
-                text.rstrip(),
+                text,
                 extra={UNFINISHED: CANCELLED} if cancelled else None,
             )
         self.dispatch()

@@ -46,19 +46,14 @@ from .._connection import UnixConnection
 from .._frames import Frame, FrameDecoder, encode_frame
 from .._sockopts import raw_socket
 from .._version import __version__
-from ..errors import DescriptorsTruncatedError, SendError, UnixConnectionError
+from ..errors import DescriptorsTruncatedError, ReportedError, SendError, UnixConnectionError
 from . import _protocol
 from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_endpoint
 from ._import_string import import_handler, import_setup
 from ._job import Job, PassedOn, WorkerInfo, WorkerState, close_file, close_stream
 from ._protocol import PassVerdict
-from ._proxy_header import (
-    ProxyProtocolError,
-    join_passed,
-    read_proxy_header,
-    split_passed,
-)
+from ._proxy_header import join_passed, read_proxy_header, split_passed
 from ._worker_config import WorkerConfig
 
 if sys.version_info < (3, 11):
@@ -221,7 +216,12 @@ def _apply_limits(config: WorkerConfig) -> None:
 
 
 def _send_failed(sock: stdlib_socket.socket, exc: BaseException) -> int:
-    return _send_last(sock, encode_frame(_protocol.FAILED, format_error(exc)))
+    text = _text_of(exc) if isinstance(exc, ReportedError) else format_error(exc)
+    return _send_last(sock, encode_frame(_protocol.FAILED, text))
+
+
+def _text_of(exc: ReportedError) -> bytes:
+    return _shorten(str(exc).encode(errors="backslashreplace"))
 
 
 def _send_last(sock: stdlib_socket.socket, frame: bytes) -> int:
@@ -475,9 +475,9 @@ class _Worker:
             else:
                 text = b"handler did not finish within %g s (handler_timeout)"
                 self._fail_job(job.id, text % self._handler_timeout)
-        except ProxyProtocolError as exc:
-            # No error of this program: the handler was not called.
-            self._fail_job(job.id, str(exc).encode(errors="backslashreplace"))
+        except ReportedError as exc:
+            # About what the peer has sent, mostly: no error of this program.
+            self._fail_job(job.id, _text_of(exc))
         except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
             self._fail_with(job.id, exc)
         finally:
