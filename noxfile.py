@@ -78,7 +78,7 @@ def install(session: nox.Session, *groups: str) -> None:
     told Python to keep no compiled files.
     """
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
-    session.install("-e", ".[cli]", *nox.project.dependency_groups(PROJECT, *groups))
+    session.install("-e", ".[asgi,cli]", *nox.project.dependency_groups(PROJECT, *groups))
 
 
 PYTHONS = installed_pythons()
@@ -96,7 +96,7 @@ def tests(session: nox.Session) -> None:
     if session.python == PYTHONS[-1] and os.environ.get("COVERAGE") == "1":
         coverage(session)
         return
-    install(session, "tests")
+    install(session, "tests", "asgi")
     which: list[str] = []
     if session.python != PYTHONS[-1]:
         is_quick = os.environ.get("QUICK") == "1" and session.python != PYTHONS[0]
@@ -138,7 +138,7 @@ def coverage(session: nox.Session) -> None:
 
     The tests that nox runs once stress the package. They run without coverage.
     """
-    install(session, "tests")
+    install(session, "tests", "asgi")
     session.run("coverage", "erase")
     session.run(*("coverage", "run", "-m", *PYTEST, "-m", "not once"), *session.posargs)
     session.run("coverage", "combine", "-q")
@@ -158,7 +158,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check types with mypy and pyright, and that the public types are complete."""
-    install(session, "tests", "typing", "examples")
+    install(session, "tests", "typing", "asgi", "examples")
     session.install("nox")
     session.run("mypy")
     # Not in pyproject.toml, because of the packages that they need. Some have no types for pyright.
