@@ -269,6 +269,8 @@ def test_map_names_files_that_exist() -> None:
 FOREIGN_PRIVATE = {
     ("_accept", "_accept"),  # of socket.socket: without a socket object for each connection
     ("_sockopts", "_sock"),  # of trio's sockets
+    ("asgi._hypercorn", "_flush"),  # of hypercorn's HTTP/2
+    ("asgi._hypercorn", "_send_error_response"),  # of hypercorn's HTTP/1.1
     ("pool._process", "_args_from_interpreter_flags"),  # of subprocess
     ("pool._process", "_xoptions"),  # of sys, documented
     ("pool._worker", "_exit"),  # of os, documented
