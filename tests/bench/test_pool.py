@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests._helpers.processes import cpu_seconds, family, private_bytes
+from tests.bench.autogroup import no_autogroup
 from tests.bench.pool.generator import Generator, built, check
 from tests.bench.pool.report import (
     arrivals,
@@ -307,6 +308,25 @@ def test_tables_are_whole() -> None:
     assert "2.00 MB more with 10,000 jobs in flight" in text
     assert text.count("| met |") == 7
     assert text.count("not measured") == 1
+
+
+def test_no_autogroup_restores_the_setting(tmp_path: Path) -> None:
+    """It is off in the block, and then as before; one that may not be changed is noted."""
+    setting = tmp_path / "sched_autogroup_enabled"
+    with no_autogroup(setting) as note:
+        assert note is None
+    for before in "01":
+        setting.write_text(before)
+        with no_autogroup(setting) as note:
+            assert note is None
+            assert setting.read_text() == "0"
+        assert setting.read_text() == before
+    setting.unlink()
+    # Nothing can be written to it, even by root.
+    setting.symlink_to("/proc/self/cmdline")
+    with no_autogroup(setting) as note:
+        assert note is not None
+        assert "same share" in note
 
 
 def test_what_disturbed_is_noted() -> None:

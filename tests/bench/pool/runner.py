@@ -7,6 +7,8 @@ this machine is run once more, and those in which they used it least count, what
 results. What is shown is the median of the ratios within each turn, and their quartiles; figures
 are shown beside it. Implementations that are not installed are named as missing.
 
+Meanwhile, the kernel does not share processors between sessions (see tests/bench/autogroup.py).
+
 The load is made by a program in C. In a closed loop a connection follows another: that is the
 rate. In an open loop they begin at random times that are the same for all, so that
 connections that wait while a server stands still are counted: that is the latency. No process is
@@ -35,6 +37,7 @@ from rich.console import Console
 
 from tests._helpers.processes import machine_busy, private_bytes
 from tests._helpers.tables import machine
+from tests.bench.autogroup import no_autogroup
 from tests.bench.implementations import OURS, FailedError
 from tests.bench.report import Result, show_goals
 from tests.bench.runner import Run, add_choices, checked, finish, in_turn, progress_bar
@@ -284,7 +287,7 @@ def run(
         "cases": {},
         "memory": [],
     }
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, no_autogroup() as note:
         generator = built(directory)
         running = PoolRun(
             begin=Server, directory=directory, quick=quick, rounds=rounds, generator=generator
@@ -310,7 +313,7 @@ def run(
         "missing": running.missing,
         "failed": running.failed,
     }
-    result["notes"] = running.notes + notes_of(result)
+    result["notes"] = [*running.notes, *([note] if note else []), *notes_of(result)]
     return result
 
 
