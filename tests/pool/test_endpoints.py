@@ -1,4 +1,4 @@
-"""detach_endpoint and attach_endpoint: what can be submitted to a pool, and its next owner."""
+"""detach_endpoint and attach_socket: what can be submitted to a pool, and its next owner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import _endpoints, open_worker_pool
 from trio_unixconn.pool._endpoints import (
     EndpointKind,
-    attach_endpoint,
+    attach_socket,
     detach_endpoint,
     kind_of_passed,
 )
@@ -448,11 +448,11 @@ async def test_call_with_a_socket_with_linger() -> None:
     assert told["type"] == "SocketStream"
 
 
-async def test_attach_endpoint_closes_what_is_no_stream() -> None:
+async def test_attach_socket_closes_what_is_no_stream() -> None:
     """A file descriptor of which no stream can be made is closed."""
     reader, writer = os.pipe()
     with pytest.raises((OSError, ValueError)):
-        await attach_endpoint(EndpointKind.UNIX_WITHOUT_DESCRIPTORS, reader)
+        attach_socket(EndpointKind.UNIX_WITHOUT_DESCRIPTORS, reader)
     poll = select.poll()
     poll.register(writer, 0)
     # Nothing else has the other end.

@@ -1,8 +1,8 @@
 """Streams and files on their way to a worker: detached from a program, attached in another.
 
 A program submits a socket, stream, connection or file. ``detach_endpoint`` takes the file
-descriptor out of it, and says what it is. In the worker, ``attach_endpoint`` makes a stream or file
-of the two again.
+descriptor out of it, and says what it is. In the worker, ``attach_socket`` or ``attach_other``
+makes a stream or file of the two again.
 
 Invariant: a file descriptor of which no stream or file can be made is closed.
 
@@ -100,6 +100,10 @@ _FAMILIES: Final = {
     stdlib_socket.AF_INET: EndpointKind.TCP,
     stdlib_socket.AF_INET6: EndpointKind.TCP6,
     _kernel.AF_UNIX: EndpointKind.UNIX,
+}
+_TCP_FAMILIES: Final[dict[int, int]] = {
+    EndpointKind.TCP: stdlib_socket.AF_INET,
+    EndpointKind.TCP6: stdlib_socket.AF_INET6,
 }
 # Files that can be neither read nor written.
 _NO_FILES: Final = {
@@ -301,20 +305,19 @@ def peer_name(fd: int) -> Any:
         sock.detach()
 
 
-async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | IO[bytes] | FileIO:
-    """Return a stream or file that owns ``fd``. This is a checkpoint only for a file.
+def attach_socket(kind: int, fd: int) -> trio.abc.HalfCloseableStream | None:
+    """Return a stream that owns ``fd``; None for a file, which :func:`attach_other` opens.
 
-    Nothing here waits for a peer or a file server: making a stream asks the kernel for the names of
-    the socket, and a file is opened in a thread.
+    Nothing here waits for a peer: making a stream asks the kernel for the names of the socket.
 
     Raises:
-      OSError: no stream or file can be made of it; it is closed.
+      OSError: no stream can be made of it; it is closed.
       WrongDescriptorKindError: likewise.
     """
     try:
-        if kind in (EndpointKind.TCP, EndpointKind.TCP6):
+        family = _TCP_FAMILIES.get(kind)
+        if family is not None:
             # Python asks the kernel for what it is not told. trio sets TCP_NODELAY.
-            family = stdlib_socket.AF_INET if kind == EndpointKind.TCP else stdlib_socket.AF_INET6
             sock = stdlib_socket.socket(
                 family, stdlib_socket.SOCK_STREAM, stdlib_socket.IPPROTO_TCP, fileno=fd
             )
@@ -323,10 +326,20 @@ async def attach_endpoint(kind: int, fd: int) -> trio.abc.HalfCloseableStream | 
             return UnixConnection.from_fd(fd, receive_descriptors=False)
         if kind == EndpointKind.UNIX or kind_of(fd) is DescriptorKind.SOCKET:
             return open_stream(fd)
-        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except BaseException:
         close_fds([fd])
         raise
+    return None
+
+
+async def attach_other(fd: int) -> IO[bytes] | FileIO:
+    """Return a file that owns ``fd``, opened in a thread, because it can have a file server.
+
+    Raises:
+      OSError: it cannot be opened; it is closed.
+      WrongDescriptorKindError: likewise.
+    """
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     return await open_file_or_close(fd, _MODES[access], _FILES, open_checked=_open_file)
 
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -279,9 +278,11 @@ class PendingJob(DescriptorOwner):
             if self.kind in _FILES or (self.kind in _UNIX_SOCKETS and has_unread(fd)):
                 close_fds([fd])
                 return
-            # An error is about data that was written before. The file descriptor is closed.
-            with suppress(OSError):
+            try:  # noqa: SIM105 - of every job
                 os.close(fd)
+            except OSError:
+                # It is about data that was written before. The file descriptor is closed.
+                pass
 
     def __del__(self) -> None:
         if self.fd >= 0:
