@@ -18,13 +18,19 @@ from trio.lowlevel import enable_ki_protection
 from ._buffers import bytes_of
 from ._cancellable import check_cancellable
 from ._closing import close_fds, close_object
-from ._connection import sealed_memory_of
+from ._connection import (
+    receive_fd_nowait,
+    receiver_of,
+    sealed_memory_of,
+    send_fd_nowait,
+    sender_of,
+)
 from ._fds import check_open, duplicate, fileno, filenos
 from ._fdtypes import DescriptorKind
 from ._kernel import SCM_MAX_FD
 from ._memfd import Seals
 from ._owner import DescriptorOwner
-from ._results import AsyncReadyCallback, AsyncResult, Operation, finish_result
+from ._results import AsyncReadyCallback, AsyncResult, Direction, Operation, finish_result
 
 if TYPE_CHECKING:
     import trio
@@ -117,14 +123,16 @@ class CallbackConnection(DescriptorOwner):
           ValueError: ``fd`` is not a number of a file descriptor.
           OSError: EBADF, ``fd`` is closed; EMFILE.
         """
-        duplicates, owned = _duplicated([fileno(fd)])
+        number = fileno(fd)
         self._begin(
             "send_fd_async",
-            partial(self.connection.send_fd, duplicates[0]),
+            self.connection.send_fd,
             cancellable,
             callback,
             (args, user_data),
-            fds=owned,
+            nowait=partial(send_fd_nowait, self.connection, number),
+            direction=sender_of(self.connection),
+            sends=number,
         )
 
     def send_fd_finish(self, result: AsyncResult) -> bool:
@@ -146,6 +154,8 @@ class CallbackConnection(DescriptorOwner):
             callback,
             (args, user_data),
             discard=_discard_fd,
+            nowait=partial(receive_fd_nowait, self.connection),
+            direction=receiver_of(self.connection),
         )
 
     def receive_fd_finish(self, result: AsyncResult) -> int:
@@ -552,8 +562,11 @@ class CallbackConnection(DescriptorOwner):
         user_data: tuple[tuple[Any, ...], Any],
         *,
         discard: Callable[[Any], object] | None = None,
-        fds: Iterable[int] = (),
+        fds: list[int] | None = None,
         closes: bool = False,
+        nowait: Callable[[], object] | None = None,
+        direction: Direction | None = None,
+        sends: int | None = None,
     ) -> None:
         """Begin ``work(cancellable=...)``.
 
@@ -563,6 +576,9 @@ class CallbackConnection(DescriptorOwner):
           fds: file descriptors that ``work`` uses; they are closed afterwards, even if it was
             not begun.
           closes: whether ``work`` closes the connection.
+          nowait: does the same without waiting, or raises ``trio.WouldBlock``.
+          direction: what ``nowait`` uses.
+          sends: a file descriptor of the caller, of which ``work`` gets a duplicate.
         """
         try:
             if cancellable is not None:
@@ -581,12 +597,16 @@ class CallbackConnection(DescriptorOwner):
                 callback,
                 data,
                 discard=discard,
-                fds=fds,
+                fds=fds or [],
                 closes=closes,
+                # Not with a Cancellable, which may have been cancelled.
+                nowait=nowait if cancellable is None else None,
+                direction=direction,
+                sends=sends,
             )
             self._begin_operation(operation)
         except BaseException:
-            close_fds(fds)
+            close_fds(fds or ())
             raise
 
 

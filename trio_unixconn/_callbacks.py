@@ -3,11 +3,16 @@
 Invariant: each operation that was begun ends in exactly one call of its callback, in the trio
 thread. Operations start in the order in which they arrive in the trio thread.
 
+``send_fd_async`` and ``receive_fd_async`` try their system call at once. If it succeeds, the
+operation has ended, and only its callback is left for a task. All other operations, and those for
+which the kernel says EAGAIN, need a task from the beginning.
+
 Trio runs the tasks of one scheduling round in random order. So a task is not tied to one operation:
 whichever runs first takes the oldest one from the queue. An operation claims its direction of the
 connection, and tries its system call, before its first scheduling point. Therefore the order of the
 ``*_async`` calls decides which of two operations gets ConnectionBusyError, and what has been sent
-when the connection is closed.
+when the connection is closed. For each operation in the queue, one task starts, or continues: a
+task that has ended an operation waits for the next one, because a new task takes longer.
 
 Source: https://docs.gtk.org/gio/iface.AsyncResult.html
 """
@@ -19,18 +24,23 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Final
 
 import trio
 from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from ._callback_connection import CallbackConnection
 from ._cancellable import is_current_run
-from ._closing import close_fds_batched
+from ._closing import close_fds, close_fds_batched
 from ._connection import UnixConnection
+from ._fds import check_open, duplicate
 from ._owner import DescriptorOwner
 from ._results import AsyncResult, Operation, discard_result
 from ._trio_task import check_task
 from .errors import ConnectionBusyError, ConnectionClosedError, OperationCancelled
+
+_MAX_IDLE_TASKS: Final = 8
+_IDLE: Final = "trio_unixconn callback adapter, waiting for an operation"
 
 
 class CallbackAdapter(DescriptorOwner):
@@ -43,6 +53,10 @@ class CallbackAdapter(DescriptorOwner):
         # started, and all.
         self._queue: deque[Operation] = deque()
         self._running: dict[Operation, None] = {}
+        # How many in the queue have not started.
+        self._not_started = 0
+        # Tasks that wait for an operation.
+        self._idle_tasks: list[trio.lowlevel.Task] = []
         # Guards the three below, because operations can be begun in any thread.
         self._lock = threading.Lock()
         self._pending: set[Operation] = set()
@@ -80,6 +94,7 @@ class CallbackAdapter(DescriptorOwner):
 
         Raises:
           ConnectionClosedError: the adapter accepts no more operations.
+          OSError: EBADF, EMFILE; of the duplicates that it needs.
           trio.RunFinishedError: the trio run has ended.
         """
         with self._lock:
@@ -87,10 +102,19 @@ class CallbackAdapter(DescriptorOwner):
                 raise ConnectionClosedError("this callback adapter is closed")
             self._pending.add(operation)
         try:
-            self._call_in_run(partial(self._start, operation))
+            if is_current_run(self._run):
+                # Not before another one that is still in the queue.
+                if self._not_started or not operation.try_nowait():
+                    _keep_descriptor(operation)
+                self._start(operation)
+            else:
+                _keep_descriptor(operation)
+                self._run.run_sync_soon(partial(self._start, operation))
         except BaseException:
             with self._lock:
                 self._pending.discard(operation)
+            if operation.sends is not None:
+                close_fds(operation.fds)
             raise
 
     def _call_in_run(self, call: Callable[[], object]) -> None:
@@ -105,16 +129,40 @@ class CallbackAdapter(DescriptorOwner):
             operation.earlier = [
                 each for each in self._running if each.source.connection is connection
             ]
-        self._nursery.start_soon(self._perform_next)
+        if self._idle_tasks:
+            trio.lowlevel.reschedule(self._idle_tasks.pop())
+        else:
+            self._nursery.start_soon(self._perform_all)
         self._queue.append(operation)
+        self._not_started += operation.result is None
         self._running[operation] = None
 
     @enable_ki_protection
-    async def _perform_next(self) -> None:
+    async def _perform_all(self) -> None:
+        """Perform one operation each time this is scheduled."""
+        task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._idle_tasks.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while self._queue:
+            await self._perform_next(task)
+            if len(self._idle_tasks) >= _MAX_IDLE_TASKS:
+                return
+            task.name = _IDLE
+            self._idle_tasks.append(task)
+            await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _perform_next(self, task: trio.lowlevel.Task) -> None:
         operation = self._queue.popleft()
-        trio.lowlevel.current_task().name = operation.tag
+        task.name = operation.tag
         try:
-            _call_back(operation, await _perform(operation))
+            result = operation.take_result()
+            if result is None:
+                self._not_started -= 1
+                result = await _perform(operation)
+            _call_back(operation, result)
         finally:
             del self._running[operation]
             with self._lock:
@@ -130,14 +178,25 @@ class CallbackAdapter(DescriptorOwner):
             with self._lock:
                 if not self._pending:
                     self._accepting = False
-                    return
+                    break
                 self._idle = trio.Event()
             await self._idle.wait()
+        # The queue is empty: they end.
+        while self._idle_tasks:
+            trio.lowlevel.reschedule(self._idle_tasks.pop())
 
     def _refuse(self) -> None:
         """Accept no more operations."""
         with self._lock:
             self._accepting = False
+
+
+def _keep_descriptor(operation: Operation) -> None:
+    """Give the operation a duplicate of the caller's file descriptor, if it sends one."""
+    if operation.sends is not None:
+        check_open([operation.sends])
+        (number,), operation.fds = duplicate([operation.sends])
+        operation.work = partial(operation.work, number)
 
 
 def _cancel_all(scopes: list[trio.CancelScope]) -> None:
@@ -152,7 +211,7 @@ async def _perform(operation: Operation) -> AsyncResult:
             closing = any(each.closes for each in operation.earlier)
             value = None if closing else await operation.work()
             for each in operation.earlier:
-                await each.ended.wait()
+                await each.wait_ended()
             if closing:
                 raise ConnectionBusyError("another close_async() of this connection is pending")
             return AsyncResult(operation, value, None)
@@ -168,7 +227,7 @@ async def _perform(operation: Operation) -> AsyncResult:
         _call_back(operation, AsyncResult(operation, None, error))
         raise
     finally:
-        operation.ended.set()
+        operation.end()
         close_fds_batched(operation.fds)
         # The frames in the traceback of an error keep this frame alive (Python 3.13). The
         # operation references its callback, which can reference the result, and so the error.

@@ -1000,6 +1000,28 @@ async def receive_with_fds(conn: UnixConnection, max_bytes: int) -> tuple[bytes,
     return message.data, fds
 
 
+def send_fd_nowait(conn: UnixConnection, number: int) -> bool:
+    """Send one file descriptor as ``send_fd``, or raise ``trio.WouldBlock``."""
+    conn._sender.send_nowait(NUL, (number,))
+    return True
+
+
+def receive_fd_nowait(conn: UnixConnection) -> int:
+    """Receive one file descriptor as ``receive_fd``, or raise ``trio.WouldBlock``."""
+    received = conn._receiver.receive_nowait(1)
+    if not received[0]:
+        raise end_of_stream_error("a file descriptor", received)
+    return _ancillary.expect_fd(received)
+
+
+def sender_of(conn: UnixConnection) -> Sender:
+    return conn._sender
+
+
+def receiver_of(conn: UnixConnection) -> Receiver:
+    return conn._receiver
+
+
 def accepts_descriptors(conn: UnixConnection) -> bool:
     """Whether the peer may send file descriptors (``receive_descriptors``)."""
     return not isinstance(conn._receiver, RefusingReceiver)

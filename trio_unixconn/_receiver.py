@@ -19,6 +19,7 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
+import trio
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
     checkpoint_if_cancelled,
@@ -36,8 +37,6 @@ from ._sockopts import disable_passrights, enable_oobinline
 from .errors import ConnectionBusyError, NotSupportedError
 
 if TYPE_CHECKING:
-    import trio
-
     from ._ancillary import RawMessage
     from ._cancellable import Cancellable
     from ._credentials import Credentials
@@ -104,7 +103,7 @@ class Receiver(ConnectedSocket):
           into: where to put the bytes; then the data of the message is their number.
         """
         if self.busy:
-            raise ConnectionBusyError(f"another task is receiving from this {self.noun}")
+            raise self.busy_error()
         self.busy = True
         try:
             if cancellable is not None:
@@ -152,6 +151,26 @@ class Receiver(ConnectedSocket):
             if self._temporary_options:
                 self._restore_options()
             self.busy = False
+
+    def busy_error(self) -> ConnectionBusyError:
+        """Return the error of a second task that receives."""
+        return ConnectionBusyError(f"another task is receiving from this {self.noun}")
+
+    def receive_nowait(self, size: int) -> RawMessage:
+        """Receive one message that has arrived; the caller has checked that no task is receiving.
+
+        Raises:
+          trio.WouldBlock: none has, or receive() is needed for another reason.
+        """
+        if self.ahead or self.is_closed():
+            raise trio.WouldBlock
+        try:
+            return self.raw.recvmsg(size, _ROOM, _FLAGS)
+        except BlockingIOError:
+            raise trio.WouldBlock from None
+        except OSError as exc:
+            # Not left to receive(): the kernel reports it only once.
+            raise self.error_of(exc) from exc
 
     def _take_ahead(self, into: memoryview | None) -> RawMessage:
         """Return the first message that was read ahead.
@@ -447,6 +466,12 @@ class RefusingReceiver(Receiver):
             size, cancellable, passcred=passcred, passpidfd=passpidfd, into=into
         )
         _ancillary.expect_no_fds(received if into is None else with_data(received, into))
+        return received
+
+    def receive_nowait(self, size: int) -> RawMessage:
+        """Receive one message without file descriptors; see Receiver."""
+        received = super().receive_nowait(size)
+        _ancillary.expect_no_fds(received)
         return received
 
     def read_ahead(self, count: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import attrs
@@ -25,6 +25,20 @@ class Source(Protocol):
     """The object whose method began an operation: a CallbackConnection."""
 
     connection: Any
+
+
+class Direction(Protocol):
+    """One direction of a connection: its Sender, or its Receiver.
+
+    Attributes:
+      busy: whether an operation uses it.
+    """
+
+    busy: bool
+
+    def busy_error(self) -> Exception:
+        """Return the error of a second operation."""
+        ...
 
 
 class AsyncResult(DescriptorOwner):
@@ -134,26 +148,79 @@ class Operation(DescriptorOwner):
 
     Attributes:
       source, tag, user_data: as its result returns them.
-      work: runs the operation.
+      work: runs the operation, with ``fds`` if ``sends`` is true.
       callback: called with source, result and user data; if None, the result is discarded.
       discard: closes a value that is not finished; must not raise or block.
       fds: file descriptors that the operation owns, until it has ended.
       closes: whether it closes the connection.
+      nowait: runs the operation at once, or raises ``trio.WouldBlock`` and has no effect; None if
+        the operation has no such form.
+      direction: what ``nowait`` uses. It stays busy until the callback, as it does for a task.
+      sends: the number of a file descriptor of the caller; ``work`` gets a duplicate of it.
       earlier: for one that closes, the operations on the connection that arrived before it.
       scope: cancelling it cancels the operation.
-      ended: set when the operation has ended.
+      result: of an operation that has ended before a task was needed.
       context: the context of the code that began the operation, for the callback.
     """
 
     source: Source
     tag: str
-    work: Callable[[], Awaitable[Any]]
+    work: Callable[..., Awaitable[Any]]
     callback: AsyncReadyCallback | None
     user_data: tuple[Any, ...]
     discard: Callable[[Any], object] | None
-    fds: Iterable[int]
+    fds: list[int]
     closes: bool
-    earlier: list[Operation] = attrs.field(factory=list["Operation"])
+    nowait: Callable[[], Any] | None
+    direction: Direction | None
+    sends: int | None
+    earlier: Sequence[Operation] = ()
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    ended: trio.Event = attrs.field(factory=trio.Event)
+    result: AsyncResult | None = None
     context: contextvars.Context = attrs.field(factory=contextvars.copy_context)
+    _is_ended: bool = False
+    _ended: trio.Event | None = None
+
+    def try_nowait(self) -> bool:
+        """Run the operation without waiting, if that is possible; whether it has ended."""
+        direction = self.direction
+        if self.nowait is None or direction is None:
+            return False
+        if direction.busy:
+            # Of an operation that has ended, whose callback has not run, or of a task.
+            self.direction = None
+            self.result = AsyncResult(self, None, direction.busy_error())
+            return True
+        direction.busy = True
+        try:
+            self.result = AsyncResult(self, self.nowait(), None)
+        except trio.WouldBlock:
+            direction.busy = False
+            return False
+        except Exception as exc:  # noqa: BLE001 - *_finish raises it
+            # Without this frame, which is of no interest.
+            exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
+            self.result = AsyncResult(self, None, exc)
+        return True
+
+    def take_result(self) -> AsyncResult | None:
+        """Return the result of :meth:`try_nowait`, and let the next operation begin."""
+        result, self.result = self.result, None
+        if result is not None:
+            if self.direction is not None:
+                self.direction.busy = False
+            self.end()
+        return result
+
+    def end(self) -> None:
+        """Note that the operation has ended."""
+        self._is_ended = True
+        if self._ended is not None:
+            self._ended.set()
+
+    async def wait_ended(self) -> None:
+        """Wait until the operation has ended."""
+        if not self._is_ended:
+            if self._ended is None:
+                self._ended = trio.Event()
+            await self._ended.wait()

@@ -238,7 +238,7 @@ class Sender(ConnectedSocket):
         nothing can be sent any more.
         """
         if self.busy:
-            raise self._is_busy()
+            raise self.busy_error()
         self.busy = True
         progress: _SendProgress | None = None
         try:
@@ -264,6 +264,22 @@ class Sender(ConnectedSocket):
             raise await self.failed(exc, progress) from exc
         finally:
             self.busy = False
+
+    def send_nowait(self, byte: bytes, fds: Sequence[int]) -> None:
+        """Send a message of one byte; the caller has checked that no task is sending.
+
+        Raises:
+          trio.WouldBlock: the kernel does not take it now, or send() is needed for another reason.
+        """
+        if self._cut or self.is_closed():
+            raise trio.WouldBlock
+        try:
+            self.raw.sendmsg([byte], _ancillary.pack(fds, None), _FLAGS)
+        except OSError as exc:
+            if exc.errno in _RETRYABLE or exc.errno == errno.EBADF:
+                raise trio.WouldBlock from None
+            # Not left to send(): the kernel reports the reset of a connection only once.
+            raise with_sent(self.error_of(exc, _SendProgress(byte, fds)), 0) from exc
 
     @enable_ki_protection
     async def send_fds(
@@ -400,12 +416,13 @@ class Sender(ConnectedSocket):
         finally:
             self.busy = False
 
-    def _is_busy(self) -> ConnectionBusyError:
+    def busy_error(self) -> ConnectionBusyError:
+        """Return the error of a second task that sends."""
         return ConnectionBusyError(f"another task is sending on this {self.noun}")
 
     def _begin(self) -> None:
         if self.busy:
-            raise self._is_busy()
+            raise self.busy_error()
         self.busy = True
 
     async def _refuse_after_cut(self) -> None:
@@ -491,12 +508,13 @@ class DatagramSender(Sender):
             self._probe.close()
             self._probe = None
 
-    def _translated(
+    def error_of(
         self,
         exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        attempt: SendAttempt | None,
+        attempt: SendAttempt | None = None,
     ) -> UnixConnectionError:
-        error = super()._translated(exc, attempt)
+        """Return the error to raise for ``exc``; see the base class."""
+        error = super().error_of(exc, attempt)
         if (
             isinstance(exc, OSError)
             and isinstance(attempt, _DatagramProgress)

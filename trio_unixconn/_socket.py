@@ -118,17 +118,18 @@ class ConnectedSocket(DescriptorOwner):
         """
         if isinstance(exc, RuntimeError):
             raise explain(exc)
-        error = self._translated(exc, attempt)
+        error = self.error_of(exc, attempt)
         if attempt is not None:
             error.sent = attempt.sent
         await cancel_shielded_checkpoint()
         return error
 
-    def _translated(
+    def error_of(
         self,
         exc: OSError | trio.ClosedResourceError | trio.BusyResourceError,
-        attempt: SendAttempt | None,
+        attempt: SendAttempt | None = None,
     ) -> UnixConnectionError:
+        """Return the error to raise for ``exc``; the arguments are those of :meth:`failed`."""
         if isinstance(exc, trio.BusyResourceError):
             return ConnectionBusyError(
                 f"another task is waiting for the socket of this {self.noun}"

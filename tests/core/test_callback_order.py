@@ -27,11 +27,14 @@ from trio_unixconn import (
     ConnectionClosedError,
     EndOfStreamError,
     OperationCancelled,
+    UnexpectedControlMessageError,
     UnixConnection,
     _closing,
     connection_pair,
     open_callback_adapter,
 )
+from trio_unixconn._sockopts import raw_socket
+from trio_unixconn.testing import open_descriptors
 
 # Trio starts the tasks of a round in one of two orders: enough rounds to see both.
 ROUNDS = 40
@@ -103,10 +106,11 @@ async def test_send_fd_async_that_waits_then_close_async() -> None:
                 gio = adapter.wrap(one)
                 gio.send_fd_async(0, None, ends, "send_fd")
                 gio.receive_fd_async(None, ends, "receive_fd")
-                gio.close_async(0, None, ends, "close")
-            assert set(ends) == {"send_fd", "receive_fd", "close"}
-            assert list(ends)[2] == "close"
-            assert ends.pop("close") is True
+                gio.close_async(0, None, ends, "close:1")
+                gio.close_async(0, None, ends, "close:2")
+            assert set(list(ends)[:2]) == {"send_fd", "receive_fd"}
+            assert ends.pop("close:1") is True
+            assert ends.pop("close:2") is ConnectionBusyError
             assert set(ends.values()) == {ConnectionClosedError}
 
 
@@ -497,3 +501,180 @@ async def test_receive_fd_async_cancelled_leaves_no_reference_cycle() -> None:
         reference = weakref.ref(one)
         del one, adapter
         assert reference() is None, gc.get_referrers(reference())
+
+
+async def test_send_fd_async_sends_at_once() -> None:
+    """If the kernel takes it, the message is sent when send_fd_async returns, without a copy."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two:
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(one)
+            with open("/dev/null", "rb") as file:
+                before = open_descriptors()
+                gio.send_fd_async(file, None, ends, "send_fd")
+                assert open_descriptors() == before
+            assert not ends
+            # The kernel has it already, and the file is closed.
+            os.close(await two.receive_fd())
+        assert ends == {"send_fd": True}
+
+
+async def test_receive_fd_async_receives_at_once() -> None:
+    """A message that has arrived is received when receive_fd_async returns."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two:
+        await two.send_fd(0)
+        async with open_callback_adapter() as adapter:
+            adapter.wrap(one).receive_fd_async(None, ends, "receive_fd")
+            with pytest.raises(BlockingIOError):
+                raw_socket(one.socket).recv(1, socket.MSG_DONTWAIT)
+            assert not ends
+        os.close(ends["receive_fd"])
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+async def test_cancel_pending_after_receive_fd_async_has_received(when: str) -> None:
+    """What was received at once is not lost if the operation, or the block, is cancelled then."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two:
+        await two.send_fd(0)
+        with trio.CancelScope() as scope:
+            async with open_callback_adapter() as adapter:
+                adapter.wrap(one).receive_fd_async(None, ends, "receive_fd")
+                if when == "before":
+                    adapter.cancel_pending()
+                else:
+                    scope.cancel()
+        os.close(ends["receive_fd"])
+
+
+@pytest.mark.parametrize("name", ["send_fd", "receive_fd"])
+async def test_async_with_a_busy_direction(name: str) -> None:
+    """An operation whose direction a task uses fails at once, and its callback runs."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two, trio.open_nursery() as nursery:
+        if name == "send_fd":
+            clog(one)
+            nursery.start_soon(one.send_fd, 0)
+        else:
+            nursery.start_soon(one.receive_fd)
+        await wait_all_tasks_blocked()
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(one)
+            getattr(gio, f"{name}_async")(*([0] if name == "send_fd" else []), None, ends, name)
+        assert ends == {name: ConnectionBusyError}
+        nursery.cancel_scope.cancel()
+
+
+async def test_async_without_waiting_reports_the_error_of_the_connection() -> None:
+    """The kernel reports a reset once; the operation that meets it at once raises it."""
+    left, right = socket.socketpair()
+    async with UnixConnection.from_stdlib_socket(left) as one:
+        await one.send_all(b"never received")
+        right.close()
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(one)
+            results: list[AsyncResult] = []
+            gio.receive_fd_async(None, lambda _, result: results.append(result))
+            gio.send_fd_async(0, None, lambda _, result: results.append(result))
+        with pytest.raises(ConnectionBrokenError, match="Connection reset by peer") as caught:
+            gio.receive_fd_finish(results[0])
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        with pytest.raises(ConnectionBrokenError) as caught:
+            gio.send_fd_finish(results[1])
+        assert caught.value.sent == 0
+
+
+async def test_send_fd_async_after_a_message_that_was_cut() -> None:
+    """After a message of which a part was sent, nothing is sent at once either."""
+    one, two = connection_pair()
+    results: list[AsyncResult] = []
+    async with one, two:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.send_message, bytes(10**6))
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(one)
+            gio.send_fd_async(0, None, lambda _, result: results.append(result))
+        with pytest.raises(ConnectionBrokenError, match="an earlier send_message"):
+            gio.send_fd_finish(results[0])
+
+
+async def test_receive_fd_async_after_fds() -> None:
+    """What fds() has read ahead is received first."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two:
+        with open("/dev/null", "rb") as null:
+            await two.send_fds([0, null, 0], per_message=1)
+        async for fd in one.fds():
+            os.close(fd)
+            break
+        async with open_callback_adapter() as adapter:
+            adapter.wrap(one).receive_fd_async(None, ends, "receive_fd")
+        assert os.path.samestat(os.fstat(ends["receive_fd"]), os.stat("/dev/null"))
+        os.close(ends["receive_fd"])
+
+
+async def test_receive_fd_async_of_a_connection_that_takes_no_descriptors() -> None:
+    """The byte is received at once, and the error is that of receive_fd."""
+    left, right = socket.socketpair()
+    one = UnixConnection.from_stdlib_socket(left, receive_descriptors=False)
+    results: list[AsyncResult] = []
+    async with one:
+        right.send(b"x")
+        async with open_callback_adapter() as adapter:
+            gio = adapter.wrap(one)
+            gio.receive_fd_async(None, lambda _, result: results.append(result))
+        with pytest.raises(UnexpectedControlMessageError) as caught:
+            gio.receive_fd_finish(results[0])
+        assert caught.value.data == b"x"
+    right.close()
+
+
+def tasks_of_adapters() -> list[trio.lowlevel.Task]:
+    """Return the tasks that perform operations, or wait for one."""
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    tasks, found = [root], []
+    while tasks:
+        task = tasks.pop()
+        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        if task.name.endswith("_async") or "callback adapter" in task.name:
+            found.append(task)
+    return found
+
+
+async def test_open_callback_adapter_keeps_few_idle_tasks() -> None:
+    """Tasks wait for the next operation, but not as many as there were operations at once."""
+    one, two = connection_pair()
+    ends = Ends()
+    async with one, two:
+        async with open_callback_adapter() as adapter:
+            pairs = [connection_pair() for _ in range(40)]
+            for index, (each, _) in enumerate(pairs):
+                adapter.wrap(each).receive_fd_async(None, ends, f"receive_fd:{index}")
+            await wait_all_tasks_blocked()
+            assert len(tasks_of_adapters()) == 40
+            for _, other in pairs:
+                await other.send_fd(0)
+            while len(ends) < 40:
+                await trio.testing.wait_all_tasks_blocked()
+            assert 0 < len(tasks_of_adapters()) < 20
+            before = set(tasks_of_adapters())
+            adapter.wrap(one).send_fd_async(0, None, ends, "send_fd")
+            await wait_all_tasks_blocked()
+            assert set(tasks_of_adapters()) == before
+        assert not tasks_of_adapters()
+        for fd in [*ends.values()][:40]:
+            os.close(fd)
+        os.close(await two.receive_fd())
+        for each, other in pairs:
+            await each.aclose()
+            await other.aclose()

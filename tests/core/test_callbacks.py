@@ -362,7 +362,8 @@ async def test_send_fd_async_in_another_thread_as_the_block_is_cancelled() -> No
         assert calls.only()[1].had_error()
 
 
-def test_send_fd_async_after_the_run() -> None:
+@pytest.mark.parametrize(("name", "arguments"), [("send_fd_async", [0]), ("receive_fd_async", [])])
+def test_async_after_the_run(name: str, arguments: list[int]) -> None:
     """To begin an operation after the trio run has ended is trio's RunFinishedError."""
     left: list[Any] = []
 
@@ -377,7 +378,7 @@ def test_send_fd_async_after_the_run() -> None:
 
     def begin() -> None:
         try:
-            left[0].send_fd_async(0, None, None)
+            getattr(left[0], name)(*arguments, None, None)
         except trio.RunFinishedError as exc:
             errors.append(exc)
 
