@@ -36,7 +36,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         **{"stdin": subprocess.DEVNULL, "env": environment(COLUMNS="200"), **options},
     )
 
