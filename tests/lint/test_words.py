@@ -13,6 +13,7 @@ from tests.lint import words
 pytestmark = pytest.mark.once
 
 
+@pytest.mark.slow
 def test_words_of_this_project() -> None:
     """No text of this project has a refused word; the program says so by its exit status."""
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import os
 import select
@@ -40,7 +41,7 @@ from trio_unixconn.pool._endpoints import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("no_child_left")
@@ -62,21 +63,22 @@ def itself(pair: socket.socket) -> Any:
     return pair
 
 
-@pytest.mark.parametrize("make", [raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket])
-async def test_submit_socket(make: Callable[[socket.socket], Any]) -> None:
+async def test_submit_socket() -> None:
     """A socket can be submitted as any object that owns one, which is detached."""
+    forms = (raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket)
     async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:
-        client, theirs = ends()
-        source = make(theirs)
-        await pool.submit(source)
-        if isinstance(source, int):
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(source)
-        else:
-            assert getattr(source, "socket", source).fileno() == -1
-        async with client.stream:
-            # No copy is open here: the stream ends when the worker closes its own.
-            assert (await client.told())["type"] == "UnixConnection"
+        for form in forms:
+            client, theirs = ends()
+            source = form(theirs)
+            await pool.submit(source)
+            if isinstance(source, int):
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(source)
+            else:
+                assert getattr(source, "socket", source).fileno() == -1
+            async with client.stream:
+                # No copy is open here: the stream ends when the worker closes its own.
+                assert (await client.told())["type"] == "UnixConnection"
 
 
 @pytest.mark.parametrize("refuses", [None, "refuses"])
@@ -166,35 +168,34 @@ def _begin(sock: socket.socket, state: str, stack: ExitStack) -> None:
         assert sock.connect_ex(listening.getsockname()) == errno.EINPROGRESS
 
 
-@pytest.mark.parametrize("method", ["submit", "call"])
-@pytest.mark.parametrize(
-    ("family", "state"),
-    [
-        (socket.AF_INET, "new"),
-        (socket.AF_INET, "bound"),
-        (socket.AF_INET, "refused"),
-        (socket.AF_INET, "connecting"),
-        (socket.AF_INET6, "new"),
-        (socket.AF_UNIX, "new"),
-        (socket.AF_UNIX, "bound"),
-    ],
-)
-async def test_submit_rejects_unconnected_socket(family: int, state: str, method: str) -> None:
+UNCONNECTED = [
+    (socket.AF_INET, "new"),
+    (socket.AF_INET, "bound"),
+    (socket.AF_INET, "refused"),
+    (socket.AF_INET, "connecting"),
+    (socket.AF_INET6, "new"),
+    (socket.AF_UNIX, "new"),
+    (socket.AF_UNIX, "bound"),
+]
+
+
+async def test_submit_rejects_unconnected_socket() -> None:
     """A socket that is not connected is rejected in every form, and still the caller's."""
     async with open_worker_pool("tests._helpers.pool_handlers:copy", workers=1) as pool:
-        with unconnected(family, state=state) as sock:
-            sock.setblocking(False)
-            sources: list[Any] = [sock, sock.fileno()]
-            tried = trio.socket.from_stdlib_socket(sock.dup())
-            sources.append(tried)
-            if family != socket.AF_UNIX:
-                sources.append(trio.SocketStream(tried))
-            for source in sources:
-                with pytest.raises(WrongDescriptorKindError, match="one that is not connected"):
-                    await getattr(pool, method)(source)
-            assert os.fstat(sock.fileno())
-            assert os.fstat(tried.fileno())
-            tried.close()
+        for method, (family, state) in itertools.product((pool.submit, pool.call), UNCONNECTED):
+            with unconnected(family, state=state) as sock:
+                sock.setblocking(False)
+                sources: list[Any] = [sock, sock.fileno()]
+                tried = trio.socket.from_stdlib_socket(sock.dup())
+                sources.append(tried)
+                if family != socket.AF_UNIX:
+                    sources.append(trio.SocketStream(tried))
+                for source in sources:
+                    with pytest.raises(WrongDescriptorKindError, match="one that is not connected"):
+                        await method(source)
+                assert os.fstat(sock.fileno())
+                assert os.fstat(tried.fileno())
+                tried.close()
         assert pool.statistics().submitted == 0
 
 
@@ -212,24 +213,28 @@ def reset_connection(family: int) -> socket.socket:
     return accepted
 
 
-@pytest.mark.parametrize("state", ["reset", "reset and noticed", "shut down"])
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-async def test_submit_takes_connection_that_was_reset(family: int, state: str) -> None:
+def shut_down_connection() -> socket.socket:
+    """Return a TCP connection that was shut down, and that its peer has closed."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()),
+    ):
+        sock, _ = listening.accept()
+        sock.shutdown(socket.SHUT_RDWR)
+        return sock
+
+
+async def test_submit_takes_connection_that_was_reset() -> None:
     """What a peer does to its connection is for the handler to find out, and no error of submit."""
-    sock = reset_connection(family)
-    if state == "reset and noticed":
-        with pytest.raises(ConnectionResetError):
-            sock.recv(1)
-    elif state == "shut down":
-        sock.close()
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            client = socket.create_connection(listening.getsockname())
-            sock, _ = listening.accept()
-            sock.shutdown(socket.SHUT_RDWR)
-            client.close()
     async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
-        await pool.submit(sock)
-        assert sock.fileno() == -1
+        for family in (socket.AF_INET, socket.AF_INET6):
+            noticed = reset_connection(family)
+            with pytest.raises(ConnectionResetError):
+                noticed.recv(1)
+            for sock in (noticed, reset_connection(family), shut_down_connection()):
+                await pool.submit(sock)
+                assert sock.fileno() == -1
+        assert (await at_rest(pool)).handled == 6
 
 
 async def test_submit_takes_unix_connection_whose_peer_has_gone() -> None:

@@ -96,6 +96,7 @@ async def test_pass_on_while_bytes_arrive() -> None:
         await at_rest(pool)
 
 
+@pytest.mark.slow
 async def test_restart_passes_idle_connections_on() -> None:
     """Restarts and scaling end no connection whose handler passes it on."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -241,6 +242,7 @@ async def test_pass_on_of_a_connection_that_receives_no_descriptors(tmp_path: Pa
         await at_rest(pool)
 
 
+@pytest.mark.slow
 async def test_pass_on_by_workers_that_are_killed() -> None:
     """A connection has one owner at every moment, or ends with its worker; none is lost."""
     async with open_worker_pool(PASS_ON, workers=2) as pool:

@@ -23,6 +23,8 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HOLD = "tests._helpers.pool_handlers:hold"
 NUMBER = "tests._helpers.supervisor_handlers:number"
 NUMBERED = "tests._helpers.supervisor_handlers:numbered"
