@@ -27,7 +27,8 @@ KEPT_OF_PYTHON: Final = frozenset(
 REMOVED: Final = frozenset(
     [
         *("CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "COLUMNS", "FORCE_COLOR", "LINES"),
-        *("NO_COLOR", "PY_COLORS", "TERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+        *("GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERM", "TERMINAL_WIDTH"),
+        *("TTY_COMPATIBLE", "TTY_INTERACTIVE"),
         *("FDSTORE", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
         *("LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID"),
         *("ALL_PROXY", "HTTP_PROXY", "all_proxy", "http_proxy"),
