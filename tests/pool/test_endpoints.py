@@ -41,7 +41,7 @@ from trio_unixconn.pool._endpoints import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("no_child_left")
@@ -65,11 +65,12 @@ def itself(pair: socket.socket) -> Any:
 
 async def test_submit_socket() -> None:
     """A socket can be submitted as any object that owns one, which is detached."""
+    forms: tuple[Callable[[socket.socket], Any], ...]
     forms = (raw, itself, of_trio, stream, UnixConnection.from_stdlib_socket)
     async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:
         for form in forms:
             client, theirs = ends()
-            source = form(theirs)
+            source: Any = form(theirs)
             await pool.submit(source)
             if isinstance(source, int):
                 with pytest.raises(OSError, match="Bad file descriptor"):
@@ -182,7 +183,8 @@ UNCONNECTED = [
 async def test_submit_rejects_unconnected_socket() -> None:
     """A socket that is not connected is rejected in every form, and still the caller's."""
     async with open_worker_pool("tests._helpers.pool_handlers:copy", workers=1) as pool:
-        for method, (family, state) in itertools.product((pool.submit, pool.call), UNCONNECTED):
+        methods: tuple[Callable[[Any], Any], ...] = (pool.submit, pool.call)
+        for method, (family, state) in itertools.product(methods, UNCONNECTED):
             with unconnected(family, state=state) as sock:
                 sock.setblocking(False)
                 sources: list[Any] = [sock, sock.fileno()]
