@@ -13,6 +13,10 @@ Each comment that begins with "check" is one run of spin: its name, its options,
 /* check slots: -DCANCELLABLE=4 -DCRASHES=0 -DREFUSALS=0 -DCHANGES=0 -> holds */
 /* check close: -DJOB_COUNT=2 -DCLOSE_EARLY=1 -DREFUSALS=0 -> holds */
 /* check no-endless-loop: -DJOB_COUNT=2 -DCLOSE_EARLY=1 -DREFUSALS=0 -DCHANGES=0 -> holds, no cycle */
+/* check passing: -DJOB_COUNT=2 -DPASSES=1 -DCANCELLABLE=0 -DREFUSALS=0 -> holds */
+/* check passing-refused: -DJOB_COUNT=2 -DPASSES=1 -DCANCELLABLE=1 -DCRASHES=0 -DCHANGES=0 -> holds */
+/* check passing-twice: -DJOB_COUNT=2 -DPASSES=2 -DCANCELLABLE=0 -DREFUSALS=0 -DCHANGES=0 -> holds */
+/* check passing-close: -DJOB_COUNT=2 -DPASSES=1 -DCLOSE_EARLY=1 -DREFUSALS=0 -DCANCELLABLE=0 -DCHANGES=0 -> holds */
 
 /* The order of the first pool, and what each half of the remedy does alone. */
 /* check two-queues: -DTWO_QUEUES -DJOB_COUNT=2 -DCRASHES=0 -DREFUSALS=0 -> fails: crashed[w] */
@@ -33,6 +37,14 @@ Each comment that begins with "check" is one run of spin: its name, its options,
 /* check exit-unflushed: -DEXIT_UNFLUSHED -DJOB_COUNT=2 -> fails: crashed[w] */
 /* check queue-kept: -DQUEUE_KEPT -DJOB_COUNT=2 -DCLOSE_EARLY=1 -> fails: invalid end state */
 /* check put-after-close: -DPUT_AFTER_CLOSE -DJOB_COUNT=2 -DCLOSE_EARLY=1 -> fails: invalid end state */
+/* check pass-while-handling: -DPASS_WHILE_HANDLING -DJOB_COUNT=2 -DPASSES=1 -> fails: assertion violated */
+/* check pass-unfinished: -DPASS_UNFINISHED -DJOB_COUNT=2 -DPASSES=1 -> fails: invalid end state */
+/* check pass-and-done: -DPASS_AND_DONE -DJOB_COUNT=2 -DPASSES=1 -> fails: in_flight[w] */
+/* check close-at-pass: -DCLOSE_AT_PASS -DJOB_COUNT=2 -DPASSES=1 -> fails: waiting[w] */
+/* check exit-at-pass: -DEXIT_AT_PASS -DJOB_COUNT=2 -DPASSES=1 -> fails: crashed[w] */
+/* check give-up-early: -DGIVE_UP_EARLY -DJOB_COUNT=2 -DPASSES=1 -> fails: assertion violated */
+/* check verdict-forgotten: -DVERDICT_FORGOTTEN -DJOB_COUNT=2 -DPASSES=1 -> fails: invalid end state */
+/* check pass-after-close: -DPASS_AFTER_CLOSE -DJOB_COUNT=2 -DPASSES=1 -DCLOSE_EARLY=1 -> fails: queued==0 */
 
 #ifndef JOB_COUNT
 #define JOB_COUNT 3
@@ -56,6 +68,14 @@ Each comment that begins with "check" is one run of spin: its name, its options,
 #ifndef CHANGES
 #define CHANGES 1
 #endif
+/* How often a handler passes its connection on, and how often the pool has no file descriptor for
+one that was passed on. */
+#ifndef PASSES
+#define PASSES 0
+#endif
+#ifndef DROPS
+#define DROPS 1
+#endif
 /* Whether the pool can be closed while jobs are left. */
 #ifndef CLOSE_EARLY
 #define CLOSE_EARLY 0
@@ -70,6 +90,10 @@ accepts a connection for the last one between reserving a slot and using it. */
 
 #define WORKERS 2
 #define ALL ((1 << JOB_COUNT) - 1)
+/* A connection that was passed on is another job, without a submitter. The first one can be that of
+job 1. */
+#define TOTAL (JOB_COUNT + PASSES)
+#define CONNECTION (2 | (((1 << PASSES) - 1) << JOB_COUNT))
 #define BIT(job) (1 << (job))
 #define HAS(set, job) (((set) & BIT(job)) != 0)
 #define ADD(set, job) set = (set) | BIT(job)
@@ -78,6 +102,11 @@ accepts a connection for the last one between reserving a slot and using it. */
 
 /* Frames. */
 mtype = { JOBS, CANCEL, DRAIN, TAKEN, REFUSED, MORE, DONE, ANSWER, ERROR };
+#if PASSES
+/* PASS, and the three verdicts of PASSED: the pool has the connection, had no file descriptor for
+it, or has closed it. */
+mtype = { PASS, PASSED, RETRY, CLOSED };
+#endif
 /* What a worker is to its pool. */
 mtype = { ABSENT, ACTIVE, DRAINING };
 /* Outcomes of submit() and call(). */
@@ -90,7 +119,7 @@ byte in_flight[WORKERS];
 byte cancelled;
 /* Jobs whose submitters are cancelled, if there is time: the others wait as long as it takes. */
 byte impatient;
-byte attempts[JOB_COUNT];
+byte attempts[TOTAL];
 /* Jobs whose submitters have an outcome. */
 byte settled;
 /* Slots of the queue. */
@@ -109,8 +138,13 @@ bool closed;
 bool over;
 
 /* The sockets. */
+#if PASSES
+chan to_worker[WORKERS] = [6] of { mtype, byte };
+chan to_pool[WORKERS] = [10] of { mtype, byte };
+#else
 chan to_worker[WORKERS] = [4] of { mtype, byte };
 chan to_pool[WORKERS] = [8] of { mtype, byte };
+#endif
 
 /* The workers. */
 bool alive[WORKERS];
@@ -125,6 +159,19 @@ byte told;
 bool endless;
 bool gone[WORKERS];
 bool crashed[WORKERS];
+#if PASSES
+/* Jobs whose handlers have passed their connections on: PASS is to be sent, or was sent and is not
+answered. The worker has its copy of the connection. */
+byte passing[WORKERS];
+byte waiting[WORKERS];
+/* The number of the next job that has no submitter. */
+byte next_job = JOB_COUNT;
+byte passes = PASSES;
+byte drops = DROPS;
+#define MADE ((1 << next_job) - 1)
+#else
+#define MADE ALL
+#endif
 
 /* Limits of what goes wrong, and of what is changed. */
 byte crashes = CRASHES;
@@ -209,7 +256,7 @@ inline wake_submitters() {
 inline take_back(w, counted) {
   i = 0;
   do
-  :: i < JOB_COUNT ->
+  :: i < TOTAL ->
     if
     :: HAS(batch[w], i) ->
       attempts[i] = attempts[i] + counted;
@@ -244,7 +291,7 @@ inline on_taken(w) {
   assert(batch[w] != 0);
   i = 0;
   do
-  :: i < JOB_COUNT ->
+  :: i < TOTAL ->
     if
     :: HAS(batch[w], i) && !HAS(CALLS, i) -> settle(i, RECEIPT)
     :: HAS(batch[w], i) && HAS(CALLS, i) && HAS(cancelled, i) ->
@@ -275,6 +322,39 @@ inline on_result(w, what, job) {
   fi
 }
 
+#if PASSES
+/* The next handler's job begins in the step in which the last one's ends. */
+inline on_pass(w, job) {
+  assert(HAS(in_flight[w], job));
+  if
+  :: drops > 0 ->
+    /* The worker has the only copy, or has died with it. */
+    printf("pool: no file descriptor for the connection of job %d\n", job);
+    drops--;
+    send_order(w, RETRY, job)
+  :: true ->
+#ifndef PASS_UNFINISHED
+    REMOVE(in_flight[w], job);
+#endif
+    end_job(job);
+    if
+#ifndef PASS_AFTER_CLOSE
+    :: closed -> send_order(w, CLOSED, job)
+    :: !closed ->
+#else
+    ::
+#endif
+      printf("pool: the connection of job %d is job %d\n", job, next_job);
+      ADD(queued, next_job);
+      next_job++;
+#ifndef VERDICT_FORGOTTEN
+      send_order(w, PASSED, job)
+#endif
+    fi
+  fi
+}
+#endif
+
 /* The process has ended, and all that it has sent was read. */
 inline on_exit(w) {
 #ifdef REQUEUE_ACKNOWLEDGED
@@ -284,7 +364,7 @@ inline on_exit(w) {
   take_back(w, 1);
   i = 0;
   do
-  :: i < JOB_COUNT ->
+  :: i < TOTAL ->
     if
     :: HAS(in_flight[w], i) ->
       /* A worker that was drained has lost nothing. */
@@ -355,8 +435,11 @@ proctype handle(byte w) {
       if
       :: HAS(queued, 0) -> batch[w] = BIT(0)
       :: HAS(queued, 1) -> batch[w] = BIT(1)
-#if JOB_COUNT > 2
+#if TOTAL > 2
       :: HAS(queued, 2) -> batch[w] = BIT(2)
+#endif
+#if TOTAL > 3
+      :: HAS(queued, 3) -> batch[w] = BIT(3)
 #endif
       :: COUNT(queued) > 1 -> batch[w] = queued
       fi;
@@ -386,6 +469,9 @@ proctype handle(byte w) {
 #endif
         wants_more[w] = true
       :: kind == MORE -> wants_more[w] = true
+#if PASSES
+      :: kind == PASS -> on_pass(w, set)
+#endif
       :: else -> on_result(w, kind, set)
       fi
     }
@@ -455,7 +541,7 @@ proctype supervisor() {
 #ifndef QUEUE_KEPT
       i = 0;
       do
-      :: i < JOB_COUNT ->
+      :: i < TOTAL ->
         if
         :: HAS(queued, i) -> give_back(i, REJECTED)
         :: else -> skip
@@ -480,7 +566,7 @@ proctype supervisor() {
   atomic { status[0] == ABSENT && status[1] == ABSENT && finished_submitters == ALL ->
     /* Nothing is left. */
     assert(queued == 0 && reserved == 0 && woken == 0 && len(parked) == 0);
-    assert(settled == ALL && spent == ALL && ended_jobs == ALL)
+    assert(settled == MADE && spent == MADE && ended_jobs == MADE)
   }
 }
 
@@ -576,6 +662,10 @@ inline leave(w) {
   taking[w] = 0;
   running[w] = 0;
   unsent[w] = 0;
+#if PASSES
+  passing[w] = 0;
+  waiting[w] = 0;
+#endif
   do
   :: len(to_worker[w]) > 0 -> to_worker[w] ? kind, set
   :: else -> break
@@ -587,7 +677,11 @@ inline begin(w) {
   /* No handler begins twice, and none of a job that was cancelled or rejected. */
   assert((spent & taking[w]) == 0);
   spent = spent | taking[w];
-  running[w] = running[w] | taking[w]
+  running[w] = running[w] | taking[w];
+#if PASSES
+  /* A connection has one handler at a time. */
+  assert(COUNT(CONNECTION & (running[0] | running[1])) <= 1)
+#endif
 }
 
 #define HANDLER_ENDS(w, job) \
@@ -609,6 +703,64 @@ inline begin(w) {
     :: HAS(CALLS, job) -> to_pool[w] ! ERROR, job \
     fi \
   }
+
+#if PASSES
+#define HANDLER_PASSES(w, job) \
+  atomic { passes > 0 && HAS(running[w], job) -> \
+    printf("worker %d: handler of job %d passes its connection on\n", w, job); \
+    passes--; \
+    HANDLER_RETURNS(w, job); \
+    ADD(passing[w], job) \
+  }
+
+#ifdef PASS_WHILE_HANDLING
+#define HANDLER_RETURNS(w, job) skip
+#else
+#define HANDLER_RETURNS(w, job) REMOVE(running[w], job)
+#endif
+#ifdef CLOSE_AT_PASS
+#define KEEP_CONNECTION(w, job) skip
+#else
+#define KEEP_CONNECTION(w, job) ADD(waiting[w], job)
+#endif
+#ifdef PASS_AND_DONE
+#define FINISH_PASSED(w, job) ADD(unsent[w], job)
+#else
+#define FINISH_PASSED(w, job) skip
+#endif
+
+#define PASS_IS_SENT(w, job) \
+  atomic { HAS(passing[w], job) -> \
+    REMOVE(passing[w], job); \
+    to_pool[w] ! PASS, job; \
+    KEEP_CONNECTION(w, job); \
+    FINISH_PASSED(w, job) \
+  }
+
+#ifdef GIVE_UP_EARLY
+#define CAN_GIVE_UP(w, job) HAS(passing[w] | waiting[w], job)
+#else
+#define CAN_GIVE_UP(w, job) HAS(passing[w], job)
+#endif
+/* It takes too long. The worker closes the connection instead. */
+#define PASS_IS_GIVEN_UP(w, job) \
+  atomic { CAN_GIVE_UP(w, job) -> \
+    printf("worker %d: closes the connection of job %d\n", w, job); \
+    REMOVE(passing[w], job); \
+    REMOVE(waiting[w], job); \
+    ADD(completion_log[w], job); \
+    ADD(unsent[w], job) \
+  }
+
+#endif
+
+#if PASSES && !defined(EXIT_AT_PASS)
+#define NONE_IS_PASSING(w) (passing[w] | waiting[w]) == 0
+#elif PASSES
+#define NONE_IS_PASSING(w) passing[w] == 0
+#else
+#define NONE_IS_PASSING(w) true
+#endif
 
 #ifdef EXIT_UNFLUSHED
 #define ALL_WAS_SENT(w) true
@@ -638,6 +790,13 @@ end:
 #else
         to_pool[w] ! TAKEN, 0
 #endif
+#if PASSES
+      :: kind == PASSED || kind == CLOSED -> REMOVE(waiting[w], set)
+      :: kind == RETRY ->
+        assert(HAS(waiting[w], set));
+        REMOVE(waiting[w], set);
+        ADD(passing[w], set)
+#endif
       /* No file descriptor is free. */
       :: kind == JOBS && refusals > 0 -> refusals--; to_pool[w] ! REFUSED, 1
       fi;
@@ -655,16 +814,32 @@ end:
     }
   :: HANDLER_ENDS(w, 0)
   :: HANDLER_ENDS(w, 1)
-#if JOB_COUNT > 2
+#if TOTAL > 2
   :: HANDLER_ENDS(w, 2)
+#endif
+#if TOTAL > 3
+  :: HANDLER_ENDS(w, 3)
 #endif
   :: RESULT_IS_SENT(w, 0)
   :: RESULT_IS_SENT(w, 1)
-#if JOB_COUNT > 2
+#if TOTAL > 2
   :: RESULT_IS_SENT(w, 2)
 #endif
+#if TOTAL > 3
+  :: RESULT_IS_SENT(w, 3)
+#endif
+#if PASSES
+  :: HANDLER_PASSES(w, 1)
+  :: PASS_IS_SENT(w, 1)
+  :: PASS_IS_GIVEN_UP(w, 1)
+#endif
+#if PASSES > 1
+  :: HANDLER_PASSES(w, JOB_COUNT)
+  :: PASS_IS_SENT(w, JOB_COUNT)
+  :: PASS_IS_GIVEN_UP(w, JOB_COUNT)
+#endif
   /* The main task of a worker that was drained waits for the handlers, and for nothing else. */
-  :: atomic { drained[w] && running[w] == 0 && ALL_WAS_SENT(w) ->
+  :: atomic { drained[w] && running[w] == 0 && NONE_IS_PASSING(w) && ALL_WAS_SENT(w) ->
       printf("worker %d: exits\n", w);
       leave(w)
     }
