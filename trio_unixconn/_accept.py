@@ -74,11 +74,11 @@ class Acceptor:
       name: what to call it in the log.
     """
 
-    __slots__ = ("_delay", "_is_logged", "_name", "_restored", "_sock")
+    __slots__ = ("_delay", "_is_logged", "_restored", "_sock", "name")
 
     def __init__(self, sock: stdlib_socket.socket, name: object) -> None:
         self._sock = sock
-        self._name = name
+        self.name = name
         # After consecutive failures: the next delay, and whether they are logged.
         self._delay = 0.0
         self._is_logged = False
@@ -128,7 +128,7 @@ class Acceptor:
             logger.warning(
                 "%s: another process has made this listening socket blocking; it is non-blocking "
                 "again, for all processes that share it",
-                self._name,
+                self.name,
             )
         self._restored = True
 
@@ -182,7 +182,7 @@ class Acceptor:
             self._delay = min(2 * delay, MAX_BACKOFF) or INITIAL_BACKOFF
         if delay and not self._is_logged:
             logger.warning(
-                "%s: cannot accept connections (%s), retrying", self._name, error.strerror
+                "%s: cannot accept connections (%s), retrying", self.name, error.strerror
             )
             self._is_logged = True
         await trio.sleep(delay)

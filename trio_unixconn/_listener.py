@@ -267,6 +267,12 @@ def has_policy(listener: UnixListener) -> bool:
     return listener._policy is not None
 
 
+def policy_of(listener: UnixListener) -> PeerPolicy:
+    """Return the policy of a listener that has one."""
+    assert listener._policy is not None
+    return listener._policy
+
+
 def receives_descriptors(listener: UnixListener) -> bool:
     return listener._receive_descriptors
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import attrs
 import trio
@@ -190,6 +190,27 @@ class _Composed(PeerPolicy):
 
     def __repr__(self) -> str:
         return f"({self._left!r} {self._operator} {self._right!r})"
+
+
+def describe_policy(policy: PeerPolicy) -> list[object]:
+    """Return what another process of this user namespace can make the same policy of, as JSON.
+
+    Raises:
+      ValueError: it has a check, which is code of this process.
+    """
+    if isinstance(policy, _Composed):
+        return [policy._operator, describe_policy(policy._left), describe_policy(policy._right)]
+    if policy._check is not None:
+        raise ValueError(f"expected a policy without a check, got {policy!r}")
+    return ["ids", sorted(policy._uids), sorted(policy._gids)]
+
+
+def restore_policy(described: Any) -> PeerPolicy:
+    """Return the policy that :func:`describe_policy` has described."""
+    kind, left, right = described
+    if kind == "ids":
+        return PeerPolicy(uids=left, gids=right)
+    return _Composed(restore_policy(left), restore_policy(right), kind)
 
 
 async def _ask(check: PeerCheck, peer: PeerIdentity) -> bool:

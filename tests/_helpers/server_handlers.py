@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,3 +67,30 @@ async def only_once() -> AsyncGenerator[None, None]:
 async def fail(_stream: Any, _job: Job) -> None:
     """Raise."""
     raise RuntimeError("a handler that fails, and \x1b[31mcolours it")
+
+
+async def tell_job(stream: Any, job: Job) -> None:
+    """Describe the job, and handle the connection until the client ends it."""
+    told = {"pid": os.getpid(), "id": job.id, "passed": job.passed, "data": job.data.decode()}
+    await stream.send_all(json.dumps(told).encode() + b"\n")
+    async for _ in stream:
+        pass
+
+
+@asynccontextmanager
+async def without_free_descriptors() -> AsyncGenerator[None, None]:
+    """Hold all file descriptors for a moment after the worker is ready."""
+    held: list[int] = []
+    with suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+
+    async def free() -> None:
+        # Until the pool has tried to send something with file descriptors, and once more.
+        await trio.sleep(0.2)
+        for fd in held:
+            os.close(fd)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(free)
+        yield

@@ -79,6 +79,18 @@ def test_several_binds(project: Path) -> None:
     assert sorted(path.name for path in project.iterdir()) == ["app.py"]
 
 
+def test_accept_workers(project: Path) -> None:
+    """With --accept workers, workers accept; restarts and a drain are as ever."""
+    options = ("--accept", "workers", "--allow-user", str(os.getuid()))
+    with serving(project, "once", *options) as served:
+        assert answer(str(project / "s")) == b"one"
+        served.send(signal.SIGHUP)
+        served.line("restarted")
+        assert answer(str(project / "s")) == b"one"
+        told = served.drained()
+    assert "drained: 2 accepted, 0 denied, 2 handled, 0 failed, 0 abandoned, 0 rejected" in told
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_what_was_accepted(project: Path, number: signal.Signals) -> None:
     """Connections that are handled, or queued, are answered, and the exit status is 0."""

@@ -7,6 +7,7 @@ else is real: the pool, its queue, the supervisor, the handles, the connections.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from array import array
@@ -20,6 +21,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.fds import free_descriptors
 from tests._helpers.pool import at_rest, check_sums, lines, null, pids
 from tests._helpers.waiting import until
 from trio_unixconn import (
@@ -34,9 +36,14 @@ from trio_unixconn import (
 from trio_unixconn._closing import close_fds
 from trio_unixconn._connection import close_now
 from trio_unixconn._frames import MAX_BODY, Frame, FrameDecoder, encode_frame
+from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import AbandonedJob, JobReceipt, _process, _protocol, open_worker_pool
+from trio_unixconn.pool._accept_log import AcceptLogWriter
+from trio_unixconn.pool._accepted import AcceptPlan, SharedListener
 from trio_unixconn.pool._completion_log import CompletionLog
+from trio_unixconn.pool._endpoints import EndpointKind
 from trio_unixconn.pool._handle import EXIT_GRACE, HandleState
+from trio_unixconn.pool._pool import supervisor_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -278,6 +285,8 @@ LIES = {
     "unknown kind": Lie(encode_frame(255), "got kind 255"),
     "kind of the pool": Lie(encode_frame(_protocol.DRAIN, bytes(8)), "got kind 3"),
     "kind 0": Lie(encode_frame(0), "got kind 0"),
+    "STOPPED": Lie(encode_frame(_protocol.STOPPED), "was not told to accept"),
+    "STARVED": Lie(_protocol.pack_starved(has_sockets=True), "was not told to"),
     "TAKEN of batch 0": Lie(taken(0), NOT_OUTSTANDING),
     "TAKEN of an old batch": Lie(taken(2), NOT_OUTSTANDING),
     "TAKEN of a batch of the future": Lie(taken(4), NOT_OUTSTANDING),
@@ -924,6 +933,178 @@ async def test_leave_of_a_worker_whose_handlers_go_on(
         assert [each.id for each in reported] == [1]
         assert reported[0].seconds == pytest.approx(20 + EXIT_GRACE, abs=0.01)
         assert pool.statistics().abandoned == 1
+
+
+################################################################
+# Workers that accept
+################################################################
+
+
+@attrs.define
+class AcceptingWorker:
+    """A worker that was told to accept, and has accepted three connections."""
+
+    worker: FakeWorker
+    log: AcceptLogWriter
+    base: int
+
+
+@asynccontextmanager
+async def accepting_worker(
+    pool: WorkerPool, worker: FakeWorker, listener: trio.SocketListener, count: int = 3
+) -> AsyncGenerator[AcceptingWorker, None]:
+    sock = raw_socket(listener.socket)
+    plan = AcceptPlan([SharedListener(sock, EndpointKind.TCP, "here")], 10)
+    supervisor_of(pool).accept_from(plan)
+    decoder = FrameDecoder()
+    frames: list[Frame] = []
+    with trio.fail_after(30):
+        while not frames:
+            message = await worker.end.receive_message(65536)
+            frames = decoder.feed(message.data, message.fds.steal_fds())
+    (frame,) = frames
+    assert frame.kind == _protocol.ACCEPT
+    assert frame.fds is not None
+    close_fds(frame.fds[1:])
+    log = AcceptLogWriter(frame.fds[0])
+    for _ in range(count):
+        log.add(EndpointKind.TCP, "")
+    try:
+        yield AcceptingWorker(worker, log, json.loads(frame.body)["base"])
+    finally:
+        log.close()
+
+
+def _cancelled(job_id: int) -> bytes:
+    return _protocol.pack_job_result(_protocol.ERROR, job_id, _protocol.CANCELLED_BY_EXIT)
+
+
+# Frames about connections that the worker has accepted, by the id before the first of them.
+ACCEPT_LIES: dict[str, tuple[Callable[[int], bytes], str]] = {
+    "ERROR of the next job": (lambda base: error(base + 4), "was not accepted"),
+    "CANCELLED of the next job": (lambda base: _cancelled(base + 4), NOT_IN_FLIGHT),
+    "CANCELLED twice": (lambda base: _cancelled(base + 1) * 2, NOT_IN_FLIGHT),
+    "PASS of the next job": (lambda base: pass_on(base + 4), NOT_IN_FLIGHT),
+    "PASS of no connection": (lambda base: pass_on(base + 1), "got another file"),
+    "PASS of another worker's job": (lambda base: pass_on(2 * base + 1), NOT_IN_FLIGHT),
+    "DONE": (lambda base: done(base + 1), NOT_IN_FLIGHT),
+    "STARVED with a wrong body": (
+        lambda _: encode_frame(_protocol.STARVED, b"\2"),
+        "expected whether it has the listening sockets",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPT_LIES)
+async def test_accepting_worker_that_violates_the_protocol_is_killed(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it has accepted is abandoned, once, or was reported before."""
+    frames, text = ACCEPT_LIES[name]
+    reported: list[AbandonedJob] = []
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        listener,
+        fake_pool(monkeypatch, on_abandoned=reported.append) as (pool, workers),
+        accepting_worker(pool, workers[0], listener) as accepting,
+    ):
+        data = frames(accepting.base)
+        fd = null()
+        await accepting.worker.say(data, (fd,) if "PASS" in name else ())
+        os.close(fd)
+        await accepting.worker.exited.wait()
+        await until(lambda: has_started(workers, 2))
+        assert text in caplog.text
+        found = pool.statistics()
+        failed = 1 if "twice" in name else 0
+        assert (found.abandoned, found.failed, found.handled) == (3 - failed, failed, 0)
+        assert len({each.id for each in reported}) == 3 - failed
+
+
+async def test_accept_log_that_contradicts_itself_kills_the_worker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The statistics are those of before, and another worker is started."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        listener,
+        fake_pool(monkeypatch) as (pool, workers),
+        accepting_worker(pool, workers[0], listener) as accepting,
+    ):
+        assert pool.statistics().in_flight == 3
+        accepting.log._words[1] = 0
+        pool.statistics()
+        await accepting.worker.exited.wait()
+        await until(lambda: has_started(workers, 2))
+        assert "contradicts itself" in caplog.text
+        assert pool.statistics().abandoned == 3
+
+
+async def test_leave_of_a_worker_that_has_accepted(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It has EXIT_GRACE after it has said that its handlers have ended."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        listener,
+        fake_pool(monkeypatch, drain_timeout=1000) as (pool, workers),
+        accepting_worker(pool, workers[0], listener, count=1) as accepting,
+    ):
+        (worker,) = workers
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.drain)
+            while (await worker.frame()).kind != _protocol.DRAIN:
+                pass
+            await trio.sleep(100)
+            assert worker.status is None
+            accepting.log.finish(0, failed=False)
+            begin = trio.current_time()
+            await worker.say(encode_frame(_protocol.IDLE))
+        assert trio.current_time() - begin == pytest.approx(EXIT_GRACE, abs=0.01)
+    assert pool.statistics().handled == 1
+
+
+async def test_stop_accepting_while_the_listeners_cannot_be_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool without a free file descriptor retries; a worker that is to stop is sent none."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, fake_pool(monkeypatch) as (pool, workers):
+        sock = raw_socket(listener.socket)
+        plan = AcceptPlan([SharedListener(sock, EndpointKind.TCP, "here")], 10)
+        supervisor = supervisor_of(pool)
+        with free_descriptors(0):
+            supervisor.accept_from(plan)
+            await wait_all_tasks_blocked()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervisor.stop_accepting)
+                frame = await workers[0].frame()
+                assert frame.kind == _protocol.STOP
+                await workers[0].say(encode_frame(_protocol.STOPPED))
+        supervisor.accept_from(AcceptPlan(plan.listeners, 10))
+        assert (await workers[0].frame()).kind == _protocol.ACCEPT
+        # It could not receive them, and then it is to stop.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.stop_accepting)
+            await wait_all_tasks_blocked()
+            await workers[0].say(_protocol.pack_starved(has_sockets=False))
+        assert (await workers[0].frame()).kind == _protocol.STOP
+
+
+async def test_a_closed_listener_is_not_shared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A listener that other code closes just then does not end the worker."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with fake_pool(monkeypatch) as (pool, workers):
+        sock = raw_socket(listener.socket)
+        await listener.aclose()
+        plan = AcceptPlan([SharedListener(sock, EndpointKind.TCP, "here")], 10)
+        supervisor_of(pool).accept_from(plan)
+        await wait_all_tasks_blocked()
+        assert workers[0].status is None
+        plan.is_over = True
+    assert "error in the pool" not in caplog.text
 
 
 ################################################################

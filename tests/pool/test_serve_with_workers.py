@@ -23,6 +23,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests._helpers.environment import environment
 from tests._helpers.fds import free_descriptors
 from tests._helpers.requirements import passrights
+from tests._helpers.serving import answer, connected, serving, tcp
 from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
@@ -56,56 +57,6 @@ pytestmark = pytest.mark.slow
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
-
-
-@asynccontextmanager
-async def serving(
-    handler: str, *listeners: Listener, **options: Any
-) -> AsyncGenerator[WorkerServer, None]:
-    """Serve with one worker; drain at the end of the block."""
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            server: WorkerServer = await nursery.start(
-                partial(
-                    serve_with_workers,
-                    f"tests._helpers.server_handlers:{handler}",
-                    listeners,
-                    **{"workers": 1, **options},
-                )
-            )
-            yield server
-            server.drain()
-
-
-async def tcp(host: str = "127.0.0.1") -> trio.SocketListener:
-    (listener,) = await trio.open_tcp_listeners(0, host=host)
-    return listener
-
-
-def connected(listener: Listener) -> socket.socket:
-    """Connect as far as the listener's queue."""
-    name = (
-        listener.get_local_address().native
-        if isinstance(listener, UnixListener)
-        else listener.socket.getsockname()
-    )
-    client = socket.socket(listener.socket.family)
-    client.settimeout(30)
-    client.connect(name)
-    return client
-
-
-async def answer(client: socket.socket, sent: bytes = b"x") -> bytes:
-    """Send, end the stream, and return everything that is received."""
-
-    def talk() -> bytes:
-        with client:
-            client.sendall(sent)
-            client.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: client.recv(65536), b""))
-
-    # A thread of its own: it may wait for the answer to another client.
-    return await trio.to_thread.run_sync(talk, limiter=trio.CapacityLimiter(1))
 
 
 ################################################################

@@ -38,7 +38,7 @@ from trio.lowlevel import enable_ki_protection
 
 from .. import _kernel
 from .._connection import receive_with_fds
-from .._frames import Frame, FrameDecoder, FrameError, close_frames
+from .._frames import Frame, FrameDecoder, FrameError, close_frames, encode_frame
 from .._owner import DescriptorOwner
 from ..errors import (
     ConnectionBrokenError,
@@ -49,12 +49,14 @@ from ..errors import (
     WorkerStartError,
 )
 from . import _protocol
+from ._accepted import AcceptedJobs
 from ._endpoints import kind_of_passed
 from ._pending import JobEnd, PendingJob
 from ._process import WorkerProcess, describe_exit
 from ._protocol import PassVerdict, ProtocolError
 
 if TYPE_CHECKING:
+    from ._accepted import AcceptPlan, Progress
     from ._endpoints import EndpointKind
     from ._statistics import Counters
 
@@ -110,8 +112,12 @@ class HandleOwner(Protocol):
           awaited: whether a caller is told, too.
         """
 
-    def on_passed(self, job: PendingJob, fd: int, kind: EndpointKind, data: bytes) -> bool:
+    def on_passed(self, fd: int, kind: EndpointKind, data: bytes, peer: Any, passed: int) -> bool:
         """Called with a connection that a handler has passed on.
+
+        Args:
+          peer: the address of its peer.
+          passed: how often it was passed on before.
 
         Returns:
           Whether another handler gets it. Then the owner of this owns the file descriptor.
@@ -119,7 +125,10 @@ class HandleOwner(Protocol):
         ...
 
     def on_refused(self, handle: WorkerHandle) -> None:
-        """Called when the worker has refused a batch; the handle rests until it is told not to."""
+        """Called when the worker had no free file descriptor; it rests until it is told not to."""
+
+    def on_enough(self, handle: WorkerHandle) -> None:
+        """Called when the worker has accepted as many connections as it may."""
 
     def on_leaving(self, handle: WorkerHandle) -> None:
         """Called when the worker was asked to terminate by a signal."""
@@ -141,7 +150,7 @@ class WorkerHandle(DescriptorOwner):
       in_flight: the jobs that it has acknowledged and not finished, by their numbers.
       limit: the number of jobs in its next batch.
       recent: the number of jobs that it was given lately; the queue counts.
-      resting: whether it has refused a batch and gets nothing for a moment.
+      resting: whether it has refused a batch or is to stop accepting, and gets nothing now.
       error: why it has ended, or could not start.
       ready: set when it has said that it is ready, or that it cannot start, or has ended.
       gone: set when it has ended.
@@ -152,6 +161,8 @@ class WorkerHandle(DescriptorOwner):
       accepted, handled, failed: the numbers of its jobs.
       refusals: the number of batches that it has refused.
       died_with_jobs: whether it had jobs when it ended.
+      is_accepting: whether it was told to accept connections, and has not stopped.
+      lacks_listeners: whether it had no free file descriptor for the listening sockets.
     """
 
     def __init__(
@@ -184,10 +195,15 @@ class WorkerHandle(DescriptorOwner):
         self._expects_batch_answer = False
         self.batch_sent_at: float = math.inf
         # The batch stands for itself: there is one at most.
-        self._outgoing: deque[bytes | None] = deque()
+        self._outgoing: deque[bytes | AcceptPlan | None] = deque()
         self._outgoing_changed = trio.lowlevel.ParkingLot()
         self._changed = trio.lowlevel.ParkingLot()
         self._killed_for: str | None = None
+        self._accepted_jobs: AcceptedJobs | None = None
+        self._plan: AcceptPlan | None = None
+        self._enough = math.inf
+        self.is_accepting: bool = False
+        self.lacks_listeners: bool = False
 
     def __repr__(self) -> str:
         return f"worker {self.index} (pid {self.pid})"
@@ -198,8 +214,8 @@ class WorkerHandle(DescriptorOwner):
 
     @property
     def jobs_in_hand(self) -> int:
-        """The number of jobs that it was given and has not finished."""
-        return len(self.batch) + len(self.in_flight)
+        """The number of jobs that it was given, or has accepted, and has not finished."""
+        return len(self.batch) + len(self.in_flight) + self._accepted_in_flight()
 
     def can_accept(self, max_in_flight: int) -> bool:
         """Whether it can be given a batch now."""
@@ -208,7 +224,7 @@ class WorkerHandle(DescriptorOwner):
             and not self.batch
             and self.state is HandleState.READY
             and not self.resting
-            and len(self.in_flight) < max_in_flight
+            and len(self.in_flight) + self._accepted_in_flight() < max_in_flight
         )
 
     def send_jobs(self, jobs: list[PendingJob]) -> None:
@@ -256,6 +272,7 @@ class WorkerHandle(DescriptorOwner):
         self.drain(timeout, is_replaced=is_replaced)
         while self.state is not HandleState.ENDED:
             limit = deadline
+            self.sync_accepted()
             if not self.jobs_in_hand:
                 limit = min(limit, max(begin, self.idle_since))
             with trio.move_on_at(limit + grace) as scope:
@@ -274,9 +291,84 @@ class WorkerHandle(DescriptorOwner):
                 self.kill(reason)
                 await self.gone.wait()
 
-    def _send_soon(self, item: bytes | None) -> None:
+    def _send_soon(self, item: bytes | AcceptPlan | None) -> None:
         self._outgoing.append(item)
         self._outgoing_changed.unpark()
+
+    ################################################################
+    # Connections that it accepts
+    ################################################################
+
+    def accept_from(self, plan: AcceptPlan, enough: float) -> None:
+        """Have the worker accept connections.
+
+        Args:
+          enough: after how many it reports that.
+        """
+        self._plan, self._enough = plan, enough
+        self.is_accepting, self.lacks_listeners = True, False
+        self._send_soon(plan)
+
+    async def stop_accepting(self) -> None:
+        """Have the worker accept no more, and wait until it has closed the listening sockets.
+
+        Until then it gets no jobs: a worker that does not run would keep them waiting.
+        """
+        if self.is_accepting:
+            self.resting = True
+            self._send_soon(encode_frame(_protocol.STOP))
+        while self.is_accepting:
+            await self._changed.park()
+
+    def sync_accepted(self) -> None:
+        """Count what the worker has accepted."""
+        jobs = self._accepted_jobs
+        if jobs is not None and self.state is not HandleState.ENDED:
+            try:
+                self._add(jobs.sync())
+            except ProtocolError as exc:
+                self._on_protocol_error(str(exc))
+
+    def _add(self, progress: Progress) -> None:
+        self.accepted += progress.accepted
+        self.handled += progress.handled
+        self.failed += progress.failed
+
+    def accepted_progress(self) -> tuple[int, int]:
+        """Return how many connections were accepted, and handled, since the last call of this."""
+        return (0, 0) if self._accepted_jobs is None else self._accepted_jobs.progress()
+
+    def _accepted_in_flight(self) -> int:
+        return 0 if self._accepted_jobs is None else self._accepted_jobs.in_flight
+
+    def _settle_accepted(self) -> list[PendingJob]:
+        """Count everything after its end, and return the jobs that it was handling."""
+        jobs = self._accepted_jobs
+        if jobs is None:
+            return []
+        progress, lost = jobs.settle()
+        jobs.close()
+        self._add(progress)
+        if handled := jobs.progress()[1]:
+            self._owner.on_finished(self, handled)
+        return lost
+
+    async def _send_listeners(self, plan: AcceptPlan) -> None:
+        while not plan.is_over:
+            if -1 in plan.fds():
+                # The server notices that a listener is closed, too, and ends.
+                return
+            try:
+                if self._accepted_jobs is None:
+                    self._accepted_jobs = AcceptedJobs(plan, self._enough, self._counters)
+                jobs = self._accepted_jobs
+                await self.process.conn.send_message(jobs.pack(), fds=[jobs.log.fd, *plan.fds()])
+            except OSError as exc:
+                if exc.errno not in _kernel.OUT_OF_RESOURCES:
+                    raise
+                await trio.sleep(SEND_RETRY_DELAY)
+            else:
+                return
 
     ################################################################
     # Its life
@@ -324,9 +416,11 @@ class WorkerHandle(DescriptorOwner):
         in_flight, self.in_flight = self.in_flight, {}
         # Jobs that it has finished and could not report.
         finished = self.process.log.entries() if in_flight else set[int]()
+        abandoned = self._settle_accepted()
         # At once, before another task can use the free file descriptors: a new worker needs them.
         self.process.close()
-        abandoned: list[PendingJob] = []
+        self.is_accepting = False
+        reported = len(abandoned)
         for job in in_flight.values():
             error = None
             if job.wants_answer:
@@ -338,8 +432,8 @@ class WorkerHandle(DescriptorOwner):
                 abandoned.append(job)
                 job.settle(JobEnd.ABANDONED, error)
         self.died_with_jobs = bool(batch or abandoned)
-        if len(abandoned) < len(in_flight):
-            self._owner.on_finished(self, len(in_flight) - len(abandoned))
+        if ended := len(in_flight) - (len(abandoned) - reported):
+            self._owner.on_finished(self, ended)
         if batch:
             self._owner.requeue(batch, self.error, counts=True)
         self.ready.set()
@@ -363,8 +457,10 @@ class WorkerHandle(DescriptorOwner):
             try:
                 if item is None:
                     await self._send_batch()
-                else:
+                elif isinstance(item, bytes):
                     await self.process.conn.send_all(item)
+                else:
+                    await self._send_listeners(item)
             except UnixConnectionError:
                 # It has closed its end, and receives nothing any more. Usually it is exiting.
                 await self._stop_using()
@@ -487,23 +583,33 @@ class WorkerHandle(DescriptorOwner):
         """
         try:
             job_id, data = _protocol.unpack_job_result(frame.body)
-            job = self._job(job_id, wants_answer=False)
+            accepted = self._accepted_jobs
+            if accepted is None or not accepted.owns(job_id):
+                accepted = None
+                job = self._job(job_id, wants_answer=False)
+                was_kind, peer, passed = job.kind, job.peer, job.passed
+            else:
+                found = accepted.find(job_id)
+                was_kind, peer, passed = found.kind, found.peer, 0
             if frame.fds is None:
                 # EMFILE here: the kernel has dropped the duplicate.
                 self._send_soon(_protocol.pack_passed(job_id, PassVerdict.RETRY))
                 return
-            kind = kind_of_passed(job.kind, frame.fds[0]) if len(frame.fds) == 1 else None
+            kind = kind_of_passed(was_kind, frame.fds[0]) if len(frame.fds) == 1 else None
             if kind is None:
                 raise ProtocolError(f"expected the connection of job {job_id}, got another file")
         except ProtocolError:
             close_frames([frame])
             raise
         verdict = PassVerdict.TAKEN
-        if not self._owner.on_passed(job, frame.fds[0], kind, data):
+        if not self._owner.on_passed(frame.fds[0], kind, data, peer, passed):
             close_frames([frame])
             verdict = PassVerdict.CLOSED
         self._send_soon(_protocol.pack_passed(job_id, verdict))
         # The worker reports nothing more about it.
+        if accepted is not None:
+            accepted.note_passed(job_id)
+            return
         self._finish(job_id, wants_answer=False).settle(JobEnd.HANDLED)
         self.handled += 1
         self._on_finished(1)
@@ -596,6 +702,9 @@ class WorkerHandle(DescriptorOwner):
     def _on_error(self, body: bytes) -> None:
         job_id, said = _protocol.unpack_job_result(body)
         text = said.decode(errors="replace")
+        if self._accepted_jobs is not None and self._accepted_jobs.owns(job_id):
+            self._on_accepted_error(self._accepted_jobs, job_id, text, said)
+            return
         job = self._finish(job_id, wants_answer=None)
         error = None
         if job.wants_answer:
@@ -610,6 +719,15 @@ class WorkerHandle(DescriptorOwner):
             cancelled=said == _protocol.CANCELLED_BY_EXIT,
         )
         self._on_finished(0)
+
+    def _on_accepted_error(self, jobs: AcceptedJobs, job_id: int, text: str, said: bytes) -> None:
+        cancelled = said == _protocol.CANCELLED_BY_EXIT
+        if cancelled:
+            jobs.note_cancelled(job_id)
+        else:
+            # It is counted in the log.
+            jobs.check(job_id)
+        self._owner.on_failed(self, job_id, text, awaited=False, cancelled=cancelled)
 
     def _job(self, job_id: int, *, wants_answer: bool | None) -> PendingJob:
         job = self.in_flight.get(job_id)
@@ -631,6 +749,33 @@ class WorkerHandle(DescriptorOwner):
             self._changed.unpark_all()
         self._owner.on_finished(self, count)
 
+    def _on_stopped(self, _: bytes) -> None:
+        if self._plan is None:
+            raise ProtocolError("worker stopped accepting, and was not told to accept")
+        self.is_accepting = self.resting = False
+        self._changed.unpark_all()
+        self._owner.dispatch()
+
+    def _on_starved(self, body: bytes) -> None:
+        if self._plan is None:
+            raise ProtocolError("worker cannot accept, and was not told to")
+        self.lacks_listeners = not _protocol.unpack_starved(body)
+        if self.lacks_listeners and self._plan.is_over:
+            self.is_accepting = False
+            self._changed.unpark_all()
+        self.refusals += 1
+        self.resting = True
+        self._owner.on_refused(self)
+
+    def _on_enough(self, _: bytes) -> None:
+        self.sync_accepted()
+        self._owner.on_enough(self)
+
+    def _on_idle(self, _: bytes) -> None:
+        self.idle_since = self.last_heard
+        self.sync_accepted()
+        self._changed.unpark_all()
+
     def _on_leaving(self, _: bytes) -> None:
         self._owner.on_leaving(self)
 
@@ -649,4 +794,8 @@ class WorkerHandle(DescriptorOwner):
         _protocol.LEAVING: _on_leaving,
         _protocol.MORE: _on_more,
         _protocol.BEAT: _on_beat,
+        _protocol.STOPPED: _on_stopped,
+        _protocol.STARVED: _on_starved,
+        _protocol.ENOUGH: _on_enough,
+        _protocol.IDLE: _on_idle,
     }

@@ -248,6 +248,7 @@ class WorkerPool(DescriptorOwner):
 
     def statistics(self) -> PoolStatistics:
         """Return what the pool has done since its beginning, and what it is doing."""
+        self._supervisor.sync_accepted()
         restarts = {id(slot.handle): slot.restarts for slot in self._supervisor.slots}
         now, oldest = trio.current_time(), self._queue.oldest_submitted_at()
         workers = tuple(
@@ -283,6 +284,10 @@ def queue_of(pool: WorkerPool) -> JobQueue:
 
 def config_of(pool: WorkerPool) -> PoolConfig:
     return pool._supervisor.options
+
+
+def supervisor_of(pool: WorkerPool) -> Supervisor:
+    return pool._supervisor
 
 
 async def wait_worker_exit(pool: WorkerPool) -> None:

@@ -7,6 +7,9 @@ JOBS                  a batch: its id, and the id, endpoint kind and data of eac
 CANCEL                the ids of jobs whose callers were cancelled
 DRAIN                 the seconds in which to finish; a later batch is refused
 PASSED                the pool has a connection that was passed on, or cannot have it
+ACCEPT                accept connections from these listening sockets; with the file descriptors
+                      of the log in which to note them, and of the sockets
+STOP                  accept no more
 ====================  ==================================================================
 
 ====================  ==================================================================
@@ -24,6 +27,11 @@ PASS                  the handler of a job has passed its connection on; with it
                       descriptor, and the data for the next handler
 BEAT                  the heartbeat
 LEAVING               it was asked to terminate (SIGTERM)
+STOPPED               it has closed the listening sockets, or has none
+STARVED               it had no free file descriptor to accept a connection, or to receive the
+                      listening sockets; then they are sent again
+ENOUGH                it has accepted as many connections as ACCEPT says
+IDLE                  after DRAIN: its handlers have ended
 ====================  ==================================================================
 """
 
@@ -40,13 +48,15 @@ from .._frames import FrameError, encode_frame
 from .._version import __version__
 
 #: Changes whenever a frame changes.
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 # From the pool to a worker.
 JOBS: Final = 1
 CANCEL: Final = 2
 DRAIN: Final = 3
 PASSED: Final = 4
+ACCEPT: Final = 5
+STOP: Final = 6
 # From a worker to the pool.
 READY: Final = 16
 FAILED: Final = 17
@@ -59,6 +69,10 @@ BEAT: Final = 23
 LEAVING: Final = 24
 MORE: Final = 25
 PASS: Final = 26
+STOPPED: Final = 27
+STARVED: Final = 28
+ENOUGH: Final = 29
+IDLE: Final = 30
 
 #: The whole text of an ERROR for a job whose handler was cancelled at the end of a drain. The
 #: traceback of an exception is another text.
@@ -219,6 +233,18 @@ def unpack_passed(body: bytes) -> tuple[int, PassVerdict]:
         return int(job_id), PassVerdict(verdict)
     except (struct.error, ValueError) as exc:
         raise ProtocolError(f"expected the id of a job and a verdict: {exc}") from exc
+
+
+def pack_starved(*, has_sockets: bool) -> bytes:
+    """Return a STARVED frame."""
+    return encode_frame(STARVED, bytes([has_sockets]))
+
+
+def unpack_starved(body: bytes) -> bool:
+    """Return whether a worker without a free file descriptor has the listening sockets."""
+    if body not in {b"\0", b"\1"}:
+        raise ProtocolError(f"expected whether it has the listening sockets, got {body!r:.40}")
+    return body == b"\1"
 
 
 def pack_ready() -> bytes:

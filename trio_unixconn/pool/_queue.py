@@ -67,12 +67,14 @@ class JobQueue(DescriptorOwner):
 
     Attributes:
       workers: the handles of the workers that get jobs, by their index.
+      closed: set when no more jobs are accepted.
     """
 
     def __init__(
         self, max_in_flight: int, max_queue: int, max_attempts: int, counters: Counters
     ) -> None:
         self.workers: dict[int, WorkerHandle] = {}
+        self.closed: trio.Event = trio.Event()
         self._max_in_flight = max_in_flight
         self._max_queue = max_queue
         self._max_attempts = max_attempts
@@ -329,6 +331,7 @@ class JobQueue(DescriptorOwner):
         """Accept no more jobs; those that are queued are dispatched. The first reason stays."""
         if self._closed is None:
             self._closed = why
+            self.closed.set()
             for lane in (self._common, *self._pinned.values()):
                 lane.submitters.unpark_all()
 

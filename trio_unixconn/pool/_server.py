@@ -1,4 +1,9 @@
-"""serve_with_workers: this process accepts connections, worker processes handle them.
+"""serve_with_workers: accepts connections, which worker processes handle.
+
+With ``accept="parent"`` this process accepts them, and passes them on. With ``accept="workers"``
+the workers get the listening sockets and accept by themselves. This process accepts only what is in
+the queues when a drain begins: first it accepts beside the workers, until all of them have
+stopped, and then it empties the queues, as in the other mode.
 
 A listener reserves slots of the pool's queue before it accepts connections, and keeps a slot for
 each connection that a policy is being asked about. A slot that it does not use, because a peer was
@@ -17,13 +22,16 @@ Sources: accept(2), listen(2), trio.serve_listeners
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
+import select
 import socket as stdlib_socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import attrs
 import trio
@@ -37,16 +45,19 @@ from .._listener import (
     admits,
     has_policy,
     make_connection,
+    policy_of,
     receives_descriptors,
     remove_path,
 )
 from .._owner import DescriptorOwner
+from .._policy import describe_policy
 from .._server import crash_and_rest
 from .._sockopts import can_linger, raw_socket
 from .._trio_task import check_task
 from ..errors import ConnectionClosedError, PoolClosedError
 from ..handover._listeners import GenerationListener
 from ..handover._protocol import PassedConnection
+from ._accepted import AcceptPlan, SharedListener
 from ._config import checked_timeout
 from ._endpoints import EndpointKind, kind_of_received
 from ._pool import (
@@ -57,6 +68,7 @@ from ._pool import (
     put_received,
     queue_of,
     set_successor,
+    supervisor_of,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +94,10 @@ _KINDS: Final = {
 }
 
 
+#: Which process accepts connections.
+AcceptMode: TypeAlias = Literal["parent", "workers"]
+
+
 @attrs.define(eq=False)
 class WorkerServer(DescriptorOwner):
     """A running server of :func:`serve_with_workers`.
@@ -90,16 +106,16 @@ class WorkerServer(DescriptorOwner):
       pool: its workers, for :meth:`WorkerPool.restart` and :meth:`WorkerPool.scale`.
       listeners: the listeners that it accepts connections from; closed by a drain. With a
         generation, those that the listeners of the generation consist of.
-      accepted: the number of accepted connections.
-      denied: how many of those the policy of a :class:`UnixListener` has denied. That includes
-        those for which a check of the policy has raised an exception, which is logged.
     """
 
     pool: WorkerPool
     listeners: Sequence[trio.SocketListener | UnixListener]
-    accepted: int = 0
-    denied: int = 0
+    # Those that this process has accepted and denied.
+    _accepted: int = attrs.field(default=0, alias="accepted", repr=False)
+    _denied: int = attrs.field(default=0, alias="denied", repr=False)
     _served: GenerationServer | None = attrs.field(default=None, alias="served", repr=False)
+    # What workers accept from; None if this process accepts.
+    _plan: AcceptPlan | None = attrs.field(default=None, alias="plan", repr=False)
     _drains: bool = attrs.field(default=False, init=False, repr=False)
     # Has the time at which a drain stops accepting as its deadline.
     _accepting: trio.CancelScope = attrs.field(factory=trio.CancelScope, repr=False)
@@ -118,6 +134,26 @@ class WorkerServer(DescriptorOwner):
         else:
             self._acceptors = [each.acceptor for each in self._served.listeners]
         self._kinds = {each: _kind_of(each) for each in self.listeners}
+
+    @property
+    def accepted(self) -> int:
+        """The number of accepted connections."""
+        if self._plan is None:
+            return self._accepted
+        supervisor_of(self.pool).sync_accepted()
+        return self._accepted + self._plan.accepted
+
+    @property
+    def denied(self) -> int:
+        """How many of those the policy of a :class:`UnixListener` has denied.
+
+        That includes those for which a check of the policy has raised an exception, which is
+        logged.
+        """
+        if self._plan is None:
+            return self._denied
+        supervisor_of(self.pool).sync_accepted()
+        return self._denied + self._plan.denied
 
     def drain(self, timeout: float | None = None, *, delay: float = 0) -> None:
         """Shut down gracefully: stop accepting connections and let running handlers finish.
@@ -184,20 +220,26 @@ class WorkerServer(DescriptorOwner):
             async with trio.open_nursery() as asking:
                 with self._accepting:
                     async with trio.open_nursery() as accepting:
+                        accept = self._accept_from if self._plan is None else self._watch
                         for index, (listener, acceptor) in enumerate(self._each()):
                             accepting.start_soon(
-                                self._accept_from,
+                                accept,
                                 listener,
                                 acceptor,
                                 asking,
                                 self._gated(index),
                                 name=f"trio_unixconn.pool {listener!r}",
                             )
+                        if self._plan is not None:
+                            supervisor_of(self.pool).accept_from(self._plan)
+                            accepting.start_soon(self._end_with_pool)
                         task_status.started(self)
                         if self._served is not None:
                             self._served.set_prepared()
                 # A drain has cancelled that. Everything else ends it with an exception. What
                 # follows waits for free slots and for checks of policies.
+                if self._plan is not None:
+                    await self._stop_workers(asking)
                 for listener, acceptor in self._each():
                     asking.start_soon(self._accept_last, listener, acceptor, asking)
             await self.pool.drain(math.inf)
@@ -247,6 +289,68 @@ class WorkerServer(DescriptorOwner):
                 self._accepting.cancel()
         if not (self._drains or self._accepting.cancel_called):
             raise ConnectionClosedError("other code has closed this listener")
+
+    ################################################################
+    # Workers that accept
+    ################################################################
+
+    @enable_ki_protection
+    async def _watch(
+        self,
+        listener: AnyListener,
+        acceptor: Acceptor,
+        asking: trio.Nursery,
+        _: GenerationListener[Any] | None = None,
+    ) -> None:
+        """Notice that a listener does not listen any more.
+
+        Raises:
+          ConnectionClosedError: other code has closed the listener.
+          OSError: accepting can never succeed again.
+        """
+        raw = raw_socket(listener.socket)
+        while raw.fileno() != -1:
+            # It never becomes writable. The end of its life is an event for all that wait.
+            try:
+                await trio.lowlevel.wait_writable(raw)
+            except trio.ClosedResourceError:
+                break
+            accepted = 0
+            with suppress(PoolClosedError):
+                accepted = await self._accept_pending(listener, acceptor, asking)
+            if not accepted and _has_hung_up(raw):
+                # Of a Unix socket that was shut down, accept(2) says that its queue is empty.
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), acceptor.name)
+            await trio.lowlevel.checkpoint()
+        if not (self._drains or self._accepting.cancel_called):
+            raise ConnectionClosedError("other code has closed this listener")
+
+    async def _end_with_pool(self) -> None:
+        """Stop accepting when other code drains the pool, as submitting would fail then."""
+        await queue_of(self.pool).closed.wait()
+        self._accepting.cancel()
+
+    @enable_ki_protection
+    async def _stop_workers(self, asking: trio.Nursery) -> None:
+        """Have workers stop accepting, and accept in this process meanwhile.
+
+        A worker that computes stops late. Clients need not wait for it.
+        """
+        async with trio.open_nursery() as nursery:
+            for listener, acceptor in self._each():
+                nursery.start_soon(self._accept_meanwhile, listener, acceptor, asking)
+            await supervisor_of(self.pool).stop_accepting()
+            nursery.cancel_scope.cancel()
+
+    @enable_ki_protection
+    async def _accept_meanwhile(
+        self, listener: AnyListener, acceptor: Acceptor, asking: trio.Nursery
+    ) -> None:
+        raw = raw_socket(listener.socket)
+        with suppress(PoolClosedError, trio.ClosedResourceError):
+            while raw.fileno() != -1:
+                await trio.lowlevel.wait_readable(raw)
+                await self._accept_pending(listener, acceptor, asking)
 
     @enable_ki_protection
     async def _accept_last(
@@ -307,7 +411,7 @@ class WorkerServer(DescriptorOwner):
     def _distribute(
         self, listener: AnyListener, accepted: list[Accepted], asking: trio.Nursery
     ) -> None:
-        self.accepted += len(accepted)
+        self._accepted += len(accepted)
         if isinstance(listener, UnixListener) and has_policy(listener):
             address = listener.get_local_address() if accepted else None
             for fd, name in accepted:
@@ -326,11 +430,11 @@ class WorkerServer(DescriptorOwner):
                 if await admits(listener, conn):
                     admitted.append((conn.detach(), name))
                 else:
-                    self.denied += 1
+                    self._denied += 1
         except BaseException as exc:
             crash, rest = crash_and_rest(exc)
             if crash is not None:
-                self.denied += 1
+                self._denied += 1
                 logger.exception(
                     "%s: a check of the policy crashed, the connection is closed",
                     address,
@@ -410,10 +514,13 @@ def _kind_of_received(fd: int, connection: PassedConnection) -> EndpointKind | N
 
 
 def _acceptor(listener: AnyListener) -> Acceptor:
-    raw = raw_socket(listener.socket)
+    return Acceptor(raw_socket(listener.socket), _name_of(listener))
+
+
+def _name_of(listener: AnyListener) -> str:
     if isinstance(listener, UnixListener):
-        return Acceptor(raw, listener.get_local_address())
-    return Acceptor(raw, repr(raw.getsockname()))
+        return str(listener.get_local_address())
+    return repr(raw_socket(listener.socket).getsockname())
 
 
 @enable_ki_protection
@@ -469,6 +576,40 @@ def _kind_of(listener: AnyListener) -> EndpointKind:
     return _KINDS.get(listener.socket.family, EndpointKind.OTHER)
 
 
+def _has_hung_up(sock: stdlib_socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
+def make_plan(listeners: Sequence[AnyListener], max_in_flight: int) -> AcceptPlan:
+    """Return what workers accept from.
+
+    Raises:
+      ValueError: a policy has a check, which is code of this process.
+    """
+    shared: list[SharedListener] = []
+    for listener in listeners:
+        policy = None
+        if isinstance(listener, UnixListener) and has_policy(listener):
+            try:
+                policy = describe_policy(policy_of(listener))
+            except ValueError:
+                raise ValueError(
+                    'accept="workers" requires policies without a check, which workers cannot '
+                    f'run, got {policy_of(listener)!r}; use accept="parent", or ask in the handler'
+                ) from None
+        raw = raw_socket(listener.socket)
+        shared.append(SharedListener(raw, _kind_of(listener), _name_of(listener), policy))
+    return AcceptPlan(shared, max_in_flight)
+
+
+def check_accept_mode(accept: AcceptMode) -> None:
+    """Raise ValueError unless this is one of the modes."""
+    if accept not in ("parent", "workers"):
+        raise ValueError(f'accept must be "parent" or "workers", got {accept!r}')
+
+
 def _max_queue_size() -> int:
     try:
         with open("/proc/sys/net/core/somaxconn", "rb") as file:
@@ -482,11 +623,12 @@ async def serve_with_workers(
     handler: str,
     listeners: Sequence[trio.SocketListener | UnixListener | GenerationListener[Any]],
     *,
+    accept: AcceptMode = "parent",
     generation: Generation | None = None,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[WorkerPoolOptions],
 ) -> None:
-    """Accept connections in this process, and let worker processes handle them.
+    """Accept connections, and let worker processes handle them.
 
     ::
 
@@ -503,8 +645,19 @@ async def serve_with_workers(
       handler: ``"package.module:name"``; see :func:`open_worker_pool`.
       listeners: those of ``trio.open_tcp_listeners``, :func:`open_unix_listener` and similar
         functions. The server owns them afterwards. The policy of a :class:`UnixListener` is asked
-        in this process, in a task for each connection. If a check of it raises an exception, that
-        is logged, the connection is closed, and the server goes on.
+        in the process that accepts, in a task for each connection in this one. If a check of it
+        raises an exception, that is logged, the connection is closed, and the server goes on.
+      accept: which process accepts connections.
+
+        ``"parent"``: this one, which passes each of them to the least busy worker. While all
+        workers have ``max_in_flight`` jobs, up to ``max_queue`` connections wait in this process.
+
+        ``"workers"``: each worker, which gets the listening sockets, accepts while it has fewer
+        than ``max_in_flight`` jobs. A connection takes no way through this process, which is worth
+        most with few connections at a time. The first worker that has time gets it, not the least
+        busy one. ``max_queue``, ``max_attempts`` and ``worker=`` are for jobs that are submitted,
+        and a policy must not have a check. Not with a generation. Statistics, restarts and drains
+        are the same.
       generation: the generation whose listeners these are (:meth:`Generation.listen_tcp` and
         similar methods), which goes on owning them. The server says that it is ready when its
         workers are, and accepts while this generation does. When a successor has replaced it, it
@@ -523,27 +676,49 @@ async def serve_with_workers(
     Raises:
       TypeError: not a listener; the caller still owns all of them. Or an option of a wrong type;
         the listeners are closed.
-      ValueError: no listener, or one of them twice; the caller still owns all of them. Or an
-        invalid option; the listeners are closed.
+      ValueError: no listener, or one of them twice; or an unknown ``accept``, or one that does not
+        go with a policy or a generation; the caller still owns all of them. Or an invalid option;
+        the listeners are closed.
       ConnectionClosedError: a closed listener; the caller still owns all of them.
       WorkerStartError: as :func:`open_worker_pool`. The listeners are closed.
       ExceptionGroup: as :func:`open_worker_pool`; or of accepting
         (:class:`ConnectionClosedError`, if other code has closed a listener).
     """
+    check_accept_mode(accept)
+    if accept == "workers" and generation is not None:
+        raise ValueError(
+            'accept="workers" cannot be used with a generation, which decides when its own process '
+            'accepts; use accept="parent"'
+        )
     served = None
     if generation is not None:
         served = generation.server(listeners)
         listeners = [each.base for each in served.listeners]
     checked = checked_listeners(listeners)
     check_task()
+    if accept == "workers":
+        # Before the workers are started.
+        make_plan(checked, 1)
     if served is not None:
         served.claim()
     try:
         async with open_worker_pool(handler, **options) as pool:
-            await WorkerServer(pool, checked, served=served)._serve(task_status)
+            await _server_of(pool, checked, accept, served)._serve(task_status)
     finally:
         with trio.CancelScope(shield=True):
             await close_listeners(checked)
+
+
+def _server_of(
+    pool: WorkerPool,
+    listeners: Sequence[AnyListener],
+    accept: AcceptMode,
+    served: GenerationServer | None = None,
+) -> WorkerServer:
+    plan = None
+    if accept == "workers":
+        plan = make_plan(listeners, config_of(pool).max_in_flight)
+    return WorkerServer(pool, listeners, served=served, plan=plan)
 
 
 @enable_ki_protection
@@ -551,6 +726,7 @@ async def serve_when_ready(
     handler: str,
     open_listeners: Callable[[], Awaitable[Sequence[AnyListener]]],
     *,
+    accept: AcceptMode = "parent",
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[WorkerPoolOptions],
 ) -> None:
@@ -565,7 +741,7 @@ async def serve_when_ready(
     async with open_worker_pool(handler, **options) as pool:
         listeners = await open_listeners()
         try:
-            await WorkerServer(pool, listeners)._serve(task_status)
+            await _server_of(pool, listeners, accept)._serve(task_status)
         finally:
             with trio.CancelScope(shield=True):
                 await close_listeners(listeners)

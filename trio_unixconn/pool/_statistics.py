@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Final
 
 import attrs
@@ -59,6 +60,15 @@ class LatencyHistogram:
     def add(self, seconds: float) -> None:
         """Count a job."""
         self._counts[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def add_without_wait(self, jobs: int) -> None:
+        """Count jobs that took no time."""
+        self._counts[0] += jobs
+
+    def merge(self, counts: Sequence[int], seconds: float) -> None:
+        """Count jobs of which each bucket has so many, and which took so long together."""
+        self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
         self._sum += seconds
 
     def snapshot(self) -> Latency:

@@ -68,7 +68,7 @@ import sys
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -89,6 +89,7 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 if TYPE_CHECKING:
+    from ._accepted import AcceptPlan
     from ._config import PoolConfig
     from ._process import FdReserve
 
@@ -234,6 +235,8 @@ class Supervisor(DescriptorOwner):
         self.dispatch: Callable[[], None] = self.queue.dispatch
         self.successor: Callable[[int, EndpointKind, bytes, int], bool] | None = None
         self._shutting_down = False
+        # The listening sockets that workers accept from, if they do.
+        self._accept_plan: AcceptPlan | None = None
         # Held by restart() and scale(). The scope is that of the one which holds it.
         self._changing = trio.Lock()
         self._change = trio.CancelScope()
@@ -519,6 +522,36 @@ class Supervisor(DescriptorOwner):
         self._spawn(f"worker {index}", handle, handle.run)
         return handle
 
+    ################################################################
+    # Workers that accept
+    ################################################################
+
+    def accept_from(self, plan: AcceptPlan) -> None:
+        """Have all workers, and their successors, accept connections."""
+        self._accept_plan = plan
+        for slot in self.slots:
+            if self.queue.workers.get(slot.index) is slot.handle:
+                self._share_listeners(slot)
+
+    def _share_listeners(self, slot: Slot) -> None:
+        if self._accept_plan is not None:
+            slot.handle.accept_from(self._accept_plan, slot.max_jobs)
+
+    @enable_ki_protection
+    async def stop_accepting(self) -> None:
+        """Have no worker accept any more, and wait until none has the listening sockets."""
+        plan, self._accept_plan = self._accept_plan, None
+        if plan is not None:
+            plan.is_over = True
+        async with trio.open_nursery() as nursery:
+            for handle in list(self.alive):
+                nursery.start_soon(handle.stop_accepting)
+
+    def sync_accepted(self) -> None:
+        """Count what workers have accepted."""
+        for handle in self.handles():
+            handle.sync_accepted()
+
     def _leave(self, handle: WorkerHandle) -> None:
         """Have a worker finish its jobs and exit, without waiting for that."""
         if handle.state is HandleState.ENDED:
@@ -571,6 +604,7 @@ class Supervisor(DescriptorOwner):
         slot.expires_at = handle.started_at + _vary(options.max_age)
         slot.max_memory = _vary(options.max_memory)
         self.queue.workers[slot.index] = handle
+        self._share_listeners(slot)
         self.dispatch()
         if handle in self._terminated:
             self._replace_soon(slot, _SIGTERM)
@@ -708,6 +742,7 @@ class Supervisor(DescriptorOwner):
             await trio.sleep(tick)
             now = trio.current_time()
             try:
+                self._look_at_accepted()
                 if now - before > tick + shortest / 4:
                     self._restart_clocks(now)
                 self._check_clocks(now)
@@ -716,6 +751,17 @@ class Supervisor(DescriptorOwner):
                 logger.exception("error in the watch of the pool, which goes on")
             if now >= look_at_memory:
                 look_at_memory = now + TICK
+
+    def _look_at_accepted(self) -> None:
+        """Clear the crashes of workers that have handled connections which they accepted."""
+        for handle in list(self.handles()):
+            handle.sync_accepted()
+            accepted, handled = handle.accepted_progress()
+            slot = self._slot_of(handle)
+            if accepted and slot is not None:
+                slot.refusals = 0
+            if handled:
+                self.on_finished(handle, handled)
 
     def _restart_clocks(self, now: float) -> None:
         """Forgive all silence: the machine was suspended, or this process did not run."""
@@ -822,9 +868,9 @@ class Supervisor(DescriptorOwner):
             )
         self.dispatch()
 
-    def on_passed(self, job: PendingJob, fd: int, kind: EndpointKind, data: bytes) -> bool:
+    def on_passed(self, fd: int, kind: EndpointKind, data: bytes, peer: Any, passed: int) -> bool:
         """Give a connection that a handler has passed on to another handler, if there is one."""
-        passed = min(job.passed + 1, _protocol.MAX_PASSED)
+        passed = min(passed + 1, _protocol.MAX_PASSED)
         if not self.queue.is_open():
             if self.successor is None or not self.successor(fd, kind, data, passed):
                 return False
@@ -833,7 +879,7 @@ class Supervisor(DescriptorOwner):
         self.counters.passed += 1
         now, counters = trio.current_time(), self.counters
         self.queue.put_passed(
-            PendingJob(next(self.ids), fd, kind, counters, now, data, peer=job.peer, passed=passed)
+            PendingJob(next(self.ids), fd, kind, counters, now, data, peer=peer, passed=passed)
         )
         return True
 
@@ -841,14 +887,14 @@ class Supervisor(DescriptorOwner):
         """Let a worker without a free file descriptor rest; replace it if that does not help."""
         if handle.refusals == 1:
             logger.warning(
-                "%r: refuses jobs, which are retried, for want of a free file descriptor "
+                "%r: gets no jobs, which are retried, for want of a free file descriptor "
                 "(RLIMIT_NOFILE)",
                 handle,
             )
         slot = self._slot_of(handle)
         if slot is not None:
             slot.refusals += 1
-            if slot.refusals >= MAX_REFUSALS and not handle.in_flight:
+            if slot.refusals >= MAX_REFUSALS and not handle.jobs_in_hand:
                 self._replace_soon(slot, f"it refused {slot.refusals} batches in a row")
             pause, slot.rest = slot.rest, min(2 * slot.rest, MAX_REST)
             self._spawn(f"rest {handle.index}", handle, self._rest, handle, pause)
@@ -856,7 +902,16 @@ class Supervisor(DescriptorOwner):
     async def _rest(self, handle: WorkerHandle, pause: float) -> None:
         await trio.sleep(pause)
         handle.resting = False
+        slot = self._slot_of(handle)
+        if handle.lacks_listeners and slot is not None:
+            self._share_listeners(slot)
         self.dispatch()
+
+    def on_enough(self, handle: WorkerHandle) -> None:
+        """Replace a worker that has accepted its share of connections."""
+        slot = self._slot_of(handle)
+        if slot is not None and slot.replace_reason is None:
+            self._replace_soon(slot, f"it has accepted {handle.accepted} jobs (max_jobs)")
 
     def on_leaving(self, handle: WorkerHandle) -> None:
         """Replace a worker that got SIGTERM, even if its slot is busy at the moment."""

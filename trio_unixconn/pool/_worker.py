@@ -48,6 +48,7 @@ from .._sockopts import raw_socket
 from .._version import __version__
 from ..errors import DescriptorsTruncatedError, ReportedError, SendError, UnixConnectionError
 from . import _protocol
+from ._accepting import Accepting
 from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_other, attach_socket
 from ._import_string import import_handler, import_setup
@@ -353,6 +354,10 @@ class _Worker:
         # The verdicts that jobs wait for, whose connections were passed on.
         self._verdicts: dict[int, _Verdict] = {}
         self._is_receiving = True
+        # With accept="workers", and the number of jobs that the pool has sent.
+        self._accepting: Accepting | None = None
+        self._has_accepted = False
+        self._sent_jobs = 0
 
     async def run(self, signals: AsyncIterator[int]) -> None:
         """Handle jobs until the pool drains this worker, or is gone."""
@@ -365,6 +370,9 @@ class _Worker:
                     # It continues while handlers finish: a second DRAIN can leave them less time.
                     nursery.start_soon(self._receive, handlers, name="trio_unixconn.pool receive")
                     await self._draining.wait()
+            if self._has_accepted:
+                # The pool cannot see when the last one has ended.
+                self._outgoing.append(encode_frame(_protocol.IDLE))
             with contextlib.suppress(UnixConnectionError):
                 await self._flush()
             nursery.cancel_scope.cancel()
@@ -373,6 +381,8 @@ class _Worker:
         # Of several deadlines the first one counts.
         self._deadline.deadline = min(self._deadline.deadline, trio.current_time() + timeout)
         self._draining.set()
+        if self._accepting is not None:
+            self._accepting.stop()
 
     async def _receive(self, handlers: trio.Nursery) -> None:
         # An error: the pool could not be told that jobs were taken.
@@ -424,8 +434,92 @@ class _Worker:
             case _protocol.PASSED:
                 job_id, verdict = _protocol.unpack_passed(body)
                 self._verdicts.pop(job_id).set(verdict)
+            case _protocol.ACCEPT:
+                self._begin_accepting(handlers, body, fds)
+            case _protocol.STOP if self._accepting is not None:
+                self._accepting.stop()
+            case _protocol.STOP:
+                self._report(encode_frame(_protocol.STOPPED))
             case _:
                 raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
+
+    def _report(self, frame: bytes) -> None:
+        """Send a frame soon."""
+        self._outgoing.append(frame)
+        self._has_outgoing.unpark()
+
+    ################################################################
+    # Connections that this worker accepts
+    ################################################################
+
+    def _begin_accepting(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
+        if fds is None:
+            self._report(_protocol.pack_starved(has_sockets=False))
+            return
+
+        def start(
+            slot: int, job: _protocol.SentJob, fd: int, stream: UnixConnection | None
+        ) -> None:
+            handlers.start_soon(
+                self._run_accepted,
+                accepting,
+                slot,
+                job,
+                fd,
+                stream,
+                name="trio_unixconn.pool handler",
+            )
+
+        accepting = Accepting(
+            body, fds, other_jobs=lambda: self._sent_jobs, start=start, report=self._report
+        )
+        self._accepting = accepting
+        self._has_accepted = True
+        handlers.start_soon(self._accept, accepting, name="trio_unixconn.pool accept")
+        if self._draining.is_set():
+            accepting.stop()
+
+    async def _accept(self, accepting: Accepting) -> None:
+        try:
+            await accepting.run()
+        finally:
+            # While the pool lives, it has the sockets, too, and a close does not wait.
+            accepting.close(is_last=self._group.is_orphan)
+            self._report(encode_frame(_protocol.STOPPED))
+
+    async def _run_accepted(
+        self,
+        accepting: Accepting,
+        slot: int,
+        job: _protocol.SentJob,
+        fd: int,
+        stream: UnixConnection | None,
+    ) -> None:
+        failure: bytes | None = None
+        try:
+            if self._handler_timeout == math.inf:
+                await self._call_handler(job, fd, stream)
+            else:
+                with trio.move_on_after(self._handler_timeout) as scope:
+                    await self._call_handler(job, fd, stream)
+                if scope.cancelled_caught:
+                    failure = self._describe_timeout()
+        except ReportedError as exc:
+            failure = _text_of(exc)
+        except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
+            if self._is_ended_by_exit(exc):
+                # Its slot stays in use: if the pool does not get this report, the job is abandoned.
+                self._queue_error(job.id, _protocol.CANCELLED_BY_EXIT)
+                return
+            failure = format_error(exc)
+        accepting.finish(slot, failed=failure is not None)
+        if failure is not None:
+            self._queue_error(job.id, failure)
+            self._has_outgoing.unpark()
+
+    ################################################################
+    # Jobs that the pool has sent
+    ################################################################
 
     async def _take_batch(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
         batch, jobs = _protocol.unpack_jobs(body)
@@ -444,6 +538,7 @@ class _Worker:
             # The pool is gone, and was not told. These jobs are not handled.
             close_fds(fds)
             raise
+        self._sent_jobs += len(jobs)
         remaining = iter(fds)
         for job in jobs:
             fd = next(remaining) if job.kind != EndpointKind.NONE else -1
@@ -479,8 +574,7 @@ class _Worker:
             elif scope.deadline == math.inf:
                 self._fail_job(job.id, b"handler was cancelled because its call was cancelled")
             else:
-                text = b"handler did not finish within %g s (handler_timeout)"
-                self._fail_job(job.id, text % self._handler_timeout)
+                self._fail_job(job.id, self._describe_timeout())
         except ReportedError as exc:
             # About what the peer has sent, mostly: no error of this program.
             self._fail_job(job.id, _text_of(exc))
@@ -488,14 +582,19 @@ class _Worker:
             self._fail_with(job.id, exc)
         finally:
             self._scopes.pop(job.id, None)
+            self._sent_jobs -= 1
+            if self._accepting is not None:
+                self._accepting.notify()
             self._has_outgoing.unpark()
 
-    async def _call_handler(self, job: _protocol.SentJob, fd: int) -> Any:
+    def _describe_timeout(self) -> bytes:
+        return b"handler did not finish within %g s (handler_timeout)" % self._handler_timeout
+
+    async def _call_handler(self, job: _protocol.SentJob, fd: int, stream: Any = None) -> Any:
         """Call the handler; its stream is closed, and a file written, when this returns."""
-        stream: Any = None
         proxy: ProxyHeader | None = None
         data = job.data
-        if job.kind != EndpointKind.NONE:
+        if job.kind != EndpointKind.NONE and stream is None:
             stream = attach_socket(job.kind, fd)
             if stream is None:
                 stream = await attach_other(fd)
@@ -596,12 +695,17 @@ class _Worker:
 
     def _fail_with(self, job_id: int, exc: BaseException) -> None:
         """Report that a handler has raised."""
-        if _contains_cancelled(exc) and trio.current_effective_deadline() <= trio.current_time():
-            # This worker is ending. The job is not logged as finished: it was interrupted, and if
+        if self._is_ended_by_exit(exc):
+            # The job is not logged as finished: it was interrupted, and if
             # the pool does not get this report, it has to report the job as abandoned.
             self._queue_error(job_id, _protocol.CANCELLED_BY_EXIT)
         else:
             self._fail_job(job_id, format_error(exc))
+
+    @staticmethod
+    def _is_ended_by_exit(exc: BaseException) -> bool:
+        """Whether the end of this worker has cancelled a handler."""
+        return _contains_cancelled(exc) and trio.current_effective_deadline() <= trio.current_time()
 
     def _fail_job(self, job_id: int, text: bytes) -> None:
         self._log_finished(job_id)

@@ -42,10 +42,18 @@ class Generator:
     directory: str
 
     def run(
-        self, port: int, *, burns: bool, seconds: float, seed: int, rate: float = 0
+        self,
+        port: int,
+        *,
+        burns: bool,
+        seconds: float,
+        seed: int,
+        rate: float = 0,
+        at_once: int = AT_ONCE,
     ) -> Measured:
-        """Load a port: AT_ONCE connections at a time, or with a rate so many a second."""
-        with self._running(port, _words(seconds, seed, rate, burns=burns)) as (process, answer):
+        """Load a port: so many connections at a time, or with a rate so many a second."""
+        words = _words(seconds, seed, rate, at_once, burns=burns)
+        with self._running(port, words) as (process, answer):
             if rate:
                 # Not permitted: then it is raised for no implementation.
                 with suppress(PermissionError):
@@ -98,11 +106,13 @@ class Generator:
                 process.kill()
 
 
-def _words(seconds: float, seed: int, rate: float = 0, *, burns: bool = False) -> list[str]:
+def _words(
+    seconds: float, seed: int, rate: float = 0, at_once: int = AT_ONCE, *, burns: bool = False
+) -> list[str]:
     words = ["--seconds", str(seconds), "--seed", str(seed)]
     if burns:
         words += ["--burn-one-in", str(BURN_ONE_IN)]
-    return words + (["--rate", str(rate), "--poisson"] if rate else ["--at-once", str(AT_ONCE)])
+    return words + (["--rate", str(rate), "--poisson"] if rate else ["--at-once", str(at_once)])
 
 
 def built(directory: str) -> Generator:

@@ -228,7 +228,12 @@ class PoolRun(Run[PoolImplementation, Server]):
             return observed(
                 server,
                 lambda: self.generator.run(
-                    server.port, burns=load.burns, seconds=seconds, seed=seed, rate=rate or 0
+                    server.port,
+                    burns=load.burns,
+                    seconds=seconds,
+                    seed=seed,
+                    rate=rate or 0,
+                    at_once=load.at_once,
                 ),
             )
         before = server.descriptors()

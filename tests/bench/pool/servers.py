@@ -30,7 +30,7 @@ from tests.bench.implementations import (
     python,
 )
 
-from .workloads import NODE, REUSEPORT, SHARED, SINGLE
+from .workloads import ACCEPTING, NODE, REUSEPORT, SHARED, SINGLE
 
 PACKAGE = f"{__package__}.implementations"
 NODE_PROGRAM = Path(__file__).parent / "implementations" / "node_cluster.js"
@@ -63,6 +63,11 @@ def our_pool(directory: str) -> Program:
     return python(f"{PACKAGE}.our_pool", packages=[OURS, "trio"])(directory)
 
 
+def our_workers(directory: str) -> Program:
+    """Return how this library's pool is started, if its workers are to accept."""
+    return attrs.evolve(our_pool(directory), arguments=("workers",))
+
+
 def _trio(key: str, name: str, workers: int = 4) -> PoolImplementation:
     find = python(f"{PACKAGE}.{key}", packages=["trio"])
     return PoolImplementation(key, name, find, workers)
@@ -70,6 +75,7 @@ def _trio(key: str, name: str, workers: int = 4) -> PoolImplementation:
 
 IMPLEMENTATIONS = [
     PoolImplementation("ours", OURS, our_pool),
+    PoolImplementation("accepting", ACCEPTING, our_workers),
     PoolImplementation("node", NODE, node),
     _trio("reuseport", REUSEPORT),
     _trio("shared", SHARED),

@@ -34,6 +34,7 @@ class Load:
       is_open: whether they begin at their times, or each when another has ended.
       idle: how many others are open beside and say nothing; None: none, and that is for
         all. A load with idle ones is ours alone.
+      at_once: how many connections there are at a time in a closed loop.
       rounds: at most so many, because one takes long.
       fresh: after so many turns all are started afresh, because where a process happens to
         have its memory makes it faster or slower for all its life; 0: never.
@@ -45,6 +46,7 @@ class Load:
     burns: bool = False
     is_open: bool = False
     idle: int | None = None
+    at_once: int = AT_ONCE
     rounds: int = 1000
     fresh: int = 0
 
@@ -63,6 +65,11 @@ MEMORY = "memory of the parent"
 MANY = 10_000
 
 
+def few(at_once: int) -> str:
+    """Return the title of the load with so few connections at a time."""
+    return f"even work, closed loop of {at_once}"
+
+
 def beside(idle: int) -> str:
     """Return the title of the load with so many idle connections."""
     return f"even work, closed loop, {idle:,} idle beside"
@@ -70,6 +77,8 @@ def beside(idle: int) -> str:
 
 LOADS = [
     Load(EVEN, 2, 0.5, fresh=2),
+    Load(few(8), 1, 0.5, at_once=8, rounds=5),
+    Load(few(1), 1, 0.5, at_once=1, rounds=5),
     Load(UNEVEN, 3, 0.8, burns=True),
     Load(EVEN_OPEN, 2, 0.5, is_open=True),
     Load(UNEVEN_OPEN, 5, 1.5, burns=True, is_open=True),
@@ -79,6 +88,7 @@ LOADS = [
 ]
 MEMORY_ROUNDS, QUICK_MEMORY_ROUNDS = 3, 1
 
+ACCEPTING = f"{OURS}, accept=workers"
 NODE = "Node's cluster"
 REUSEPORT = "trio, SO_REUSEPORT"
 SHARED = "trio, a shared listener"
@@ -104,6 +114,17 @@ GOALS = [
     # One in 50 takes 50 ms by itself, so the 99th percentile of all cannot be below that.
     _goal("p99 under uneven work, ours / SO_REUSEPORT", UNEVEN_OPEN, REUSEPORT, 0.5, "p99"),
     _goal("the same, of those that burn nothing", UNEVEN_OPEN, REUSEPORT, 0.5, "light p99"),
+    *(
+        PoolGoal(
+            f"connections a second of {at_once} at a time, accept=workers / a shared listener",
+            (title, ACCEPTING),
+            (title, SHARED),
+            0.95,
+            at_least=True,
+            figure="rate",
+        )
+        for at_once, title in ((1, few(1)), (8, few(8)), (AT_ONCE, EVEN))
+    ),
     PoolGoal(
         "connections a second with 10,000 idle / with 1",
         (beside(MANY), OURS),

@@ -43,6 +43,13 @@ class ProxyChoice(enum.Enum):
     ANY = "any"
 
 
+class AcceptChoice(enum.Enum):
+    """A value of ``--accept``."""
+
+    PARENT = "parent"
+    WORKERS = "workers"
+
+
 class LogLevel(enum.Enum):
     """A level of ``--log-level``."""
 
@@ -108,6 +115,13 @@ def serve(
         int | None,
         typer.Option("--workers", "-w", help="How many; default: one for each processor."),
     ] = None,
+    accept: Annotated[
+        AcceptChoice,
+        typer.Option(
+            help="Which process accepts: this one, for the least busy worker, or each worker that "
+            "has time, which takes less with few connections at a time."
+        ),
+    ] = AcceptChoice.PARENT,
     chdir: Annotated[
         str | None,
         typer.Option(
@@ -374,7 +388,12 @@ def serve(
     if not drain_delay >= 0:
         fail(f"--drain-delay must be non-negative, got {drain_delay}", status=2)
     upgrades = read_upgrade_options(
-        upgrade_socket, take_over, timeout=upgrade_timeout, probation=probation, replace=replace
+        upgrade_socket,
+        take_over,
+        timeout=upgrade_timeout,
+        probation=probation,
+        replace=replace,
+        accept=accept.value,
     )
     # What systemd has passed to the server before was not passed to this process.
     read = partial(read_bind, may_inherit=upgrades is not None and upgrades.may_inherit)
@@ -419,6 +438,7 @@ def serve(
         binds=binds,
         unix_options=unix_options,
         options=options,
+        accept=accept.value,
         stats=stats_binds,
         agent_check=agent_binds,
         drain_delay=drain_delay,

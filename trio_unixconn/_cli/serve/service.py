@@ -45,6 +45,7 @@ from .upgrades import claim_streams, opened_generation, set_workers, workers_of
 if TYPE_CHECKING:
     from ...handover import Generation, GenerationListener
     from ...pool import WorkerPoolOptions
+    from ...pool._server import AcceptMode
     from ...systemd import ServiceManager
     from .binds import Bind, Listener
     from .directory import WorkingDirectory
@@ -70,6 +71,7 @@ class ServeConfig:
 
     Attributes:
       unix_options: what Unix sockets of ``binds`` get.
+      accept: which process accepts, as of :func:`serve_with_workers`.
       stats, agent_check: where statistics and agent checks of HAProxy are answered.
       drain_delay: how long connections are still accepted after a signal to drain, in seconds.
       reload: whether changed files restart the workers.
@@ -87,6 +89,7 @@ class ServeConfig:
     binds: Sequence[Bind]
     unix_options: UnixOptions
     options: WorkerPoolOptions
+    accept: AcceptMode
     stats: Sequence[Bind]
     agent_check: Sequence[Bind]
     drain_delay: float
@@ -208,6 +211,7 @@ class _Service:
     ) -> WorkerServer:
         """Listen and start workers, in the order that fits."""
         handler, options = self._config.handler, self._config.options
+        accept = self._config.accept
         serve: Callable[..., Awaitable[None]]
         listen = partial(self._listen, nursery, stack)
         if self._generation is not None:
@@ -218,12 +222,14 @@ class _Service:
         elif self._config.unix_options.replace:
             # A path is the other server's, which goes on if the workers cannot start.
             await self._answer_checks(nursery, stack, lambda bind: not has_path(bind))
-            serve = partial(serve_when_ready, handler, partial(listen, has_path), **options)
+            serve = partial(
+                serve_when_ready, handler, partial(listen, has_path), accept=accept, **options
+            )
         else:
             # Clients that connect early wait, and what cannot be bound is known at once. The server
             # owns the listeners, whether it starts or not.
             listeners = await listen(lambda _: True)
-            serve = partial(serve_with_workers, handler, listeners, **options)
+            serve = partial(serve_with_workers, handler, listeners, accept=accept, **options)
         server: WorkerServer = await serving.start(serve)
         return server
 

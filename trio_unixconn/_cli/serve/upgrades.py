@@ -25,6 +25,7 @@ from .binds import absolute_address
 if TYPE_CHECKING:
     from ..._address import UnixSocketAddress
     from ...handover import Generation, ServiceNotifier
+    from ...pool._server import AcceptMode
 
 # A service of another kind at the same path is not a predecessor.
 _NAME: Final = "trio-unixconn serve"
@@ -59,6 +60,7 @@ def read_upgrade_options(
     timeout: float,
     probation: float,
     replace: bool,
+    accept: AcceptMode,
 ) -> UpgradeOptions | None:
     """Read the options, or end with exit status 2; None if a server is not a generation."""
     text = upgrade_socket if take_over is None else take_over
@@ -72,6 +74,12 @@ def read_upgrade_options(
         fail(
             "--replace cannot be used with --upgrade-socket or --take-over: a successor inherits "
             "the paths",
+            status=2,
+        )
+    if accept == "workers":
+        fail(
+            "--accept workers cannot be used with --upgrade-socket or --take-over: a generation "
+            "decides when its own process accepts",
             status=2,
         )
     if not 0 < timeout < math.inf:

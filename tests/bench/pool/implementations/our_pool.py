@@ -1,10 +1,13 @@
 """The worker pool of this library: one process accepts, and the least busy worker serves.
 
+With the argument "workers", the workers accept.
+
 Invariant: serve_with_workers as its documentation has it, and nothing beside it.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import trio
@@ -25,6 +28,7 @@ async def main() -> None:
         serve_with_workers,
         f"{__package__}.pool_handler:answer",
         [listening(sock)],
+        accept="workers" if sys.argv[1:] == ["workers"] else "parent",
         workers=WORKERS,
         max_in_flight=MOST,
     )
