@@ -172,7 +172,10 @@ def examples(session: nox.Session) -> None:
     """Run the examples, and those in the README."""
     install(session, "tests", "examples")
     for example in [*sorted(map(str, Path("examples").glob("*.py"))), *WITH_PACKAGES]:
-        session.run("python", "-W", "error", example)
+        if "jeepney" in example and not shutil.which("dbus-daemon") and "CI" not in os.environ:
+            session.warn(f"{example} needs dbus-daemon, which is not installed")
+        else:
+            session.run("python", "-W", "error", example)
     session.run("pytest", "-q", "tests/test_readme.py")
 
 

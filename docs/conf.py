@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.abspath(".."))
@@ -97,6 +99,17 @@ _OTHER_PROJECTS = (
 )
 
 
+def _copy_notebooks() -> None:
+    """Copy the notebooks to a directory below this one, where Sphinx looks for pages."""
+    here = Path(__file__).parent
+    (here / "notebooks").mkdir(exist_ok=True)
+    for source in (here.parent / "examples" / "notebooks").glob("*.ipynb"):
+        copy = here / "notebooks" / source.name
+        # A page is built again if its file is newer than before.
+        if not copy.exists() or copy.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, copy)
+
+
 def _name_defining_modules() -> None:
     """Make each public class name the file that defines it, as it did before it was exported.
 
@@ -110,6 +123,7 @@ def _name_defining_modules() -> None:
 
 
 _name_defining_modules()
+_copy_notebooks()
 
 
 def _show_signature(
@@ -151,13 +165,17 @@ def _leave_as_text(
 def _look_in_the_package(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element
 ) -> Element | None:
-    """Find what a module of its own, as the pool's, calls by the name that the package gives it."""
-    name = f"trio_unixconn.{node.get('reftarget', '')}"
+    """Find what one module of the package calls by the name that another one gives it."""
     if node.get("refdomain") != "py":
         return None
-    return env.domains.python_domain.resolve_xref(
-        env, node["refdoc"], app.builder, node["reftype"], name, node, text
-    )
+    for module in ("", "pool.", "handover."):
+        name = f"trio_unixconn.{module}{node.get('reftarget', '')}"
+        found = env.domains.python_domain.resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], name, node, text
+        )
+        if found is not None:
+            return found
+    return None
 
 
 def setup(app: Sphinx) -> None:
