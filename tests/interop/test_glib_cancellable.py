@@ -43,5 +43,7 @@ def in_ours() -> Seen:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cancellable_as_in_glib(name: str, in_glib: Seen, in_ours: Seen) -> None:
-    """A scenario sees the same in GLib and in ours."""
+    """A scenario sees the same in GLib and in ours, unless this GLib deadlocks in it."""
+    if in_glib[name] == cancellable_scenarios.DEADLOCK:
+        pytest.skip("this version of GLib deadlocks")
     assert in_ours[name] == in_glib[name]

@@ -234,7 +234,8 @@ class Peer:
             fd
             for message in messages
             if isinstance(message, FDMessage)
-            for fd in message.steal_fds()
+            # In GLib 2.84 these are functions of the class, and not methods of its instances.
+            for fd in FDMessage.steal_fds(message)
         ]
         for fd in fds:
             GLib.close(fd)

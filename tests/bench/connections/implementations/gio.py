@@ -57,13 +57,14 @@ def vector_of(kind: Any, buffer: Any, size: int) -> Any:
 def send_fds(sock: Any, vectors: list[Any], fds: list[int]) -> None:
     message = FDMessage.new()
     for fd in fds:
-        message.append_fd(fd)
+        # In GLib 2.84 these are functions of the class, and not methods of its instances.
+        FDMessage.append_fd(message, fd)
     sock.send_message(None, vectors, [message], 0, None)
 
 
 def receive_fds(sock: Any, vectors: list[Any]) -> list[int]:
     _, _, messages, _ = sock.receive_message(vectors, 0, None)
-    return [fd for message in messages for fd in message.steal_fds()]
+    return [fd for message in messages for fd in FDMessage.steal_fds(message)]
 
 
 def close_each(fds: list[int]) -> None:
