@@ -213,6 +213,30 @@ def pool_faults(session: nox.Session) -> None:
     session.run("python", "-m", "tests.faults.pool", *session.posargs)
 
 
+@nox.session(python=PYTHONS[-1])
+def kernels(session: nox.Session) -> None:
+    """Run the core, the hostile peers and a pool's life on Debian's kernels, in guests.
+
+    Linux 5.10 to 7.2, in qemu; hours without KVM. ``--quick`` is what CI does; ``--help``.
+    """
+    install(session, "tests")
+    session.run("python", "-m", "tests.guests.kernels", *session.posargs)
+
+
+@nox.session(python=PYTHONS[-1])
+def distributions(session: nox.Session) -> None:
+    """Run the tests with the Python, GLib, HAProxy and nginx of Debian 13 and unstable; root."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.guests.distributions", *session.posargs)
+
+
+@nox.session(name="guest-systemd", python=PYTHONS[-1])
+def guest_systemd(session: nox.Session) -> None:
+    """Run services under the real systemd, 257 and 262, as the first process of a guest; root."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.guests.systemd", *session.posargs)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure beside other libraries; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""
