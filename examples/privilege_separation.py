@@ -75,8 +75,8 @@ async def answer_request(conn: UnixConnection, key: bytes, files: Path) -> None:
         await conn.send_all(REFUSED)
 
 
-async def serve_worker(conn: UnixConnection, worker: int, key: bytes, files: Path) -> None:
-    """Do what the worker asks for, until it ends."""
+async def serve_worker(conn: UnixConnection, worker: int, key: bytes, files: Path) -> bool:
+    """Do what the worker asks for, until it ends; return whether it has kept to the protocol."""
     async with conn:
         # The kernel says which process has sent this.
         sender = await conn.receive_credentials()
@@ -87,9 +87,10 @@ async def serve_worker(conn: UnixConnection, worker: int, key: bytes, files: Pat
                 await answer_request(conn, key, files)
         except (EndOfStreamError, ConnectionBrokenError):
             print("monitor: the worker has ended", flush=True)
+            return True
         except (UnixConnectionError, ValueError) as exc:
-            # Closing the connection ends the worker, too.
             print(f"monitor: the worker does not keep to the protocol: {exc}", file=sys.stderr)
+            return False
 
 
 async def monitor() -> None:
@@ -107,7 +108,8 @@ async def monitor() -> None:
                 process: trio.Process = await nursery.start(
                     partial(trio.run_process, command, pass_fds=[fd])
                 )
-            await serve_worker(here, process.pid, key, files)
+            if not await serve_worker(here, process.pid, key, files):
+                nursery.cancel_scope.cancel()  # kills it
 
 
 ################################################################
