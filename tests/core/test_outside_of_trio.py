@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import inspect
 import os
+from collections import deque
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from trio_unixconn import (
 )
 from trio_unixconn._trio_task import explain
 from trio_unixconn.anyio import UnixConnectionStream, connect_unix
+from trio_unixconn.asgi import serve_asgi
 from trio_unixconn.handover import (
     open_generation,
     request_upgrade,
@@ -118,6 +120,9 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "Generation.replaced": lambda on: on.generation.replaced(),
     "Generation.upgrade": lambda on: on.generation.upgrade(),
     "GenerationListener.accept": lambda on: on.of_generation.accept(),
+    "GenerationListener.accept_fd": lambda on: on.of_generation.accept_fd(),
+    "GenerationListener.wait_readable": lambda on: on.of_generation.wait_readable(),
+    "PassedConnections.wait_for": lambda on: on.passed.wait_for(deque()),
     "GenerationListener.aclose": lambda on: on.of_generation.aclose(),
     "NotebookNursery.enter_async_context": (
         lambda on: on.nursery.enter_async_context(open_callback_adapter())
@@ -182,6 +187,7 @@ CALLS: dict[str, Callable[[Objects], Any]] = {
     "WorkerPool.submit": lambda on: on.pool.submit(on.conn),
     "open_worker_pool": lambda _: open_worker_pool(HANDLER),
     "serve_agent_check": lambda on: serve_agent_check(on.pool, ("127.0.0.1", 0)),
+    "serve_asgi": lambda on: serve_asgi(HANDLER, [on.listener]),
     "serve_statistics": lambda on: serve_statistics(on.pool, on.path),
     "serve_statistics, TCP": lambda on: serve_statistics(on.pool, ("127.0.0.1", 0)),
     "serve_with_workers": lambda on: serve_with_workers(HANDLER, [on.listener]),

@@ -183,7 +183,6 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
           ConnectionBusyError: another task is already accepting.
           OSError: as :meth:`UnixListener.accept`.
         """
-        check_task()
         while True:
             fd, name = await self.accept_fd()
             listener = self.base
@@ -196,6 +195,7 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
 
     async def accept_fd(self) -> Accepted:
         """Accept one connection, without asking the policy."""
+        check_task()
         self.is_used.set()
         return await self.gate.run(self.acceptor.accept, early=self.is_early)
 
@@ -206,6 +206,7 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
           ConnectionClosedError: the generation has ended.
           trio.ClosedResourceError: the listener was closed.
         """
+        check_task()
         self.is_used.set()
         await self.gate.run(trio.lowlevel.wait_readable, self._raw)
 

@@ -320,6 +320,7 @@ class PassedConnections(DescriptorOwner):
 
     async def wait_for(self, received: _Received) -> bool:
         """Wait until there are connections in a queue; return False if no more arrive."""
+        check_task()
         while not (received or self._is_over):
             await self._changed.wait()
         return bool(received)
