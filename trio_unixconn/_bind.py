@@ -216,6 +216,32 @@ def bind(
         return Binding(place.path, status.st_dev, status.st_ino)
 
 
+def check(path: bytes, permissions: Permissions) -> None:
+    """Find out whether a socket could take a path now, even from a live server.
+
+    Nothing changes at the path. A socket is bound beside it, gets its permissions, and is removed.
+
+    Raises:
+      As ``bind``.
+    """
+    family = _kernel.required(_kernel.AF_UNIX, "Unix sockets")
+    with (
+        _place_of(absolute(path)) as place,
+        _locked(place),
+        socket.socket(family, socket.SOCK_STREAM) as sock,
+    ):
+        _look(place, replace=True)
+        name = _beside(place.name, b".new")
+        if not _remove_leftover(place, name):
+            raise _not_free(place, name)
+        address = bindable(place.directory, place.fd, name)
+        status = _bind_with(sock, place, name, address, permissions)
+        try:
+            _set_permissions(place, name, status, permissions)
+        finally:
+            _unlink_same(place, name, status)
+
+
 def unbind(binding: Binding) -> None:
     """Remove the path if it still leads to our socket, which must still be open.
 
@@ -624,11 +650,23 @@ async def bind_path(
       AddressInUseError: something is at the path, or another process keeps its lock.
       OSError: from the file system.
     """
+    return await _retry_at(
+        address, lambda: bind(sock, address.native, permissions, listen, replace=replace)
+    )
+
+
+async def check_path(address: UnixSocketAddress, permissions: Permissions) -> None:
+    """Find out whether a path could be taken now, even from a live server.
+
+    Raises:
+      As :func:`bind_path`.
+    """
+    await _retry_at(address, lambda: check(address.native, permissions))
+
+
+async def _retry_at(address: UnixSocketAddress, work: Callable[[], T]) -> T:
     try:
-        return await retry(
-            lambda: bind(sock, address.native, permissions, listen, replace=replace),
-            LOCK_TIMEOUT,
-        )
+        return await retry(work, LOCK_TIMEOUT)
     except LockHeldError as exc:
         raise AddressInUseError(
             errno.EADDRINUSE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -237,6 +238,7 @@ def test_serve_allow_user_and_group(
 WHICH = (
     APP
     + """
+import json
 import os
 
 async def which(stream, job):
@@ -330,27 +332,32 @@ def test_serve_replace_where_no_server_is(project: Path) -> None:
         ("missing:once", "unix:t", "No module named 'missing'"),
         ("app:once", "tcp:127.0.0.1:PORT", "in use"),
         ("app:once", "unix:app.py", "not a socket"),
+        ("app:once", "unix:nothing/t", "No such file"),
+        ("app:once", "unix:t --stats unix:app.py", "not a socket"),
+        ("app:once", "unix:t --pid-file app.py", "another file"),
     ],
 )
 def test_serve_replace_that_fails(project: Path, handler: str, extra: str, said: str) -> None:
-    """A server that cannot start leaves path, pid file and statistics to the one that serves."""
+    """A server that cannot start leaves paths, pid file and statistics to the one that serves."""
     arguments = ["--pid-file", "pid", "--stats-socket", "stats"]
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
         serving(project, "once", *arguments) as served,
     ):
-        where = extra.replace("PORT", str(tcp.getsockname()[1]))
-        if handler == "app:once":
-            arguments = []
+        where, *more = extra.replace("PORT", str(tcp.getsockname()[1])).split()
+        # Those of the other server come first.
         done = run(
-            *("serve", handler, "--bind", where, "--bind", "unix:s", "--workers", "1"),
-            *("--replace", *arguments),
+            *("serve", handler, "--bind", "unix:s", "--bind", where, "--workers", "1"),
+            *("--replace", *(arguments[2:] if "--pid-file" in more else arguments), *more),
             cwd=project,
         )
         assert done.returncode == 1
         assert said in done.stderr
         assert answer(str(project / "s")) == b"one"
         assert (project / "pid").read_text() == f"{served.process.pid}\n"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(project / "stats"))
+            assert json.loads(client.makefile().read())["state"] == "ready"
         assert "1 accepted" in served.drained()
 
 

@@ -19,6 +19,7 @@ import trio
 
 from ... import _kernel
 from ..._address import UnixSocketAddress
+from ..._bind import Permissions, check_path
 from ..._listener import UnixListener, open_unix_listener
 from ..._policy import PeerPolicy
 from ...handover import GenerationListener
@@ -107,6 +108,11 @@ class UnixBind:
     def is_path(self) -> bool:
         """Whether it is a path, not an abstract name."""
         return not self.address.get_is_abstract()
+
+    async def check(self, options: UnixOptions) -> None:
+        """Raise what ``open`` would raise now; nothing is taken from another server."""
+        permissions = Permissions(options.mode, options.owner, options.group)
+        await check_path(self.address, permissions)
 
     async def open(self, options: UnixOptions) -> Sequence[Listener]:
         """Listen there."""
@@ -379,9 +385,6 @@ async def open_all(binds: Sequence[Bind], options: UnixOptions) -> list[Listener
       OSError: with what was said, or the address; all are closed then.
     """
     found: list[Listener] = []
-    if options.replace:
-        # Last what cannot be undone: when this fails, the other server should still have its path.
-        binds = sorted(binds, key=has_path)
     try:
         for bind in binds:
             found += await bind.open(options)
@@ -389,6 +392,17 @@ async def open_all(binds: Sequence[Bind], options: UnixOptions) -> list[Listener
         await close_all(found)
         raise
     return found
+
+
+async def check_paths(binds: Sequence[Bind], options: UnixOptions) -> None:
+    """Raise what taking one of the paths would raise now; nothing is taken.
+
+    Raises:
+      OSError: with the address.
+    """
+    for bind in binds:
+        if isinstance(bind, UnixBind) and bind.is_path:
+            await bind.check(options)
 
 
 async def close_all(listeners: Sequence[Listener]) -> None:

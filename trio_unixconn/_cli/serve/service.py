@@ -33,7 +33,7 @@ from ...pool import WorkerServer, serve_agent_check, serve_statistics
 from ...pool._pool import wait_worker_exit
 from ...pool._server import serve_when_ready, serve_with_workers
 from .._console import Signalled, heard_signals
-from .binds import UnixOptions, has_path, name_of, open_all, open_all_in
+from .binds import UnixOptions, check_paths, close_all, has_path, name_of, open_all, open_all_in
 from .children import reap_adopted_children
 from .log import Log, Screen, logger, start_log
 from .notify import GenerationNotifier, Notifier, find_service_manager
@@ -242,11 +242,22 @@ class _Service:
           checks: at which places statistics and agent checks are answered from now on.
         """
         config = self._config
-        self._pid_file = stack.enter_context(
-            pid_file(config.pid_file, replace=config.unix_options.replace)
-        )
-        await self._answer_checks(nursery, stack, checks)
-        listeners = await open_all(config.binds, config.unix_options)
+        options, replace = config.unix_options, config.unix_options.replace
+        listeners: list[Listener] = []
+        rest = config.binds
+        if replace:
+            # First what can be undone: if it fails, the other server still has everything.
+            await check_paths(rest, options)
+            await check_paths([*config.stats, *config.agent_check], self._check_options())
+            listeners = await open_all([each for each in rest if not has_path(each)], options)
+            rest = list(filter(has_path, rest))
+        try:
+            self._pid_file = stack.enter_context(pid_file(config.pid_file, replace=replace))
+            await self._answer_checks(nursery, stack, checks)
+            listeners += await open_all(rest, options)
+        except BaseException:
+            await close_all(listeners)
+            raise
         self._addresses = [name_of(each) for each in listeners]
         for name in self._addresses:
             logger.info("listening at %s", name)
@@ -352,12 +363,16 @@ class _Service:
             pids.add(self._generation.successor_pid)
         return pids
 
+    def _check_options(self) -> UnixOptions:
+        """Return what sockets get that answer with statistics or agent checks."""
+        return UnixOptions(replace=self._config.unix_options.replace, receive_descriptors=False)
+
     async def _answer_checks(
         self, nursery: trio.Nursery, stack: AsyncExitStack, wanted: Callable[[Bind], bool]
     ) -> None:
         """Answer with statistics, and agent checks, until the end of this server."""
         config = self._config
-        options = UnixOptions(replace=config.unix_options.replace, receive_descriptors=False)
+        options = self._check_options()
         for what, binds, serve in (
             ("statistics", config.stats, serve_statistics),
             ("agent checks", config.agent_check, serve_agent_check),
