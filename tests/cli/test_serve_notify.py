@@ -96,6 +96,24 @@ async def test_serve_notify_tells_each_state(project: Path) -> None:
         assert fake.rejected == []
 
 
+async def test_extend_timeouts(autojump_clock: MockClock) -> None:
+    """While workers start, the manager is asked for more time, and not otherwise."""
+    waiting = True
+    async with open_service_manager() as fake, trio.open_nursery() as nursery:
+        notifier = Notifier(ServiceManager.from_environ(dict(fake.environ)))
+        nursery.start_soon(notifier.run, always)
+        nursery.start_soon(notifier.extend_timeouts, lambda: waiting)
+        for _ in range(3):
+            message = await fake.wait_for("EXTEND_TIMEOUT_USEC=15000000")
+        assert len(message.assignments) == 1
+        waiting = False
+        await trio.sleep(60)
+        notifier.ready("ready")
+        message = await fake.wait_for("READY=1")
+        assert fake.state == "ready"
+        nursery.cancel_scope.cancel()
+
+
 async def test_serve_notify_tells_the_number_of_workers(project: Path) -> None:
     """SIGTTIN changes the number of workers, and the status."""
     async with open_service_manager() as fake, served(project, variables=fake.environ) as process:

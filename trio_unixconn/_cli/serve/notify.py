@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # How long a message waits while the queue of the manager is full, in seconds.
 SEND_TIMEOUT: Final = 5.0
+# The time between two requests for more time, in seconds.
+EXTEND_INTERVAL: Final = 5.0
 # How long the end of the server waits for messages that were not sent, in seconds.
 _FLUSH_TIMEOUT: Final = 1.0
 # The characters of a status; systemd ignores messages that are too long.
@@ -91,6 +93,17 @@ class Notifier:
         """Say that a drain begins; from then on nothing else is said."""
         self._tell(partial(self._manager.stopping, _one_line(status)))
         self._is_silent = True
+
+    async def extend_timeouts(self, is_waiting: Callable[[], bool]) -> None:
+        """Ask for more time to start or to reload, while workers start, until cancelled.
+
+        The pool limits that time (``start_timeout``), for each worker. With many of them it can be
+        longer than the manager waits by default.
+        """
+        while True:
+            await trio.sleep(EXTEND_INTERVAL)
+            if is_waiting():
+                self._tell(partial(self._manager.extend_timeout, 3 * EXTEND_INTERVAL))
 
     def status(self, text: str) -> None:
         """Describe the state of the server."""

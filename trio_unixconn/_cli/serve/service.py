@@ -153,6 +153,7 @@ class _Service:
         self._workers = 0
         self._resize = trio.Event()
         self._stopped_at = -math.inf
+        self._waits_for_workers = True
         self._delay = trio.CancelScope()
         # What makes sense as long as there are new connections.
         self._while_open = trio.CancelScope()
@@ -162,6 +163,7 @@ class _Service:
             await nursery.start(self._heed_signals)
             nursery.start_soon(self._report_ended_jobs)
             nursery.start_soon(self._notifier.run, self._is_healthy)
+            nursery.start_soon(self._notifier.extend_timeouts, lambda: self._waits_for_workers)
             self._notifier.status("starting")
             if self._config.table and not self._may_inherit:
                 nursery.start_soon(self._show)
@@ -171,6 +173,7 @@ class _Service:
             async with self._opened_generation(), trio.open_nursery() as serving:
                 server = await self._start_server(nursery, serving, stack)
                 self._server = server
+                self._waits_for_workers = False
                 self._workers = _count(server)
                 nursery.start_soon(reap_adopted_children, self._child_pids)
                 logger.info("ready: %s", _workers(server))
@@ -523,6 +526,7 @@ class _Service:
     async def _restart(self, server: WorkerServer, why: str) -> None:
         self._notifier.reloading(f"restarting the workers ({why})")
         failure = ""
+        self._waits_for_workers = True
         await self._wait_for_old_workers(server, why)
         logger.info("%s: restarting the workers", why)
         try:
@@ -539,6 +543,7 @@ class _Service:
             logger.info("%s: %s", why, exc)
         else:
             logger.info("restarted: %s", _workers(server))
+        self._waits_for_workers = False
         # As systemd expects, even if it has failed: the server serves.
         self._notifier.ready(self._status() + failure)
 
