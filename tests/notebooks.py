@@ -1,6 +1,7 @@
 """Run the notebooks in ``examples/notebooks``, and compare what they show with what is kept.
 
-It also runs the cells on the page about notebooks.
+It also runs the cells on the page about notebooks, and what the page says of the kernel that is
+installed.
 
 Numbers may differ, and pictures; all other text is the same in every run. ``--write`` keeps the new
 outputs. It needs the dependency group ``notebooks``: ``nox -s notebooks``.
@@ -31,13 +32,33 @@ await trio.testing.wait_all_tasks_blocked()
 await there.send_fd(0)
 os.close(await here.receive_fd())
 """
+# The rows of the table on the page that are of a kernel as it is installed: how a cell begins.
+ROWS = {
+    ", as they are": "pass",
+    "the same with `%autoawait trio`": "%autoawait trio",
+    "the same with `%load_ext trio_unixconn`": "%load_ext trio_unixconn",
+}
+FIRST_CELL = """
+import os, signal, threading, trio
+from trio_unixconn import connection_pair
+here, there = connection_pair()
+"""
+RECEIVE = "await there.send_fd(0)\nos.close(await here.receive_fd())\nprint('{}')"
+INTERRUPT = """
+threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+await here.receive_fd()
+"""
 
 
-def run(notebook: Any) -> None:
+def run(notebook: Any, *, allow_errors: bool = False) -> None:
     """Run all cells in a new kernel and a new directory; a cell that raises is an error."""
     with tempfile.TemporaryDirectory() as directory:
         client = NotebookClient(
-            notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": directory}}
+            notebook,
+            allow_errors=allow_errors,
+            timeout=60,
+            kernel_name="python3",
+            resources={"metadata": {"path": directory}},
         )
         client.execute()
 
@@ -50,6 +71,42 @@ def run_page() -> int:
     new = nbformat.v4
     run(new.new_notebook(cells=[new.new_code_cell(each) for each in [*cells, AFTER_THE_PAGE]]))
     return len(cells)
+
+
+def run_table() -> int:
+    """Return how many rows of the table on the page are not what the installed kernel does."""
+    page = PAGE.read_text()
+    failed = 0
+    for name, begin in ROWS.items():
+        (row,) = re.findall(rf"^\|.*{re.escape(name)} \|(.*)\|$", page, re.MULTILINE)
+        expected = [each.strip() for each in row.split("|")]
+        cells = [
+            RECEIVE.format("works"),
+            "nursery.start_soon(trio.sleep_forever)\nprint('yes')",
+            *((INTERRUPT, RECEIVE.format("the connection works on")) if expected[2] else ()),
+            "trio.run(trio.sleep, 0)\nprint('works')",
+        ]
+        new = nbformat.v4
+        notebook = new.new_notebook(
+            cells=[new.new_code_cell(each) for each in [begin, FIRST_CELL, *cells]]
+        )
+        run(notebook, allow_errors=True)
+        does, keeps, *interrupted, runs = [word_of(cell) for cell in notebook.cells[2:]]
+        found = [does, "no" if keeps == "NameError" else keeps, "; ".join(interrupted), runs]
+        # The page adds a few words.
+        if any(
+            re.split(", |; ", said)[: len(was.split("; "))] != was.split("; ")
+            for said, was in zip(expected, found, strict=True)
+        ):
+            failed += 1
+            sys.stdout.write(f"{name}: {found}, and not {expected}\n")
+    return failed
+
+
+def word_of(cell: Any) -> str:
+    """Return what a cell has printed, or the name of what it has raised."""
+    (output,) = cell.outputs
+    return str(output.get("ename") or output.text.strip())
 
 
 def shown(notebook: Any) -> list[str]:
@@ -106,7 +163,12 @@ def main() -> None:
         sys.stdout.write(f"{name}: {len(notebook.cells)} cells, {len(now)} lines shown\n")
     if not arguments.names:
         sys.stdout.write(f"{PAGE.name}: {run_page()} cells\n")
-    sys.exit(f"{failed} notebooks show something else than is kept" if failed else 0)
+        failed += run_table()
+    sys.exit(
+        f"{failed} notebooks, or rows of the table, show something else than is kept"
+        if failed
+        else 0
+    )
 
 
 if __name__ == "__main__":
