@@ -24,7 +24,10 @@ INSTALLED = {"trio", "trio_unixconn", "attrs"}
 # By what to install: a module that is not of the package of its name.
 PACKAGES = {"gi": "PyGObject", "httpcore": "httpx"}
 # What an example starts.
-NEEDED_PROGRAMS = {"with_packages/jeepney_bus.py": {"dbus-daemon"}}
+NEEDED_PROGRAMS = {
+    "asgi_app.py": {"hypercorn"},
+    "with_packages/jeepney_bus.py": {"dbus-daemon"},
+}
 
 
 def cells(name: str) -> list[dict[str, Any]]:

@@ -83,6 +83,7 @@ PACKAGES = {
         "peer",
         "upgrade",
         "serve.command",
+        "serve.asgi",
         "serve.service",
         "serve.upgrades",
         "serve.binds",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .._listener import UnixListener
+    from ..handover._generation import Generation
+    from ..handover._listeners import GenerationListener
     from ..pool import WorkerServer
 
 _HANDLER: Final = "trio_unixconn.asgi._worker:handle"
@@ -88,8 +90,9 @@ def _path(name: str, value: object) -> str | None:
 
 async def serve_asgi(
     app: str,
-    listeners: Sequence[trio.SocketListener | UnixListener],
+    listeners: Sequence[trio.SocketListener | UnixListener | GenerationListener[Any]],
     *,
+    generation: Generation | None = None,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[ASGIOptions],
 ) -> None:
@@ -120,6 +123,8 @@ async def serve_asgi(
       app: ``"package.module:name"``: an ASGI 3 application, which each worker imports. Its lifespan
         begins before a worker is ready, and ends before a worker exits.
       listeners: as of :func:`serve_with_workers`.
+      generation: as of :func:`serve_with_workers`. Connections that are open stay with this
+        generation until they end.
       options: the keyword arguments of :func:`open_worker_pool` except ``setup`` and
         ``setup_data``, and these:
 
@@ -147,4 +152,6 @@ async def serve_asgi(
     """
     check_task()
     handler, pool = pool_arguments(app, options)
-    await serve_with_workers(handler, listeners, task_status=task_status, **pool)
+    await serve_with_workers(
+        handler, listeners, generation=generation, task_status=task_status, **pool
+    )

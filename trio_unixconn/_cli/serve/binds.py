@@ -233,6 +233,7 @@ def read_unix_options(
     replace: bool,
     allow_user: Sequence[str],
     allow_group: Sequence[str],
+    receive_descriptors: bool = True,
 ) -> UnixOptions:
     """Read the options of Unix sockets, or end with exit status 2.
 
@@ -268,6 +269,7 @@ def read_unix_options(
         group=None if group is None else _id("--group", group, _kernel.group_named),
         replace=replace,
         policy=policy,
+        receive_descriptors=receive_descriptors,
     )
 
 

@@ -63,10 +63,44 @@ def serve(
     handler: Annotated[
         str,
         typer.Argument(
-            metavar="PACKAGE.MODULE:HANDLER", help="An async function of a stream and a job."
+            metavar="PACKAGE.MODULE:HANDLER",
+            help="An async function of a stream and a job; with --asgi an ASGI application.",
         ),
     ],
     *,
+    asgi: Annotated[
+        bool,
+        typer.Option(
+            "--asgi",
+            help="Serve an ASGI application with HTTP and WebSockets; requires hypercorn.",
+        ),
+    ] = False,
+    certfile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="With --asgi: speak TLS, with this certificate and chain (PEM)."
+        ),
+    ] = None,
+    keyfile: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The certificate's key; default: in --certfile."),
+    ] = None,
+    root_path: Annotated[
+        str,
+        typer.Option(
+            metavar="PREFIX", help="With --asgi: the part of paths that a proxy has removed."
+        ),
+    ] = "",
+    keep_alive_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="With --asgi: close a connection so long after its last request (default: 5).",
+        ),
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="With --asgi: print a line for each request.")
+    ] = False,
     bind: Annotated[
         list[str],
         typer.Option(
@@ -331,8 +365,8 @@ def serve(
     is finished. A second one ends at once. Exit status 0 after a drain.
     """
     # --help needs none of it.
-    from ...pool._config import PoolConfig
     from ...pool._worker_config import LINES_VARIABLE
+    from .asgi import read_handler
     from .binds import (
         UnixBind,
         check_different,
@@ -375,10 +409,16 @@ def serve(
         "proxy_protocol": None if proxy_protocol is None else proxy_protocol.value,
         "proxy_from": None if proxy_protocol is None else proxy_from or [],
     }
-    try:
-        pool = PoolConfig(handler, **options)
-    except ValueError as exc:
-        fail(str(exc), status=2)
+    worker_handler, options, pool = read_handler(
+        handler,
+        options,
+        asgi=asgi,
+        certfile=certfile,
+        keyfile=keyfile,
+        root_path=root_path,
+        keep_alive_timeout=keep_alive_timeout,
+        access_log=access_log,
+    )
     for name, patterns in (
         ("--reload-include", reload_include),
         ("--reload-exclude", reload_exclude),
@@ -413,6 +453,8 @@ def serve(
         replace=replace,
         allow_user=allow_user or [],
         allow_group=allow_group or [],
+        # HTTP has no place for file descriptors.
+        receive_descriptors=not asgi,
     )
     directory = None
     if chdir is not None:
@@ -435,6 +477,7 @@ def serve(
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     config = ServeConfig(
         handler=handler,
+        worker_handler=worker_handler,
         binds=binds,
         unix_options=unix_options,
         options=options,

@@ -70,6 +70,8 @@ class ServeConfig:
     """What was asked for.
 
     Attributes:
+      handler: what is served: a handler, or an ASGI application.
+      worker_handler: the handler that the workers import.
       unix_options: what Unix sockets of ``binds`` get.
       accept: which process accepts, as of :func:`serve_with_workers`.
       stats, agent_check: where statistics and agent checks of HAProxy are answered.
@@ -86,6 +88,7 @@ class ServeConfig:
     """
 
     handler: str
+    worker_handler: str
     binds: Sequence[Bind]
     unix_options: UnixOptions
     options: WorkerPoolOptions
@@ -213,7 +216,7 @@ class _Service:
         self, nursery: trio.Nursery, serving: trio.Nursery, stack: AsyncExitStack
     ) -> WorkerServer:
         """Listen and start workers, in the order that fits."""
-        handler, options = self._config.handler, self._config.options
+        handler, options = self._config.worker_handler, self._config.options
         accept = self._config.accept
         serve: Callable[..., Awaitable[None]]
         listen = partial(self._listen, nursery, stack)
