@@ -377,5 +377,6 @@ class _Session:
 
     async def _close_for_restart(self) -> None:
         self._has_ended = True
-        self._inbox.end({"type": "websocket.disconnect", "code": SERVICE_RESTART})
         await self._send({"type": "websocket.close", "code": SERVICE_RESTART})
+        # Not before: an application that returns then ends this task.
+        self._inbox.end({"type": "websocket.disconnect", "code": SERVICE_RESTART})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..handover._generation import Generation
     from ..handover._listeners import GenerationListener
     from ..pool import WorkerServer
+    from ..pool._server import AcceptMode
 
 _HANDLER: Final = "trio_unixconn.asgi._worker:handle"
 _SETUP: Final = "trio_unixconn.asgi._worker:setup"
@@ -92,6 +93,7 @@ async def serve_asgi(
     app: str,
     listeners: Sequence[trio.SocketListener | UnixListener | GenerationListener[Any]],
     *,
+    accept: AcceptMode = "parent",
     generation: Generation | None = None,
     task_status: trio.TaskStatus[WorkerServer] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[ASGIOptions],
@@ -123,6 +125,7 @@ async def serve_asgi(
       app: ``"package.module:name"``: an ASGI 3 application, which each worker imports. Its lifespan
         begins before a worker is ready, and ends before a worker exits.
       listeners: as of :func:`serve_with_workers`.
+      accept: which process accepts connections, as of :func:`serve_with_workers`.
       generation: as of :func:`serve_with_workers`. Connections that are open stay with this
         generation until they end.
       options: the keyword arguments of :func:`open_worker_pool` except ``setup`` and
@@ -153,5 +156,10 @@ async def serve_asgi(
     check_task()
     handler, pool = pool_arguments(app, options)
     await serve_with_workers(
-        handler, listeners, generation=generation, task_status=task_status, **pool
+        handler,
+        listeners,
+        accept=accept,
+        generation=generation,
+        task_status=task_status,
+        **pool,
     )
