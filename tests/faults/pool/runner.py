@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 # No scene takes so long, in seconds, unless a task waits in vain.
 LONGEST = 600
 MARKDOWN = Path(__file__).with_name("faults.md")
+# A table with more scenes is wider than a page.
+MOST_COLUMNS = 6
 
 SCENES: dict[str, Any] = {
     "kill": killed_under_submit,
@@ -153,12 +155,9 @@ def markdown(results: list[Result], seed: int) -> str:
     lines += ["", *row_of("scene", "what is done"), *row_of("---", "---")]
     for result in results:
         lines += row_of(result.name, result.title)
-    lines += ["", "## Connections, as clients, the pool and handlers have recorded them", ""]
-    lines += row_of("", *names, "expected") + row_of("---", *["---:"] * len(names), "---")
-    for figure, row in shared.items():
-        rule = next(each.rule for each in row.values())
-        cells = [cell(row[name]) if name in row else "" for name in names]
-        lines += row_of(figure, *cells, rule)
+    lines += ["", "## Connections, as clients, the pool and handlers have recorded them"]
+    for i in range(0, len(names), MOST_COLUMNS):
+        lines += shared_table(shared, names[i : i + MOST_COLUMNS])
     lines += [
         "",
         "## Figures of single scenes",
@@ -170,6 +169,17 @@ def markdown(results: list[Result], seed: int) -> str:
         for each in figures:
             lines += row_of(name, each.name, cell(each), each.expected)
     return "\n".join(lines) + "\n"
+
+
+def shared_table(shared: dict[str, dict[str, Figure]], names: list[str]) -> list[str]:
+    """Return a table of scenes, without the figures that none of them has."""
+    lines = ["", *row_of("", *names, "expected"), *row_of("---", *["---:"] * len(names), "---")]
+    for figure, row in shared.items():
+        if row.keys() & set(names):
+            rule = next(each.rule for each in row.values())
+            cells = [cell(row[name]) if name in row else "" for name in names]
+            lines += row_of(figure, *cells, rule)
+    return lines
 
 
 def cell(figure: Figure) -> str:
