@@ -169,14 +169,14 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run the examples, and those in the README."""
+    """Run the examples, and the code in the README and the documentation."""
     install(session, "tests", "examples")
     for example in [*sorted(map(str, Path("examples").glob("*.py"))), *WITH_PACKAGES]:
         if "jeepney" in example and not shutil.which("dbus-daemon") and "CI" not in os.environ:
             session.warn(f"{example} needs dbus-daemon, which is not installed")
         else:
             session.run("python", "-W", "error", example)
-    session.run("pytest", "-q", "tests/test_readme.py")
+    session.run("pytest", "-q", "tests/docs")
 
 
 @nox.session(python=PYTHONS[-1])
@@ -253,9 +253,8 @@ def pool_bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Draw the pictures of the benchmark and build the documentation; a warning is an error."""
+    """Build the documentation, and draw its pictures; a warning is an error."""
     install(session, "docs")
-    session.run("python", "-m", "tests.bench.connections.charts")
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.abspath(".."))
+sys.path.insert(1, os.path.abspath("."))
 
 import trio_unixconn
 import trio_unixconn.jupyter
@@ -33,6 +34,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinxcontrib_trio",
+    "drawing",
 ]
 nitpicky = True
 nitpick_ignore = [
@@ -56,6 +58,15 @@ nitpick_ignore = [
 ]
 html_theme = "furo"
 html_title = "trio_unixconn"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {
+    # Orange and grey differ in lightness too: visible in print, and to the colour-blind.
+    "light_css_variables": {"ours": "#d98200", "dead": "#c0392b"},
+    "dark_css_variables": {"ours": "#f0a830", "dead": "#ff7b6b"},
+}
+pygments_style = "default"
+pygments_dark_style = "monokai"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 # The notebooks are shown with the outputs that they are kept with: nox -s notebooks runs them.

@@ -1,0 +1,339 @@
+"""Draw the pictures of the documentation as SVG, from descriptions in ``docs/pictures``.
+
+The SVG becomes a part of the page, so that it has the fonts and the colours of the page, in the
+light and in the dark theme: ``_static/custom.css`` has a colour for each class. A description is
+lines of commands, with coordinates in pixels of a picture that is 520 wide:
+
+    title TEXT                          what the picture shows, for screen readers
+    box CLASS X Y WIDTH HEIGHT | TEXT | TEXT...
+    text CLASS X Y start|middle|end | TEXT
+    arrow CLASS X,Y X,Y... | TEXT       with a head at the end, and the text at its middle
+    line CLASS X,Y X,Y...
+
+Pictures of what processes say to each other have lanes, and commands that go down step by step:
+
+    lane NAME X | TEXT
+    message CLASS FROM TO | TEXT        an arrow from a lane to another
+    note CLASS LANE WIDTH | TEXT | TEXT...
+    end LANE | TEXT                     the process of this lane ends here
+    gap PIXELS
+
+Directives of Sphinx: ``{picture} NAME``, with a caption as its content; ``{chart} GROUP``, charts
+of the kept result of the benchmark; ``{rows} FILE``, some rows and columns of a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sphinx.application import Sphinx
+    from sphinx.util.typing import OptionSpec
+
+PICTURES = Path(__file__).parent / "pictures"
+RESULT = Path(__file__).parents[1] / "tests" / "bench" / "connections" / "result.json"
+WIDTH = 520
+LINE = 18
+HEAD = 8
+
+Point = tuple[float, float]
+
+
+class Drawing:
+    """Shapes, and the height that they need."""
+
+    def __init__(self) -> None:
+        self.shapes: list[str] = []
+        self.height = 0.0
+
+    def _add(self, shape: str, bottom: float) -> None:
+        self.shapes.append(shape)
+        self.height = max(self.height, bottom)
+
+    def box(self, kind: str, x: float, y: float, width: float, height: float) -> None:
+        """Draw a rectangle with round corners."""
+        self._add(
+            f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+            ' rx="5"/>',
+            y + height,
+        )
+
+    def text(self, kind: str, x: float, y: float, anchor: str, text: str) -> None:
+        """Write one line; y is its base line."""
+        if text:
+            self._add(
+                f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">'
+                f"{html.escape(text)}</text>",
+                y + 5,
+            )
+
+    def lines(self, kind: str, x: float, y: float, texts: Sequence[str]) -> None:
+        """Write lines in the middle of a point."""
+        top = y - LINE * (len(texts) - 1) / 2 + 5
+        for i, text in enumerate(texts):
+            self.text(kind, x, top + LINE * i, "middle", text)
+
+    def path(self, kind: str, points: Sequence[Point]) -> None:
+        """Draw a line through points."""
+        where = " ".join(f"{x:g},{y:g}" for x, y in points)
+        self._add(f'<polyline class="{kind}" points="{where}"/>', max(y for _, y in points))
+
+    def arrow(self, kind: str, points: Sequence[Point]) -> None:
+        """Draw a line through points, with a head at its end."""
+        (x1, y1), (x2, y2) = points[-2:]
+        length = math.hypot(x2 - x1, y2 - y1)
+        dx, dy = (x2 - x1) / length, (y2 - y1) / length
+        bx, by = x2 - HEAD * dx, y2 - HEAD * dy
+        self.path(kind, [*points[:-1], (bx, by)])
+        side = HEAD / 2
+        head = [(x2, y2), (bx - side * dy, by + side * dx), (bx + side * dy, by - side * dx)]
+        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in head)
+        self.shapes.append(f'<polygon class="head {kind}" points="{where}"/>')
+
+    def svg(self, title: str, kind: str) -> str:
+        """Return the picture."""
+        return (
+            f'<svg class="drawing {kind}" viewBox="0 0 {WIDTH} {self.height + 6:g}" role="img"'
+            f' xmlns="http://www.w3.org/2000/svg"><title>{html.escape(title)}</title>'
+            + "".join(self.shapes)
+            + "</svg>"
+        )
+
+
+################################################################
+# Descriptions
+################################################################
+
+
+def points_of(words: Sequence[str]) -> list[Point]:
+    """Return points written as X,Y."""
+    pairs = [word.split(",") for word in words]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+class Description:
+    """Draws the commands of a description."""
+
+    def __init__(self) -> None:
+        self.title = ""
+        self.drawing = Drawing()
+        self.lanes: dict[str, tuple[float, float]] = {}
+        self.y = 0.0
+
+    def do(self, line: str) -> None:
+        """Draw one command."""
+        command, *texts = (each.strip() for each in line.split("|"))
+        name, *words = command.split()
+        if name == "title":
+            self.title = command.removeprefix("title ")
+        else:
+            getattr(self, f"do_{name}")(words, texts)
+
+    def do_box(self, words: list[str], texts: list[str]) -> None:
+        kind, x, y, width, height = words[0], *map(float, words[1:])
+        self.drawing.box(kind, x, y, width, height)
+        self.drawing.lines(f"in-{kind}", x + width / 2, y + height / 2, texts)
+
+    def do_text(self, words: list[str], texts: list[str]) -> None:
+        kind, x, y, anchor = words
+        for i, text in enumerate(texts):
+            self.drawing.text(kind, float(x), float(y) + LINE * i, anchor, text)
+
+    def do_line(self, words: list[str], _texts: list[str]) -> None:
+        self.drawing.path(words[0], points_of(words[1:]))
+
+    def do_arrow(self, words: list[str], texts: list[str]) -> None:
+        points = points_of(words[1:])
+        self.drawing.arrow(words[0], points)
+        parts = itertools.pairwise(points)
+        (x1, y1), (x2, y2) = max(parts, key=lambda part: math.dist(*part))
+        for i, text in enumerate(reversed(texts)):
+            y = (y1 + y2) / 2 - 7 - LINE * i
+            self.drawing.text("label", (x1 + x2) / 2, y, "middle", text)
+
+    def do_lane(self, words: list[str], texts: list[str]) -> None:
+        name, x = words[0], float(words[1])
+        width = max(map(len, texts)) * 8 + 20
+        height = LINE * len(texts) + 12
+        self.drawing.box("lane", x - width / 2, 1, width, height)
+        self.drawing.lines("in-lane", x, 1 + height / 2, texts)
+        self.lanes[name] = (x, 1 + height)
+        self.y = max(self.y, height + 8)
+
+    def do_gap(self, words: list[str], _texts: list[str]) -> None:
+        self.y += float(words[0])
+
+    def do_message(self, words: list[str], texts: list[str]) -> None:
+        kind, sender, receiver = words
+        one, two = self.lanes[sender][0], self.lanes[receiver][0]
+        self.y += 14 + LINE * len(texts)
+        for i, text in enumerate(reversed(texts)):
+            self.drawing.text("label", (one + two) / 2, self.y - 7 - LINE * i, "middle", text)
+        shift = 2 if one < two else -2
+        self.drawing.arrow(kind, [(one + shift, self.y), (two - shift, self.y)])
+
+    def do_note(self, words: list[str], texts: list[str]) -> None:
+        kind, lane, width = words[0], words[1], float(words[2])
+        height = LINE * len(texts) + 10
+        self.y += 12
+        x = self.lanes[lane][0]
+        x = min(max(x, width / 2 + 1), WIDTH - width / 2 - 1)
+        self.drawing.box(f"{kind} over", x - width / 2, self.y, width, height)
+        self.drawing.lines(f"in-{kind}", x, self.y + height / 2, texts)
+        self.y += height
+
+    def do_end(self, words: list[str], texts: list[str]) -> None:
+        x, top = self.lanes.pop(words[0])
+        self.y += 22
+        self._lane_line(x, top, self.y)
+        for sign in (1, -1):
+            self.drawing.path("dead", [(x - 7, self.y - 7 * sign), (x + 7, self.y + 7 * sign)])
+        anchor, shift = ("end", -14) if x > WIDTH / 2 else ("start", 14)
+        for i, text in enumerate(texts):
+            self.drawing.text("label", x + shift, self.y + 5 + LINE * i, anchor, text)
+        self.y += 4
+
+    def _lane_line(self, x: float, top: float, bottom: float) -> None:
+        self.drawing.path("lane", [(x, top), (x, bottom)])
+        # Under the notes.
+        self.drawing.shapes.insert(0, self.drawing.shapes.pop())
+
+    def svg(self) -> str:
+        """Return the picture."""
+        for x, top in self.lanes.values():
+            self._lane_line(x, top, self.y + 16)
+        return self.drawing.svg(self.title, "picture")
+
+
+def draw(text: str) -> str:
+    """Return the picture of a description."""
+    description = Description()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                description.do(line)
+            except (AttributeError, KeyError, TypeError, ValueError) as exc:
+                raise ValueError(f"line {number}: {line!r}: {exc!r}") from exc
+    return description.svg()
+
+
+################################################################
+# Charts
+################################################################
+
+
+def draw_case(title: str, case: dict[str, Any]) -> str:
+    """Return a chart of one case: a bar for each implementation, the shortest time first."""
+    from tests.bench.connections.report import human
+    from tests.bench.report import is_ours
+
+    drawing = Drawing()
+    rows = sorted(case["implementations"].items(), key=lambda item: item[1]["median"])
+    longest = max(row["high"] for _, row in rows)
+    # A single slow one would leave nothing to see of the others.
+    median = sorted(row["high"] for _, row in rows)[len(rows) // 2]
+    longest = min(longest, 6 * median)
+    scale = (WIDTH - 90) / longest
+    drawing.text("heading", 0, 16, "start", f"{title}, per {case['unit']}")
+    y = 26.0
+    for name, row in rows:
+        kind = "ours" if is_ours(name) else "other"
+        drawing.text(f"name {kind}", 0, y + 13, "start", name)
+        length = min(row["median"], longest) * scale
+        drawing.box(f"bar {kind}", 0, y + 18, max(length, 1), 9)
+        end = length
+        if row["high"] <= longest:
+            low, end = row["low"] * scale, row["high"] * scale
+            drawing.path("whisker", [(low, y + 22.5), (end, y + 22.5)])
+        else:
+            drawing.path("cut", [(length - 14, y + 30), (length - 8, y + 15)])
+        drawing.text("figure", end + 8, y + 27, "start", human(row["median"], case["figure"]))
+        y += 33
+    return drawing.svg(f"{title}: {len(rows)} implementations, less is better", "chart")
+
+
+class Picture(SphinxDirective):
+    """``{picture} NAME``: the picture of a description, with the content as its caption."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        path = PICTURES / f"{self.arguments[0]}.txt"
+        self.env.note_dependency(str(path))
+        figure = nodes.figure("", nodes.raw("", draw(path.read_text()), format="html"))
+        figure["classes"].append("drawing")
+        if self.content:
+            caption = nodes.caption()
+            parsed, _ = self.state.inline_text(" ".join(self.content), self.lineno)
+            caption += parsed
+            figure += caption
+        return [figure]
+
+
+class Chart(SphinxDirective):
+    """``{chart} GROUP``: the kept result of a group of cases, or with ``:case:`` of one of them."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        from tests.bench.connections.workloads import CASES
+
+        self.env.note_dependency(str(RESULT))
+        cases = json.loads(RESULT.read_text())["cases"]
+        name = self.arguments[0]
+        titles = [case.title for case in CASES if name in {case.group, case.title}]
+        drawn = [draw_case(title, cases[title]) for title in titles if title in cases]
+        if not drawn:
+            raise self.error(f"no case of this name has a kept result: {name}")
+        return [nodes.raw("", f'<div class="charts">{"".join(drawn)}</div>', format="html")]
+
+
+class Rows(SphinxDirective):
+    """``{rows} FILE``: the rows of its first table that begin with the lines of the content.
+
+    ``:columns:`` names the columns after the first one, by their headings.
+    """
+
+    required_arguments = 1
+    has_content = True
+    option_spec: ClassVar[OptionSpec] = {"columns": str}
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(self.env.doc2path(self.env.docname)).parent / self.arguments[0]
+        self.env.note_dependency(str(path))
+        lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+        table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+        heads = [head.strip("`") for head in table[0]]
+        wanted = [name.strip() for name in self.options["columns"].split(",")]
+        if unknown := set(wanted) - set(heads):
+            raise self.error(f"no such columns: {unknown}")
+        columns = [0, *map(heads.index, wanted)]
+        rows = {row[0]: row for row in table[2:]}
+        if unknown := set(self.content) - set(rows) - {""}:
+            raise self.error(f"no such rows: {unknown}")
+        chosen = [table[0], table[1], *(rows[line] for line in self.content if line)]
+        text = "\n".join(f"| {' | '.join(row[i] for i in columns)} |" for row in chosen)
+        container = nodes.container(classes=["faults"])
+        self.state.nested_parse(StringList(text.splitlines()), self.content_offset, container)
+        return [container]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Add the directives."""
+    app.add_directive("picture", Picture)
+    app.add_directive("chart", Chart)
+    app.add_directive("rows", Rows)
+    return {"parallel_read_safe": True}
