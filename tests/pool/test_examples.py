@@ -1,8 +1,7 @@
-"""The examples of worker pools run, without a warning; and a program in the page about pools."""
+"""The examples of worker pools run, without a warning."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from tests._helpers.processes import ROOT
 pytestmark = [pytest.mark.usefixtures("unmeasured_processes"), pytest.mark.slow]
 
 EXAMPLES = ROOT / "examples"
-DESIGN = ROOT / "docs" / "explanation" / "pools.md"
 
 
 @pytest.mark.parametrize(
@@ -40,10 +38,3 @@ def test_example_runs(name: str, said: str) -> None:
     assert done.stderr == ""
     assert done.returncode == 0
     assert said in done.stdout
-
-
-def test_pools_page_program_of_reuseport() -> None:
-    """Connections in the queue of a listener with SO_REUSEPORT are reset when it is closed."""
-    (program,) = re.findall(r"^```python\n(.*?)^```$", DESIGN.read_text(), re.DOTALL | re.MULTILINE)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert (done.stdout, done.stderr) == (b"True\n", b"")
