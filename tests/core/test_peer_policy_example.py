@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests._helpers.environment import without_coverage
 from tests._helpers.processes import ROOT
 
 

@@ -132,7 +132,9 @@ def finish(process: subprocess.Popen[bytes], *, terminate: bool) -> str:
     """Wait for commands; return what is wrong."""
     try:
         if terminate:
-            os.killpg(process.pid, signal.SIGTERM)
+            # Its children may go on after it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         status = process.wait(PATIENCE)
     except (subprocess.TimeoutExpired, TimeoutError):
         os.killpg(process.pid, signal.SIGKILL)

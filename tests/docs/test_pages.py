@@ -11,7 +11,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tests._helpers.processes import ROOT, environment
+from tests._helpers.environment import environment
+from tests._helpers.processes import ROOT
 
 from .pages import Block, Step, blocks, contains, differs, pages, steps
 
