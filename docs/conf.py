@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, os.path.abspath(".."))
 sys.path.insert(1, os.path.abspath("."))
 
+from pygments.lexers.shell import BashLexer
+
 import trio_unixconn
 import trio_unixconn.jupyter
 import trio_unixconn.pool
@@ -189,8 +191,23 @@ def _look_in_the_package(
     return None
 
 
+def _mark_fragments(_app: Sphinx, _name: str, content: list[str]) -> None:
+    """Show that a block is not a complete program; tests/docs/pages.py describes these comments."""
+    captions = {"a part of": r"A part of `\2`", "not run:": "A fragment, not a complete program"}
+
+    def captioned(match: re.Match[str]) -> str:
+        caption = match.expand(captions[match[1]])
+        return f"```{{code-block}} python\n:caption: {caption}\n"
+
+    pattern = r"<!-- (a part of|not run:) ([^>]*?) -->\n```python\n"
+    content[0] = re.sub(pattern, captioned, content[0])
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
+    # Commands without a prompt; the lexer of that name takes them for output.
+    app.add_lexer("console", BashLexer)
+    app.connect("source-read", _mark_fragments)
     app.connect("autodoc-process-signature", _show_signature)
     app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)
