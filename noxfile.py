@@ -237,6 +237,13 @@ def guest_systemd(session: nox.Session) -> None:
     session.run("python", "-m", "tests.guests.systemd", *session.posargs)
 
 
+@nox.session(name="handover-faults")
+def handover_faults(session: nox.Session) -> None:
+    """Kill either side of a handover at each frame, and more; ``--quick``, ``--only``."""
+    install(session)
+    session.run("python", "-m", "tests.faults.handover", *session.posargs)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure beside other libraries; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""
