@@ -37,10 +37,15 @@ QUICK_SUITES: Final = (SUITES[0], SUITES[-1])
 FALLBACKS: Final = "tests/guests/test_fallbacks.py"
 TESTS: Final = (FALLBACKS, "tests/core", "tests/hostile", "tests/pool/test_lifecycle.py")
 # A little of each: what differs between kernels, and not what takes long.
-QUICK_TESTS: Final = (FALLBACKS,)
+QUICK_TESTS: Final = (
+    FALLBACKS,
+    "tests/core/test_send_fd.py",
+    "tests/core/test_receive_descriptors_disabled.py",
+    "tests/pool/test_lifecycle.py::test_drain_finishes_all_jobs",
+)
 # Seconds for one guest.
 TIMEOUT: Final = 3 * 3600.0
-QUICK_TIMEOUT: Final = 170.0
+QUICK_TIMEOUT: Final = 600.0
 # Of the hostile peers, which send 100,000 messages outside.
 HOSTILE_MESSAGES: Final = 4000
 # pytest prints where a test hangs, and ends: later than outside.
