@@ -569,6 +569,43 @@ async def test_hang_timeout_of_a_batch_without_an_answer(
     assert (found.retried, found.handled, found.abandoned) == (1, 1, 0)
 
 
+async def test_hang_timeout_of_a_frame_that_does_not_end(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A handler has written to the connection, and the heartbeats are the body of that frame."""
+    async with fake_pool(monkeypatch, hang_timeout=20) as (pool, workers):
+        (deaf,) = workers
+        async with submitters_of(pool) as submitters:
+            submitters.submit("a job")
+            await deaf.take()
+            begin = trio.current_time()
+            await deaf.say(encode_frame(0, bytes(6000))[:6])
+            while deaf.status is None:
+                with suppress(UnixConnectionError):
+                    await deaf.say(BEAT)
+                await trio.sleep(0.5)
+            assert trio.current_time() - begin == pytest.approx(20, abs=2)
+        found = await at_rest(pool)
+    assert (found.abandoned, found.deaths) == (1, 1)
+
+
+async def test_hang_timeout_of_a_large_frame(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A large answer is a sign of life while it arrives, even if that takes long."""
+    async with fake_pool(monkeypatch, hang_timeout=5) as (pool, workers):
+        (slow,) = workers
+        async with submitters_of(pool) as submitters:
+            submitters.call("a call")
+            await slow.take()
+            data = answer(1, bytes(10 * 8192))
+            for start in range(0, len(data), 8192):
+                await trio.sleep(3)
+                await slow.say(data[start : start + 8192])
+        assert submitters.outcomes == {"a call": bytes(10 * 8192)}
+        assert slow.status is None
+
+
 async def test_jobs_that_only_the_completion_log_has_clear_the_crashes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -63,6 +63,10 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
 CHUNK_SIZE: Final = 65536
+#: The number of bytes of an incomplete frame that show that a worker lives. If a handler has
+#: written to the connection, heartbeats may become the body of a frame that does not end for
+#: minutes; everything else that the worker sends disappears in it, too.
+SIGN_OF_LIFE: Final = 4096
 #: The maximum number of jobs in a batch. More would only wait in the worker, where no other worker
 #: can have them.
 MAX_BATCH: Final = 64
@@ -155,7 +159,7 @@ class WorkerHandle(DescriptorOwner):
       ready: set when it has said that it is ready, or that it cannot start, or has ended.
       gone: set when it has ended.
       started_at: when it was ready, in trio's time; infinity before.
-      last_heard: when something of it arrived.
+      last_heard: when a frame of it arrived, or a large part of one.
       idle_since: when it finished its last job.
       batch_sent_at: when its batch was sent; infinity if there is none that it must answer.
       accepted, handled, failed: the numbers of its jobs.
@@ -547,15 +551,18 @@ class WorkerHandle(DescriptorOwner):
             self._on_data(decoder, data, fds)
 
     def _on_data(self, decoder: FrameDecoder, data: bytes, fds: list[int] | None) -> None:
-        self.last_heard = trio.current_time()
+        now = trio.current_time()
         try:
             frames: Sequence[Frame] = decoder.feed(data, fds)
         except FrameError as exc:
             # What it has sent before counts: handlers may have begun.
+            self.last_heard = now
             for frame in exc.frames:
                 if frame.kind != _protocol.PASS:
                     self._on_frame(frame)
             raise
+        if frames or len(data) >= SIGN_OF_LIFE:
+            self.last_heard = now
         for index, frame in enumerate(frames):
             try:
                 self._on_frame(frame)
