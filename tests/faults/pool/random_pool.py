@@ -476,7 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=float, default=3.0, help="seconds of an episode")
     parser.add_argument("--interrupt", action="store_true", help="expect SIGINT")
     given = parser.parse_args(arguments)
-    faulthandler.dump_traceback_later(2 * LONGEST + given.random, exit=True)
+    # One episode is a test, which has less than four minutes.
+    total_time = given.random if given.episode is None else 0
+    faulthandler.dump_traceback_later(1.5 * LONGEST + total_time, exit=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     logging.getLogger("trio_unixconn").propagate = False
     _make_impatient()
