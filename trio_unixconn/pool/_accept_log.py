@@ -34,7 +34,7 @@ import attrs
 from .._memfd import Seals
 from .._owner import DescriptorOwner
 from ._completion_log import create_memory_file
-from ._statistics import LATENCY_BOUNDS
+from ._protocol import LATENCY_BOUNDS
 
 _SEALS: Final = Seals.SHRINK | Seals.GROW | Seals.SEAL
 

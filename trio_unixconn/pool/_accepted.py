@@ -27,8 +27,7 @@ from .._owner import DescriptorOwner
 from . import _protocol
 from ._accept_log import MAX_SLOTS, AcceptedConnection, AcceptLog, AcceptTotals
 from ._pending import JobEnd, JobState, PendingJob
-from ._protocol import ProtocolError
-from ._statistics import LATENCY_BOUNDS
+from ._protocol import LATENCY_BOUNDS, ProtocolError
 
 if TYPE_CHECKING:
     import socket as stdlib_socket

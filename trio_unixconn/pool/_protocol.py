@@ -84,6 +84,12 @@ NO_DESCRIPTOR: Final = 0
 #: The maximum number of bytes that travel with a job, or as its answer.
 MAX_DATA: Final = 16 * 1024 * 1024
 
+#: The upper bounds of the buckets of a latency histogram, in seconds; one more has no bound.
+LATENCY_BOUNDS: Final = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+
 _batch: Final = struct.Struct("=Q")
 _job: Final = struct.Struct("=QBBHI")
 _id: Final = struct.Struct("=Q")

@@ -6,15 +6,11 @@ import math
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import attrs
 
-#: The upper bounds of the buckets of a latency histogram, in seconds; one more has no bound.
-LATENCY_BOUNDS: Final = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
+from ._protocol import LATENCY_BOUNDS
 
 
 @attrs.frozen
