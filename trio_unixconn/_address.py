@@ -69,7 +69,7 @@ class UnixSocketAddress:
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:
         """Return the address that ``getsockname``, ``getpeername`` or ``accept`` returned."""
-        return cls(_encoded(name, "name"))
+        return _ANONYMOUS if name == "" else cls(_encoded(name, "name"))
 
     @classmethod
     def path(cls, path: _PathName) -> UnixSocketAddress:
@@ -200,6 +200,9 @@ class UnixSocketAddress:
         """Return :meth:`to_string`, with an ``@`` before an abstract name as ss(8) prints it."""
         return f"@{self.to_string()}" if self.get_is_abstract() else self.to_string()
 
+
+# Of most clients.
+_ANONYMOUS: Final = UnixSocketAddress()
 
 # What a function that takes an address takes; see UnixSocketAddress.from_any().
 AddressLike: TypeAlias = _PathName | UnixSocketAddress

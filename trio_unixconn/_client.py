@@ -18,7 +18,7 @@ from trio.lowlevel import enable_ki_protection
 from . import _bind, _kernel
 from ._address import AddressLike, UnixSocketAddress
 from ._closing import close_socket
-from ._connection import UnixConnection
+from ._connection import UnixConnection, connection_of
 from ._paths import connectable, describe_connect_error
 from ._policy import PeerPolicy, check_peer, check_policy
 from ._sockopts import disable_passrights, enable_passing
@@ -97,8 +97,8 @@ async def open_unix_connection(
         if local is not None:
             binding = await _bind_local(sock, local)
         await _connect(sock, name)
-        conn = UnixConnection(
-            trio.socket.from_stdlib_socket(sock),
+        conn = connection_of(
+            sock,
             receive_descriptors=receive_descriptors,
             local_address=None if binding is None else local,
             remote_address=name,

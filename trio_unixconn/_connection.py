@@ -158,6 +158,16 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             check_address(remote_address, "remote_address")
         raw = raw_socket(socket)
         check_connected(raw)
+        self._attach(socket, raw, receive_descriptors, local_address, remote_address)
+
+    def _attach(
+        self,
+        socket: trio.socket.SocketType,
+        raw: stdlib_socket.socket,
+        receive_descriptors: bool,  # noqa: FBT001 - the constructor's
+        local_address: UnixSocketAddress | None,
+        remote_address: UnixSocketAddress | None,
+    ) -> None:
         self.socket: trio.socket.SocketType = socket
         self._sender = Sender(socket, raw)
         self._receiver = (Receiver if receive_descriptors else RefusingReceiver)(socket, raw)
@@ -998,6 +1008,23 @@ async def receive_with_fds(conn: UnixConnection, max_bytes: int) -> tuple[bytes,
     fds, message.fds = message.fds, []
     message.close()
     return message.data, fds
+
+
+def connection_of(
+    raw: stdlib_socket.socket,
+    *,
+    receive_descriptors: bool,
+    local_address: UnixSocketAddress | None,
+    remote_address: UnixSocketAddress | None,
+) -> UnixConnection:
+    """Make a connection of a socket that accept(2) or connect(2) of this package has connected.
+
+    The constructor would check that, which takes two system calls.
+    """
+    conn = UnixConnection.__new__(UnixConnection)
+    socket = trio.socket.from_stdlib_socket(raw)
+    conn._attach(socket, raw, receive_descriptors, local_address, remote_address)
+    return conn
 
 
 def send_fd_nowait(conn: UnixConnection, number: int) -> bool:

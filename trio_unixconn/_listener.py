@@ -19,7 +19,7 @@ from trio.lowlevel import enable_ki_protection
 from . import _bind, _closing, _kernel
 from ._accept import Acceptor, close_listening_socket
 from ._address import AddressLike, UnixSocketAddress, check_address
-from ._connection import UnixConnection
+from ._connection import UnixConnection, connection_of
 from ._owner import DescriptorOwner
 from ._policy import PeerPolicy, admit_or_close, check_policy
 from ._sockopts import adopt_fd, check_listening, disable_passrights, enable_passing, raw_socket
@@ -243,8 +243,8 @@ def make_connection(listener: UnixListener, fd: int, name: str | bytes) -> UnixC
     """Make a connection of an accepted file descriptor, which is closed if that fails."""
     sock = stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM, 0, fileno=fd)
     try:
-        return UnixConnection(
-            trio.socket.from_stdlib_socket(sock),
+        return connection_of(
+            sock,
             receive_descriptors=receives_descriptors(listener),
             local_address=listener._address,
             remote_address=UnixSocketAddress.from_native(name),

@@ -23,6 +23,7 @@ from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from . import _kernel
 from ._accept import ACCEPT_RETRY_DELAY
+from ._credentials import peer_credentials
 from ._identity import PeerIdentity, identify
 from ._sockopts import raw_socket
 from .errors import ConnectionClosedError, NotSupportedError
@@ -130,6 +131,10 @@ class PeerPolicy:
         """Whether the policy needs the groups of a peer."""
         return bool(self._gids) or self._check is not None
 
+    def _admits_user(self, uid: int) -> bool:
+        """Whether the policy admits every process of a user, so that no more need be known."""
+        return self._check is None and uid in self._matching_uids
+
     async def admits(self, peer: PeerIdentity) -> bool:
         """Whether the policy admits ``peer``. This is a checkpoint only if a check is one."""
         if (self._uids or self._gids) and not self._is_listed(peer):
@@ -182,6 +187,11 @@ class _Composed(PeerPolicy):
     def needs_groups(self) -> bool:
         """Whether one of them needs groups."""
         return self._left.needs_groups or self._right.needs_groups
+
+    def _admits_user(self, uid: int) -> bool:
+        """Whether the two together admit every process of a user."""
+        left, right = self._left._admits_user(uid), self._right._admits_user(uid)
+        return (left or right) if self._operator == "|" else (left and right)
 
     async def admits(self, peer: PeerIdentity) -> bool:
         """Ask the left policy, and the right one if the left does not decide."""
@@ -354,6 +364,10 @@ async def admit_or_close(conn: UnixConnection, policy: PeerPolicy) -> bool:
 @enable_ki_protection
 async def check_peer(conn: UnixConnection, policy: PeerPolicy) -> Denial | None:
     """Ask a policy about the peer of a connection; return None if it is admitted."""
+    # Most policies admit a user. An error is reported below, if the policy still needs to know.
+    with suppress(OSError, NotSupportedError):
+        if policy._admits_user(peer_credentials(raw_socket(conn.socket).getsockopt).uid):
+            return None
     reasons: list[str] = []
     with await _identified(conn, policy) as peer:
         token = _reasons.set(reasons)

@@ -180,7 +180,7 @@ async def test_accept_closes_what_cannot_become_a_connection(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("trio_unixconn._listener.UnixConnection", fail)
+    monkeypatch.setattr("trio_unixconn._listener.connection_of", fail)
     async with await open_unix_connection(path) as client:
         with pytest.raises(MemoryError):
             await listener.accept()

@@ -170,6 +170,34 @@ async def test_composed(*, left: bool, right: bool) -> None:
         assert bool(asked) is (left is open_after)
 
 
+async def test_composed_asks_a_check_only_if_the_user_does_not_decide(path: Path) -> None:
+    """A policy that admits a user asks no check; with ``&`` it does."""
+    asked: list[PeerIdentity] = []
+
+    async def check(peer: PeerIdentity) -> bool:
+        asked.append(peer)
+        return True
+
+    me, checked = PeerPolicy.same_user(), PeerPolicy(check=check)
+    others = PeerPolicy(uids=[OTHER_UID])
+    for policy, times in [
+        (me, 0),
+        (me | checked, 0),
+        (me & me, 0),
+        (others | me, 0),
+        (me & checked, 1),
+        (others | checked, 1),
+        (checked & me, 1),
+    ]:
+        asked.clear()
+        async with (
+            await open_unix_listener(path, policy=policy) as listener,
+            await open_unix_connection(path),
+            await listener.accept(),
+        ):
+            assert len(asked) == times
+
+
 async def test_composed_of_composed() -> None:
     """Compositions compose, and need a pidfd if any of them does."""
     one, two, three = PeerPolicy(uids=[1]), PeerPolicy(gids=[2]), PeerPolicy(uids=[3])
