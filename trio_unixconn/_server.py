@@ -72,6 +72,12 @@ class AnyGeneration(Protocol):
     def server(self, listeners: Sequence[object], *, unix_only: bool) -> GenerationServer: ...
 
 
+def check_generation(generation: object) -> None:
+    """Raise TypeError unless this is a generation."""
+    if not callable(getattr(generation, "server", None)):
+        raise TypeError(f"generation must be a Generation or None, got {type(generation).__name__}")
+
+
 @attrs.define(eq=False)
 class UnixServer(DescriptorOwner):
     """A running server of :func:`serve_unix`: its counters, and its graceful shutdown.
@@ -133,26 +139,31 @@ class UnixServer(DescriptorOwner):
         self._accepting.cancel()
 
     async def _serve(self, task_status: trio.TaskStatus[UnixServer]) -> None:
-        async with trio.open_nursery() as following:
-            if self._served is not None:
+        if self._served is None:
+            await self._serve_and_drain(task_status)
+        else:
+            async with trio.open_nursery() as following:
                 following.start_soon(
                     self._served.follow, partial(self._drain, math.inf), partial(self._drain, 0)
                 )
-            with self._handling:
-                async with trio.open_nursery() as handlers:
-                    with self._accepting:
-                        task_status.started(self)
-                        if self._served is not None:
-                            self._served.set_prepared()
-                        while True:
-                            await self._next(handlers)
-                    # A drain has cancelled that loop. Everything else ends it with an exception.
-                    if self._served is None or await self._served.may_accept_last():
-                        await remove_path(self.listener)
-                        await self._handle_pending(handlers)
-                    await self.listener.aclose()
-            following.cancel_scope.cancel()
+                await self._serve_and_drain(task_status)
+                following.cancel_scope.cancel()
         self.drained.set()
+
+    async def _serve_and_drain(self, task_status: trio.TaskStatus[UnixServer]) -> None:
+        with self._handling:
+            async with trio.open_nursery() as handlers:
+                with self._accepting:
+                    task_status.started(self)
+                    if self._served is not None:
+                        self._served.set_prepared()
+                    while True:
+                        await self._next(handlers)
+                # A drain has cancelled that loop. Everything else ends it with an exception.
+                if self._served is None or await self._served.may_accept_last():
+                    await remove_path(self.listener)
+                    await self._handle_pending(handlers)
+                await self.listener.aclose()
 
     async def _next(self, handlers: trio.Nursery) -> None:
         """Accept one connection, once a slot is free, and start its handler."""
@@ -325,6 +336,7 @@ async def serve_unix(
     slots = trio.CapacityLimiter(math.inf if max_connections is None else max_connections)
     served = None
     if generation is not None:
+        check_generation(generation)
         served = generation.server([address], unix_only=True)
         address = served.unix_listener
     if isinstance(address, UnixListener):

@@ -210,14 +210,14 @@ async def test_inbox_waits_while_too_much_is_in_it() -> None:
     ]
 
 
-async def test_inbox_close_wakes_put() -> None:
+async def test_inbox_drop_wakes_put() -> None:
     """What an application that has returned did not receive is dropped."""
     inbox = Inbox(1)
     await inbox.put({"type": "http.request"})
     async with trio.open_nursery() as nursery:
         nursery.start_soon(inbox.put, {"type": "http.request"})
         await trio.testing.wait_all_tasks_blocked()
-        inbox.close()
+        inbox.drop()
     await inbox.put({"type": "http.request"})
     with trio.move_on_after(0.01) as scope:
         await inbox.get()

@@ -244,7 +244,7 @@ class Inbox:
         self._receivers.unpark_all()
         self._senders.unpark_all()
 
-    def close(self) -> None:
+    def drop(self) -> None:
         """Drop all messages, because the application has returned."""
         self._is_closed = True
         self._messages.clear()

@@ -197,7 +197,7 @@ class _Connection:
         try:
             await self._application.run(scope, inbox, send_unless_gone)
         finally:
-            inbox.close()
+            inbox.drop()
         await self._guarded(send_unless_gone, None)
 
     @contextmanager

@@ -265,7 +265,7 @@ async def _receive_all(conn: UnixConnection, reader: _Reader) -> None:
         reader.feed(b"", [])
 
 
-class _Reader:
+class _Reader(DescriptorOwner):
     """What has arrived from HAProxy; it owns the file descriptors.
 
     Attributes:

@@ -51,7 +51,7 @@ from .._listener import (
 )
 from .._owner import DescriptorOwner
 from .._policy import describe_policy
-from .._server import crash_and_rest
+from .._server import check_generation, crash_and_rest
 from .._sockopts import can_linger, raw_socket
 from .._trio_task import check_task
 from ..errors import ConnectionClosedError, PoolClosedError
@@ -692,6 +692,7 @@ async def serve_with_workers(
         )
     served = None
     if generation is not None:
+        check_generation(generation)
         served = generation.server(listeners)
         listeners = [each.base for each in served.listeners]
     checked = checked_listeners(listeners)
