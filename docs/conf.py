@@ -21,6 +21,8 @@ import trio_unixconn.pool
 import trio_unixconn.testing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from docutils.nodes import Element
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
@@ -40,21 +42,6 @@ extensions = [
 ]
 nitpicky = True
 nitpick_ignore = [
-    # Type aliases; reference/index.md says what they are.
-    ("py:class", "AddressLike"),
-    ("py:class", "FileDescriptor"),
-    ("py:class", "Buffer"),
-    ("py:class", "ControlMessage"),
-    ("py:class", "AsyncReadyCallback"),
-    ("py:class", "Handler"),
-    ("py:class", "HealthCheck"),
-    ("py:class", "Submittable"),
-    ("py:class", "StatisticsSource"),
-    ("py:class", "ListenersOrAddress"),
-    ("py:class", "AnyListener"),
-    ("py:class", "ExchangeListener"),
-    # A Generation, for a module in a layer below that.
-    ("py:class", "AnyGeneration"),
     # A type variable.
     ("py:class", "trio_unixconn.handover._listeners.StreamT"),
 ]
@@ -123,6 +110,18 @@ def _copy_notebooks() -> None:
             shutil.copyfile(source, copy)
 
 
+# In signatures, what is shown in place of what Python shows.
+_IN_ARGUMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"<(\w+\.\w+): \d+>", r"\1"),
+    (r"= inf\b", "= math.inf"),
+    (r"= NOTHING\b", "= ..."),
+    (r"\bmode: int = (\d+)", lambda found: f"mode: int = {int(found[1]):#o}"),
+    (r"str \| bytes \| PathLike\[str\] \| PathLike\[bytes\] \| UnixSocketAddress", "AddressLike"),
+    # A protocol for a module in a layer below that of the class.
+    (r"\bAnyGeneration\b", "Generation"),
+]
+
+
 def _name_defining_modules() -> None:
     """Make each public class name the file that defines it, as it did before it was exported.
 
@@ -146,13 +145,11 @@ def _show_signature(
     if name in _MADE_BY_THE_LIBRARY:
         return "", None
     arguments, returned = signature
-    if arguments:
-        arguments = re.sub(r"<(\w+\.\w+): \d+>", r"\1", arguments)
-        arguments = re.sub(r"= inf\b", "= math.inf", arguments)
-        arguments = re.sub(
-            r"\bmode: int = (\d+)", lambda found: f"mode: int = {int(found[1]):#o}", arguments
-        )
-    return arguments, returned
+    for pattern, shown in _IN_ARGUMENTS:
+        arguments = arguments and re.sub(pattern, shown, arguments)
+    # Of a function that is decorated with contextmanager or asynccontextmanager.
+    context = re.fullmatch(r"(?:Async)?Generator\[(\w+), None(?:, None)?\]", returned or "")
+    return arguments, context[1] if context else returned
 
 
 def _read_as_prose(
@@ -181,11 +178,16 @@ def _look_in_the_package(
     """Find what one module of the package calls by the name that another one gives it."""
     if node.get("refdomain") != "py":
         return None
-    for module in ("", "pool.", "handover."):
-        name = f"trio_unixconn.{module}{node.get('reftarget', '')}"
-        found = env.domains.python_domain.resolve_xref(
-            env, node["refdoc"], app.builder, node["reftype"], name, node, text
-        )
+    python, target = env.domains.python_domain, node.get("reftarget", "")
+    # Types in signatures (reference/types.md) are classes to autodoc.
+    for name, kind in [
+        *(
+            (f"trio_unixconn.{module}{target}", node["reftype"])
+            for module in ("", "pool.", "handover.")
+        ),
+        (f"trio_unixconn.{target}", "data"),
+    ]:
+        found = python.resolve_xref(env, node["refdoc"], app.builder, kind, name, node, text)
         if found is not None:
             return found
     return None
