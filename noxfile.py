@@ -244,6 +244,13 @@ def handover_faults(session: nox.Session) -> None:
     session.run("python", "-m", "tests.faults.handover", *session.posargs)
 
 
+@nox.session(name="handover-bench")
+def handover_bench(session: nox.Session) -> None:
+    """Replace servers under load, beside HAProxy, nginx and others; ``--quick``, ``--help``."""
+    install(session, "handover-bench")
+    session.run("python", "-m", "tests.bench.handover", *session.posargs)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure beside other libraries; ``--quick``, ``--check FILE``, ``--write``, ``--help``."""

@@ -19,7 +19,8 @@ Pictures of what processes say to each other have lanes, and commands that go do
     gap PIXELS
 
 Directives of Sphinx: ``{picture} NAME``, with a caption as its content; ``{chart} GROUP``, charts
-of the kept result of the benchmark; ``{rows} FILE``, some rows and columns of a table in Markdown.
+of the kept result of the benchmark; ``{handover-chart}``, those of servers that are replaced under
+load; ``{rows} FILE``, some rows and columns of a table in Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
     from sphinx.util.typing import OptionSpec
 
 PICTURES = Path(__file__).parent / "pictures"
-RESULT = Path(__file__).parents[1] / "tests" / "bench" / "connections" / "result.json"
+BENCH = Path(__file__).parents[1] / "tests" / "bench"
+RESULT = BENCH / "connections" / "result.json"
+HANDOVER_RESULT = BENCH / "handover" / "result.json"
 WIDTH = 520
 LINE = 18
 HEAD = 8
@@ -263,6 +266,23 @@ def draw_case(title: str, case: dict[str, Any]) -> str:
     return drawing.svg(f"{title}: {len(rows)} implementations, less is better", "chart")
 
 
+def draw_servers(title: str, values: dict[str, float], form: str) -> str:
+    """Return a chart of one figure: a bar for each server, in the order of the result."""
+    from tests.bench.report import is_ours
+
+    drawing = Drawing()
+    scale = (WIDTH - 90) / max(*values.values(), 1e-9)
+    drawing.text("heading", 0, 16, "start", title)
+    y = 26.0
+    for name, value in values.items():
+        kind = "ours" if is_ours(name) else "other"
+        drawing.text(f"name {kind}", 0, y + 13, "start", name)
+        drawing.box(f"bar {kind}", 0, y + 18, max(value * scale, 1), 9)
+        drawing.text("figure", value * scale + 8, y + 27, "start", format(value, form))
+        y += 33
+    return drawing.svg(f"{title}: {len(values)} servers, less is better", "chart")
+
+
 class Picture(SphinxDirective):
     """``{picture} NAME``: the picture of a description, with the content as its caption."""
 
@@ -301,6 +321,26 @@ class Chart(SphinxDirective):
         return [nodes.raw("", f'<div class="charts">{"".join(drawn)}</div>', format="html")]
 
 
+class HandoverChart(SphinxDirective):
+    """``{handover-chart}``: what clients have noticed of servers that were replaced."""
+
+    def run(self) -> list[nodes.Node]:
+        from tests.bench.handover.report import MILLI, lost
+
+        self.env.note_dependency(str(HANDOVER_RESULT))
+        servers = json.loads(HANDOVER_RESULT.read_text())["compared"]["servers"]
+        gaps = {name: MILLI * row["during"]["gap"] for name, row in servers.items()}
+        losses = {
+            name: 1000 * lost(row["during"]) / row["during"]["begun"]
+            for name, row in servers.items()
+        }
+        drawn = [
+            draw_servers("Longest time without an answer, in milliseconds", gaps, ".1f"),
+            draw_servers("Requests lost or late, of 1,000", losses, ".3g"),
+        ]
+        return [nodes.raw("", f'<div class="charts">{"".join(drawn)}</div>', format="html")]
+
+
 class Rows(SphinxDirective):
     """``{rows} FILE``: the rows of its first table that begin with the lines of the content.
 
@@ -335,5 +375,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Add the directives."""
     app.add_directive("picture", Picture)
     app.add_directive("chart", Chart)
+    app.add_directive("handover-chart", HandoverChart)
     app.add_directive("rows", Rows)
     return {"parallel_read_safe": True}
