@@ -57,7 +57,7 @@ async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "websocket.disconnect":
             pass
     else:
-        is_browser = any(b"text/html" in value for name, value in scope["headers"])
+        is_browser = any(b"text/html" in value for _, value in scope["headers"])
         body = PAGE if is_browser else f"{scope['state']['greeting']}!\n".encode()
         kind = b"text/html" if is_browser else b"text/plain"
         headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]

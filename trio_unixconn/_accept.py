@@ -78,7 +78,7 @@ class Acceptor:
 
     def __init__(self, sock: stdlib_socket.socket, name: object) -> None:
         self._sock = sock
-        self.name = name
+        self.name: object = name
         # After consecutive failures: the next delay, and whether they are logged.
         self._delay = 0.0
         self._is_logged = False

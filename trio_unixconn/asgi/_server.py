@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -86,7 +86,7 @@ def _path(name: str, value: object) -> str | None:
         return None
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {type(value).__name__}")
-    return os.path.abspath(os.fsdecode(value))
+    return os.path.abspath(os.fsdecode(cast("str | os.PathLike[str]", value)))
 
 
 async def serve_asgi(

@@ -11,7 +11,7 @@ import os
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import attrs
 import trio
@@ -140,7 +140,7 @@ async def _serve(worker: ASGIWorker, stream: Any, job: Job, peer: Any) -> None:
         alpn = stream.selected_alpn_protocol()
         is_secure = True
     client = Client(
-        client=(peer[0], peer[1]) if isinstance(peer, tuple) else None,
+        client=cast("tuple[str, int]", peer[:2]) if isinstance(peer, tuple) else None,
         server=server,
         extension={"credentials": credentials, "proxy": proxy and _proxy_values(proxy)},
         is_secure=is_secure,
@@ -154,8 +154,9 @@ def _name_of(peer: Any) -> str:
     if isinstance(peer, Credentials):
         return f"client of process {peer.pid}, user {peer.uid}"
     if isinstance(peer, tuple):
-        host = f"[{peer[0]}]" if ":" in peer[0] else peer[0]
-        return f"client {host}:{peer[1]}"
+        address, port = cast("tuple[str, int]", peer[:2])
+        host = f"[{address}]" if ":" in address else address
+        return f"client {host}:{port}"
     return f"client {peer}"
 
 

@@ -124,7 +124,7 @@ class Passer:
         self._is_over = False
         self._changed = trio.Event()
         #: How many the successor has taken.
-        self.taken = 0
+        self.taken: int = 0
 
     @enable_ki_protection
     async def pass_on(self, stream: trio.SocketStream | UnixConnection, data: Buffer) -> None:

@@ -6,7 +6,7 @@ Invariant: a server accepts from the queue of a listener at its end only if no s
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import attrs
 
@@ -67,11 +67,12 @@ class GenerationServer:
         self._generation = generation
         self._hooks = hooks
         self.listeners: list[GenerationListener[Any]] = []
-        for each in listeners:
-            if not isinstance(each, GenerationListener) or not hooks.has_listener(each):
+        for given in listeners:
+            each = cast("GenerationListener[Any]", given)
+            if not isinstance(given, GenerationListener) or not hooks.has_listener(each):
                 raise TypeError(
                     "expected listeners of this generation (listen_tcp, listen_unix, adopt), got "
-                    f"{each!r}"
+                    f"{given!r}"
                 )
             if unix_only and not isinstance(each.base, UnixListener):
                 raise TypeError("expected a listener of a Unix socket, got one of TCP")
