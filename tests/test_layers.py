@@ -68,11 +68,13 @@ LAYERS = [
 PACKAGES = {
     "_cli": [
         "demo.command",
+        "demo.tables",
         "demo.driver",
         "demo.worker",
         "demo.wire",
         "demo.__init__",
         "doctor.command",
+        "doctor.tables",
         "doctor.examination",
         "doctor.probes",
         "doctor.limits",

@@ -112,54 +112,58 @@ def test_main_show_completion() -> None:
     assert "complete -o default -F" in done.stdout
 
 
+FULL = ">/dev/full", "No space left on device"
+CLOSED = ">&-", "Bad file descriptor"
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        ("doctor",),
-        ("doctor", "--json"),
-        ("demo", __file__),
-        ("--version",),
-        ("-h",),
-        ("serve", "--help"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("redirection", "unbuffered", "why"),
+    ("command", "output", "unbuffered"),
     [
         # Without a buffer, it fails where it prints, and otherwise where it ends.
-        (">/dev/full", True, "No space left on device"),
-        (">/dev/full", False, "No space left on device"),
-        (">&-", False, "Bad file descriptor"),
+        (("doctor",), FULL, True),
+        (("-h",), FULL, True),
+        (("doctor",), FULL, False),
+        (("doctor", "--json"), FULL, False),
+        (("demo", __file__), FULL, False),
+        (("--version",), FULL, False),
+        (("-h",), FULL, False),
+        (("serve", "--help"), FULL, False),
+        (("doctor",), CLOSED, False),
+        (("--version",), CLOSED, False),
+        (("-h",), CLOSED, False),
     ],
 )
 def test_main_output_that_cannot_be_written(
-    command: tuple[str, ...], redirection: str, why: str, *, unbuffered: bool
+    command: tuple[str, ...], output: tuple[str, str], *, unbuffered: bool
 ) -> None:
     """A full disk and a closed standard output are one line and exit status 1."""
+    redirection, why = output
     done = run_redirected(command, redirection, unbuffered=unbuffered)
     assert done.stderr == f"trio-unixconn: standard output: {why}\n"
     assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
-    ("redirection", "unbuffered"),
-    [("2>&-", False), ("2>/dev/full", False), ("2>/dev/full", True)],
-)
-@pytest.mark.parametrize(
-    ("command", "output", "status"),
+    ("command", "status", "redirections", "unbuffered"),
     [
-        (("peer", "nothing"), "", 1),
-        (("serve", "no:where", "--bind", "x"), "", 2),
-        (("peer",), "", 2),
-        (("doctor",), ">/dev/full ", 1),
-        (("-h",), ">/dev/full ", 1),
+        (("peer", "nothing"), 1, "2>&-", False),
+        (("peer", "nothing"), 1, "2>/dev/full", False),
+        (("peer", "nothing"), 1, "2>/dev/full", True),
+        (("serve", "no:where", "--bind", "x"), 2, "2>&-", False),
+        (("serve", "no:where", "--bind", "x"), 2, "2>/dev/full", False),
+        (("peer",), 2, "2>&-", False),
+        (("peer",), 2, "2>/dev/full", False),
+        (("doctor",), 1, ">/dev/full 2>&-", False),
+        (("doctor",), 1, ">/dev/full 2>/dev/full", False),
+        (("-h",), 1, ">/dev/full 2>&-", False),
+        (("-h",), 1, ">/dev/full 2>/dev/full", True),
     ],
 )
 def test_main_errors_that_cannot_be_written(
-    command: tuple[str, ...], output: str, status: int, redirection: str, *, unbuffered: bool
+    command: tuple[str, ...], status: int, redirections: str, *, unbuffered: bool
 ) -> None:
     """Without standard error the exit status is the same, and nothing goes to standard output."""
-    done = run_redirected(command, output + redirection, unbuffered=unbuffered)
+    done = run_redirected(command, redirections, unbuffered=unbuffered)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 

@@ -14,7 +14,6 @@ import typer
 
 from .._policy import PeerPolicy
 from ..errors import UpgradeFailedError
-from ..handover import request_upgrade
 from ._console import address_of, complain, fail, run, say, say_json
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ def upgrade(
 
 
 async def _request(address: UnixSocketAddress) -> Upgrade | UpgradeFailedError:
+    from ..handover import request_upgrade  # other commands need none of it
+
     uids = [os.geteuid()]
     if not uids[0] and not address.get_is_abstract():
         # Nothing is revealed to the server; the owner of the path is the one to be asked.

@@ -1,19 +1,13 @@
-"""``trio-unixconn doctor``: what this kernel and Python offer, as tables."""
+"""``trio-unixconn doctor``: its option, and whether the library works on this system."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import attrs
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .._console import fail, printable, say, say_json, writing
-
-if TYPE_CHECKING:
-    from .report import Examination
+from .._console import fail, say_json
 
 
 def doctor(
@@ -31,7 +25,9 @@ def doctor(
     if as_json:
         say_json({**attrs.asdict(found), "works": found.works})
     else:
-        _print_tables(found)
+        from .tables import print_tables
+
+        print_tables(found)
     if not found.works:
         fail(
             *(
@@ -40,41 +36,3 @@ def doctor(
                 if each.is_core and not each.works
             )
         )
-
-
-def _print_tables(found: Examination) -> None:
-    console = Console()
-    for name, version in found.versions.items():
-        say(f"{name}: {version}")
-    table = Table(title="Features", title_justify="left")
-    table.add_column("feature", overflow="fold", max_width=20)
-    table.add_column("since", max_width=12)
-    table.add_column("works")
-    table.add_column("observed", overflow="fold")
-    for feature in found.features:
-        seen = printable(feature.seen)
-        if not feature.works:
-            seen += f"\nwithout it: {feature.otherwise}"
-        table.add_row(
-            feature.name,
-            feature.since,
-            "yes" if feature.works else "no",
-            escape(seen),
-            style="" if feature.works else "red" if feature.is_core else "yellow",
-        )
-    with writing():
-        console.print(table)
-    table = Table(title="Limits", title_justify="left")
-    table.add_column("limit", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("meaning", overflow="fold")
-    for limit in found.limits:
-        value = "unknown" if limit.value is None else str(limit.value)
-        table.add_row(limit.name, value, escape(printable(limit.meaning)))
-    with writing():
-        console.print(table)
-    say(
-        "descriptors and credentials pass: this library works here"
-        if found.works
-        else "descriptors or credentials do not pass: this library does not work here"
-    )
