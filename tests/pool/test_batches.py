@@ -16,7 +16,7 @@ from trio_unixconn.pool import open_worker_pool
 if TYPE_CHECKING:
     from trio_unixconn.pool import Job, WorkerPool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured_processes")]
 
 LARGEST = 16 * 2**20
 

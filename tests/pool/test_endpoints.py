@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("no_child_left")
+pytestmark = pytest.mark.usefixtures("no_child_left", "unmeasured_processes")
 
 
 def raw(pair: socket.socket) -> Any:
@@ -63,6 +63,7 @@ def itself(pair: socket.socket) -> Any:
     return pair
 
 
+@pytest.mark.measured
 async def test_submit_socket() -> None:
     """A socket can be submitted as any object that owns one, which is detached."""
     forms: tuple[Callable[[socket.socket], Any], ...]
@@ -336,6 +337,7 @@ async def test_submit_rejects_source(tmp_path: Path) -> None:
         os.close(path)
 
 
+@pytest.mark.measured
 async def test_submit_leaks_no_fds() -> None:
     """After many jobs of all kinds both sides have as many file descriptors as before."""
     async with open_worker_pool("tests._helpers.pool_handlers:do", workers=1) as pool:
@@ -366,6 +368,7 @@ async def test_submit_leaks_no_fds() -> None:
 ################################################################
 
 
+@pytest.mark.measured
 async def test_call_of_a_file_whose_server_does_not_answer() -> None:
     """The call can be cancelled, and meanwhile the same worker handles other jobs."""
     with fuse_file() as file:
@@ -404,6 +407,7 @@ async def test_submit_of_a_file_object_whose_server_does_not_answer() -> None:
     assert _closing.wait_closed(30)
 
 
+@pytest.mark.measured
 async def test_call_of_file_objects_that_the_handler_closes() -> None:
     """A device and a memfd are closed by the pool, and by the handler itself."""
     async with open_worker_pool("tests._helpers.pool_handlers:close_it", workers=1) as pool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from trio_unixconn.pool import JobReceipt, WorkerPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
 
 DO = "tests._helpers.pool_handlers:do"
 HOLD = "tests._helpers.pool_handlers:hold"
@@ -107,6 +107,7 @@ async def test_call_returns_the_answer() -> None:
             assert int(await pool.call(data=data)) == len(data)
 
 
+@pytest.mark.measured
 async def test_call_raises_handler_error(caplog: pytest.LogCaptureFixture) -> None:
     """If a handler raises, or does not return bytes, its caller alone gets an error; no log."""
     async with open_worker_pool(DO, workers=1) as pool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from trio_unixconn.pool import WorkerPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
 
 DO = "tests._helpers.pool_handlers:do"
 

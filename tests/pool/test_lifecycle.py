@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from trio_unixconn.pool import JobReceipt, WorkerPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left", "unmeasured_processes")]
 
 DO = "tests._helpers.pool_handlers:do"
 HOLD = "tests._helpers.pool_handlers:hold"
@@ -133,6 +133,7 @@ async def test_drain_timeout_cancels_handlers(shared: Path) -> None:
         check_sums(found)
 
 
+@pytest.mark.measured
 async def test_drain_twice_with_a_shorter_timeout(shared: Path) -> None:
     """A cancelled call, and a second drain with a shorter timeout, reach workers that drain."""
     async with open_worker_pool(DO, workers=1, drain_timeout=math.inf) as pool:
@@ -282,6 +283,7 @@ async def test_setup_that_raises_at_its_end(capfd: pytest.CaptureFixture[str]) -
     assert "LookupError: the setup says no at the end" in capfd.readouterr().err
 
 
+@pytest.mark.measured
 async def test_setup_end_is_not_cut_off_by_sigterm(shared: Path) -> None:
     """SIGTERM while a setup ends, as systemd sends it to all processes, does not kill the worker.
 
@@ -637,6 +639,7 @@ async def test_drain_ends_a_worker_that_is_starting(shared: Path) -> None:
             await client.end()
 
 
+@pytest.mark.measured
 async def test_scale_down_a_worker_without_free_descriptors(shared: Path) -> None:
     """A worker that refuses a job while it leaves is not waited for; the job is rejected."""
     async with open_worker_pool(
@@ -771,6 +774,7 @@ async def test_sigterm_to_a_worker_replaces_it(
     assert any("received SIGTERM, replacing it" in each for each in caplog.messages)
 
 
+@pytest.mark.measured
 async def test_sigint_to_a_worker_is_ignored() -> None:
     """SIGINT of a terminal does not reach the workers, which have their own session."""
     async with open_worker_pool(DO, workers=1) as pool:
@@ -857,6 +861,7 @@ async def test_workers_exit_after_the_pool_was_killed(
             await ended(pidfds)
 
 
+@pytest.mark.measured
 async def test_worker_exits_with_a_job_of_a_killed_pool(shared: Path) -> None:
     """A worker exits, even if it finds a job that a pool has sent before it was killed."""
     async with driver(HOLD, "1") as found:

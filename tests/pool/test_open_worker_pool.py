@@ -28,7 +28,7 @@ from trio_unixconn.pool import JobReceipt, _cpus, open_worker_pool
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("no_child_left")
+pytestmark = pytest.mark.usefixtures("no_child_left", "unmeasured_processes")
 
 CALLS = "tests._helpers.pool_handlers:do"
 
@@ -79,6 +79,7 @@ async def test_workers_default_without_sched_getaffinity(monkeypatch: pytest.Mon
         assert len(pids(pool)) == 1
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "options", "said"),
@@ -262,6 +263,7 @@ async def tcp(family: socket.AddressFamily, host: str) -> tuple[trio.SocketStrea
         return trio.SocketStream(client), listener.accept()[0]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 )
@@ -331,6 +333,7 @@ async def test_job_peer_of_a_file() -> None:
     assert (told["type"], told["mode"], told["peer"]) == ("BufferedReader", "rb", None)
 
 
+@pytest.mark.measured
 async def test_call_with_a_terminal() -> None:
     """The handler of a file without a position that is open for both gets an unbuffered file."""
     async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:
@@ -362,6 +365,7 @@ def sealed(data: bytes) -> int:
     return fd
 
 
+@pytest.mark.measured
 async def test_job_map_buffer() -> None:
     """A handler maps sealed memory without a copy; other memory is an error in the handler."""
     async with open_worker_pool("tests._helpers.pool_handlers:map_buffer", workers=1) as pool:
@@ -386,6 +390,7 @@ async def test_job_map_buffer() -> None:
                 await pool.call(theirs, data=b"100")
 
 
+@pytest.mark.measured
 async def test_call_with_an_unconnected_socket() -> None:
     """A socket that is not connected is rejected, and no job."""
     async with open_worker_pool("tests._helpers.pool_handlers:tell", workers=1) as pool:

@@ -23,7 +23,7 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured_processes")]
 
 HOLD = "tests._helpers.pool_handlers:hold"
 NUMBER = "tests._helpers.supervisor_handlers:number"

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     Listener = trio.SocketListener | UnixListener
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured_processes")]
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -162,6 +162,7 @@ async def test_max_queue_counts_connections_that_a_policy_is_asked_about(tmp_pat
             assert await answer(client, b"%d" % number) == b"%d" % number
 
 
+@pytest.mark.measured
 async def test_serve_with_workers_of_a_listener_with_so_linger() -> None:
     """A closing thread closes connections that inherit SO_LINGER; handlers get their streams."""
     listener = await tcp()
@@ -171,6 +172,7 @@ async def test_serve_with_workers_of_a_listener_with_so_linger() -> None:
         assert json.loads(await answer(connected(listener)))["type"] == "SocketStream"
 
 
+@pytest.mark.measured
 @passrights
 async def test_serve_with_workers_keeps_receive_descriptors(tmp_path: Path) -> None:
     """Connections of a listener with receive_descriptors=False reject them in the worker."""
@@ -687,6 +689,7 @@ async def test_serve_with_workers_policy_check_exits(tmp_path: Path, *, in_group
             await trio.sleep_forever()
 
 
+@pytest.mark.measured
 async def test_crash_limit_while_serving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
