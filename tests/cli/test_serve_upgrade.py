@@ -337,24 +337,22 @@ def test_probation_of_a_successor_that_ends(project: Path) -> None:
 
 def test_take_over(project: Path) -> None:
     """The first one is the first; a second one that is started by itself replaces it."""
-    with upgradable(project, upgrades="--take-over", handler="app:hold") as served:
-        with connected(f"{project}/s") as client:
-            assert client.recv(4) == b"held"
-            with starting(
-                *(project, "app:once", "--take-over", "up", "--pid-file", "pid"),
-                start_new_session=True,
-            ) as second:
-                second.line("generation 2 serves")
-                assert answer(f"{project}/s") == b"one"
-                until_sync(lambda: pid_of(project) == second.process.pid)
-                client.sendall(b"x")
-                assert rest_of(client) == b"one"
-                assert served.process.wait(60) == 0
-                # It starts its own successor.
-                third = upgrade(project)
-                assert second.process.wait(60) == 0
-                assert pid_of(project) == third
-                end_last(project)
+    first = upgradable(project, upgrades="--take-over", handler="app:hold")
+    with first as served, connected(f"{project}/s") as client:
+        assert client.recv(4) == b"held"
+        again = (project, "app:once", "--take-over", "up", "--pid-file", "pid")
+        with starting(*again, start_new_session=True) as second:
+            second.line("generation 2 serves")
+            assert answer(f"{project}/s") == b"one"
+            until_sync(lambda: pid_of(project) == second.process.pid)
+            client.sendall(b"x")
+            assert rest_of(client) == b"one"
+            assert served.process.wait(60) == 0
+            # It starts its own successor.
+            third = upgrade(project)
+            assert second.process.wait(60) == 0
+            assert pid_of(project) == third
+            end_last(project)
 
 
 def test_upgrade_socket_of_another_server(project: Path) -> None:

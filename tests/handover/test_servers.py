@@ -463,9 +463,14 @@ async def test_serve_statistics_of_a_generation(tmp_path: Path) -> None:
             await conn.send_all(b"json\n")
             return b"".join([chunk async for chunk in conn])
 
-    async with generation(tmp_path) as old, trio.open_nursery() as nursery:
+    async with (
+        trio.open_nursery() as outside,
+        generation(tmp_path) as old,
+        trio.open_nursery() as nursery,
+    ):
         web, stats = await listen(old, tmp_path), await listen(old, tmp_path, "stats")
-        await nursery.start(serve_statistics, lambda: None, stats)
+        # It returns when the generation has ended.
+        await outside.start(serve_statistics, lambda: None, stats)
         assert old.phase.value == "starting"
         assert b'"starting"' in await ask()
         await nursery.start(partial(serve_unix, echo(1), web, generation=old))

@@ -35,7 +35,7 @@ from .._policy import admit_or_close
 from .._server import serve_unix
 from .._sockopts import raw_socket
 from .._trio_task import check_task
-from ..errors import UnixConnectionError
+from ..errors import ConnectionClosedError, UnixConnectionError
 from ..handover._listeners import GenerationListener
 from ._server import AnyListener, checked_listeners, close_listeners
 
@@ -151,7 +151,7 @@ async def serve_exchanges(
     """Answer the clients of listeners, which this owns, until it is cancelled.
 
     Clients of a generation's listener are answered by the generation that accepts; by the first
-    one even before it is ready.
+    one even before it is ready. This returns if all listeners are those of one that has ended.
 
     Args:
       policy: which peers may connect to a Unix socket, besides the policy of its listener.
@@ -226,6 +226,9 @@ async def _accept_in_generation(
     while True:
         try:
             stream = await listener.accept()
+        except ConnectionClosedError:
+            # The generation has ended.
+            return
         except OSError as exc:
             if not is_out_of_resources(exc):
                 raise
