@@ -115,6 +115,39 @@ async def test_take_haproxy_listeners_returns_what_was_sent(
         await (await listener.accept()).aclose()
 
 
+async def test_adopt_listeners_of_haproxy(tmp_path: Path) -> None:
+    """A generation can adopt what HAProxy hands over, and hand it over again."""
+    with ExitStack() as stack:
+        web = stack.enter_context(listening())
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX))
+        unix.bind(str(tmp_path / "web.1.tmp"))
+        unix.listen()
+        os.rename(tmp_path / "web.1.tmp", tmp_path / "web")
+
+        async def answer(conn: UnixConnection) -> None:
+            await conn.send_message(count(2) + 2 * NAMES, fds=[web, unix])
+
+        port = web.getsockname()[1]
+        async with (
+            fake_haproxy(tmp_path, answer) as path,
+            open_generation(tmp_path / "upgrade", name="x") as gen,
+            trio.open_nursery() as nursery,
+        ):
+            with await take_haproxy_listeners(path) as taken:
+                found = taken.unix(tmp_path / "web")
+                assert found is not None
+                adopted = [gen.adopt("web", taken.tcp(port)[0]), gen.adopt("unix", found)]
+            await nursery.start(serve_haproxy_listeners, tmp_path / "partner", adopted)
+            with await take_haproxy_listeners(tmp_path / "partner") as again:
+                assert [each.address for each in again.sockets] == [
+                    ("127.0.0.1", port),
+                    str(tmp_path / "web"),
+                ]
+            nursery.cancel_scope.cancel()
+    # The path is HAProxy's.
+    assert (tmp_path / "web").exists()
+
+
 async def test_take_haproxy_listeners_ipv6(tmp_path: Path) -> None:
     """An IPv6 address can be written in any form."""
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as web:

@@ -71,11 +71,13 @@ def judge(result: Result) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for name in "TCP", "Unix":
         counted = result.get("requests", {}).get(name)
-        text = f"requests lost or late over {name}"
+        text = f"requests lost over {name}"
         if counted:
             text += f", of {counted['begun']:,.0f} over {counted['replaced']} upgrades"
-        value = lost(counted) if counted else None
+        value = lost(counted) - counted["late"] if counted else None
         verdicts.append(exactly(text, "0", value, holds=value == 0))
+        value = counted["late"] if counted else None
+        verdicts.append(exactly(f"requests late over {name}", "none", value, holds=value == 0))
     for name in "upgrades", "restarts of workers":
         counted = result.get("kept", {}).get(name)
         text = f"kept connections closed over {name}"

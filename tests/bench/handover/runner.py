@@ -414,7 +414,7 @@ def main() -> int:
     show_goals(verdicts, shown)
     if note:
         shown.print(note, style="yellow", markup=False)
-    # What is lost is lost on a busy machine, too.
+    # What is lost is lost on a busy machine, too; what is late may be late because of that.
     is_lossy = any(each.expected == "0" and each.is_met is False for each in verdicts)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     kept = {TABLES: markdown(result), RESULT: text}

@@ -76,7 +76,7 @@ class Sizes:
     upgrades: int
 
 
-FULL = Sizes(100, 20, 100, 10, 20, 256 * MEGABYTE, 10_000, 1000)
+FULL = Sizes(100, 10, 100, 10, 20, 256 * MEGABYTE, 10_000, 1000)
 QUICK = Sizes(2, 1, 20, 1, 5, 16 * MEGABYTE, 500, 6)
 
 

@@ -23,7 +23,6 @@ import trio.lowlevel
 
 from tests._helpers.environment import environment
 from tests._helpers.processes import has_ended, python
-from tests._helpers.real_programs import first_line
 from trio_unixconn import EndOfStreamError, open_unix_connection
 from trio_unixconn.handover import _spawn, request_upgrade
 
@@ -157,7 +156,9 @@ async def zygote() -> AsyncGenerator[None, None]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            assert await first_line(process) == "ready"
+            line = b""
+            while not line.endswith(b"\n"):
+                line += await process.stdout.receive_some(100)
             os.environ[ZYGOTE] = path
             yield
         finally:
