@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,8 +28,13 @@ from trio_unixconn import (
     open_unix_connection,
     open_unix_listener,
 )
-from trio_unixconn.pool import AbandonedJob, _server, serve_with_workers
+from trio_unixconn._accept import Acceptor
+from trio_unixconn._connection import close_now
+from trio_unixconn.pool import AbandonedJob, _accepting, _server, serve_with_workers
+from trio_unixconn.pool._accepted import AcceptedJobs
+from trio_unixconn.pool._accepting import Accepting
 from trio_unixconn.pool._pool import supervisor_of
+from trio_unixconn.pool._statistics import Counters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -325,6 +331,70 @@ async def test_accept_workers_that_cannot_receive_the_listeners() -> None:
     ) as server:
         assert await answer(connected(listener), b"at last") == b"at last"
         assert server.statistics().workers[0].refusals > 0
+
+
+async def test_accept_workers_drain_before_they_have_the_listeners() -> None:
+    """A worker that could not receive the sockets, and is to stop, says that it has none."""
+    listener = await tcp()
+    async with accepting(
+        "echo",
+        listener,
+        setup="tests._helpers.server_handlers:without_free_descriptors",
+        resource_limits={"RLIMIT_NOFILE": (64, 64)},
+    ) as server:
+        await until(lambda: server.statistics().workers[0].refusals > 0)
+        client = connected(listener)
+        server.drain()
+        assert await answer(client, b"at last") == b"at last"
+
+
+@pytest.mark.parametrize("what", ["policy", "accept"])
+async def test_accept_from_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """An error about one connection closes it, and the next one is accepted."""
+    listener = await open_unix_listener(tmp_path / "s", policy=PeerPolicy.same_user())
+    plan = _server.make_plan([listener], 1)
+    jobs = AcceptedJobs(plan, math.inf, Counters())
+    started: list[int] = []
+
+    def start(slot: int, _: object, __: int, stream: Any) -> None:
+        started.append(slot)
+        close_now(stream)
+        worker.finish(slot)
+
+    worker = Accepting(
+        jobs.pack()[6:],
+        [os.dup(jobs.log.fd), os.dup(listener.socket.fileno())],
+        other_jobs=lambda: 0,
+        start=start,
+        report=lambda _: None,
+    )
+    name = "admit_or_close" if what == "policy" else "accept_pending"
+    owner: Any = _accepting if what == "policy" else Acceptor
+    real = getattr(owner, name)
+    errors: list[Any] = [OSError(errno.ECONNABORTED, "Software caused connection abort")]
+
+    async def fail(conn: Any, policy: Any) -> bool:
+        if errors:
+            await conn.aclose()
+            raise errors.pop()
+        return bool(await real(conn, policy))
+
+    def fail_to_accept(self: Acceptor, limit: int) -> Any:
+        return ([], errors.pop()) if errors else real(self, limit)
+
+    monkeypatch.setattr(owner, name, fail if what == "policy" else fail_to_accept)
+    async with listener, trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        with connected(listener), connected(listener):
+            await until(lambda: len(started) == (1 if what == "policy" else 2))
+            jobs.sync()
+            assert (jobs.accepted, jobs.denied) == ((1, 1) if what == "policy" else (2, 0))
+        worker.stop()
+    worker.close(is_last=True)
+    jobs.close()
+    assert ("cannot ask the policy" in caplog.text) == (what == "policy")
 
 
 async def test_accept_workers_listener_that_other_code_closes() -> None:

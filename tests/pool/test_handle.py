@@ -1128,6 +1128,21 @@ async def test_stop_accepting_while_the_listeners_cannot_be_sent(
         assert (await workers[0].frame()).kind == _protocol.STOP
 
 
+async def test_listeners_for_a_worker_that_has_closed_its_connection(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The sockets cannot be sent to it; it is killed if it does not exit."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, fake_pool(monkeypatch) as (pool, workers):
+        plan = AcceptPlan([SharedListener(raw_socket(listener.socket), 1, "here")], 10)
+        close_now(workers[0].end)
+        supervisor_of(pool).accept_from(plan)
+        await workers[0].exited.wait()
+        await until(lambda: has_started(workers, 2))
+        await until(lambda: pool.statistics().state == "ready")
+        plan.is_over = True
+
+
 async def test_a_closed_listener_is_not_shared(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -183,10 +183,6 @@ class Accepting(DescriptorOwner):
 
 
 def _listener(fd: int, kind: int, name: str, policy: object) -> _Listener:
-    try:
-        sock = stdlib_socket.socket(fileno=fd)
-    except OSError:
-        close_fds([fd])
-        raise
+    sock = stdlib_socket.socket(fileno=fd)
     restored = None if policy is None else restore_policy(policy)
     return _Listener(sock, kind, name, Acceptor(sock, name), restored)

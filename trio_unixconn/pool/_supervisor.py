@@ -541,8 +541,8 @@ class Supervisor(DescriptorOwner):
     async def stop_accepting(self) -> None:
         """Have no worker accept any more, and wait until none has the listening sockets."""
         plan, self._accept_plan = self._accept_plan, None
-        if plan is not None:
-            plan.is_over = True
+        assert plan is not None  # the caller has called accept_from()
+        plan.is_over = True
         async with trio.open_nursery() as nursery:
             for handle in list(self.alive):
                 nursery.start_soon(handle.stop_accepting)

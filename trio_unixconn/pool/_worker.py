@@ -476,7 +476,7 @@ class _Worker:
         self._accepting = accepting
         self._has_accepted = True
         handlers.start_soon(self._accept, accepting, name="trio_unixconn.pool accept")
-        if self._draining.is_set():
+        if self._draining.is_set():  # pragma: no cover - the pool sends DRAIN afterwards
             accepting.stop()
 
     async def _accept(self, accepting: Accepting) -> None:
