@@ -243,6 +243,16 @@ async def test_handle_websocket() -> None:
     assert peer.error is None
 
 
+async def test_handle_websocket_whose_client_leaves(events: list[Any]) -> None:
+    """A client that leaves without a close frame is not an error; the code is 1006."""
+    async with connected() as peer:
+        client = WebSocketClient(peer)
+        await client.open()
+        await client.event()
+    assert events == [{"type": "websocket.disconnect", "code": 1006}]
+    assert peer.error is None
+
+
 @pytest.mark.parametrize(("path", "code"), [("/raise", None), ("/raise-later", 1011)])
 async def test_handle_websocket_of_application_that_raises(
     path: str, code: int | None, caplog: pytest.LogCaptureFixture

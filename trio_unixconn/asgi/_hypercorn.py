@@ -421,6 +421,9 @@ class _H11(H11Protocol):
     def is_in_request(self) -> bool:
         """Whether a part of a request has arrived."""
         parser = self._parser
+        if self.connection is not parser:
+            # A WebSocket.
+            return False
         if parser.their_state is h11.IDLE:
             return bool(parser.trailing_data[0])
         return parser.their_state is h11.SEND_BODY
