@@ -112,6 +112,20 @@ def oldest(session: nox.Session) -> None:
     session.run(*PYTEST, "-m", EVERY_PYTHON, *NOT_CORE, "tests", *session.posargs)
 
 
+@nox.session(python=PYTHONS[-1])
+def asgi(session: nox.Session) -> None:
+    """Test serve_asgi with the oldest hypercorn that pyproject.toml allows.
+
+    The session ``tests`` has the newest.
+
+    What is used of hypercorn is not documented, so both ends of the range are tested.
+    """
+    install(session, "tests", "asgi")
+    (hypercorn,) = PROJECT["project"]["optional-dependencies"]["asgi"]
+    session.install(hypercorn.partition(",")[0].replace(">=", "=="))
+    session.run(*PYTEST, *(session.posargs or ["tests/asgi"]))
+
+
 @nox.session(venv_backend="none")
 def model(session: nox.Session) -> None:
     """Check the models of protocols with spin, which must be installed; ``--only``, ``--trace``."""

@@ -90,6 +90,7 @@ async def connected(
     access_log: bool = False,
     proxy: Any = None,
     wait: bool = True,
+    gone: bool = False,
 ) -> AsyncGenerator[Peer, None]:
     """Connect to a handler; at the end of the block the client leaves, and the handler ends."""
     config = make_config(root_path="", keep_alive_timeout=keep_alive_timeout, access_log=access_log)
@@ -112,6 +113,9 @@ async def connected(
     if client_tls is not None:
         ours = trio.SSLStream(ours, client_tls, server_hostname="localhost", https_compatible=True)
     peer = Peer(ours, worker, raw)
+    if gone:
+        peer.reset()
+        await ours.aclose()
 
     async def serve() -> None:
         try:

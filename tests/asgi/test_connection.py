@@ -96,11 +96,24 @@ async def test_handle_scope_with_proxy_tls() -> None:
 
 
 async def test_handle_of_client_that_has_left() -> None:
-    """A client that has reset its connection before is not an error."""
-    async with connected() as peer:
-        peer.reset()
-        peer.raw.close()
+    """A client that resets its connection without a request is not an error."""
+    async with connected(gone=True) as peer:
+        await peer.ended.wait()
     assert peer.error is None
+    async with connected() as peer:
+        await peer.get("/")
+        peer.reset()
+    assert peer.error is None
+
+
+async def test_handle_that_is_cancelled(
+    events: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that outlives a drain is cancelled, which is not an error of the application."""
+    async with connected(wait=False) as peer:
+        await peer.send(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert (events, peer.error, caplog.records) == ([], None, [])
 
 
 async def test_handle_echoes_a_body_of_many_messages() -> None:

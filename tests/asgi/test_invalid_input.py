@@ -20,6 +20,7 @@ from tests._helpers import asgi_apps
 from tests._helpers.asgi import H2Client, WebSocketClient, connected
 from trio_unixconn.asgi import _worker
 from trio_unixconn.errors import ReportedError
+from trio_unixconn.pool import ProxyHeader
 
 if TYPE_CHECKING:
     from tests._helpers.asgi import Peer
@@ -131,6 +132,20 @@ async def test_handle_unexpected_descriptor() -> None:
         await peer.ended.wait()
     assert "descriptor" in str(peer.error)
     assert str(peer.error).startswith("client of process ")
+
+
+async def test_handle_names_client_that_a_balancer_has_told() -> None:
+    """The error names the source in the header, even if that is a path."""
+    for source, said in (
+        ("/run/app", "client /run/app: "),
+        (("10.0.0.1", 80), "client 10.0.0.1:80: "),
+        (("::1", 80, 0, 0), "client [::1]:80: "),
+    ):
+        header = ProxyHeader(2, source, None)
+        async with connected(proxy=header) as peer:
+            await peer.send(b"no HTTP\r\n\r\n")
+            await peer.rest()
+        assert str(peer.error).startswith(said)
 
 
 ################################################################
@@ -295,6 +310,18 @@ async def test_handle_refuses_handshake_of_websocket(headers: bytes, said: bytes
     async with connected() as peer:
         await peer.send(headers)
         assert (await peer.rest()).startswith(said)
+    assert peer.error is None
+
+
+async def test_handle_refuses_handshake_of_websocket_over_http2() -> None:
+    """The stream ends with the status, and others go on."""
+    async with connected() as peer:
+        client = H2Client(peer)
+        await client.until(h2.events.RemoteSettingsChanged)
+        stream_id = client.request("/", method="CONNECT", end=False, protocol="websocket")
+        response = await client.until(h2.events.ResponseReceived, stream_id)
+        await client.until(h2.events.StreamEnded, client.request("/"))
+    assert dict(response.headers)[":status"] == "400"
     assert peer.error is None
 
 

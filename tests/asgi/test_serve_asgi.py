@@ -210,3 +210,5 @@ def test_load_certificate_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=rf"^{path} and {key} must be a certificate and its key"):
         load_certificate(str(path), str(key))
     assert load_certificate(None, None) is None
+    certificate.private_key_pem.write_to_path(str(key))
+    assert load_certificate(str(path), str(key)) is not None

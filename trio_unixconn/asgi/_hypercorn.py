@@ -153,7 +153,7 @@ class _Connection:
 
     def _make(self, protocol: type[_H11 | _H2]) -> _H11 | _H2:
         return protocol(
-            self._run_nothing,  # type: ignore[arg-type,unused-ignore]
+            None,  # type: ignore[arg-type,unused-ignore] # the application: for spawn_app only
             self._config,
             WorkerContext(None),
             self,  # type: ignore[arg-type,unused-ignore]
@@ -163,9 +163,6 @@ class _Connection:
             self._client.server,  # type: ignore[arg-type,unused-ignore]
             self._send,
         )
-
-    async def _run_nothing(self, *_: object) -> None:
-        raise AssertionError("spawn_app does not use it")
 
     ################################################################
     # What hypercorn's classes call a task group
@@ -262,11 +259,8 @@ class _Connection:
         return False
 
     def _note_broken(self, exc: BaseException) -> None:
-        cause = exc.__cause__
-        if self._protocol.is_in_request and self.error is None:
-            self.error = f"{self._protocol.name}: the client has left in the middle of a request"
-            if cause is not None:
-                self.error += f" ({cause})"
+        if self._protocol.is_in_request:
+            self._note(f"the client has left in the middle of a request ({exc.__cause__ or exc})")
 
     async def _feed(self, data: bytes) -> None:
         protocol = self._protocol
@@ -287,8 +281,6 @@ class _Connection:
             if self._application.draining.is_set():
                 await self._send(RawData(_GOAWAY_SOON))
             await self._feed(begin.data)
-        except trio.Cancelled:
-            raise
         except Exception as exc:  # noqa: BLE001 - hypercorn does not expect what this client sends
             await self._reject(f"{type(exc).__name__}: {exc}")
         if self._protocol.error is not None:
@@ -365,7 +357,8 @@ class _Connection:
                 await self._send(RawData(self._protocol.last_words))
             self._closes = True
             self._reading.cancel()
-        elif isinstance(event, Updated):
+        else:
+            assert isinstance(event, Updated)
             # HTTP/2 can have rejected what it had announced.
             self._is_idle = event.idle or self._protocol.is_idle
             self._idle_since = trio.current_time()
@@ -430,8 +423,8 @@ class _H11(H11Protocol):
 
     async def refuse(self, status: int) -> None:
         """Answer what was not understood, if there is no answer yet."""
-        if self._parser.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            await self._send_error_response(status)
+        # If a response has begun, h11 raises an exception, which the caller suppresses.
+        await self._send_error_response(status)
 
     async def say_goodbye(self) -> None:
         """Prepare to close a connection that is idle."""

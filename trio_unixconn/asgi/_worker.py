@@ -11,7 +11,7 @@ import os
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -140,7 +140,7 @@ async def _serve(worker: ASGIWorker, stream: Any, job: Job, peer: Any) -> None:
         alpn = stream.selected_alpn_protocol()
         is_secure = True
     client = Client(
-        client=cast("tuple[str, int]", peer[:2]) if isinstance(peer, tuple) else None,
+        client=_address(peer),
         server=server,
         extension={"credentials": credentials, "proxy": proxy and _proxy_values(proxy)},
         is_secure=is_secure,
@@ -150,14 +150,19 @@ async def _serve(worker: ASGIWorker, stream: Any, job: Job, peer: Any) -> None:
     await serve_connection(application, worker.config, stream, client)
 
 
+def _address(peer: Any) -> tuple[str, int] | None:
+    return (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None  # pyright: ignore[reportUnknownArgumentType]
+
+
 def _name_of(peer: Any) -> str:
     if isinstance(peer, Credentials):
         return f"client of process {peer.pid}, user {peer.uid}"
-    if isinstance(peer, tuple):
-        address, port = cast("tuple[str, int]", peer[:2])
-        host = f"[{address}]" if ":" in address else address
-        return f"client {host}:{port}"
-    return f"client {peer}"
+    address = _address(peer)
+    if address is None:
+        # The path of a Unix socket that a balancer has told.
+        return f"client {peer}"
+    host, port = address
+    return f"client [{host}]:{port}" if ":" in host else f"client {host}:{port}"
 
 
 async def _shake_hands(stream: trio.SSLStream[Any]) -> None:
