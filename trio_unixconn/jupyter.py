@@ -381,14 +381,15 @@ def _find_loop(ipython: Any) -> Callable[[Callable[[], object]], object]:
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table; all texts are escaped."""
-    # A table without rows is as wide as the longest word of its caption.
-    lines = ["<table>", f'<caption style="white-space: nowrap">{html.escape(caption)}</caption>']
-    if cells := "".join(f"<th>{html.escape(each)}</th>" for each in head):
-        lines.append(f"<tr>{cells}</tr>")
-    lines += [
+    lines = [
         f"<tr>{''.join(f'<td>{html.escape(str(each))}</td>' for each in row)}</tr>" for row in rows
     ]
-    return "\n".join([*lines, "</table>"])
+    if cells := "".join(f"<th>{html.escape(each)}</th>" for each in head):
+        lines.insert(0, f"<tr>{cells}</tr>")
+    # A table without rows is as wide as the longest word of its caption.
+    style = "" if lines else ' style="white-space: nowrap"'
+    title = f"<caption{style}>{html.escape(caption)}</caption>"
+    return "\n".join(["<table>", title, *lines, "</table>"])
 
 
 # Of a pool that starts no more workers.
