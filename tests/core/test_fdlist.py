@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -333,6 +334,7 @@ def test_del_does_not_wait_for_a_file_server() -> None:
         assert not _closing.wait_closed(0)
 
 
+UNCLOSED = r"ResourceWarning: unclosed UnixFDList: file descriptors \[\d+\]"
 DROP = """
 import os
 from trio_unixconn import UnixFDList
@@ -350,7 +352,7 @@ def test_del_warns_with_the_allocation_site() -> None:
     begin = "import tracemalloc, trio_unixconn; tracemalloc.start(5)"
     command = [sys.executable, "-W", "default", "-c", begin + DROP + "del made"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "ResourceWarning: unclosed UnixFDList: file descriptors [3]" in done.stderr
+    assert re.search(UNCLOSED, done.stderr)
     assert "Object allocated at" in done.stderr
     assert 'File "<string>", lineno 6' in done.stderr
 
@@ -360,7 +362,7 @@ def test_del_at_the_end_of_the_interpreter(end: str) -> None:
     """A list that is left at the end of the interpreter warns, and the process ends."""
     command = [sys.executable, "-W", "default", "-c", DROP + end]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "ResourceWarning: unclosed UnixFDList: file descriptors [3]" in done.stderr
+    assert re.search(UNCLOSED, done.stderr)
     assert "Traceback" not in done.stderr
 
 

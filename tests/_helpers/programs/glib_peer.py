@@ -272,9 +272,11 @@ class Peer:
         return self.connection.close(self.cancellable)
 
     def do_io_error_enum(self) -> dict[str, int]:
+        # Newer PyGObject makes Python's enums of them, of which dir() does not list the aliases.
+        names = getattr(Gio.IOErrorEnum, "__members__", None) or dir(Gio.IOErrorEnum)
         return {
             name: int(getattr(Gio.IOErrorEnum, name))
-            for name in dir(Gio.IOErrorEnum)
+            for name in names
             if name.isupper() and isinstance(getattr(Gio.IOErrorEnum, name), Gio.IOErrorEnum)
         }
 
