@@ -98,6 +98,7 @@ cd @ROOT@ || exit
 ulimit -n 1024
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 export PYTHONDONTWRITEBYTECODE=1 GUEST_KERNEL=1 HOSTILE_MESSAGES=@MESSAGES@
+export HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 @PYTHON@ -m trio_unixconn doctor --json >/run/results/doctor.json
 @PYTHON@ -m pytest @ARGUMENTS@ --junit-xml=/run/results/junit.xml
 echo $? >/run/results/status

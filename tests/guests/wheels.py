@@ -28,12 +28,11 @@ PLATFORMS: Final = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux
 
 
 def requirements(*groups: str) -> list[str]:
-    """Return the dependencies of the package with its command line, and dependency groups."""
+    """Return the dependencies of the package with all extras, and dependency groups."""
     project: dict[str, Any] = tomllib.loads(PYPROJECT.read_text())
-    found = [
-        *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["cli"],
-    ]
+    found = [*project["project"]["dependencies"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        found += extra
     for group in groups:
         found += project["dependency-groups"][group]
     return found
