@@ -6,12 +6,10 @@ import ctypes
 import errno
 import json
 import os
-import resource
 import signal
-import stat
 import subprocess
 import sys
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,94 +20,30 @@ import trio
 
 from tests._helpers.fds import free_descriptors
 from tests._helpers.pool import pids, watched
+from tests._helpers.process_handlers import describe_file
 from tests._helpers.processes import ROOT
 from tests._helpers.waiting import until
 from trio_unixconn import WorkerDiedError, WorkerStartError
-from trio_unixconn.pool import WorkerInfo, _process, open_worker_pool
+from trio_unixconn.pool import _process, open_worker_pool
 from trio_unixconn.pool._process import FdReserve, describe_exit, living_members
-from trio_unixconn.pool._worker_config import WORKER_VARIABLE, WorkerConfig
+from trio_unixconn.pool._worker_config import WorkerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import Iterator
 
     from trio_unixconn.pool import Job, WorkerPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
 
-SIGNALS = ("SigBlk", "SigIgn")
 
-
-################################################################
-# What workers run
-################################################################
-
-
-def signal_sets(status: str) -> dict[str, list[int]]:
-    """Return the blocked and ignored signals of a process. Source: proc_pid_status(5)."""
-    found: dict[str, list[int]] = {}
-    for line in status.splitlines():
-        name, _, mask = line.partition(":")
-        if name in SIGNALS:
-            # Without those that the C library keeps for itself.
-            found[name] = [
-                each for each in signal.valid_signals() if int(mask, 16) >> (each - 1) & 1
-            ]
-    return found
-
-
-def describe_file(fd: int) -> str:
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return "closed"
-    if stat.S_ISCHR(status.st_mode):
-        return "null" if os.path.samestat(status, os.stat(os.devnull)) else "device"
-    return "socket" if stat.S_ISSOCK(status.st_mode) else "file"
-
-
-async def look(stream: object, job: Job) -> bytes:
-    """Say what this process was started with."""
-    child = subprocess.run(["cat", "/proc/self/status"], capture_output=True, check=True)
-    flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] not in "_n"}
-    return json.dumps(
-        {
-            "flags": {name: value for name, value in flags.items() if isinstance(value, int)},
-            "warnings": sys.warnoptions,
-            "xoptions": sys._xoptions,
-            "path": sys.path,
-            "argv": sys.argv,
-            "executable": sys.executable,
-            "environment": {name: os.environ.get(name) for name in ("A", "B", "HOME")},
-            "mark": WORKER_VARIABLE in os.environ,
-            "signals": signal_sets(Path("/proc/self/status").read_text()),
-            "signals of child": signal_sets(child.stdout.decode()),
-            "files": [describe_file(fd) for fd in range(3)],
-            "sid": os.getsid(0) == os.getpid(),
-            "cpus": sorted(os.sched_getaffinity(0)),
-            "nice": os.nice(0),
-            "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
-            "state": None if job.state is None else [job.state.index, job.state.data.decode()],
-        }
-    ).encode()
-
-
-@asynccontextmanager
-async def informed(worker: WorkerInfo) -> AsyncGenerator[WorkerInfo, None]:
-    assert worker.pid == os.getpid()
-    yield worker
-
-
-async def start_child(stream: object, job: Job) -> bytes:
-    """Start a process that outlives this one unless it is killed."""
-    child = subprocess.Popen(["sleep", "1000"])
-    if job.data == b"die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return b"%d" % child.pid
+LOOK = "tests._helpers.process_handlers:look"
+INFORMED = "tests._helpers.process_handlers:informed"
+START_CHILD = "tests._helpers.process_handlers:start_child"
 
 
 async def look_into(**options: Any) -> dict[str, Any]:
     with trio.fail_after(60):
-        async with open_worker_pool("tests.pool.test_process:look", workers=1, **options) as pool:
+        async with open_worker_pool(LOOK, workers=1, **options) as pool:
             found: dict[str, Any] = json.loads(await pool.call())
     return found
 
@@ -122,8 +56,8 @@ import trio
 from trio_unixconn.pool import open_worker_pool
 
 async def main():
-    async with open_worker_pool("tests.pool.test_process:look", workers=2) as pool:
-        return await pool.call(worker=1)
+    async with open_worker_pool("tests._helpers.process_handlers:look", workers={workers}) as pool:
+        return await pool.call(worker={workers} - 1)
 
 with open({answer!r}, "wb") as file:
     file.write(trio.run(main))
@@ -131,11 +65,15 @@ with open({answer!r}, "wb") as file:
 
 
 def look_from_program(
-    tmp_path: Path, before: str = "", options: tuple[str, ...] = (), **popen: Any
+    tmp_path: Path,
+    before: str = "",
+    options: tuple[str, ...] = (),
+    workers: int = 1,
+    **popen: Any,
 ) -> dict[str, Any]:
-    """Have a program with its own interpreter open a pool, and return what its worker sees."""
+    """Have a program with its own interpreter open a pool; return what its last worker sees."""
     answer = tmp_path / "answer"
-    program = PROGRAM.format(before=before, root=str(ROOT), answer=str(answer))
+    program = PROGRAM.format(before=before, root=str(ROOT), answer=str(answer), workers=workers)
     subprocess.run([sys.executable, *options, "-c", program], check=True, timeout=60, **popen)
     found: dict[str, Any] = json.loads(answer.read_bytes())
     return found
@@ -199,7 +137,8 @@ async def test_sigint_does_not_end_worker() -> None:
 def test_start_with_closed_standard_fds(closed: tuple[int, ...], tmp_path: Path) -> None:
     """If the pool's process lacks standard files, a worker has /dev/null, never a file of ours."""
     before = "\n".join(f"os.close({fd})" for fd in closed)
-    found = look_from_program(tmp_path, before, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    found = look_from_program(tmp_path, before, workers=2, **pipes)
     for fd in closed:
         assert found["files"][fd] == "null"
     assert found["files"][0] == "null"
@@ -244,7 +183,7 @@ def test_start_with_paths_in_import_path(tmp_path: Path) -> None:
 async def test_start_with_long_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import path and data that no socket buffer holds are handed over, without a wait."""
     monkeypatch.setattr(sys, "path", [*sys.path, *(f"/none/{n:0100}" for n in range(20_000))])
-    found = await look_into(setup="tests.pool.test_process:informed", setup_data=b"x" * 5_000_000)
+    found = await look_into(setup=INFORMED, setup_data=b"x" * 5_000_000)
     assert len(found["path"]) > 20_000
     assert found["state"] == [0, "x" * 5_000_000]
 
@@ -271,7 +210,7 @@ async def test_options_of_worker_process(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["nofile"] == [150, 160]
     assert found["sid"]
     assert not found["mark"]
-    assert found["argv"] == ["tests.pool.test_process:look"]
+    assert found["argv"] == [LOOK]
     assert found["state"] is None
 
 
@@ -279,9 +218,9 @@ async def test_setup_data_for_each_worker() -> None:
     """A setup with a parameter gets the data, and the index of its worker's slot."""
     with trio.fail_after(60):
         async with open_worker_pool(
-            "tests.pool.test_process:look",
+            LOOK,
             workers=2,
-            setup="tests.pool.test_process:informed",
+            setup=INFORMED,
             setup_data=b"password",
         ) as pool:
             for index in range(2):
@@ -311,7 +250,7 @@ async def test_executable_that_is_not_python(
     """A program that starts itself in place of an interpreter ends with an error, at once."""
     program = tmp_path / "program"
     answer = tmp_path / "answer"
-    text = PROGRAM.format(before="", root=str(ROOT), answer=str(answer))
+    text = PROGRAM.format(before="", root=str(ROOT), answer=str(answer), workers=2)
     # What a frozen program does: it runs itself, whatever its arguments are.
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.executable = {str(program)!r}\n{text}")
     program.chmod(0o755)
@@ -340,9 +279,7 @@ def stray_processes() -> Iterator[list[int]]:
 async def test_kill_process_group(end: str, stray_processes: list[int]) -> None:
     """With the option, a process that a handler has started ends with its worker."""
     with trio.fail_after(60):
-        async with open_worker_pool(
-            "tests.pool.test_process:start_child", workers=1, kill_process_group=True
-        ) as pool:
+        async with open_worker_pool(START_CHILD, workers=1, kill_process_group=True) as pool:
             child = int(await pool.call())
             stray_processes.append(child)
             (worker,) = pids(pool)
@@ -360,9 +297,7 @@ async def test_kill_process_group(end: str, stray_processes: list[int]) -> None:
 async def test_kill_process_group_is_awaited(stray_processes: list[int]) -> None:
     """When the pool has ended, no process of the group is left, nor anything that it held."""
     with trio.fail_after(60):
-        async with open_worker_pool(
-            "tests.pool.test_process:start_child", workers=1, kill_process_group=True
-        ) as pool:
+        async with open_worker_pool(START_CHILD, workers=1, kill_process_group=True) as pool:
             stray_processes += [int(await pool.call()) for _ in range(20)]
             (worker,) = pids(pool)
             assert len(living_members(worker)) == 21
@@ -381,9 +316,7 @@ async def test_kill_process_group_that_does_not_end(
     """A process that SIGKILL does not end is logged, and holds up the pool for a limited time."""
     monkeypatch.setattr(_process, "GROUP_TIMEOUT", 0.3)
     with trio.fail_after(60):
-        async with open_worker_pool(
-            "tests.pool.test_process:start_child", workers=1, kill_process_group=True
-        ) as pool:
+        async with open_worker_pool(START_CHILD, workers=1, kill_process_group=True) as pool:
             child = int(await pool.call())
             stray_processes.append(child)
             (worker,) = pids(pool)
@@ -411,7 +344,7 @@ def test_living_members_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_without_kill_process_group(stray_processes: list[int]) -> None:
     """Without the option, a process that a handler has started outlives its worker."""
     with trio.fail_after(60):
-        async with open_worker_pool("tests.pool.test_process:start_child", workers=1) as pool:
+        async with open_worker_pool(START_CHILD, workers=1) as pool:
             child = int(await pool.call())
             stray_processes.append(child)
     os.kill(child, 0)
