@@ -15,6 +15,7 @@ import trio
 from tests._helpers.cli import COMMAND
 from tests._helpers.environment import environment
 from tests._helpers.serve_cli import APP, answer, hear_signals, make_project
+from tests._helpers.waiting import until
 from trio_unixconn._cli.serve.notify import Notifier, find_service_manager
 from trio_unixconn.systemd import ServiceManager
 from trio_unixconn.testing import limit_descriptors, open_service_manager
@@ -229,3 +230,61 @@ async def test_notifier_says_nothing_after_stopping() -> None:
                 await notifier.flush()
             nursery.cancel_scope.cancel()
         assert [each.assignments["STATUS"] for each in fake.received] == ["one", "two"]
+
+
+################################################################
+# Upgrades
+################################################################
+
+
+async def test_serve_notify_of_an_upgrade(project: Path) -> None:
+    """RELOADING=1, MAINPID and a barrier of the old one; then READY=1 and the rest of the new."""
+    arguments = ("--upgrade-socket", "up")
+    async with (
+        open_service_manager(watchdog_timeout=1) as fake,
+        served(project, *arguments, variables=fake.environ) as process,
+    ):
+        with trio.fail_after(120):
+            await fake.wait_for("READY=1")
+            process.send_signal(signal.SIGUSR2)
+            message = await fake.wait_for("RELOADING=1", "STATUS=upgrading")
+            assert message.assignments["MONOTONIC_USEC"].isdecimal()
+            await until(lambda: any("MAINPID" in each.assignments for each in fake.received))
+            message = next(each for each in fake.received if "MAINPID" in each.assignments)
+            pid = int(message.assignments["MAINPID"])
+            assert pid != process.pid
+            assert {"MAINPIDFDID", "MAINPIDFD"} & set(message.assignments)
+            assert message.credentials is not None
+            assert message.credentials.pid == process.pid
+            message = await fake.wait_for("READY=1")
+            assert message.credentials is not None
+            assert message.credentials.pid == pid
+            assert fake.status == f"1 workers at unix:{project}/s"
+            assert await process.wait() == 0
+            await fake.wait_for("WATCHDOG=1")
+            # The successor says nothing before READY=1, and the old one nothing afterwards.
+            pids = [each.credentials.pid for each in fake.received if each.credentials is not None]
+            assert pids == sorted(pids, key=lambda each: each == pid)
+            os.kill(pid, signal.SIGTERM)
+            await fake.wait_for("STOPPING=1")
+        assert fake.rejected == []
+
+
+async def test_serve_notify_of_an_upgrade_that_fails(project: Path) -> None:
+    """RELOADING=1, and READY=1 with that in the status."""
+    async with (
+        open_service_manager() as fake,
+        served(project, "--upgrade-socket", "up", variables=fake.environ) as process,
+    ):
+        with trio.fail_after(120):
+            await fake.wait_for("READY=1")
+            (project / "app.py").write_text("raise RuntimeError('not today')\n")
+            process.send_signal(signal.SIGUSR2)
+            await fake.wait_for("RELOADING=1")
+            message = await fake.wait_for("READY=1")
+            assert message.assignments["STATUS"] == (
+                f"1 workers at unix:{project}/s; the last upgrade failed, the old process goes on"
+            )
+            process.send_signal(signal.SIGTERM)
+            await fake.wait_for("STOPPING=1")
+            assert await process.wait() == 0

@@ -1043,6 +1043,9 @@ class Generation(DescriptorOwner):
             raise TakeOverError(f"the generation that runs broke the protocol: {exc}") from exc
         except TakeOverError:
             self._gate.block()
+            if self._is_retired:
+                # It answers to the end of this one.
+                return
             raise
         channel.forget_process()
         for each in self._listeners.values():

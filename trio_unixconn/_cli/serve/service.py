@@ -166,7 +166,7 @@ class _Service:
             await nursery.start(self._heed_signals)
             nursery.start_soon(self._report_ended_jobs)
             nursery.start_soon(self._notifier.run, self._is_healthy)
-            nursery.start_soon(self._notifier.extend_timeouts, lambda: self._waits_for_workers)
+            nursery.start_soon(self._notifier.extend_timeouts, self._is_waiting)
             self._notifier.status("starting")
             if self._config.table and not self._may_inherit:
                 nursery.start_soon(self._show)
@@ -296,6 +296,11 @@ class _Service:
             nursery.start_soon(serve_agent_check, self._get_server, checks)
         set_workers(generation, config.options.get("workers"), lambda: self._workers)
         return listeners
+
+    def _is_waiting(self) -> bool:
+        """Whether workers start, or a successor does."""
+        is_upgrading = self._generation is not None and self._generation.phase is Phase.HANDING_OVER
+        return self._waits_for_workers or is_upgrading
 
     def _get_server(self) -> WorkerServer | None:
         return self._server
