@@ -161,7 +161,7 @@ def test_serve_in_a_deleted_directory(project: Path) -> None:
     with serving(project, "once", bind=bind, program=program, env=env) as served:
         assert answer(str(project / "s")) == b"one"
         served.drained()
-    for option in ("--log-file", "--pid-file", "--chdir"):
+    for option in ("--log-file", "--pid-file", "--chdir", "--upgrade-socket"):
         arguments = ("serve", "app:once", "--bind", bind, "--workers", "1", option, "x")
         done = run(*arguments, program=program, env=env)
         assert done.returncode == 1

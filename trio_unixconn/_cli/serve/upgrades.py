@@ -86,8 +86,12 @@ def read_upgrade_options(
         fail(f"--upgrade-timeout must be positive and finite, got {timeout}", status=2)
     if not 0 <= probation < math.inf:
         fail(f"--probation must be non-negative and finite, got {probation}", status=2)
+    try:
+        path = absolute_address(address_of(text))
+    except FileNotFoundError:
+        fail(f"{text}: the current directory was deleted; use an absolute path")
     return UpgradeOptions(
-        path=absolute_address(address_of(text)),
+        path=path,
         take_over=take_over is not None,
         timeout=timeout,
         probation=probation,
