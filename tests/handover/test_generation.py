@@ -1065,3 +1065,11 @@ async def test_send_to_a_process_that_has_ended() -> None:
     assert not await channel.send(encode_frame(of.MOVED))
     assert await _taker.take(channel, "x") is None
     channel.close()
+
+
+async def test_request_upgrade_of_a_generation_that_starts(tmp_path: Path) -> None:
+    """A generation that is not ready hands over to none, and says so at once."""
+    async with open_generation(tmp_path / "upgrade", name="x"):
+        with pytest.raises(UpgradeFailedError, match="starting") as caught:
+            await request_upgrade(tmp_path / "upgrade")
+        assert caught.value.code == IOErrorEnum.BUSY

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, strategies as st
 
+from trio_unixconn import IOErrorEnum
 from trio_unixconn._frames import Frame, FrameDecoder
 from trio_unixconn.handover import _protocol
 from trio_unixconn.handover._protocol import PassedConnection, ProtocolError, Result
@@ -27,6 +28,7 @@ results = st.builds(
     st.floats(0, 1e9),
     st.none() | text,
     text,
+    st.sampled_from([each.value for each in IOErrorEnum]),
 )
 UNPACKERS = [
     _protocol.unpack_hello,
@@ -64,6 +66,12 @@ def test_unpack_prepared_returns_what_was_packed(names: list[str]) -> None:
 def test_unpack_result_returns_what_was_packed(result: Result) -> None:
     """A RESULT arrives as it was."""
     assert _protocol.unpack_result(decode(_protocol.pack_result(result)).body) == result
+
+
+def test_unpack_result_with_an_unknown_code() -> None:
+    """A code that this version does not know means that the upgrade has failed."""
+    frame = decode(_protocol.pack_result(Result(error="x", code=12345)))
+    assert _protocol.unpack_result(frame.body) == Result(error="x", code=IOErrorEnum.FAILED.value)
 
 
 @given(

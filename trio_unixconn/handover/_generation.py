@@ -1196,7 +1196,9 @@ class Generation(DescriptorOwner):
             upgrade = await self.upgrade()
         except UpgradeFailedError as exc:
             logger.warning("%s: upgrade failed: %s", self.name, exc)
-            return _protocol.Result(error=str(exc.args[0]), traceback=exc.traceback)
+            return _protocol.Result(
+                error=str(exc.args[0]), traceback=exc.traceback, code=exc.code.value
+            )
         return _protocol.Result(upgrade.pid, upgrade.number, upgrade.seconds)
 
     async def _hand_over_to(self, channel: Channel, conn: UnixConnection, hello: bytes) -> None:
@@ -1481,7 +1483,9 @@ async def request_upgrade(path: AddressLike, *, policy: PeerPolicy | None = None
             )
         result = _protocol.unpack_result(frame.body)
         if result.error is not None:
-            raise UpgradeFailedError(result.error, result.traceback)
+            error = UpgradeFailedError(result.error, result.traceback)
+            error.code = IOErrorEnum(result.code)
+            raise error
         return Upgrade(result.pid, result.number, result.seconds)
 
 

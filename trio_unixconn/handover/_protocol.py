@@ -39,6 +39,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, cast
 
 from .._frames import FrameError, encode_frame
+from ..errors import IOErrorEnum
 
 #: Changes whenever a frame changes.
 PROTOCOL_VERSION: Final = 2
@@ -139,6 +140,7 @@ class Result(NamedTuple):
     Attributes:
       error: None if it succeeded.
       traceback: of the successor; "" if there is none.
+      code: of the error, a value of IOErrorEnum.
     """
 
     pid: int = 0
@@ -146,6 +148,7 @@ class Result(NamedTuple):
     seconds: float = 0.0
     error: str | None = None
     traceback: str = ""
+    code: int = IOErrorEnum.FAILED.value
 
 
 def pack_hello(name: str, version: int = PROTOCOL_VERSION) -> bytes:
@@ -198,7 +201,13 @@ def unpack_result(body: bytes) -> Result:
         if not (isinstance(value, kind) or (value is None and name == "error")):
             raise ProtocolError(f"expected a result, got {name}={value!r:.40}")
         values[name] = value
-    return Result(**values)
+    code: Any = fields.get("code")
+    try:
+        code = IOErrorEnum(code)
+    except ValueError:
+        # Another version may not send it, or have more of them.
+        code = IOErrorEnum.FAILED
+    return Result(**values, code=code.value)
 
 
 def pack_text(kind: int, text: str) -> bytes:

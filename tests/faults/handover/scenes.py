@@ -208,7 +208,7 @@ async def crowd(sizes: Sizes) -> list[Figure]:
             for _ in range(sizes.asking):
                 nursery.start_soon(request)
         refused = [each.outcome for each in load.requests if each.outcome != "answered"]
-    others = [each for each in outcomes if each not in ("upgraded", "FAILED", "BUSY")]
+    others = [each for each in outcomes if each not in ("upgraded", "BUSY")]
     return [
         equal("upgrades", outcomes.count("upgraded"), 1),
         none("other outcomes than an upgrade and BUSY", others),
