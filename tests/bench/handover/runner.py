@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -254,8 +255,6 @@ def kept_connections(load: Load, sizes: Sizes, directory: Path) -> Result:
 
 def restart_workers(server: OursServe) -> bool:
     """Have the workers of a pool replaced; return whether they were."""
-    import signal
-
     before = server.pids() - {server.main}
     os.kill(server.main, signal.SIGHUP)
     deadline = time.monotonic() + 20
@@ -371,6 +370,8 @@ def main() -> int:
     for name in "requests", "upgrades":
         if getattr(given, name):
             sizes = attrs.evolve(sizes, **{name: getattr(given, name)})
+    # So that servers are ended, too, if a time limit ends this.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     keys = {each.key for each in given.implementations}
