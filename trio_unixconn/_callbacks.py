@@ -157,8 +157,8 @@ class CallbackAdapter(DescriptorOwner):
     async def _perform_next(self, task: trio.lowlevel.Task) -> None:
         operation = self._queue.popleft()
         task.name = operation.tag
+        result = operation.take_result()
         try:
-            result = operation.take_result()
             if result is None:
                 self._not_started -= 1
                 result = await _perform(operation)
@@ -170,7 +170,7 @@ class CallbackAdapter(DescriptorOwner):
                 if not self._pending and self._idle is not None:
                     self._idle.set()
             # See _perform().
-            del operation
+            del operation, result
 
     async def _drain(self) -> None:
         """Wait until nothing is pending, then accept no more operations."""
