@@ -78,8 +78,8 @@ TimeoutStartSec=infinity
 """
 JOB: Final = """
 systemctl --version | head -n 1
-python3 -m pytest -q --color=no -p no:cacheprovider --noconftest -o faulthandler_timeout=600 \
-    --junit-xml=/srv/results/junit.xml @TESTS@
+python3 -m pytest -v --color=no -p no:cacheprovider -p no:hypothesispytest --noconftest \
+    -o faulthandler_timeout=600 --junit-xml=/srv/results/junit.xml @TESTS@
 echo $? >/srv/results/status
 sync
 """
