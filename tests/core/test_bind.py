@@ -706,6 +706,15 @@ async def test_live_server_at_the_temporary_name(path: Path) -> None:
                 other.accept()[0].close()
 
 
+async def test_check_with_a_file_at_the_temporary_name(path: Path) -> None:
+    """It says that the path could not be taken from a live server, and changes nothing."""
+    new = path.with_name(".s.new")
+    new.write_text("x")
+    with listen_at(path), pytest.raises(AddressInUseError, match=f"needs the temporary name {new}"):
+        _bind.check(os.fsencode(path), _bind.Permissions())
+    assert new.read_text() == "x"
+
+
 async def test_file_at_the_temporary_name(path: Path) -> None:
     """What is not a socket is not removed there, either."""
     new = path.with_name(".s.new")

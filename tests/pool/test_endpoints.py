@@ -38,6 +38,8 @@ from trio_unixconn.pool._endpoints import (
     attach_socket,
     detach_endpoint,
     kind_of_passed,
+    kind_of_received,
+    peer_name,
 )
 
 if TYPE_CHECKING:
@@ -485,3 +487,29 @@ def test_kind_of_passed() -> None:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
         assert kind_of_passed(EndpointKind.UNIX, fd) is EndpointKind.OTHER
         assert kind_of_passed(without, fd) is without
+
+
+def test_kind_of_received() -> None:
+    """What another generation passes on is a connection, or it is not taken."""
+    one, two = socket.socketpair()
+    with one, two, socket.socket() as unconnected, open(os.devnull, "rb") as file:
+        fd = one.fileno()
+        assert kind_of_received(fd, accepts_descriptors=True) is EndpointKind.UNIX
+        without = EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        assert kind_of_received(fd, accepts_descriptors=False) is without
+        for other in (unconnected.fileno(), file.fileno()):
+            assert kind_of_received(other, accepts_descriptors=True) is None
+
+
+def test_peer_name() -> None:
+    """It is that of accept(2); a connection without a peer has none, and stays open."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+        socket.socket() as unconnected,
+    ):
+        server, name = listening.accept()
+        with server:
+            assert peer_name(server.fileno()) == name == client.getsockname()
+        assert peer_name(unconnected.fileno()) is None
+        assert unconnected.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM

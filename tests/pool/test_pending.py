@@ -385,7 +385,7 @@ async def test_wait_returns_an_answer_in_spite_of_a_cancellation() -> None:
     assert answers == [b"answer"]
 
 
-@pytest.mark.parametrize("kind", [EndpointKind.OTHER, EndpointKind.UNIX])
+@pytest.mark.parametrize("kind", [EndpointKind.OTHER, EndpointKind.UNIX, EndpointKind.TCP])
 def test_pending_job_del_closes_its_fd(kind: EndpointKind) -> None:
     """A job that is collected closes its file descriptor; an error of that close is ignored."""
     fd = os.open(os.devnull, os.O_RDONLY)

@@ -636,18 +636,21 @@ async def test_drain_of_server_of_a_listener_that_other_code_closes() -> None:
         await listener.aclose()
 
 
-async def test_serve_with_workers_of_a_listener_closed_before_it_is_waited_for() -> None:
-    """That is an error unless a drain has begun."""
+@pytest.mark.parametrize("name", ["_accept_from", "_watch"])
+async def test_serve_with_workers_of_a_listener_closed_before_it_is_waited_for(name: str) -> None:
+    """That is an error unless a drain has begun, whatever process accepts."""
     listener = await tcp()
     pool: Any = None
     server = WorkerServer(pool, [listener])
     await listener.aclose()
     async with trio.open_nursery() as asking:
         (acceptor,) = server._acceptors
+        accept = getattr(server, name)
         with pytest.raises(ConnectionClosedError):
-            await server._accept_from(listener, acceptor, asking)
+            await accept(listener, acceptor, asking)
         server._accepting.cancel()
-        await server._accept_from(listener, acceptor, asking)
+        await accept(listener, acceptor, asking)
+        await server._accept_meanwhile(listener, acceptor, asking)
 
 
 async def test_serve_with_workers_policy_check_raises(

@@ -235,6 +235,14 @@ async def test_handle_frame_of_unknown_kind(capfd: pytest.CaptureFixture[str]) -
     assert "ProtocolError: unexpected frame of kind 99" in capfd.readouterr().err
 
 
+async def test_stop_frame_without_listeners() -> None:
+    """A worker that has no listening sockets says that it has stopped accepting."""
+    async with puppet(DO) as worker:
+        await worker.send(encode_frame(_protocol.STOP))
+        assert await worker.receive(_protocol.STOPPED) == b""
+        await worker.drain()
+
+
 ################################################################
 # What handlers raise
 ################################################################
