@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket as stdlib_socket
 import struct
 import threading
@@ -74,7 +75,7 @@ class Acceptor:
       name: what to call it in the log.
     """
 
-    __slots__ = ("_delay", "_is_logged", "_restored", "_sock", "name")
+    __slots__ = ("_delay", "_empty", "_is_logged", "_restored", "_sock", "name")
 
     def __init__(self, sock: stdlib_socket.socket, name: object) -> None:
         self._sock = sock
@@ -83,6 +84,8 @@ class Acceptor:
         self._delay = 0.0
         self._is_logged = False
         self._restored = False
+        # How often the queue was empty since the last connection.
+        self._empty = 0
 
     def accept_pending(self, limit: int) -> tuple[list[Accepted], OSError | None]:
         """Accept connections that are in the queue already, at most ``limit``.
@@ -106,7 +109,11 @@ class Acceptor:
                 self._restore_nonblocking()
                 accepted.append(accept())
         except BlockingIOError:
-            pass
+            if not accepted:
+                # Not the first time, before the task waits: mostly there is just no connection.
+                if self._empty:
+                    self._check_shut_down()
+                self._empty += 1
         except OSError as exc:
             # With connections to return, the next call gets this error again, or it is over.
             if not accepted:
@@ -115,7 +122,28 @@ class Acceptor:
                 return accepted, exc
         self._delay = 0.0
         self._is_logged = False
+        if accepted:
+            self._empty = 0
         return accepted, None
+
+    def _check_shut_down(self) -> None:
+        """Raise if no connection can arrive any more, although poll(2) says that one is there.
+
+        Any process that shares a listening Unix socket can shut it down. Then accept(2) fails with
+        EAGAIN, and the socket stays readable: the event loop would spin.
+
+        Raises:
+          OSError: EINVAL, as accept(2) of a TCP socket that is shut down.
+        """
+        if _kernel.POLLRDHUP is None:
+            return
+        poll = select.poll()
+        poll.register(self._sock, _kernel.POLLRDHUP)
+        if any(events & _kernel.POLLRDHUP for _, events in poll.poll(0)):
+            raise OSError(
+                errno.EINVAL,
+                f"{self.name}: the listening socket was shut down, maybe by another process",
+            )
 
     def _restore_nonblocking(self) -> None:
         number = self._sock.fileno()

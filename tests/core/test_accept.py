@@ -187,6 +187,41 @@ async def test_accept_closes_what_cannot_become_a_connection(
         assert await client.receive_some() == b""
 
 
+async def test_accept_of_a_listener_that_is_shut_down(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listening socket that another process has shut down is an error, and not a busy loop."""
+    for waits in (False, True):
+        async with await open_unix_listener(path) as listener, trio.open_nursery() as nursery:
+            shared = socket.socket(fileno=os.dup(listener.socket.fileno()))
+
+            async def shut_down(shared: socket.socket = shared) -> None:
+                await wait_all_tasks_blocked()
+                shared.shutdown(socket.SHUT_RD)
+
+            if waits:
+                nursery.start_soon(shut_down)
+            else:
+                shared.shutdown(socket.SHUT_RD)
+            with pytest.raises(OSError, match="was shut down, maybe by another process"):
+                await listener.accept()
+            shared.close()
+    # Where poll(2) does not say so, it is not asked.
+    monkeypatch.setattr("trio_unixconn._kernel.POLLRDHUP", None)
+    one, two = socket.socketpair()
+    with one, two:
+        Acceptor(one, "name")._check_shut_down()
+
+
+async def test_serve_unix_of_a_listener_that_is_shut_down(path: Path) -> None:
+    """The server ends with the error."""
+    listener = await open_unix_listener(path)
+    with socket.socket(fileno=os.dup(listener.socket.fileno())) as shared:
+        shared.shutdown(socket.SHUT_RD)
+        with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="was shut down")):
+            await serve_unix(UnixConnection.aclose, listener)
+
+
 async def test_accept_in_two_tasks(listener: UnixListener) -> None:
     """A second task that accepts gets ConnectionBusyError."""
     async with trio.open_nursery() as nursery:
