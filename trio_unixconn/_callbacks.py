@@ -216,7 +216,7 @@ async def _perform(operation: Operation) -> AsyncResult:
                 raise ConnectionBusyError("another close_async() of this connection is pending")
             return AsyncResult(operation, value, None)
         return AsyncResult(operation, None, OperationCancelled("cancelled by cancel_pending()"))
-    except Exception as exc:  # noqa: BLE001 - *_finish raises it
+    except Exception as exc:  # *_finish raises it
         # Without this frame, which is of no interest.
         exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
         return AsyncResult(operation, None, exc)

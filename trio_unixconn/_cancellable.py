@@ -181,7 +181,7 @@ class Cancellable(DescriptorOwner):
             if callback is not None:
                 try:
                     callback.function(self, *callback.data)
-                except Exception as exc:  # noqa: BLE001 - raised below
+                except Exception as exc:  # raised below
                     errors.append(exc)
         if not errors:
             return

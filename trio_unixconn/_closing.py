@@ -91,7 +91,7 @@ class _Closer:
             self.is_watched = True
         try:
             threading.Thread(target=self._watch, name="trio_unixconn watch", daemon=True).start()
-        except Exception:  # noqa: BLE001 - as for the other threads
+        except Exception:  # as for the other threads
             self.is_watched = False
 
     def _watch(self) -> None:
@@ -147,7 +147,7 @@ class _Closer:
             self.threads.add(thread)
         try:
             thread.start()
-        except Exception:  # noqa: BLE001 - RuntimeError or MemoryError
+        except Exception:  # RuntimeError or MemoryError
             # The system has no more threads, or the interpreter is shutting down.
             with self.lock:
                 self.threads.discard(thread)

@@ -124,7 +124,7 @@ def filenos(
     numbers: array[int] = array("i")
     # 253 ints in 9 us; one by one they take 31 us.
     if set(map(type, owners)) == {int}:
-        try:  # noqa: SIM105 - on the path of every message
+        try:  # on the path of every message
             numbers = array("i", owners)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
         except OverflowError:
             # _one_by_one() says which one it is.

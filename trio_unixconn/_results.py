@@ -197,7 +197,7 @@ class Operation(DescriptorOwner):
         except trio.WouldBlock:
             direction.busy = False
             return False
-        except Exception as exc:  # noqa: BLE001 - *_finish raises it
+        except Exception as exc:  # *_finish raises it
             # Without this frame, which is of no interest.
             exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next
             self.result = AsyncResult(self, None, exc)

@@ -194,7 +194,7 @@ class NotebookNursery(DescriptorOwner):
             with self._cancelled_together():
                 try:
                     await async_fn(*args)
-                except Exception:  # noqa: BLE001 - no other task can raise it
+                except Exception:  # no other task can raise it
                     self._print_error()
 
         start = partial(self._nursery.start_soon, run, name=name or async_fn)

@@ -379,7 +379,7 @@ class ServiceManager:
             nursery.start_soon(self._beat, sock, self._to, self.watchdog_timeout / 2, check)
             try:
                 yield
-            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+            except BaseException as exc:  # raised below, not in a nursery's group
                 raised = exc
             nursery.cancel_scope.cancel()
         if raised is not None:

@@ -121,7 +121,7 @@ async def connected(
         try:
             async with theirs:
                 await handle(theirs, job)
-        except Exception as exc:  # noqa: BLE001 - for the test to look at
+        except Exception as exc:  # for the test to look at
             peer.error = exc
         finally:
             peer.ended.set()

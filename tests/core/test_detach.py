@@ -171,7 +171,7 @@ async def test_filenos_in_another_thread_while_messages_are_taken() -> None:
                     ask_for()
                 except ReadAheadError:
                     continue
-                except Exception as exc:  # noqa: BLE001 - the test checks all
+                except Exception as exc:  # the test checks all
                     errors.append(exc)
 
     thread = threading.Thread(target=ask)

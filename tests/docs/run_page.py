@@ -68,7 +68,7 @@ def run_python(file: str, *, may_leak: bool) -> str:
             gc.collect()
     except SystemExit as exc:
         return f"exit status {exc.code}" if exc.code else ""
-    except BaseException:  # noqa: BLE001 - a program may raise anything
+    except BaseException:  # a program may raise anything
         return traceback.format_exc()
     finally:
         here = os.getcwd()
@@ -102,7 +102,7 @@ def run_cells(cells: list[tuple[str, str]]) -> str:
 
     try:
         trio.run(run)
-    except BaseException:  # noqa: BLE001 - a cell may raise anything
+    except BaseException:  # a cell may raise anything
         return traceback.format_exc()
     return ""
 

@@ -193,7 +193,7 @@ class Submitters:
         outcome: Any
         try:
             outcome = await run()
-        except Exception as exc:  # noqa: BLE001 - that is the outcome
+        except Exception as exc:  # that is the outcome
             outcome = exc
         assert name not in self.outcomes
         self.outcomes[name] = outcome

@@ -218,7 +218,7 @@ def run(
         if heeds_signals:
             return trio.run(function)
         return trio.run(_until_signalled, function)
-    except BaseException as exc:  # noqa: BLE001 - raised again if it is a bug
+    except BaseException as exc:  # raised again if it is a bug
         lines, status = explain(exc)
         if write_error is None:
             complain("\n".join(lines))

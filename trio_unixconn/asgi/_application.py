@@ -145,7 +145,7 @@ class _Lifespan:
         try:
             # With the wrong arguments, this itself raises.
             call = self._app(scope, self._receive, self._send)
-        except Exception as exc:  # noqa: BLE001 - it is the application's
+        except Exception as exc:  # it is the application's
             self.failure = ApplicationError(_no_application(self._reference, in_a_line(exc)))
             return
         if not inspect.isawaitable(call):

@@ -212,7 +212,7 @@ class _Connection:
         """Call a function of hypercorn, which may raise after odd input; close then."""
         try:
             await function(*args)
-        except Exception as exc:  # noqa: BLE001 - what it does not expect this client to do
+        except Exception as exc:  # what it does not expect this client to do
             await self._reject(f"{type(exc).__name__}: {exc}")
             self._reading.cancel()
 
@@ -281,7 +281,7 @@ class _Connection:
             if self._application.draining.is_set():
                 await self._send(RawData(_GOAWAY_SOON))
             await self._feed(begin.data)
-        except Exception as exc:  # noqa: BLE001 - hypercorn does not expect what this client sends
+        except Exception as exc:  # hypercorn does not expect what this client sends
             await self._reject(f"{type(exc).__name__}: {exc}")
         if self._protocol.error is not None:
             self._note(self._protocol.error)

@@ -1432,7 +1432,7 @@ async def open_generation(
             try:
                 try:
                     await generation._start(nursery, take_over=take_over)
-                except Exception as exc:  # noqa: BLE001 - raised below, as it is and not in a group
+                except Exception as exc:  # raised below, as it is and not in a group
                     begin_failure = exc
                 else:
                     yield generation

@@ -278,7 +278,7 @@ class PendingJob(DescriptorOwner):
             if self.kind in _FILES or (self.kind in _UNIX_SOCKETS and has_unread(fd)):
                 close_fds([fd])
                 return
-            try:  # noqa: SIM105 - of every job
+            try:  # of every job
                 os.close(fd)
             except OSError:
                 # It is about data that was written before. The file descriptor is closed.

@@ -436,7 +436,7 @@ async def open_worker_pool(
                 await supervisor.open()
                 yield WorkerPool(supervisor)
                 await supervisor.drain()
-            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+            except BaseException as exc:  # raised below, not in a nursery's group
                 raised = exc
                 try:
                     await supervisor.abort()

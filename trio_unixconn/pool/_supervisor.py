@@ -324,7 +324,7 @@ class Supervisor(DescriptorOwner):
         with trio.CancelScope(shield=True):
             try:
                 await self._end_all(0.0, ABORT_GRACE)
-            except BaseException:  # noqa: BLE001 - see below
+            except BaseException:  # see below
                 # The scope is shielded, and errors are contained: nothing else can be raised.
                 for handle in self.alive:
                     handle.kill(_NOT_NEEDED)

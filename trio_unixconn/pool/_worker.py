@@ -124,7 +124,7 @@ def run_worker(
         _apply_limits(config)
         handler = import_handler(config.handler)
         setup = import_setup(config.setup) if config.setup is not None else None
-    except BaseException as exc:  # noqa: BLE001 - SystemExit, too, keeps the worker from starting
+    except BaseException as exc:  # SystemExit, too, keeps the worker from starting
         return _send_failed(sock, exc)
     return trio.run(_serve, sock, log, config, handler, setup, group)
 
@@ -237,7 +237,7 @@ def format_error(exc: BaseException) -> bytes:
     """Return a traceback of limited length."""
     try:
         text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-    except BaseException as error:  # noqa: BLE001 - whatever the exception's own methods raise
+    except BaseException as error:  # whatever the exception's own methods raise
         text = f"{type(exc).__name__} (no traceback: formatting it raised {type(error).__name__})\n"
     return _shorten(text.encode(errors="backslashreplace"))
 
@@ -506,7 +506,7 @@ class _Worker:
                     failure = self._describe_timeout()
         except ReportedError as exc:
             failure = _text_of(exc)
-        except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
+        except BaseException as exc:  # it is the failure of this job alone
             if self._is_ended_by_exit(exc):
                 # Its slot stays in use: if the pool does not get this report, the job is abandoned.
                 self._queue_error(job.id, _protocol.CANCELLED_BY_EXIT)
@@ -578,7 +578,7 @@ class _Worker:
         except ReportedError as exc:
             # About what the peer has sent, mostly: no error of this program.
             self._fail_job(job.id, _text_of(exc))
-        except BaseException as exc:  # noqa: BLE001 - it is the failure of this job alone
+        except BaseException as exc:  # it is the failure of this job alone
             self._fail_with(job.id, exc)
         finally:
             self._scopes.pop(job.id, None)
@@ -626,7 +626,7 @@ class _Worker:
             if job.kind == EndpointKind.OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
-                try:  # noqa: SIM105 - of every job
+                try:  # of every job
                     close_stream(stream)
                 except OSError:
                     # It is about data that was sent before. The socket is closed.

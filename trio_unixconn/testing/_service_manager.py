@@ -254,7 +254,7 @@ async def open_service_manager(
             nursery.start_soon(manager._receive, sock)
             try:
                 yield manager
-            except BaseException as exc:  # noqa: BLE001 - raised below, not in a nursery's group
+            except BaseException as exc:  # raised below, not in a nursery's group
                 raised = exc
             nursery.cancel_scope.cancel()
             manager.close()

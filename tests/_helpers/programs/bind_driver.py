@@ -38,7 +38,7 @@ def forked(work: Callable[[], int]) -> int:
         status = 99
         try:
             status = work()
-        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+        except BaseException:  # a child must not go on as its parent
             traceback.print_exc()
         finally:
             os._exit(status)

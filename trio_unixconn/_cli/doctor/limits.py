@@ -69,7 +69,7 @@ def _most_in_a_message() -> Limit:
                 with Lab() as attempt:
                     attempt.send(attempt.pair()[0], _ancillary.pack_rights([lab.file()] * count))
                 taken = count
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported
+            except Exception as exc:  # whatever it is, it is reported
                 error, refused = exc, count
     if not taken:
         return Limit("SCM_MAX_FD", None, str(error))

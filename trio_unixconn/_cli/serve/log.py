@@ -86,7 +86,7 @@ class Log(logging.Handler):
         """Have a record written."""
         try:
             text = self._format_record(record)
-        except Exception:  # noqa: BLE001 - the arguments of a record can be anything
+        except Exception:  # the arguments of a record can be anything
             self.handleError(record)
             return
         if self._file is not None:

@@ -613,7 +613,7 @@ class _Service:
         try:
             with self._showing:
                 await self._show_until_gone()
-        except Exception:  # noqa: BLE001 - of rich, about this terminal
+        except Exception:  # of rich, about this terminal
             logger.exception("cannot show the table; from now on there are only lines")
         finally:
             self._log.leave_table()
