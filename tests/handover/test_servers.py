@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import trio
 
+from tests._helpers.fds import free_descriptors
 from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
+    PeerPolicy,
     UnixConnection,
     UnixListener,
     WorkerStartError,
@@ -453,6 +456,33 @@ async def test_worker_that_cannot_start_changes_nothing(tmp_path: Path) -> None:
 ################################################################
 # Statistics
 ################################################################
+
+
+async def test_serve_statistics_of_a_generation_without_free_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client waits until a file descriptor is free."""
+    async with trio.open_nursery() as outside, generation(tmp_path) as gen:
+        stats = await listen(gen, tmp_path, "stats")
+        await outside.start(serve_statistics, lambda: None, stats)
+        with socket.socket(socket.AF_UNIX) as client:
+            with free_descriptors(0):
+                client.connect(str(tmp_path / "stats"))
+                await until(lambda: "cannot accept connections" in caplog.text)
+            client.send(b"json\n")
+            await trio.to_thread.run_sync(client.recv, 1, socket.MSG_PEEK)
+            assert b'"starting"' in client.recv(65536)
+
+
+async def test_serve_statistics_policy_of_a_generation(tmp_path: Path) -> None:
+    """A client that the policy denies gets no answer."""
+    policy = PeerPolicy(uids=[12345])
+    async with trio.open_nursery() as outside, generation(tmp_path) as gen:
+        stats = await listen(gen, tmp_path, "stats")
+        await outside.start(partial(serve_statistics, lambda: None, stats, policy=policy))
+        client = await connected(tmp_path / "stats")
+        assert await client.line() == b""
+        await client.stream.aclose()
 
 
 async def test_serve_statistics_of_a_generation(tmp_path: Path) -> None:

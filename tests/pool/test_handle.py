@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import signal
+import socket
 from array import array
 from collections import deque
 from contextlib import asynccontextmanager, suppress
@@ -43,7 +44,7 @@ from trio_unixconn.pool._accepted import AcceptPlan, SharedListener
 from trio_unixconn.pool._completion_log import CompletionLog
 from trio_unixconn.pool._endpoints import EndpointKind
 from trio_unixconn.pool._handle import EXIT_GRACE, HandleState
-from trio_unixconn.pool._pool import supervisor_of
+from trio_unixconn.pool._pool import put_received, queue_of, set_successor, supervisor_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -1157,6 +1158,65 @@ async def test_a_closed_listener_is_not_shared(
         assert workers[0].status is None
         plan.is_over = True
     assert "error in the pool" not in caplog.text
+
+
+async def test_accept_from_while_a_worker_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A worker that has ended is sent no listeners; the next one gets them when it is ready."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, fake_pool(monkeypatch, workers=2, liars=3) as (pool, workers):
+        plan = AcceptPlan([SharedListener(raw_socket(listener.socket), 1, "here")], 10)
+        ended = queue_of(pool).workers.pop(0)
+        supervisor_of(pool).accept_from(plan)
+        assert not ended.is_accepting
+        first, second = sorted(workers, key=lambda each: each.index)
+        first.kill()
+        assert (await second.frame()).kind == _protocol.ACCEPT
+        await until(lambda: has_started(workers, 3))
+        assert (await workers[2].frame()).kind == _protocol.ACCEPT
+        plan.is_over = True
+
+
+async def test_enough_twice(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A worker that says twice that it has accepted its share is replaced once."""
+    async with fake_pool(monkeypatch) as (pool, workers):
+        await workers[0].say(encode_frame(_protocol.ENOUGH) * 2)
+        await until(lambda: has_started(workers, 2))
+        await until(lambda: pool.statistics().restarts == 1)
+        await workers[0].exited.wait()
+        assert (pool.statistics().restarts, len(workers)) == (1, 2)
+
+
+async def test_drain_after_the_successor_has_ended(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A connection that no worker has, and the next generation does not take, is rejected."""
+    one, two = socket.socketpair()
+    with two:
+        async with fake_pool(monkeypatch, max_in_flight=1, max_queue=2) as (pool, workers):
+            queue = queue_of(pool)
+            await queue.reserve()
+            await queue.reserve()
+            fds = [os.dup(one.fileno()), one.detach()]
+            put_received(pool, [(fd, EndpointKind.UNIX, b"", 0) for fd in fds])
+            asked: list[int] = []
+
+            def pass_on(fd: int, *_: object) -> bool:
+                asked.append(fd)
+                return False
+
+            set_successor(pool, pass_on)
+            (batch, _) = await workers[0].batch()
+            await workers[0].say(taken(batch))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.drain)
+                await until(lambda: pool.statistics().rejected == 1)
+                assert asked == fds[1:]
+                workers[0].exit(0)
+        assert two.recv(1) == b""
 
 
 ################################################################

@@ -14,7 +14,7 @@ import sys
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -37,6 +37,7 @@ from trio_unixconn import (
     open_unix_listener,
 )
 from trio_unixconn._accept import ACCEPT_RETRY_DELAY
+from trio_unixconn.handover._protocol import PassedConnection
 from trio_unixconn.pool import (
     AbandonedJob,
     PoolStatistics,
@@ -45,6 +46,8 @@ from trio_unixconn.pool import (
     serve_with_workers,
 )
 from trio_unixconn.pool._endpoints import EndpointKind
+from trio_unixconn.pool._queue import JobQueue
+from trio_unixconn.pool._statistics import Counters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -651,6 +654,98 @@ async def test_serve_with_workers_of_a_listener_closed_before_it_is_waited_for(n
         server._accepting.cancel()
         await accept(listener, acceptor, asking)
         await server._accept_meanwhile(listener, acceptor, asking)
+
+
+async def test_watch_accepts_the_last_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that was shut down is an error after what is in its queue was accepted."""
+    listener = await open_unix_listener(tmp_path / "s")
+    pool: Any = None
+    server = WorkerServer(pool, [listener])
+    queue = [2, 1, 0]
+
+    async def accept_pending(*_: object) -> int:
+        await trio.lowlevel.checkpoint()
+        return queue.pop(0)
+
+    monkeypatch.setattr(WorkerServer, "_accept_pending", accept_pending)
+    async with listener, trio.open_nursery() as asking:
+        listener.socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(OSError, match="Invalid argument"):
+            await server._watch(listener, server._acceptors[0], asking)
+    assert queue == []
+
+
+class Passed:
+    """Connections that another generation passes on, in one batch."""
+
+    def __init__(self, *fds: int) -> None:
+        self.received = [(fd, PassedConnection(False, b"")) for fd in fds]
+
+    async def wait(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return bool(self.received)
+
+    def take(self, count: int) -> Any:
+        taken, self.received = self.received[:count], self.received[count:]
+        return taken
+
+
+@pytest.mark.parametrize("has_successor", [False, True])
+async def test_receive_passed_after_the_pool_is_closed(
+    monkeypatch: pytest.MonkeyPatch, *, has_successor: bool
+) -> None:
+    """Connections that arrive during a drain go to the successor, if it takes them, or end."""
+    queue = JobQueue(1, 1, 1, Counters())
+    queue.close("draining")
+    monkeypatch.setattr(_server, "queue_of", lambda _: queue)
+    unused: Any = None
+    server = WorkerServer(unused, [])
+    put: list[int] = []
+
+    class Passer:
+        def put(self, fd: int, _: object) -> bool:
+            put.append(fd)
+            # It takes one.
+            return len(put) == 1
+
+    if has_successor:
+        server._passer = cast("Any", Passer())
+    pairs = [socket.socketpair() for _ in range(2)]
+    connections: Any = Passed(*[one.detach() for one, _ in pairs])
+    await server._receive_passed(connections)
+    first, second = [two for _, two in pairs]
+    with first, second:
+        assert len(put) == (2 if has_successor else 0)
+        assert second.recv(1) == b""
+        if has_successor:
+            os.close(put[0])
+        assert first.recv(1) == b""
+
+
+async def test_receive_passed_of_what_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed, and its slot is free again."""
+    queue = JobQueue(1, 1, 1, Counters())
+    put: list[Any] = []
+    monkeypatch.setattr(_server, "queue_of", lambda _: queue)
+    monkeypatch.setattr(_server, "put_received", lambda _, found: put.append(found))
+    unused: Any = None
+    one, two = socket.socketpair()
+    with two, socket.socket() as unconnected:
+        connections: Any = Passed(os.dup(unconnected.fileno()))
+        await WorkerServer(unused, [])._receive_passed(connections)
+        assert put == [[]]
+        connections = Passed(one.fileno())
+        await WorkerServer(unused, [])._receive_passed(connections)
+        ((fd, kind, data, passed),) = put[1]
+        assert (fd, kind, data, passed) == (
+            one.fileno(),
+            EndpointKind.UNIX_WITHOUT_DESCRIPTORS,
+            b"",
+            0,
+        )
+        one.close()
 
 
 async def test_serve_with_workers_policy_check_raises(

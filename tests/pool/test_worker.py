@@ -28,7 +28,7 @@ from trio_unixconn._version import __version__
 from trio_unixconn.pool import _process, _protocol, _worker
 from trio_unixconn.pool._endpoints import EndpointKind
 from trio_unixconn.pool._handle import HandleState, WorkerHandle
-from trio_unixconn.pool._job import PassedOn
+from trio_unixconn.pool._job import PassedOn, close_stream
 from trio_unixconn.pool._statistics import Counters
 from trio_unixconn.pool._worker_config import WorkerConfig
 
@@ -408,6 +408,31 @@ async def test_call_handler_with_socket_that_lingers() -> None:
             answer = await worker.receive(_protocol.ANSWER)
             assert _protocol.unpack_job_result(answer) == (2, b"lives")
             await worker.drain()
+
+
+async def test_call_handler_with_a_stream_whose_close_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error about data that was sent before is none of the handler, whose answer counts."""
+
+    def fail(stream: object) -> None:
+        close_stream(stream)
+        raise ConnectionResetError
+
+    async def handle(stream: trio.SocketStream, _: object) -> bytes:
+        streams.append(stream)
+        return b"answer"
+
+    streams: list[trio.SocketStream] = []
+    monkeypatch.setattr(_worker, "close_stream", fail)
+    unused: Any = Mock()
+    worker = _worker._Worker(unused, unused, WorkerConfig(DO, sys.executable), handle, None, unused)
+    one, two = socket.socketpair()
+    with two:
+        sent = job(1, EndpointKind.TCP)
+        assert await worker._call_handler(sent, one.detach()) == b"answer"
+        assert streams[0].socket.fileno() == -1
+        assert two.recv(1) == b""
 
 
 ################################################################
