@@ -28,6 +28,7 @@ from tests._helpers.waiting import until
 from trio_unixconn import (
     EndOfStreamError,
     JobRefusedError,
+    SendError,
     UnixConnection,
     UnixConnectionError,
     WorkerDiedError,
@@ -1129,14 +1130,26 @@ async def test_stop_accepting_while_the_listeners_cannot_be_sent(
         assert (await workers[0].frame()).kind == _protocol.STOP
 
 
-async def test_listeners_for_a_worker_that_has_closed_its_connection(
-    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+@pytest.mark.parametrize("why", ["closed", "rejected"])
+async def test_listeners_that_cannot_be_sent(
+    why: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """The sockets cannot be sent to it; it is killed if it does not exit."""
+    """The worker has closed its end, or the kernel rejects them: it is killed unless it exits."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    errors: list[Exception] = [SendError(errno.EPERM, os.strerror(errno.EPERM))]
+    real = UnixConnection.send_message
+
+    async def send_message(conn: UnixConnection, data: bytes, *, fds: Any = ()) -> None:
+        if fds and errors:
+            raise errors.pop()
+        await real(conn, data, fds=fds)
+
     async with listener, fake_pool(monkeypatch) as (pool, workers):
         plan = AcceptPlan([SharedListener(raw_socket(listener.socket), 1, "here")], 10)
-        close_now(workers[0].end)
+        if why == "closed":
+            close_now(workers[0].end)
+        else:
+            monkeypatch.setattr(UnixConnection, "send_message", send_message)
         supervisor_of(pool).accept_from(plan)
         await workers[0].exited.wait()
         await until(lambda: has_started(workers, 2))
