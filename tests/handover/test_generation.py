@@ -34,6 +34,7 @@ from trio_unixconn import (
 )
 from trio_unixconn._frames import close_frames, encode_frame
 from trio_unixconn.handover import (
+    Phase,
     _channel,
     _generation,
     _protocol as of,
@@ -1073,3 +1074,86 @@ async def test_request_upgrade_of_a_generation_that_starts(tmp_path: Path) -> No
         with pytest.raises(UpgradeFailedError, match="starting") as caught:
             await request_upgrade(tmp_path / "upgrade")
         assert caught.value.code == IOErrorEnum.BUSY
+
+
+async def test_retire_gives_up_a_handover(tmp_path: Path) -> None:
+    """The successor is told to end, and the rendezvous path is removed and not opened again."""
+    path = tmp_path / "upgrade"
+    async with serving(path) as gen, successor(path, HELLO) as channel:
+        await receive(channel, of.OFFER)
+        assert gen.successor_pid is None
+        gen.retire()
+        await receive(channel, of.ABORT)
+        await until(lambda: not path.exists())
+        await gen._try_open_rendezvous()
+        assert not path.exists()
+
+
+async def test_retire_after_the_release(tmp_path: Path) -> None:
+    """It does nothing: the rendezvous path is the successor's."""
+    path = tmp_path / "upgrade"
+    async with serving(path) as old, open_generation(path, name="x") as new:
+        await new.ready()
+        await new.confirmed()
+        await old.replaced()
+        old.retire()
+        assert not old._is_retired
+        assert old._rendezvous is None or path.exists()
+
+
+async def test_wait_settled_waits_for_the_end_of_a_handover(tmp_path: Path) -> None:
+    """While no generation accepts, it is not certain which one will."""
+    async with serving(tmp_path / "upgrade") as gen, trio.open_nursery() as nursery:
+        found: list[bool] = []
+
+        async def wait() -> None:
+            found.append(await gen._wait_settled())
+
+        gen._phase = Phase.HANDING_OVER
+        gen._gate.block()
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        gen._gate.notify()
+        await wait_all_tasks_blocked()
+        assert found == []
+        gen._phase = Phase.SERVING
+        gen._gate.open()
+        await wait_all_tasks_blocked()
+        assert found == [False]
+
+
+async def test_predecessor_that_ends_the_handover_of_a_retired_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A successor that ends is told so by the one before, which is not another error."""
+
+    async def aborted(_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise TakeOverError("it has ended the handover")
+
+    async with open_generation(tmp_path / "upgrade", name="x") as gen:
+        monkeypatch.setattr(gen, "_await_released", aborted)
+        one, two = connection_pair()
+        channel = Channel(one)
+        with pytest.raises(TakeOverError):
+            await gen._follow_before(channel)
+        gen._is_retired = True
+        await gen._follow_before(channel)
+        channel.close()
+        await two.aclose()
+
+
+async def test_generation_that_ends_while_a_failed_handover_is_told(tmp_path: Path) -> None:
+    """It waits until the service manager was told."""
+    path = tmp_path / "upgrade"
+    async with trio.open_nursery() as nursery:
+
+        async def finish() -> None:
+            await wait_all_tasks_blocked()
+            gen._phase = Phase.SERVING
+            gen._attempt_over.set()
+
+        async with serving(path) as gen:
+            gen._phase, gen._attempt_over = Phase.HANDING_OVER, trio.Event()
+            nursery.start_soon(finish)
+    assert gen._attempt is None

@@ -463,3 +463,49 @@ async def test_pass_on_cancelled_just_before_the_successor_ends() -> None:
         passer.end()
     async with one, two:
         await echo(one, two)
+
+
+async def test_put_passes_a_connection_on_without_a_task() -> None:
+    """It is sent as others are, and closed here; without a successor it stays the caller's."""
+    one, two = socket.socketpair()
+    connection = PassedConnection(accepts_descriptors=True, data=b"x", server="web")
+    with one, two:
+        await put_and_settle(one, connection)
+
+
+async def put_and_settle(one: socket.socket, connection: PassedConnection) -> None:
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        assert passer.put(os.dup(one.fileno()), connection)
+        settled = trio.Event()
+
+        async def wait() -> None:
+            await passer.wait_settled()
+            settled.set()
+
+        nursery.start_soon(wait)
+        number, connections, fds = await receive_passed(new)
+        assert connections == [connection]
+        for fd in fds:
+            os.close(fd)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not settled.is_set()
+        await new.send(of.pack_id(of.TAKEN, number))
+        with trio.fail_after(30):
+            await settled.wait()
+        passer.end()
+        assert not passer.put(one.fileno(), connection)
+
+
+async def test_connections_of_a_server_that_is_not_here(caplog: pytest.LogCaptureFixture) -> None:
+    """They are closed, and counted in the log."""
+    connections = PassedConnections()
+    pairs = [socket.socketpair() for _ in range(2)]
+    unknown = PassedConnection(accepts_descriptors=True, data=b"", server="none")
+    connections.put([os.dup(one.fileno()) for one, _ in pairs], [unknown] * 2)
+    for one, two in pairs:
+        one.close()
+        two.settimeout(30)
+        assert two.recv(1) == b""
+        two.close()
+    connections.close()
+    assert "2 connections of 'none' are closed: it is not served here" in caplog.messages
