@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from trio_unixconn import (
     open_unix_listener,
     serve_unix,
 )
+from trio_unixconn._accept import Acceptor
 from trio_unixconn._frames import encode_frame
 from trio_unixconn.handover import _protocol as of, open_generation
 from trio_unixconn.handover._channel import Channel
@@ -472,6 +474,21 @@ async def test_serve_statistics_of_a_generation_without_free_descriptors(
             client.send(b"json\n")
             await trio.to_thread.run_sync(client.recv, 1, socket.MSG_PEEK)
             assert b'"starting"' in client.recv(65536)
+
+
+async def test_serve_statistics_of_a_generation_when_accepting_cannot_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of accept(2) that is for good ends the server."""
+
+    async def accept(_: Any) -> Any:
+        raise OSError(errno.EINVAL, "for good")
+
+    monkeypatch.setattr(Acceptor, "accept", accept)
+    async with generation(tmp_path) as gen:
+        stats = await listen(gen, tmp_path, "stats")
+        with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="for good")):
+            await serve_statistics(lambda: None, stats)
 
 
 async def test_serve_statistics_policy_of_a_generation(tmp_path: Path) -> None:
