@@ -424,6 +424,15 @@ async def test_stop_after_an_upgrade(
             served._stop(signal.SIGTERM, nursery)
 
 
+@pytest.mark.parametrize("pid", [None, 7])
+def test_child_pids_contain_the_successor(monkeypatch: pytest.MonkeyPatch, pid: int | None) -> None:
+    """A successor is reaped by the generation that has started it, and not as an adopted child."""
+    monkeypatch.setattr(service, "_pids", lambda _: {3, 5})
+    served = make_service(Config(), Replaced(successor_pid=pid))
+    served._server = Mock()
+    assert served._child_pids() == ({3, 5} if pid is None else {3, 5, 7})
+
+
 async def test_upgrade_by_signal(caplog: pytest.LogCaptureFixture) -> None:
     """Without --upgrade-socket it is ignored; a failure is a line of the log."""
     caplog.set_level("INFO")

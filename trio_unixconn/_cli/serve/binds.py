@@ -434,7 +434,7 @@ async def open_all_in(
                 found += await _open_tcp(generation, bind)
             case UnixBind():
                 found.append(await _open_unix(generation, bind, options))
-            case InheritedBind():
+            case _:
                 found += await _inherit(generation, bind, options)
     return found
 
