@@ -29,6 +29,7 @@ from tests.bench.pool.report import (
 from tests.bench.pool.runner import growth, observed
 from tests.bench.pool.servers import IMPLEMENTATIONS, PoolImplementation, Server
 from tests.bench.pool.workloads import (
+    ACCEPTING,
     BURN_ONE_IN,
     EVEN,
     EVEN_OPEN,
@@ -37,6 +38,7 @@ from tests.bench.pool.workloads import (
     MANY,
     NODE,
     REUSEPORT,
+    SHARED,
     UNEVEN_OPEN,
     beside,
 )
@@ -241,7 +243,13 @@ def test_what_others_disturbed_counts_less() -> None:
 
 def result_of(**rates: float) -> dict[str, Any]:
     """Make a result in which each implementation had the same figures in each round."""
-    names = {"ours": OURS, "node": NODE, "reuseport": REUSEPORT}
+    names = {
+        "ours": OURS,
+        "node": NODE,
+        "reuseport": REUSEPORT,
+        "accepting": ACCEPTING,
+        "shared": SHARED,
+    }
     cases = {}
     for load in LOADS:
         values = {}
@@ -271,10 +279,10 @@ def result_of(**rates: float) -> dict[str, Any]:
 
 def test_goals_are_judged() -> None:
     """A goal is met or missed by the figures of ours beside the other's, in the same run."""
-    words = [verdict.word for verdict in judge(result_of(ours=6.0, node=4.0, reuseport=2.0))]
-    assert words == ["met"] * 8
-    words = [verdict.word for verdict in judge(result_of(ours=2.0, node=2.0, reuseport=3.0))]
-    assert words == ["missed"] * 4 + ["met"] * 4
+    better = result_of(ours=6.0, node=4.0, reuseport=2.0, accepting=4.0, shared=4.0)
+    assert [verdict.word for verdict in judge(better)] == ["met"] * 11
+    worse = result_of(ours=2.0, node=2.0, reuseport=3.0, accepting=2.0, shared=4.0)
+    assert [verdict.word for verdict in judge(worse)] == ["missed"] * 7 + ["met"] * 4
 
 
 def test_who_did_not_run_is_not_judged() -> None:
@@ -299,14 +307,14 @@ def test_goals_are_about_what_is_measured() -> None:
 
 def test_tables_are_whole() -> None:
     """The tables have each load, its rate, the goals, and the missing implementations."""
-    result = result_of(ours=6.0, reuseport=2.0)
+    result = result_of(ours=6.0, reuseport=2.0, accepting=4.0, shared=4.0)
     text = markdown(result)
     for title in (EVEN, EVEN_OPEN, UNEVEN_OPEN, beside(MANY)):
         assert f"<!-- begin {title} -->" in text
     assert f"{EVEN_OPEN}, 500 a second" in text
     assert "**missing**: node is not installed" in text
     assert "2.00 MB more with 10,000 jobs in flight" in text
-    assert text.count("| met |") == 7
+    assert text.count("| met |") == 10
     assert text.count("not measured") == 1
 
 
