@@ -83,8 +83,11 @@ class Service:
 
     async def has_ended(self, number: int) -> None:
         """Wait until a generation has exited."""
-        with trio.fail_after(30):
-            await trio.lowlevel.wait_readable(self.pidfds[self.pid(number)])
+        # It has no pidfd if it had exited, and was waited for, before its note was read.
+        pidfd = self.pidfds.get(self.pid(number))
+        if pidfd is not None:
+            with trio.fail_after(30):
+                await trio.lowlevel.wait_readable(pidfd)
 
     async def upgrade(self) -> Upgrade:
         with trio.fail_after(30):
