@@ -64,10 +64,19 @@ EVERY_PYTHON = "not once and not interop"
 # Examples that need packages of the dependency group "examples".
 WITH_PACKAGES = sorted(map(str, Path("examples/with_packages").glob("*.py")))
 
-# The pool, the command line, and programs that measure or stress.
+# The pool, the command line, ASGI, and programs that measure or stress.
 NOT_CORE = [
     f"--ignore-glob=tests/{pattern}"
-    for pattern in ("pool/*", "cli/*", "bench/*", "faults/*", "hostile/*", "*/test_pool*")
+    for pattern in (
+        "pool/*",
+        "cli/*",
+        "asgi/*",
+        "*/test_asgi*",
+        "bench/*",
+        "faults/*",
+        "hostile/*",
+        "*/test_pool*",
+    )
 ]
 
 
