@@ -132,8 +132,15 @@ class PeerPolicy:
         return bool(self._gids) or self._check is not None
 
     def _admits_user(self, uid: int) -> bool:
-        """Whether the policy admits every process of a user, so that no more need be known."""
-        return self._check is None and uid in self._matching_uids
+        """Whether the policy admits every process of a user, so that no more need be known.
+
+        Of a subclass with an ``admits`` of its own this is not known.
+        """
+        return (
+            self._check is None
+            and uid in self._matching_uids
+            and type(self).admits is PeerPolicy.admits
+        )
 
     async def admits(self, peer: PeerIdentity) -> bool:
         """Whether the policy admits ``peer``. This is a checkpoint only if a check is one."""

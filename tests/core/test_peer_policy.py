@@ -198,6 +198,26 @@ async def test_composed_asks_a_check_only_if_the_user_does_not_decide(path: Path
             assert len(asked) == times
 
 
+async def test_admits_of_a_subclass_is_asked(path: Path) -> None:
+    """A subclass decides, even about a user whom its base class admits, and in a composed one."""
+
+    class Never(PeerPolicy):
+        async def admits(self, peer: PeerIdentity) -> bool:
+            return False
+
+    never = Never(uids=[os.geteuid()])
+    for policy in (never, PeerPolicy.same_user() & never):
+        async with (
+            await open_unix_listener(path, policy=policy) as listener,
+            trio.open_nursery() as nursery,
+            await open_unix_connection(path) as client,
+        ):
+            nursery.start_soon(listener.accept)
+            assert await client.receive_some() == b""
+            await until(lambda: listener.denied == 1)
+            nursery.cancel_scope.cancel()
+
+
 async def test_composed_of_composed() -> None:
     """Compositions compose, and need a pidfd if any of them does."""
     one, two, three = PeerPolicy(uids=[1]), PeerPolicy(gids=[2]), PeerPolicy(uids=[3])
