@@ -69,7 +69,7 @@ class UnixSocketAddress:
     @classmethod
     def from_native(cls, name: str | bytes) -> UnixSocketAddress:
         """Return the address that ``getsockname``, ``getpeername`` or ``accept`` returned."""
-        return _ANONYMOUS if name == "" else cls(_encoded(name, "name"))
+        return _ANONYMOUS if not name else cls(_encoded(name, "name"))
 
     @classmethod
     def path(cls, path: _PathName) -> UnixSocketAddress:

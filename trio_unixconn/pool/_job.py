@@ -231,7 +231,7 @@ async def close_file(file: IOBase) -> None:
 
 def close_stream(stream: Any) -> None:
     """Close a connection or stream, without a checkpoint; closing twice is allowed."""
-    # Not isinstance(): both are abstract base classes, of which that takes 0.5 us.
+    # Not isinstance(): both are abstract base classes, of which that takes 0.2 us more.
     if type(stream) is UnixConnection:
         close_now(stream)
     elif stream is not None:
