@@ -131,16 +131,13 @@ class PeerPolicy:
         """Whether the policy needs the groups of a peer."""
         return bool(self._gids) or self._check is not None
 
-    def _admits_user(self, uid: int) -> bool:
-        """Whether the policy admits every process of a user, so that no more need be known.
+    def _has_only_ids(self) -> bool:
+        """Whether the ids decide alone: without a check, or an ``admits`` of a subclass."""
+        return self._check is None and type(self).admits is PeerPolicy.admits
 
-        Of a subclass with an ``admits`` of its own this is not known.
-        """
-        return (
-            self._check is None
-            and uid in self._matching_uids
-            and type(self).admits is PeerPolicy.admits
-        )
+    def _admits_user(self, uid: int) -> bool:
+        """Whether the policy admits every process of a user, so that no more need be known."""
+        return uid in self._matching_uids and self._has_only_ids()
 
     async def admits(self, peer: PeerIdentity) -> bool:
         """Whether the policy admits ``peer``. This is a checkpoint only if a check is one."""
@@ -213,12 +210,12 @@ def describe_policy(policy: PeerPolicy) -> list[object]:
     """Return what another process of this user namespace can make the same policy of, as JSON.
 
     Raises:
-      ValueError: it has a check, which is code of this process.
+      ValueError: it has a check, or is of a subclass that decides itself: code of this process.
     """
     if isinstance(policy, _Composed):
         return [policy._operator, describe_policy(policy._left), describe_policy(policy._right)]
-    if policy._check is not None:
-        raise ValueError(f"expected a policy without a check, got {policy!r}")
+    if not policy._has_only_ids():
+        raise ValueError(f"expected a policy that has only ids, got {policy!r}")
     return ["ids", sorted(policy._uids), sorted(policy._gids)]
 
 

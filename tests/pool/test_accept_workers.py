@@ -185,16 +185,22 @@ async def test_accept_workers_policy(tmp_path: Path) -> None:
 
 
 async def test_accept_workers_rejects_policy_with_check(tmp_path: Path) -> None:
-    """A check is code of this process: an error before anything is started."""
+    """Code of this process cannot decide in a worker: an error before anything is started."""
 
     async def check(_: object) -> bool:
         raise AssertionError
 
-    policy = PeerPolicy.root() & PeerPolicy(check=check)
-    async with await open_unix_listener(tmp_path / "s", policy=policy) as listener:
-        with pytest.raises(ValueError, match=r"requires policies without a check.*check="):
-            await serve_with_workers("a:b", [listener], accept="workers")
-        assert listener.socket.fileno() != -1
+    class Deciding(PeerPolicy):
+        async def admits(self, peer: object) -> bool:
+            raise AssertionError
+
+    for policy in (PeerPolicy(check=check), Deciding(uids=[0])):
+        async with await open_unix_listener(
+            tmp_path / "s", policy=PeerPolicy.root() & policy
+        ) as listener:
+            with pytest.raises(ValueError, match=r"requires policies without a check.*got"):
+                await serve_with_workers("a:b", [listener], accept="workers")
+            assert listener.socket.fileno() != -1
 
 
 async def test_accept_rejects_unknown_mode() -> None:

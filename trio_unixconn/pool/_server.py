@@ -586,7 +586,8 @@ def make_plan(listeners: Sequence[AnyListener], max_in_flight: int) -> AcceptPla
     """Return what workers accept from.
 
     Raises:
-      ValueError: a policy has a check, which is code of this process.
+      ValueError: a policy has a check, or is of a subclass that decides itself: that is code of
+        this process.
     """
     shared: list[SharedListener] = []
     for listener in listeners:
@@ -596,8 +597,9 @@ def make_plan(listeners: Sequence[AnyListener], max_in_flight: int) -> AcceptPla
                 policy = describe_policy(policy_of(listener))
             except ValueError:
                 raise ValueError(
-                    'accept="workers" requires policies without a check, which workers cannot '
-                    f'run, got {policy_of(listener)!r}; use accept="parent", or ask in the handler'
+                    'accept="workers" requires policies without a check or an admits() of a '
+                    f"subclass, which workers cannot run, got {policy_of(listener)!r}; use "
+                    'accept="parent", or ask in the handler'
                 ) from None
         raw = raw_socket(listener.socket)
         shared.append(SharedListener(raw, _kind_of(listener), _name_of(listener), policy))
