@@ -114,14 +114,17 @@ class _UnixStream(DescriptorOwner, httpcore.AsyncNetworkStream):
         self._stream: trio.abc.Stream = conn if tls is None else tls
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return at least one byte, or ``b""`` at the end; the timeout is in seconds."""
         with _errors_of_httpcore(timeout, httpcore.ReadTimeout, httpcore.ReadError):
             return bytes(await self._stream.receive_some(max_bytes))
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send all bytes; the timeout is in seconds."""
         with _errors_of_httpcore(timeout, httpcore.WriteTimeout, httpcore.WriteError):
             await self._stream.send_all(buffer)
 
     async def aclose(self) -> None:
+        """Close the connection."""
         # TLS without its own good-bye, for which the peer could make this wait.
         await self._conn.aclose()
 
@@ -131,6 +134,7 @@ class _UnixStream(DescriptorOwner, httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        """Return a stream with TLS over this one, which is closed if the handshake fails."""
         stream = trio.SSLStream(
             self._stream,
             ssl_context,
@@ -146,6 +150,7 @@ class _UnixStream(DescriptorOwner, httpcore.AsyncNetworkStream):
         return _UnixStream(self._conn, stream)
 
     def get_extra_info(self, info: str) -> Any:
+        """Return what a pool asks for by name; None if the name is unknown."""
         if info == "ssl_object":
             # It has the attributes of an ssl.SSLObject.
             return self._tls

@@ -116,6 +116,7 @@ class _Cell:
         self.outcome: outcome.Outcome[Any] | None = None
 
     async def run(self) -> None:
+        """Run the code, and keep its outcome, even if it is an exception."""
         self._task = current_task()
         result: outcome.Outcome[Any] = outcome.Value(None)
         with self._scope:
@@ -126,6 +127,7 @@ class _Cell:
         self.outcome = result
 
     def is_done(self) -> bool:
+        """Whether there is an outcome."""
         return self.outcome is not None
 
     def _is_interrupted(self) -> bool:
@@ -212,6 +214,8 @@ class NotebookNursery(DescriptorOwner):
 
         async def run(task_status: trio.TaskStatus[Any]) -> None:
             class Status:
+                """The task status of trio, of which this remembers that it was called."""
+
                 def started(self, value: object = None) -> None:
                     nonlocal started
                     task_status.started(value)
