@@ -179,7 +179,7 @@ async def test_settle_of_claims_that_contradict_each_other(account: Account) -> 
     account.sums()
 
 
-@pytest.mark.parametrize("text", [b"(", b"1 +", b"[1]", b"\xff\xfe", b"x" * 110])
+@pytest.mark.parametrize("text", [b"(", b"1 +", b"[1]", b"\xff\xfe", b"x" * 110, b"{[]: 0}"])
 def test_connections_with_a_peer_that_is_none(account: Account, text: bytes) -> None:
     """What cannot be the address of a peer is None."""
     account.worker.add(TCP, "0" * 110)

@@ -164,7 +164,7 @@ def _peer_of(text: bytes) -> Any:
         return ""
     try:
         peer: Any = ast.literal_eval(text.decode())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return cast("Any", peer) if isinstance(peer, (str, bytes, tuple)) else None
 
