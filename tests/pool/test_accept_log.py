@@ -217,6 +217,18 @@ def test_passed_jobs_are_forgotten_when_their_slots_are_free(account: Account) -
     assert account.sums() == (1, 1, 0, 0, 0)
 
 
+def test_find_parses_one_peer(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a connection that is passed on costs does not grow with those that a worker handles."""
+    parsed: list[bytes] = []
+    monkeypatch.setattr(_accept_log, "_peer_of", parsed.append)
+    for port in range(3):
+        account.worker.add(TCP, ("127.0.0.1", port))
+    assert account.jobs.find(account.jobs.base + 2).number == 2
+    account.jobs.note_passed(account.jobs.base + 2)
+    account.jobs.sync()
+    assert parsed == [b"('127.0.0.1', 1)"]
+
+
 def test_owns_and_check(account: Account) -> None:
     """An id is a worker's own if it has accepted, or will accept, a connection with it."""
     jobs = account.jobs

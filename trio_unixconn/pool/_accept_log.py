@@ -118,45 +118,49 @@ class AcceptLog(DescriptorOwner):
         self.size: int = size
         self.fd: int = create_memory_file(b"", _SEALS, size=_HEADER_SIZE + size * _SLOT_SIZE)
 
-    def totals(self, *, is_complete: bool = False) -> AcceptTotals | None:
-        """Return the header; None if the worker was changing it.
-
-        Args:
-          is_complete: whether the worker has died, and the header is what it is.
-        """
+    def totals(self) -> AcceptTotals | None:
+        """Return the header; None if the worker was changing it."""
         for _ in range(_ATTEMPTS):
             words = self._words(0, _HEADER_WORDS)
-            if is_complete or (
-                words[_SEQUENCE] % 2 == 0 and words[_SEQUENCE] == self._words(0, 1)[_SEQUENCE]
-            ):
-                accepted, failed, denied, in_use, top, nanoseconds = words[_ACCEPTED:_COUNTS]
-                counts = tuple(words[_COUNTS:])
-                return AcceptTotals(accepted, failed, denied, in_use, top, nanoseconds, counts)
+            if words[_SEQUENCE] % 2 == 0 and words[_SEQUENCE] == self._words(0, 1)[_SEQUENCE]:
+                return _totals(words)
         return None
+
+    def peek(self) -> AcceptTotals:
+        """Return the header as it is, even if the worker is changing it, or died while it did."""
+        return _totals(self._words(0, _HEADER_WORDS))
 
     def _words(self, offset: int, count: int) -> array[int]:
         words = array("Q")
         words.frombytes(os.pread(self.fd, count * _WORD, offset))
         return words
 
+    def numbers(self, top: int) -> array[int]:
+        """Return the numbers of the connections in the first ``top`` slots; 0 for a free slot."""
+        return self._words(_HEADER_SIZE, min(top, self.size) * _SLOT_WORDS)[::_SLOT_WORDS]
+
+    def connection(self, slot: int) -> AcceptedConnection:
+        """Return the connection in a slot that is in use."""
+        data = os.pread(self.fd, _SLOT_SIZE, _HEADER_SIZE + slot * _SLOT_SIZE)
+        number, accepted_at = array("Q", data[: 2 * _WORD])
+        kind, length = data[_PEER - 2 : _PEER]
+        return AcceptedConnection(number, accepted_at, kind, _peer_of(data[_PEER : _PEER + length]))
+
     def connections(self, top: int) -> list[AcceptedConnection]:
         """Return the slots in use, of the first ``top`` ones."""
-        data = os.pread(self.fd, min(top, self.size) * _SLOT_SIZE, _HEADER_SIZE)
-        found: list[AcceptedConnection] = []
-        for start in range(0, len(data), _SLOT_SIZE):
-            slot = data[start : start + _SLOT_SIZE]
-            number, accepted_at = array("Q", slot[: 2 * _WORD])
-            if number:
-                kind, length = slot[_PEER - 2 : _PEER]
-                text = slot[_PEER : _PEER + length]
-                found.append(AcceptedConnection(number, accepted_at, kind, _peer_of(text)))
-        return found
+        return [self.connection(slot) for slot, number in enumerate(self.numbers(top)) if number]
 
     def close(self) -> None:
         """Close the memory; closing twice is allowed."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _totals(words: array[int]) -> AcceptTotals:
+    accepted, failed, denied, in_use, top, nanoseconds = words[_ACCEPTED:_COUNTS]
+    counts = tuple(words[_COUNTS:])
+    return AcceptTotals(accepted, failed, denied, in_use, top, nanoseconds, counts)
 
 
 def _peer_of(text: bytes) -> Any:

@@ -177,7 +177,7 @@ class AcceptedJobs(DescriptorOwner):
             raise ProtocolError("its account of accepted connections contradicts itself")
         self.in_flight = in_flight
         if self._passed:
-            self._passed &= {each.number for each in self.log.connections(totals.top)}
+            self._passed.intersection_update(self.log.numbers(totals.top))
         return self._count(totals, handled, failed)
 
     def _count(self, totals: AcceptTotals, handled: int, failed: int) -> Progress:
@@ -209,9 +209,7 @@ class AcceptedJobs(DescriptorOwner):
         Raises:
           ProtocolError: it has not accepted it.
         """
-        totals = self.log.totals(is_complete=True)
-        assert totals is not None  # it is complete
-        if not job_id & _NUMBER <= totals.accepted:
+        if not job_id & _NUMBER <= self.log.peek().accepted:
             raise ProtocolError(f"job {job_id} was not accepted")
 
     def note_cancelled(self, job_id: int) -> None:
@@ -220,7 +218,8 @@ class AcceptedJobs(DescriptorOwner):
         Raises:
           ProtocolError: the worker does not handle it.
         """
-        self._cancelled.add(self.find(job_id).number)
+        self.find(job_id)
+        self._cancelled.add(job_id & _NUMBER)
 
     def note_passed(self, job_id: int) -> None:
         """Note that the pool has the connection of a job, or has closed it.
@@ -237,15 +236,15 @@ class AcceptedJobs(DescriptorOwner):
         """
         number = job_id & _NUMBER
         if number not in self._passed and number not in self._cancelled:
-            for each in self.log.connections(self.log.size):
-                if each.number == number:
-                    return each
+            # Not connections(), which parses the address of each peer.
+            numbers = self.log.numbers(self.log.peek().top)
+            if number in numbers:
+                return self.log.connection(numbers.index(number))
         raise ProtocolError(f"job {job_id} is not in flight")
 
     def settle(self) -> tuple[Progress, list[PendingJob]]:
         """Count everything after the death of the worker; also return what it was handling."""
-        totals = self.log.totals(is_complete=True)
-        assert totals is not None  # it is complete
+        totals = self.log.peek()
         lost: dict[int, AcceptedConnection] = {
             each.number: each
             for each in self.log.connections(totals.top)
