@@ -85,8 +85,8 @@ def test_sync_while_the_worker_writes(account: Account) -> None:
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [(1, 0), (2, 2), (2, 2**63), (3, 0), (4, 2), (4, 1000), (8, 0)],
-    ids=["accepted", "failed", "failures", "denied", "in use", "slots", "histogram"],
+    [(1, 0), (2, 2), (2, 2**63), (3, 0), (4, 2), (4, 1000), (6, 0), (8, 0)],
+    ids=["accepted", "failed", "failures", "denied", "in use", "slots", "times", "histogram"],
 )
 def test_sync_rejects_contradictions(account: Account, word: int, value: int) -> None:
     """A log that contradicts itself, or what it said before, is a violation of the protocol."""
@@ -177,6 +177,19 @@ async def test_settle_of_claims_that_contradict_each_other(account: Account) -> 
     _, lost = account.jobs.settle()
     assert len(lost) <= 3
     account.sums()
+
+
+async def test_settle_counts_nothing_back(account: Account) -> None:
+    """What was counted stays counted, even if the worker has cleared its log."""
+    for failed in (False, True):
+        account.worker.finish(account.worker.add(TCP, "")[0], failed=failed)
+    account.worker.deny()
+    account.jobs.sync()
+    before = account.sums(), account.counters.handling.snapshot(), account.plan.denied
+    account.write(0, bytes(256))
+    assert account.jobs.settle()[1] == []
+    after = account.sums(), account.counters.handling.snapshot(), account.plan.denied
+    assert after == before
 
 
 @pytest.mark.parametrize("text", [b"(", b"1 +", b"[1]", b"\xff\xfe", b"x" * 110, b"{[]: 0}"])

@@ -172,6 +172,7 @@ class AcceptedJobs(DescriptorOwner):
             or handled < self.handled
             or failed < self.failed
             or totals.denied < self.denied
+            or totals.nanoseconds < self._nanoseconds
             or any(new < old for new, old in zip(totals.counts, self._counts, strict=True))
         ):
             raise ProtocolError("its account of accepted connections contradicts itself")
@@ -257,7 +258,9 @@ class AcceptedJobs(DescriptorOwner):
         counts = tuple(map(max, totals.counts, self._counts))
         self.in_flight = len(lost)
         denied = max(totals.denied, self.denied)
-        progress = self._count(attrs.evolve(totals, counts=counts, denied=denied), handled, failed)
+        nanoseconds = max(totals.nanoseconds, self._nanoseconds)
+        settled = attrs.evolve(totals, counts=counts, denied=denied, nanoseconds=nanoseconds)
+        progress = self._count(settled, handled, failed)
         self.in_flight = 0
         return progress, [self._abandon(each) for each in lost.values()]
 
