@@ -111,7 +111,8 @@ async def connected(
     asgi_worker = ASGIWorker(app, {"shared": [1]}, config, tls)
     job = Job(1, b"", asgi_worker, worker, theirs, proxy)
     if client_tls is not None:
-        ours = trio.SSLStream(ours, client_tls, server_hostname="localhost", https_compatible=True)
+        # Without https_compatible: an end without close_notify is an error.
+        ours = trio.SSLStream(ours, client_tls, server_hostname="localhost")
     peer = Peer(ours, worker, raw)
     if gone:
         peer.reset()

@@ -446,3 +446,30 @@ async def test_handle_tls(contexts: tuple[ssl.SSLContext, ssl.SSLContext], alpn:
     assert scope["http_version"] == ("2" if alpn == "h2" else "1.1")
     assert scope["scheme"] == "https"
     assert peer.error is None
+
+
+async def test_handle_tls_ends_with_close_notify(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    """A client can tell the end of a complete response, even while it is still sending."""
+    server, client_tls = contexts
+    async with connected(tls=server, client_tls=client_tls) as peer:
+        await peer.get("/", "Connection: close")
+        assert await peer.rest() == b""
+    assert peer.error is None
+    async with connected(tls=server, client_tls=client_tls) as peer:
+        await peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\n")
+        await peer.response()
+        await peer.send(bytes(10_000))
+        assert await peer.rest() == b""
+
+
+async def test_handle_tls_of_incomplete_response_ends_without_close_notify(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    """With HTTP/1.0, nothing else says that a response is not complete."""
+    server, client_tls = contexts
+    async with connected(tls=server, client_tls=client_tls) as peer:
+        await peer.send(b"GET /raise-later HTTP/1.0\r\n\r\n")
+        with pytest.raises(trio.BrokenResourceError):
+            await peer.rest()

@@ -323,10 +323,15 @@ class _Connection:
     async def _linger(self) -> None:
         """Let the client read the last response, whatever it is still sending."""
         transport = self._stream
-        if isinstance(transport, trio.SSLStream):
-            transport = transport.transport_stream
         left = _MAX_LINGER
         with trio.move_on_after(LINGER), suppress(*_GONE, trio.BusyResourceError):
+            if isinstance(self._stream, trio.SSLStream):
+                transport = self._stream.transport_stream
+                if not self._protocol.is_in_response:
+                    # RFC 9112, section 9.8: close_notify, and the client's. If the client is still
+                    # sending a request in place of it, that is an error of TLS.
+                    with suppress(*_GONE):
+                        await self._stream.unwrap()
             await transport.send_eof()
             while left > 0:
                 data = await transport.receive_some(_CHUNK_SIZE)
@@ -421,6 +426,11 @@ class _H11(H11Protocol):
             return bool(parser.trailing_data[0])
         return parser.their_state is h11.SEND_BODY
 
+    @property
+    def is_in_response(self) -> bool:
+        """Whether a response has begun that is not complete."""
+        return self._parser.our_state in (h11.SEND_BODY, h11.ERROR)
+
     async def refuse(self, status: int) -> None:
         """Answer what was not understood, if there is no answer yet."""
         # If a response has begun, h11 raises an exception, which the caller suppresses.
@@ -469,6 +479,8 @@ class _H2(H2Protocol):
 
     name = "HTTP/2"
     is_in_request = False
+    # Each response has an end of its own.
+    is_in_response = False
     last_words = b""
 
     def __init__(self, *args: Any) -> None:
