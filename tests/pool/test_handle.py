@@ -125,6 +125,13 @@ class FakeWorker:
         await self.say(taken(batch) + MORE)
         return ids
 
+    async def beat_until_killed(self) -> None:
+        """Send heartbeats, and nothing else, even if the pool does not read them."""
+        while self.status is None:
+            with suppress(UnixConnectionError):
+                await self.say(BEAT)
+            await trio.sleep(0.5)
+
     async def serve(self) -> None:
         """Handle jobs as an honest worker does, until it is drained or killed."""
         with suppress(UnixConnectionError):
@@ -541,10 +548,7 @@ async def test_worker_that_shuts_down_receiving_and_lives_is_killed(
         async with submitters_of(pool) as submitters:
             begin = trio.current_time()
             submitters.submit("a job")
-            while liar.status is None:
-                with suppress(UnixConnectionError):
-                    await liar.say(BEAT)
-                await trio.sleep(0.5)
+            await liar.beat_until_killed()
             assert trio.current_time() - begin == pytest.approx(EXIT_GRACE, abs=0.6)
         assert submitters.outcomes == {"a job": JobReceipt(1, 0, workers[1].pid)}
         found = await at_rest(pool)
@@ -561,10 +565,7 @@ async def test_hang_timeout_of_a_batch_without_an_answer(
             begin = trio.current_time()
             submitters.submit("a job")
             await deaf.batch()
-            while deaf.status is None:
-                with suppress(UnixConnectionError):
-                    await deaf.say(BEAT)
-                await trio.sleep(0.5)
+            await deaf.beat_until_killed()
             assert trio.current_time() - begin == pytest.approx(20, abs=2)
         assert submitters.outcomes == {"a job": JobReceipt(1, 0, workers[1].pid)}
         found = await at_rest(pool)
@@ -582,10 +583,7 @@ async def test_hang_timeout_of_a_frame_that_does_not_end(
             await deaf.take()
             begin = trio.current_time()
             await deaf.say(encode_frame(0, bytes(6000))[:6])
-            while deaf.status is None:
-                with suppress(UnixConnectionError):
-                    await deaf.say(BEAT)
-                await trio.sleep(0.5)
+            await deaf.beat_until_killed()
             assert trio.current_time() - begin == pytest.approx(20, abs=2)
         found = await at_rest(pool)
     assert (found.abandoned, found.deaths) == (1, 1)
