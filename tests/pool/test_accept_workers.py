@@ -19,7 +19,6 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.environment import environment
 from tests._helpers.pool import at_rest, check_sums, ended, pids, watched
-from tests._helpers.requirements import passrights
 from tests._helpers.serving import answer, connected, received, serving, tcp
 from tests._helpers.waiting import until
 from trio_unixconn import (
@@ -45,6 +44,11 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
 
 PASS_ON = "tests._helpers.pool_handlers:pass_on"
+# For workers that have no free file descriptor for listening sockets at first.
+STARVED: dict[str, Any] = {
+    "setup": "tests._helpers.server_handlers:without_free_descriptors",
+    "resource_limits": {"RLIMIT_NOFILE": (64, 64)},
+}
 
 
 def accepting(handler: str, *listeners: Listener, **options: Any) -> Any:
@@ -221,17 +225,6 @@ async def test_accept_workers_rejects_generation() -> None:
         assert listener.socket.fileno() != -1
 
 
-@passrights
-async def test_accept_workers_keeps_receive_descriptors(tmp_path: Path) -> None:
-    """Connections of a listener with receive_descriptors=False reject them in the worker."""
-    listener = await open_unix_listener(tmp_path / "s", receive_descriptors=False)
-    async with accepting("tell", listener):
-        client = connected(listener)
-        with pytest.raises(OSError, match="not permitted"):
-            socket.send_fds(client, [b"x"], [0])
-        assert json.loads(await answer(client, b"\0"))["refused"] == "UnexpectedControlMessageError"
-
-
 async def test_accept_workers_with_proxy_protocol() -> None:
     """A header is read by the worker, and a connection without one fails."""
     listener = await tcp()
@@ -329,12 +322,7 @@ async def test_accept_workers_without_free_descriptors(caplog: pytest.LogCapture
 async def test_accept_workers_that_cannot_receive_the_listeners() -> None:
     """A worker that has no free file descriptor for the sockets is sent them again."""
     listener = await tcp()
-    async with accepting(
-        "echo",
-        listener,
-        setup="tests._helpers.server_handlers:without_free_descriptors",
-        resource_limits={"RLIMIT_NOFILE": (64, 64)},
-    ) as server:
+    async with accepting("echo", listener, **STARVED) as server:
         assert await answer(connected(listener), b"at last") == b"at last"
         assert server.statistics().workers[0].refusals > 0
 
@@ -342,12 +330,7 @@ async def test_accept_workers_that_cannot_receive_the_listeners() -> None:
 async def test_accept_workers_drain_before_they_have_the_listeners() -> None:
     """A worker that could not receive the sockets, and is to stop, says that it has none."""
     listener = await tcp()
-    async with accepting(
-        "echo",
-        listener,
-        setup="tests._helpers.server_handlers:without_free_descriptors",
-        resource_limits={"RLIMIT_NOFILE": (64, 64)},
-    ) as server:
+    async with accepting("echo", listener, **STARVED) as server:
         await until(lambda: server.statistics().workers[0].refusals > 0)
         client = connected(listener)
         server.drain()

@@ -176,11 +176,13 @@ async def test_serve_with_workers_of_a_listener_with_so_linger() -> None:
 
 
 @pytest.mark.measured
+@pytest.mark.usefixtures("no_child_left")
 @passrights
-async def test_serve_with_workers_keeps_receive_descriptors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accept", ["parent", "workers"])
+async def test_serve_with_workers_keeps_receive_descriptors(tmp_path: Path, accept: str) -> None:
     """Connections of a listener with receive_descriptors=False reject them in the worker."""
     listener = await open_unix_listener(tmp_path / "s", receive_descriptors=False)
-    async with serving("tell", listener):
+    async with serving("tell", listener, accept=accept):
         client = connected(listener)
         with pytest.raises(OSError, match="not permitted"):
             socket.send_fds(client, [b"x"], [0])
