@@ -79,18 +79,19 @@ async def tell_job(stream: Any, job: Job) -> None:
 
 @asynccontextmanager
 async def without_free_descriptors() -> AsyncGenerator[None, None]:
-    """Hold all file descriptors for a moment after the worker is ready."""
+    """Hold all file descriptors until SIGUSR1."""
     held: list[int] = []
     with suppress(OSError):
         while True:
             held.append(os.dup(0))
 
     async def free() -> None:
-        # Until the pool has tried to send something with file descriptors, and once more.
-        await trio.sleep(0.2)
+        await anext(signals)
         for fd in held:
             os.close(fd)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(free)
-        yield
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(free)
+            yield
+            nursery.cancel_scope.cancel()

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_child_left")]
 
 PASS_ON = "tests._helpers.pool_handlers:pass_on"
-# For workers that have no free file descriptor for listening sockets at first.
+# For a worker that has no free file descriptor for listening sockets before SIGUSR1.
 STARVED: dict[str, Any] = {
     "setup": "tests._helpers.server_handlers:without_free_descriptors",
     "resource_limits": {"RLIMIT_NOFILE": (64, 64)},
@@ -323,8 +323,10 @@ async def test_accept_workers_that_cannot_receive_the_listeners() -> None:
     """A worker that has no free file descriptor for the sockets is sent them again."""
     listener = await tcp()
     async with accepting("echo", listener, **STARVED) as server:
-        assert await answer(connected(listener), b"at last") == b"at last"
-        assert server.statistics().workers[0].refusals > 0
+        client = connected(listener)
+        await until(lambda: server.statistics().workers[0].refusals > 0)
+        os.kill(pids(server.pool)[0], signal.SIGUSR1)
+        assert await answer(client, b"at last") == b"at last"
 
 
 async def test_accept_workers_drain_before_they_have_the_listeners() -> None:
@@ -334,6 +336,7 @@ async def test_accept_workers_drain_before_they_have_the_listeners() -> None:
         await until(lambda: server.statistics().workers[0].refusals > 0)
         client = connected(listener)
         server.drain()
+        os.kill(pids(server.pool)[0], signal.SIGUSR1)
         assert await answer(client, b"at last") == b"at last"
 
 
