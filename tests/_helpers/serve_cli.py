@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import pyte
 from tests._helpers.cli import COMMAND, ended, started
 from tests._helpers.environment import environment
 from tests._helpers.waiting import until_sync
+from trio_unixconn._cli.serve.service import SAME_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -110,6 +112,12 @@ class Served:
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+    def send_again(self, number: signal.Signals) -> None:
+        """Send a signal that the server tells from the last one, which its log must contain."""
+        # No event says that this time has passed. It began before the line was read.
+        time.sleep(SAME_SIGNAL)
+        self.send(number)
 
     def drained_output(self) -> str:
         """Have it drain, and return what it has printed to standard output since."""

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from tests._helpers.serve_cli import (
     starting,
 )
 from tests._helpers.waiting import until_sync
-from trio_unixconn._cli.serve.service import SAME_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -70,12 +68,6 @@ def checked(
     """Serve with statistics and agent checks over TCP, and return where."""
     with serving(project, handler, *CHECKS, *arguments) as served:
         yield served, places(served, "statistics")[0], places(served, "agent checks")[0]
-
-
-def send_again(served: Served, since: float) -> None:
-    """Send SIGTERM so late that it is not taken for the one before."""
-    time.sleep(max(0.0, since + SAME_SIGNAL - time.monotonic()) + 0.1)
-    served.send(signal.SIGTERM)
 
 
 def test_stats_over_tcp_and_at_paths(project: Path) -> None:
@@ -190,7 +182,6 @@ def test_stats_over_tcp_half_sent_requests(project: Path) -> None:
 def test_drain_delay_accepts_until_the_second_signal(project: Path) -> None:
     """Not ready from the first signal on, connections are accepted until the second one."""
     with checked(project, "once", "--drain-delay", "1000") as (served, stats, check):
-        since = time.monotonic()
         served.send(signal.SIGTERM)
         line = served.line("received SIGTERM")
         assert "not ready any more, accepting for 1000 seconds (signal again to drain now)" in line
@@ -198,7 +189,7 @@ def test_drain_delay_accepts_until_the_second_signal(project: Path) -> None:
         assert agent(check) == "drain\n"
         for _ in range(3):
             assert answer(str(project / "s")) == b"one"
-        send_again(served, since)
+        served.send_again(signal.SIGTERM)
         assert "draining 0 running and 0 queued jobs" in served.line("received SIGTERM")
         done = ended(served.process)
     assert (done.returncode, done.stderr) == (0, "")
@@ -227,13 +218,11 @@ def test_drain_delay_third_signal_exits_immediately(project: Path) -> None:
         connected(str(project / "s")) as client,
     ):
         assert client.recv(4) == b"held"
-        since = time.monotonic()
         served.send(signal.SIGTERM)
         served.line("received SIGTERM")
-        send_again(served, since)
-        since = time.monotonic()
+        served.send_again(signal.SIGTERM)
         assert "draining 1 running" in served.line("received SIGTERM")
-        send_again(served, since)
+        served.send_again(signal.SIGTERM)
         done = ended(served.process)
     assert done.returncode == 128 + signal.SIGTERM
 
