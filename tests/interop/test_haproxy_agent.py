@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from tests._helpers.http_clients import EXAMPLES, clients_of, wait_for_answers
 from tests._helpers.real_programs import free_port, require_program
 from tests._helpers.serve_cli import serving
 from tests._helpers.waiting import until_sync
-from trio_unixconn._cli.serve.service import SAME_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -197,12 +195,11 @@ def test_haproxy_takes_a_server_out_during_a_drain(
             until_sync(lambda: all(proxy.takes_clients(i) for i in range(2)))
             with clients_of(proxy.port, 8) as clients:
                 wait_for_answers(clients, 20)
-                since = time.monotonic()
                 served.send(signal.SIGTERM)
+                served.line("not ready any more")
                 until_sync(lambda: proxy.status(0).startswith(OUT[kind]))
                 wait_for_answers(clients, 20)
-                time.sleep(max(0.0, since + SAME_SIGNAL - time.monotonic()) + 0.1)
-                served.send(signal.SIGTERM)
+                served.send_again(signal.SIGTERM)
                 done = ended(served.process)
                 # HAProxy keeps what the agent said last: "drain", or "down" at the very end.
                 assert proxy.status(0).startswith((OUT[kind], "DOWN"))
