@@ -28,7 +28,6 @@ from tests._helpers.real_programs import require_program
 from tests._helpers.serve_cli import Served, hear_signals
 from tests._helpers.waiting import until_sync
 from tests.interop.test_haproxy_agent import HAProxy
-from trio_unixconn._cli.serve.service import SAME_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -263,12 +262,11 @@ def upgrade(host: Host, proxy: HAProxy, index: int, clients: Sequence[Client]) -
     served = host.served
     assert served is not None
     host.install("v2")
-    since = time.monotonic()
     served.send(signal.SIGTERM)
+    served.line("not ready any more")
     until_sync(lambda: proxy.status(index) == "DOWN")
     more_answers(clients, 20)
-    time.sleep(max(0.0, since + SAME_SIGNAL - time.monotonic()) + 0.1)
-    served.send(signal.SIGTERM)
+    served.send_again(signal.SIGTERM)
     done = ended(served.process)
     assert done.returncode == 0
     assert ", 0 failed, 0 abandoned, 0 rejected" in done.stdout
