@@ -16,7 +16,7 @@ import trio
 from tests._helpers.cli import COMMAND, ended, run
 from tests._helpers.processes import children_of
 from tests._helpers.serve_cli import answer, make_project, serving, starting
-from tests._helpers.waiting import until_sync
+from tests._helpers.waiting import until, until_sync
 from trio_unixconn._cli.serve import children
 from trio_unixconn._cli.serve.children import reap_adopted_children, zombies
 from trio_unixconn._cli.serve.pid_file import pid_file
@@ -75,13 +75,10 @@ async def test_reap_adopted_children_leaves_own_ones(monkeypatch: pytest.MonkeyP
     own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     other = subprocess.Popen([sys.executable, "-c", ""])
     with trio.fail_after(60):
-        # No event says that a child is a zombie.
-        while not zombies() >= {own.pid, other.pid}:
-            await trio.sleep(0.01)
+        await until(lambda: zombies() >= {own.pid, other.pid})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reap_adopted_children, lambda: {own.pid})
-            while zombies() != {own.pid}:
-                await trio.sleep(0.01)
+            await until(lambda: zombies() == {own.pid})
             assert own.wait() == 3
             # ECHILD, which subprocess takes for success.
             assert other.wait() == 0
