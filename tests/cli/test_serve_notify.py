@@ -112,6 +112,8 @@ async def test_extend_timeouts(autojump_clock: MockClock) -> None:
         notifier.ready("ready")
         message = await fake.wait_for("READY=1")
         assert fake.state == "ready"
+        asked = ["EXTEND_TIMEOUT_USEC" in each.assignments for each in fake.received]
+        assert asked == [True, True, True, False]
         nursery.cancel_scope.cancel()
 
 
@@ -129,31 +131,35 @@ async def test_serve_notify_off(project: Path) -> None:
     """With --notify off nothing is said, and handlers have the variable."""
     async with (
         open_service_manager(watchdog_timeout=1) as fake,
-        served(project, "--notify", "off", variables=fake.environ),
+        served(project, "--notify", "off", variables=fake.environ) as process,
     ):
         path = project / "s"
+        await until(path.exists)
         with trio.fail_after(60):
-            while not path.exists():
-                await trio.sleep(0.01)
             found = await trio.to_thread.run_sync(answer, os.fspath(path))
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+            # The manager receives this after all that the server has sent.
+            await ServiceManager.from_environ(dict(fake.environ)).status("ours")
+            await fake.wait_for("STATUS=ours")
         assert found == repr(fake.environ["NOTIFY_SOCKET"]).encode()
-        assert fake.received == []
+        assert [each.assignments for each in fake.received] == [{"STATUS": "ours"}]
+        assert fake.rejected == []
 
 
 async def test_serve_notify_without_a_manager(project: Path, tmp_path: Path) -> None:
     """A manager that is gone, or cannot be spoken to, is a line of the log, and it serves."""
+    log = tmp_path / "log"
     for address, said in (
         (f"{tmp_path}/none", "cannot notify the service manager"),
         ("vsock:2:1", "not notifying the service manager"),
     ):
-        log = tmp_path / "log"
         log.unlink(missing_ok=True)
         async with served(
             project, "--log-file", str(log), variables={"NOTIFY_SOCKET": address}
         ) as process:
+            await until(lambda: log.exists() and "ready: " in log.read_text())
             with trio.fail_after(60):
-                while not log.exists() or "ready: " not in log.read_text():
-                    await trio.sleep(0.01)
                 process.send_signal(signal.SIGTERM)
                 assert await process.wait() == 0
             assert said in log.read_text()
