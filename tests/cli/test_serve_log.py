@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import resource
+import select
 import signal
 import subprocess
 import threading
@@ -28,7 +29,7 @@ from tests._helpers.serve_cli import (
     serving,
     starting,
 )
-from tests._helpers.waiting import until_sync
+from tests._helpers.waiting import counted, until_sync
 from trio_unixconn._cli.serve import output
 from trio_unixconn._cli.serve.log import EndedJobs
 from trio_unixconn._cli.serve.output import CapturedStream, LineOutput
@@ -156,23 +157,23 @@ def test_line_output_recovers_from_a_full_disk(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "lost 3: No space left on device\nfour\n"
 
 
-def test_line_output_to_a_pipe_that_does_not_block() -> None:
+def test_line_output_to_a_pipe_that_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process can make the output non-blocking; a full one is waited for."""
+    waits = counted(monkeypatch, select, "poll")
     read, write = os.pipe()
     os.set_blocking(write, False)
-    while True:
-        try:
-            os.write(write, bytes(4096))
-        except BlockingIOError:
-            break
+    size = 0
+    with suppress(BlockingIOError):
+        while True:
+            size += os.write(write, bytes(4096))
     lines = LineOutput(write, lost)
     lines.put(b"late\n")
-    until_sync(lambda: lines._writing)
-    received = b""
-    while not received.endswith(b"late\n"):
-        received += os.read(read, 65536)
-    lines.close(60)
-    os.close(read)
+    until_sync(lambda: bool(waits))
+    assert not lines.is_idle
+    with open(read, "rb") as file:
+        assert file.read(size) == bytes(size)
+        assert lines.close(60)
+        assert file.read() == b"late\n"
 
 
 def test_line_output_ends_a_torn_line(tmp_path: Path) -> None:
