@@ -162,6 +162,13 @@ def send_to_child(pid: int, parent: int, number: int) -> bool:
     return True
 
 
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal was sent that no thread has taken. Source: proc_pid_status(5)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
 def has_ended(pidfd: int) -> bool:
     """Whether a process has ended."""
     return bool(select.select([pidfd], [], [], 0)[0])

@@ -100,16 +100,6 @@ class Served:
                 return line
         raise AssertionError(("".join(self.lines), ended(self.process)))
 
-    def has_line(self, text: str, timeout: float) -> bool:
-        """Read for so many seconds; return whether a line has that in it."""
-        assert self.process.stdout is not None
-        while select.select([self.process.stdout], [], [], timeout)[0]:
-            data = os.read(self.process.stdout.fileno(), 65536).decode()
-            self.lines.append(data)
-            if text in data:
-                return True
-        return False
-
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
