@@ -14,7 +14,7 @@ import trio
 
 from tests._helpers.environment import environment
 from tests._helpers.glib import missing_peer
-from tests._helpers.real_programs import require_program, running
+from tests._helpers.real_programs import connection_to, first_line, require_program, running
 from trio_unixconn import Credentials, open_unix_datagram
 from trio_unixconn.systemd import ServiceManager
 from trio_unixconn.testing import open_service_manager
@@ -122,24 +122,11 @@ async def test_socket_activate_passes_listeners(socket_activate: str, tmp_path: 
         *(sys.executable, "-c", code),
     ]
     # It starts the program at the first connection.
-    async with running(command, stderr=subprocess.DEVNULL) as process:
+    async with running(command) as process, await connection_to(process, admin):
+        expected = {"web": [str(web)], "admin": [str(admin)]}
+        assert await first_line(process) == f"{expected} []"
         with trio.fail_after(60):
-            while True:
-                try:
-                    client = await trio.open_unix_socket(admin)
-                except (FileNotFoundError, ConnectionRefusedError):
-                    await trio.sleep(0.01)
-                else:
-                    break
-            async with client:
-                assert process.stdout is not None
-                line = b""
-                while not line.endswith(b"\n"):
-                    more = await process.stdout.receive_some()
-                    assert more
-                    line += more
-            assert line.decode() == f"{ {'web': [str(web)], 'admin': [str(admin)]} } []\n"
-            await process.wait()
+            assert await process.wait() == 0
 
 
 async def test_logger_writes_to_our_syslog_server(unix_socket_path: Path) -> None:
