@@ -127,16 +127,21 @@ async def test_serve_notify_tells_the_number_of_workers(project: Path) -> None:
             assert fake.heartbeats == 0
 
 
-async def test_serve_notify_off(project: Path) -> None:
+async def wait_until_ready(log: Path) -> None:
+    await until(lambda: log.exists() and "ready: " in log.read_text())
+
+
+async def test_serve_notify_off(project: Path, tmp_path: Path) -> None:
     """With --notify off nothing is said, and handlers have the variable."""
+    log = tmp_path / "log"
+    options = ("--notify", "off", "--log-file", str(log))
     async with (
         open_service_manager(watchdog_timeout=1) as fake,
-        served(project, "--notify", "off", variables=fake.environ) as process,
+        served(project, *options, variables=fake.environ) as process,
     ):
-        path = project / "s"
-        await until(path.exists)
+        await wait_until_ready(log)
         with trio.fail_after(60):
-            found = await trio.to_thread.run_sync(answer, os.fspath(path))
+            found = await trio.to_thread.run_sync(answer, os.fspath(project / "s"))
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
             # The manager receives this after all that the server has sent.
@@ -158,7 +163,7 @@ async def test_serve_notify_without_a_manager(project: Path, tmp_path: Path) -> 
         async with served(
             project, "--log-file", str(log), variables={"NOTIFY_SOCKET": address}
         ) as process:
-            await until(lambda: log.exists() and "ready: " in log.read_text())
+            await wait_until_ready(log)
             with trio.fail_after(60):
                 process.send_signal(signal.SIGTERM)
                 assert await process.wait() == 0
