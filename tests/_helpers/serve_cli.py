@@ -168,7 +168,11 @@ def connected(address: Any) -> socket.socket:
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     client = socket.socket(socket.AF_UNIX if isinstance(address, (str, bytes)) else family)
     client.settimeout(60)
-    client.connect(address)
+    try:
+        client.connect(address)
+    except OSError:
+        client.close()
+        raise
     return client
 
 
