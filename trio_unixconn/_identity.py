@@ -26,8 +26,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 import attrs
 import trio
@@ -35,12 +34,9 @@ import trio
 from . import _kernel
 from ._credentials import Credentials, peer_credentials
 from ._fdlist import UnixFDList
-from ._owner import DescriptorOwner
+from ._owner import ContextOwner
 from ._trio_task import check_task
 from .errors import NotSupportedError, PeerGoneError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -148,7 +144,7 @@ def _option(sock: socket.socket, option: int, limit: int) -> bytes:
 
 
 @attrs.frozen(eq=False)
-class PeerIdentity(DescriptorOwner):
+class PeerIdentity(ContextOwner):
     """The process at the other end of a connection, as the kernel reports it.
 
     It owns a pidfd: use it in a ``with`` block, or :meth:`close` it. After that,
@@ -297,17 +293,6 @@ class PeerIdentity(DescriptorOwner):
     def close(self) -> None:
         """Close the pidfd; closing twice is allowed."""
         self._pidfds.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         """Return ids, groups and label, for a log."""

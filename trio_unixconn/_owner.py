@@ -28,7 +28,28 @@ class DescriptorOwner:
         raise TypeError(f"cannot pickle {type(self).__name__!r} object")
 
 
-class ClosableOwner(DescriptorOwner):
+class ContextOwner(DescriptorOwner):
+    """An owner that is a context manager: ``with`` calls :meth:`close`."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the descriptors; closing twice is allowed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ClosableOwner(ContextOwner):
     """An owner that can be closed in both ways: its context managers.
 
     ``with`` calls :meth:`close`, which may block; ``async with`` calls :meth:`aclose`, which does
@@ -36,10 +57,6 @@ class ClosableOwner(DescriptorOwner):
     """
 
     __slots__ = ()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the descriptors in the calling thread."""
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -55,14 +72,3 @@ class ClosableOwner(DescriptorOwner):
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -33,7 +33,6 @@ import struct
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
@@ -45,7 +44,7 @@ from .._address import AddressLike, UnixSocketAddress
 from .._client import open_unix_connection
 from .._closing import close_fds
 from .._listener import UnixListener, set_binding
-from .._owner import DescriptorOwner
+from .._owner import ContextOwner, DescriptorOwner
 from .._policy import PeerPolicy, check_policy
 from .._server import UnixServer, serve_unix
 from .._sockopts import raw_socket
@@ -54,7 +53,6 @@ from ._listeners import GenerationListener
 from ._manifest import MAX_LISTENERS, describe_socket
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
 
     from .._connection import UnixConnection
 
@@ -100,7 +98,7 @@ class HAProxySocket:
     namespace: str = ""
 
 
-class HAProxyListeners(DescriptorOwner):
+class HAProxyListeners(ContextOwner):
     """The listening sockets that HAProxy has handed over: a context manager that owns them.
 
     At the end of the block, those that were not asked for are closed. They are still HAProxy's,
@@ -182,17 +180,6 @@ class HAProxyListeners(DescriptorOwner):
         """Close those that were not asked for; closing twice is allowed."""
         close_fds([sock.detach() for _, sock in self._left])
         self._left.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<HAProxyListeners: {len(self.sockets)}, {len(self._left)} not asked for>"
