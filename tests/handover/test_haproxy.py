@@ -469,6 +469,22 @@ async def test_serve_haproxy_listeners_ignores_the_signals_of_a_pause(
         signal.signal(signal.SIGTTIN, before)
 
 
+async def test_serve_haproxy_listeners_leaves_a_later_handler(tmp_path: Path) -> None:
+    """A handler that the program installs meanwhile is still there at the end."""
+    try:
+        async with (
+            await open_unix_listener(tmp_path / "web") as web,
+            trio.open_nursery() as nursery,
+        ):
+            await nursery.start(serve_haproxy_listeners, tmp_path / "partner", [web])
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            nursery.cancel_scope.cancel()
+        assert signal.getsignal(signal.SIGTTOU) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTTIN) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+
+
 async def test_serve_haproxy_listeners_in_another_thread(tmp_path: Path) -> None:
     """Only the main thread can handle signals; in another one it serves all the same."""
     outcomes: list[object] = []
@@ -489,8 +505,25 @@ async def test_serve_haproxy_listeners_in_another_thread(tmp_path: Path) -> None
 
 
 def test_haproxy_listeners_close_twice() -> None:
-    """Closing HAProxyListeners twice is allowed."""
+    """Closing HAProxyListeners twice is allowed; the second time closes nothing."""
     with listening() as one:
-        taken = HAProxyListeners([(HAProxySocket(("127.0.0.1", 1)), one.dup())])
+        copy = one.dup()
+        taken = HAProxyListeners([(HAProxySocket(("127.0.0.1", 1)), copy)])
         taken.close()
+        assert copy.fileno() == -1
         taken.close()
+    assert repr(taken) == "<HAProxyListeners: 1, 0 not asked for>"
+
+
+def test_haproxy_listeners_tcp_when_haproxy_has_paused() -> None:
+    """HAProxy can end the listening of a socket that it has handed over; it is closed then."""
+    with listening() as one:
+        address = one.getsockname()
+        copies = [one.dup(), one.dup()]
+        one.shutdown(socket.SHUT_RDWR)
+        entries = [(HAProxySocket(address), each) for each in copies]
+        with HAProxyListeners(entries) as taken:
+            with pytest.raises(ValueError, match="listen"):
+                taken.tcp(address[1])
+            assert repr(taken) == "<HAProxyListeners: 2, 2 not asked for>"
+        assert [each.fileno() for each in copies] == [-1, -1]

@@ -33,7 +33,7 @@ import struct
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import attrs
 import trio
@@ -53,8 +53,9 @@ from ._listeners import GenerationListener
 from ._manifest import MAX_LISTENERS, describe_socket
 
 if TYPE_CHECKING:
-
     from .._connection import UnixConnection
+
+T = TypeVar("T")
 
 logger: Final = logging.getLogger("trio_unixconn.handover")
 
@@ -125,18 +126,17 @@ class HAProxyListeners(ContextOwner):
           queue, so serve all of them. An empty list if there is none.
 
         Raises:
-          ValueError: ``host`` is not an address.
+          ValueError: ``host`` is not an address; or HAProxy, which paused, has ended the listening
+            meanwhile. Nothing is taken then.
         """
         wanted = ipaddress.ip_address(host), port
-        return [
-            trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-            for sock in self._take(
-                lambda address: (
-                    isinstance(address, tuple)
-                    and (ipaddress.ip_address(address[0].partition("%")[0]), address[1]) == wanted
-                )
-            )
-        ]
+        return self._take(
+            lambda address: (
+                isinstance(address, tuple)
+                and (ipaddress.ip_address(address[0].partition("%")[0]), address[1]) == wanted
+            ),
+            lambda sock: trio.SocketListener(trio.socket.from_stdlib_socket(sock)),
+        )
 
     def unix(
         self,
@@ -159,22 +159,30 @@ class HAProxyListeners(ContextOwner):
         check_policy(policy)
         name = UnixSocketAddress.from_any(address)
         wanted = _text(name.native)
-        for sock in self._take(lambda address: address == wanted, most=1):
-            return UnixListener(
+        found = self._take(
+            lambda address: address == wanted,
+            lambda sock: UnixListener(
                 trio.socket.from_stdlib_socket(sock),
                 policy=policy,
                 receive_descriptors=receive_descriptors,
                 address=name,
-            )
-        return None
+            ),
+            most=1,
+        )
+        return found[0] if found else None
 
     def _take(
-        self, matches: Callable[[_Address], bool], most: int = MAX_LISTENERS
-    ) -> list[stdlib_socket.socket]:
+        self,
+        matches: Callable[[_Address], bool],
+        make: Callable[[stdlib_socket.socket], T],
+        most: int = MAX_LISTENERS,
+    ) -> list[T]:
         found = [each for each in self._left if matches(each[0].address)][:most]
+        # If one cannot be made, all are still to be closed at the end of the block.
+        made = [make(sock) for _, sock in found]
         for each in found:
             self._left.remove(each)
-        return [sock for _, sock in found]
+        return made
 
     def close(self) -> None:
         """Close those that were not asked for; closing twice is allowed."""
@@ -331,13 +339,13 @@ class _Reader(DescriptorOwner):
         datagrams: list[int] = []
         try:
             for number, (fd, names) in enumerate(zip(self.fds, self._names, strict=True)):
-                sock = _open_socket(fd, number)
-                if sock is None:
+                opened = _open_socket(fd, number)
+                if opened is None:
                     datagrams.append(fd)
                     continue
+                sock, address = opened
                 namespace, interface = names
-                entry = HAProxySocket(_address_of(sock), interface, namespace)
-                found.append((entry, sock))
+                found.append((HAProxySocket(address, interface, namespace), sock))
         except BaseException:
             for _, sock in found:
                 sock.detach()
@@ -351,8 +359,8 @@ class _Reader(DescriptorOwner):
         self.fds.clear()
 
 
-def _open_socket(fd: int, number: int) -> stdlib_socket.socket | None:
-    """Return a listening socket, which owns ``fd``; None if it is one for datagrams.
+def _open_socket(fd: int, number: int) -> tuple[stdlib_socket.socket, _Address] | None:
+    """Return a listening socket, which owns ``fd``, and its address; None: it is for datagrams.
 
     Raises:
       TakeOverError: it is something else; ``fd`` is still the caller's.
@@ -366,10 +374,10 @@ def _open_socket(fd: int, number: int) -> stdlib_socket.socket | None:
             sock.detach()
             return None
         describe_socket(sock)
+        return sock, _address_of(sock)
     except (OSError, ValueError) as exc:
         sock.detach()
         raise TakeOverError(f"socket {number} of HAProxy: {exc}") from exc
-    return sock
 
 
 def _address_of(sock: stdlib_socket.socket) -> _Address:
@@ -559,4 +567,6 @@ def _pauses_ignored() -> Generator[None, None, None]:
         yield
     finally:
         for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+            # The program may have begun to handle it meanwhile.
+            if signal.getsignal(number) is ignore:
+                signal.signal(number, signal.SIG_DFL)
