@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._helpers.fds import free_descriptors
 from tests._helpers.waiting import until
 from trio_unixconn import (
     ConnectionClosedError,
     ReadAheadError,
+    SendError,
     SuccessorGoneError,
     UnixConnection,
     connection_pair,
@@ -207,6 +209,34 @@ async def test_pass_on_when_the_message_cannot_be_sent() -> None:
         await echo(one, two)
         await one.aclose()
         await two.aclose()
+
+
+async def test_pass_on_without_free_descriptors() -> None:
+    """A send that has to wait needs a free one: what was not sent is sent again."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        junk = testing.clog(passer._channel._conn)
+        one, two = connection_pair()
+        with free_descriptors(0):
+            nursery.start_soon(passer.pass_on, one, b"data")
+            await until(lambda: passer._retry_at)
+            assert not passer._sent
+        await testing.unclog(new._conn, junk)
+        number, connections, fds = await receive_passed(new)
+        assert [each.data for each in connections] == [b"data"]
+        for fd in fds:
+            os.close(fd)
+        await new.send(of.pack_id(of.TAKEN, number))
+        await two.aclose()
+
+
+async def test_passer_run_raises_what_no_time_mends() -> None:
+    """A file descriptor that is not open is a fault of the program."""
+    async with channels() as (old, _):
+        passer = Passer(old)
+        assert passer.put(2**20, PassedConnection(accepts_descriptors=True, data=b""))
+        with pytest.raises(SendError):
+            await passer.run()
+        assert not passer.put(2**20, PassedConnection(accepts_descriptors=True, data=b""))
 
 
 async def test_pass_on_cancelled_before_it_is_sent() -> None:

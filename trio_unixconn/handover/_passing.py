@@ -36,7 +36,12 @@ from .._fdtypes import open_stream
 from .._owner import DescriptorOwner
 from .._sockopts import raw_socket
 from .._trio_task import check_task
-from ..errors import ConnectionClosedError, SuccessorGoneError, WrongDescriptorKindError
+from ..errors import (
+    ConnectionClosedError,
+    SendError,
+    SuccessorGoneError,
+    WrongDescriptorKindError,
+)
 from . import _protocol
 from ._channel import expect_no_fds
 from ._protocol import PassedConnection, ProtocolError
@@ -207,8 +212,14 @@ class Passer:
         self._next_id += 1
         self._sent[number] = batch
         frame = _protocol.pack_passed(number, [item.connection for item in batch])
-        if not await self._channel.send(frame, [item.fd for item in batch]):
-            self.end()
+        try:
+            if not await self._channel.send(frame, [item.fd for item in batch]):
+                self.end()
+        except SendError as exc:
+            if exc.sent or exc.errno not in _kernel.OUT_OF_RESOURCES:
+                raise
+            self._requeue(self._sent.pop(number, []))
+            self._retry_at = trio.current_time() + ACCEPT_RETRY_DELAY
 
     def handle(self, frame: Frame) -> None:
         """Handle TAKEN or REFUSED.
@@ -225,14 +236,17 @@ class Passer:
             for item in batch:
                 item.settle(_State.TAKEN)
         else:
-            # In their order, before those that are queued.
-            for item in reversed(batch):
-                item.state = _State.QUEUED
-                self._queue.appendleft(item)
-            self._max_batch = max(1, len(batch) // 2)
+            self._requeue(batch)
             if len(batch) == 1:
                 self._retry_at = trio.current_time() + ACCEPT_RETRY_DELAY
         self._notify()
+
+    def _requeue(self, batch: list[_Outgoing]) -> None:
+        # In their order, before those that are queued.
+        for item in reversed(batch):
+            item.state = _State.QUEUED
+            self._queue.appendleft(item)
+        self._max_batch = max(1, len(batch) // 2)
 
     def end(self) -> None:
         """Give back all that the successor has not taken; close what no task waits for."""
