@@ -23,7 +23,7 @@ from trio_unixconn import (
 )
 from trio_unixconn._frames import encode_frame
 from trio_unixconn.handover import _passing, _protocol as of, open_generation
-from trio_unixconn.handover._channel import Channel
+from trio_unixconn.handover._channel import SEND_TIMEOUT, Channel
 from trio_unixconn.handover._passing import PassedConnections, Passer
 from trio_unixconn.handover._predecessor import Predecessor
 from trio_unixconn.handover._protocol import PassedConnection, ProtocolError
@@ -472,6 +472,26 @@ async def test_predecessor_stop_waits_for_the_rest_of_a_frame() -> None:
         os.close(fd)
         await one.aclose()
         await two.aclose()
+
+
+async def test_predecessor_stop_in_the_middle_of_a_frame_that_does_not_end(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A generation that was stopped (SIGSTOP) delays no upgrade for good: it drains alone."""
+    async with predecessor(PassedConnections()) as (found, old, draining):
+        frame = of.pack_passed(1, [PassedConnection(accepts_descriptors=True, data=b"")])
+        one, two = connection_pair()
+        await old._conn.send_message(frame[:10], fds=[one])
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(10 * SEND_TIMEOUT):
+            assert await found.stop() is None
+        assert not draining
+        assert await old.receive() is None
+        await one.aclose()
+        # The copy that had arrived is closed, too.
+        assert await two.receive_some(1) == b""
+        await two.aclose()
+    assert "has not sent the rest of a frame" in caplog.text
 
 
 async def test_predecessor_stop_when_it_has_ended() -> None:

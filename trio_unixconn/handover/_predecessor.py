@@ -12,6 +12,7 @@ import trio
 
 from .._frames import FrameError, close_frames
 from . import _protocol
+from ._channel import SEND_TIMEOUT
 
 if TYPE_CHECKING:
     from .._frames import Frame
@@ -77,12 +78,20 @@ class Predecessor:
         await self.channel.send(_protocol.pack_id(_protocol.TAKEN, number))
 
     async def stop(self) -> int | None:
-        """Stop between two frames.
+        """Stop between two frames, or drop it if the rest of one does not arrive.
 
         Returns:
           The file descriptor of the channel, which the caller owns; None if it has ended.
         """
         self._is_stopping = True
         self._waiting.cancel()
-        await self._stopped.wait()
+        with trio.move_on_after(SEND_TIMEOUT) as scope:
+            await self._stopped.wait()
+        if scope.cancelled_caught:
+            logger.warning(
+                "a draining generation has not sent the rest of a frame for %g s; it drains alone",
+                SEND_TIMEOUT,
+            )
+            self.channel.close()
+            await self._stopped.wait()
         return None if self._has_ended else self.channel.detach()
