@@ -25,12 +25,15 @@ from trio_unixconn import (
     PeerDeniedError,
     PeerPolicy,
     SendError,
+    SuccessorGoneError,
     TakeOverError,
     UnixConnection,
+    UnixConnectionError,
     UpgradeFailedError,
     connection_pair,
     open_unix_connection,
     open_unix_listener,
+    testing,
 )
 from trio_unixconn._frames import close_frames, encode_frame
 from trio_unixconn.handover import (
@@ -718,6 +721,41 @@ async def test_frames_of_a_successor_after_the_release(
                 await gen.overdue()
             else:
                 await until(lambda: "the successor broke the protocol" in caplog.text)
+
+
+async def test_pass_on_sends_nothing_after_the_successor_broke_the_protocol(
+    tmp_path: Path,
+) -> None:
+    """A message that waits to be sent stays here, with the connection that is given back."""
+    path = tmp_path / "upgrade"
+    async with serving(path) as gen:
+        frames = [HELLO, of.pack_prepared([]), encode_frame(of.SERVING)]
+        async with successor(path, *frames) as channel, trio.open_nursery() as nursery:
+            await gen.replaced()
+            for kind in (of.OFFER, of.COMMIT, of.RELEASED):
+                await receive(channel, kind)
+            one, two = connection_pair()
+            settled = trio.Event()
+
+            async def pass_on() -> None:
+                with pytest.raises(SuccessorGoneError):
+                    await gen.pass_on(one)
+                settled.set()
+
+            assert gen._successor is not None
+            testing.clog(gen._successor._conn)
+            nursery.start_soon(pass_on)
+            await wait_all_tasks_blocked()
+            await channel.send(encode_frame(of.HELLO))
+            await settled.wait()
+            fds = 0
+            with suppress(UnixConnectionError):
+                while (message := await channel._conn.receive_message(2**20)).data:
+                    fds += len(message.fds)
+            assert fds == 0
+            async with one, two:
+                await one.send_all(b"x")
+                assert await two.receive_some(10) == b"x"
 
 
 ################################################################

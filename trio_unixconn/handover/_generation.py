@@ -870,6 +870,8 @@ class Generation(DescriptorOwner):
                         raise _protocol.ProtocolError(f"unexpected frame {frame.kind}")
             except FrameError as exc:
                 logger.warning("%s: the successor broke the protocol: %s", self.name, exc)
+            # Before the passer gives connections back: a message with them may wait to be sent.
+            channel.close()
             passer.end()
             # It cannot say MOVED any more.
             await self._close_rendezvous()
