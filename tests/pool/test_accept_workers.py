@@ -389,6 +389,24 @@ async def test_accept_from_after_an_error(
     assert ("cannot ask the policy" in caplog.text) == (what == "policy")
 
 
+async def test_accept_from_without_memory_for_the_log() -> None:
+    """A worker that cannot map the log closes the listening sockets before it exits."""
+    listener = await tcp()
+    jobs = AcceptedJobs(_server.make_plan([listener], 1), math.inf, Counters())
+    copy = os.dup(listener.socket.fileno())
+    with pytest.raises(ValueError, match="empty file"):
+        Accepting(
+            jobs.pack()[6:],
+            [os.memfd_create("empty"), copy],
+            other_jobs=lambda: 0,
+            start=lambda *_: None,
+            report=lambda _: None,
+        )
+    await until(lambda: not os.path.exists(f"/proc/self/fd/{copy}"))
+    await listener.aclose()
+    jobs.close()
+
+
 async def test_accept_workers_listener_that_other_code_closes() -> None:
     """The server ends with an error about it, and its workers accept no more."""
     listener = await tcp()

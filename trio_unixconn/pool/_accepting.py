@@ -74,7 +74,12 @@ class Accepting(DescriptorOwner):
         self._report = report
         self._scope = trio.CancelScope()
         self._has_room = trio.lowlevel.ParkingLot()
-        self._log = AcceptLogWriter(fds[0])
+        try:
+            self._log = AcceptLogWriter(fds[0])
+        except BaseException:
+            # There is no memory for it, and this process exits. A handler can delay that.
+            close_fds(fds[1:])
+            raise
         self._listeners: Final = [
             _listener(fd, *each) for fd, each in zip(fds[1:], message["listeners"], strict=True)
         ]
