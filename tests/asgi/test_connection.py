@@ -213,6 +213,53 @@ async def test_handle_tells_that_the_client_has_left(events: list[Any]) -> None:
     assert events == ["waiting", "http.disconnect"]
 
 
+@pytest.mark.parametrize("reset", [False, True])
+async def test_handle_tells_that_a_client_with_another_request_has_left(
+    events: list[Any], *, reset: bool
+) -> None:
+    """So does one whose client had sent its next request already."""
+    async with connected() as peer:
+        await peer.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await until(lambda: events == ["waiting"])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        if reset:
+            peer.reset()
+    # The next request may be handled, too: that depends on when a send fails.
+    assert events[:2] == ["waiting", "http.disconnect"]
+    assert peer.error is None
+
+
+async def test_handle_answers_requests_in_their_order(events: list[Any]) -> None:
+    """Requests that arrive during a response are answered after it, even if the client ends."""
+    async with connected() as peer:
+        await peer.send(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        body = bytes(100_000)
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        await peer.send(head + body)
+        for path in ("/slow", "/slow"):
+            assert f"'path': '{path}'".encode() in await peer.response()
+        assert (await peer.response()).endswith(b"\r\n\r\n" + body)
+    assert events == ["slow", "slow"]
+    assert peer.error is None
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_handle_refuses_unexpected_descriptor_during_response(
+    requests: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last request is refused, and what the application still sends about it is dropped."""
+    async with connected(family="unix") as peer:
+        await peer.send(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" * requests)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await peer.stream.send_fd(0)
+        for _ in range(1, requests):
+            assert (await peer.response()).startswith(b"HTTP/1.1 200")
+        assert (await peer.rest()).startswith(b"HTTP/1.1 400")
+    assert "descriptor" in str(peer.error)
+    assert caplog.records == []
+
+
 async def test_handle_http2_answers_at_the_same_time(events: list[Any]) -> None:
     """Requests of one connection are answered in any order."""
     async with connected() as peer:

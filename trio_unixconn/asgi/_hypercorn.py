@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Generator, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -34,7 +34,7 @@ from hypercorn.protocol.events import Data, EndData, Response, StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection
 
@@ -142,7 +142,12 @@ class _Connection:
         # Whether this side has decided to close the connection; whether the other side has left.
         self._closes = False
         self._is_gone = False
+        self._is_rejected = False
         self._is_first = True
+        # What was received while an earlier request was answered, and what ended that.
+        self._ahead = b""
+        self._ahead_error: Exception | None = None
+        self._inbox: Inbox
         self._reading = trio.CancelScope()
         # Those of what waits for the client to read.
         self._sending: set[trio.CancelScope] = set()
@@ -172,7 +177,7 @@ class _Connection:
         self, _app: object, _config: object, scope: MutableMapping[str, Any], send: Any
     ) -> Any:
         """Call the application; return how it is sent messages."""
-        inbox = Inbox(self._config.max_app_queue_size)
+        inbox = self._inbox = Inbox(self._config.max_app_queue_size)
         extensions = scope["extensions"]
         # No browser accepts it any more.
         extensions.pop("http.response.push", None)
@@ -187,7 +192,11 @@ class _Connection:
 
     async def _run_app(self, scope: MutableMapping[str, Any], inbox: Inbox, send: Any) -> None:
         async def send_unless_gone(message: Message | None) -> None:
-            # As the specification says, what is sent to a client that has left is dropped.
+            # As the specification says, what is sent to a client that has left is dropped. After an
+            # error of the client, hypercorn would raise an exception: the protocol has ended.
+            if self._is_gone or self._is_rejected:
+                await trio.lowlevel.checkpoint()
+                return
             with self._sends():
                 await send(message)
 
@@ -199,9 +208,7 @@ class _Connection:
 
     @contextmanager
     def _sends(self) -> Generator[None, None, None]:
-        with trio.CancelScope() as scope:
-            if self._is_gone:
-                scope.cancel()
+        with trio.CancelScope(deadline=-math.inf if self._is_gone else math.inf) as scope:
             self._sending.add(scope)
             try:
                 yield
@@ -241,7 +248,7 @@ class _Connection:
             data: bytes | None = None
             with trio.CancelScope(deadline=self._deadline()) as self._reading:
                 try:
-                    data = bytes(await self._stream.receive_some(_CHUNK_SIZE))
+                    data = await self._receive()
                 except _GONE as exc:
                     self._note_broken(exc)
                     return True
@@ -257,6 +264,45 @@ class _Connection:
             if not data:
                 return True
         return False
+
+    async def _receive(self) -> bytes:
+        if self._ahead:
+            await trio.lowlevel.checkpoint()
+            data, self._ahead = self._ahead, b""
+            return data
+        if self._ahead_error is not None:
+            raise self._ahead_error
+        return bytes(await self._stream.receive_some(_CHUNK_SIZE))
+
+    async def wait_for_turn(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Wait while a request of HTTP/1.1 is answered, after which another one has arrived.
+
+        Raises:
+          trio.BrokenResourceError: the client has left, so that the response cannot end.
+        """
+        with self._sends():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_ahead)
+                await wait()
+                nursery.cancel_scope.cancel()
+            return
+        raise trio.BrokenResourceError("the client has left")
+
+    async def _read_ahead(self) -> None:
+        """Tell the application if the client leaves.
+
+        A client that has only ended its side still gets the responses.
+        """
+        data = b""
+        while len(self._ahead) < _CHUNK_SIZE:
+            try:
+                data = bytes(await self._stream.receive_some(_CHUNK_SIZE))
+            except (*_GONE, UnixConnectionError) as exc:
+                self._ahead_error, data = exc, b""
+            if not data:
+                self._inbox.end({"type": "http.disconnect"})
+                break
+            self._ahead += data
 
     def _note_broken(self, exc: BaseException) -> None:
         if self._protocol.is_in_request:
@@ -281,6 +327,9 @@ class _Connection:
             if self._application.draining.is_set():
                 await self._send(RawData(_GOAWAY_SOON))
             await self._feed(begin.data)
+        except _GONE:
+            # What sends has noticed it, and has decided to close.
+            return
         except Exception as exc:  # hypercorn does not expect what this client sends
             await self._reject(f"{type(exc).__name__}: {exc}")
         if self._protocol.error is not None:
@@ -292,7 +341,7 @@ class _Connection:
 
     async def _reject(self, text: str, status: int = 400) -> None:
         self._note(text)
-        self._closes = True
+        self._closes = self._is_rejected = True
         with suppress(Exception):
             await self._protocol.refuse(status)
 
@@ -395,6 +444,18 @@ class _H11Parser(h11.Connection):
             raise
 
 
+class _NextTurn(EventWrapper):
+    """Set when the next request of HTTP/1.1 can be read."""
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__()
+        self._connection = connection
+
+    async def wait(self) -> None:
+        """Wait until it is set."""
+        await self._connection.wait_for_turn(super().wait)
+
+
 class _H11(H11Protocol):
     """HTTP/1.1, and a WebSocket that has begun with it."""
 
@@ -406,6 +467,7 @@ class _H11(H11Protocol):
         self._parser = self.connection = _H11Parser(
             h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size
         )
+        self.can_read = _NextTurn(self.task_group)
         self._websocket_error: str | None = None
         # What is sent before the connection is closed.
         self.last_words = b""
