@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests._helpers.environment import without_coverage
-from tests._helpers.processes import python
 from tests.faults.handover.points import GIVER, TAKER, points
+from tests.faults.playing import play
 
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
@@ -18,17 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.once]
 @pytest.mark.parametrize("scene", ["passing", "crowd", "lie"])
 def test_handover_faults_scene(scene: str, tmp_path: Path) -> None:
     """The figures of a scene are the expected ones; nox plays the others."""
-    figures = tmp_path / "figures"
-    done = subprocess.run(
-        python("tests.faults.handover", "--quick", "--only", scene, "--json", str(figures)),
-        capture_output=True,
-        text=True,
-        env=without_coverage(),
-        timeout=120,
-        check=False,
-    )
-    assert figures.exists(), done.stderr
-    assert json.loads(figures.read_text())["wrong"] == [], done.stderr
+    figures, said = play("tests.faults.handover", "--quick", scene, tmp_path)
+    assert figures["wrong"] == [], said
 
 
 def test_handover_faults_has_all_points() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests._helpers.environment import without_coverage
-from tests._helpers.processes import python
 from tests._helpers.waiting import until
+from tests.faults.playing import play
 from tests.faults.pool.runner import SCENES
 from trio_unixconn.pool import open_worker_pool
 
@@ -22,20 +19,10 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_pool_faults_scene(scene: str, tmp_path: Path) -> None:
     """The records of clients, pool and handlers agree."""
-    figures = tmp_path / "figures"
-    # A process that is killed leaves half a file of coverage data.
-    done = subprocess.run(
-        python("tests.faults.pool", "--tiny", "--only", scene, "--json", str(figures)),
-        capture_output=True,
-        text=True,
-        env=without_coverage(),
-        timeout=120,
-        check=False,
-    )
-    assert figures.exists(), done.stderr
-    found = json.loads(figures.read_text())["scenes"][scene]["figures"]
+    figures, said = play("tests.faults.pool", "--tiny", scene, tmp_path)
+    found = figures["scenes"][scene]["figures"]
     wrong = [each for each in found if not each["holds"] and "seconds" not in each["name"]]
-    assert not wrong, done.stderr
+    assert not wrong, said
 
 
 async def test_open_worker_pool_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
