@@ -999,16 +999,22 @@ async def test_handover_without_a_pidfd_of_the_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then only the end of the connection says that a process has ended."""
+    asked: list[object] = []
 
-    def fail(_: object) -> int:
+    def fail(conn: object) -> int:
+        asked.append(conn)
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
     monkeypatch.setattr(UnixConnection, "open_peer_pidfd", fail)
     path = tmp_path / "upgrade"
     async with serving(path) as old, open_generation(path, name="x") as new:
-        await new.ready()
-        await new.confirmed()
-        await old.replaced()
+        with trio.fail_after(30):
+            await new.ready()
+            await new.confirmed()
+            await old.replaced()
+        assert (old.phase, new.phase) == (Phase.RELEASED, Phase.SERVING)
+        # Each of the two about the other.
+        assert len(asked) == 2
 
 
 async def test_request_upgrade_that_cannot_be_sent(
