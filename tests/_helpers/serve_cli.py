@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +174,19 @@ def connected(address: Any) -> socket.socket:
         client.close()
         raise
     return client
+
+
+def first_connection(address: Any) -> socket.socket:
+    """Connect as soon as a process listens, which is later than the path exists."""
+    found: list[socket.socket] = []
+
+    def connects() -> bool:
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            found.append(connected(address))
+        return bool(found)
+
+    until_sync(connects)
+    return found[0]
 
 
 def answer(address: Any) -> bytes:

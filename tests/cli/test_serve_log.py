@@ -24,6 +24,7 @@ from tests._helpers.serve_cli import (
     Terminal,
     answer,
     connected,
+    first_connection,
     make_project,
     rest_of,
     serving,
@@ -367,8 +368,9 @@ def test_log_file_that_is_full_recovers(project: Path, tmp_path: Path) -> None:
     log = project / "log"
     log.symlink_to("/dev/full")
     with starting(project, "app:fail", "--log-file", "log") as served:
-        until_sync((project / "s").exists)
-        assert ask(project, b"x") == b""
+        with first_connection(str(project / "s")) as client:
+            client.sendall(b"x")
+            assert rest_of(client) == b""
         log.unlink()
         served.send(signal.SIGUSR1)
         until_sync(log.exists)
@@ -413,8 +415,9 @@ def test_log_format_json(project: Path) -> None:
 def test_log_level(project: Path) -> None:
     """Records below --log-level are dropped."""
     with starting(project, "app:fail", "--log-level", "error") as served:
-        until_sync((project / "s").exists)
-        assert ask(project, b"secret") == b""
+        with first_connection(str(project / "s")) as client:
+            client.sendall(b"secret")
+            assert rest_of(client) == b""
         out = served.drained_output()
     assert "INFO" not in out
     assert "ERROR: " in out

@@ -9,8 +9,7 @@ import pytest
 
 from tests._helpers.cli import COMMAND
 from tests._helpers.real_programs import free_port, require_program
-from tests._helpers.serve_cli import answer, connected, make_project, starting
-from tests._helpers.waiting import until_sync
+from tests._helpers.serve_cli import answer, first_connection, make_project, starting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +32,8 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         bind="systemd:local",
         program=[activate, *VARIABLES, *listen, *COMMAND],
     ) as served:
-        until_sync((project / "u").exists)
         # It starts the command when a client connects, which is not accepted yet.
-        with connected(path) as client:
+        with first_connection(path) as client:
             served.line(f"listening at unix:{path}")
             served.line(f"listening at tcp:127.0.0.1:{port}")
             served.line("ready: ")
@@ -59,8 +57,7 @@ def test_systemd_socket_activate_with_a_policy(tmp_path: Path) -> None:
         bind="systemd",
         program=[activate, *VARIABLES, "--listen", path, *COMMAND],
     ) as served:
-        until_sync((project / "u").exists)
-        with connected(path) as client:
+        with first_connection(path) as client:
             assert client.recv(1) == b""
         assert "denied" in served.line("denied")
         out = served.drained_output()
