@@ -199,7 +199,7 @@ async def test_composed_asks_a_check_only_if_the_user_does_not_decide(path: Path
 
 
 async def test_admits_of_a_subclass_is_asked(path: Path) -> None:
-    """A subclass decides, even about a user whom its base class admits, and in a composed one."""
+    """A subclass decides, even about a user that its base class admits, and in a composed one."""
 
     class Never(PeerPolicy):
         async def admits(self, peer: PeerIdentity) -> bool:
