@@ -173,13 +173,17 @@ class Running:
     def _more(self) -> dict[str, int]:
         pids = self.workers()
         extra = processes.open_descriptors(self.pid) - self.idle_descriptors
+        of_workers: list[int] = []
+        for each in pids:
+            # One that was told to exit may do so between two looks; then it is a zombie at most.
+            with contextlib.suppress(FileNotFoundError):
+                of_workers.append(processes.open_descriptors(each))
         return {
             "zombies": list(processes.children_of(self.pid).values()).count("Z"),
             "processes too many": len(pids) - WORKERS,
             "descriptors leaked in the pool": extra,
             "descriptors leaked in workers": max(
-                (processes.open_descriptors(each) - self.idle_worker_descriptors for each in pids),
-                default=0,
+                (each - self.idle_worker_descriptors for each in of_workers), default=0
             ),
         }
 
