@@ -151,10 +151,45 @@ def test_doctor_error_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error without text is shown by its name."""
 
     def fail(*_: Any) -> Any:
-        raise TimeoutError
+        raise ArithmeticError
 
     monkeypatch.setattr(signal, "pidfd_send_signal", fail)
-    assert features()["pidfd_send_signal"].seen == "TimeoutError"
+    assert features()["pidfd_send_signal"].seen == "ArithmeticError"
+
+
+def test_doctor_attempts_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature whose attempt ran out of time is unknown, not missing; the rest is as before."""
+    expected = {name: each.works for name, each in features().items()}
+    # It neither connects nor ends.
+    monkeypatch.setattr(lab, "_CHILD", "import sys; sys.stdin.read()")
+    monkeypatch.setattr(lab, "PROCESS_PATIENCE", 0.2)
+    expected["SO_PEERPIDFD of a reaped peer"] = None
+    assert {name: each.works for name, each in features().items()} == expected
+    done = CliRunner().invoke(command_line.app, ["doctor"])
+    assert done.exit_code == 0
+    assert "unknown" in done.stdout
+    assert "no answer in time" in done.stdout
+
+
+def test_doctor_core_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is not known whether descriptors pass, the exit status is 1, with that reason."""
+
+    def silent(*_: Any) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(lab.Lab, "receive", silent)
+    done = CliRunner().invoke(command_line.app, ["doctor"])
+    assert done.exit_code == 1
+    assert "whether descriptors and credentials pass is unknown" in done.stdout
+    assert "SCM_RIGHTS: no answer in time (TimeoutError)" in done.stderr
+
+
+def test_doctor_child_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends before it connects is noticed at once, with its status."""
+    monkeypatch.setattr(lab, "_CHILD", "raise SystemExit(3)")
+    feature = features()["SO_PEERPIDFD of a reaped peer"]
+    assert feature.works is False
+    assert feature.seen == "a process that was to connect ended with status 3"
 
 
 class Elder:

@@ -17,6 +17,16 @@ def version_of(report: dict[str, Any]) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+_WORKS: Final = {True: "yes", False: "**no**"}
+
+
+def unknown(report: dict[str, Any]) -> list[str]:
+    """Return what the doctor could not try to the end, with what it observed."""
+    return [
+        f"{each['name']}: {each['seen']}" for each in report["features"] if each["works"] is None
+    ]
+
+
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """Return the table: a line for each feature, a column for each kernel, oldest first."""
     ordered = sorted(reports, key=version_of)
@@ -27,7 +37,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     ]
     columns = [{each["name"]: each for each in report["features"]} for report in ordered]
     for name, feature in columns[-1].items():
-        works = ["yes" if column[name]["works"] else "**no**" for column in columns]
+        works = [_WORKS[column[name]["works"]] for column in columns]
         lines.append(
             f"| {name} | {feature['since']} | {' | '.join(works)} | {feature['otherwise']} |"
         )
@@ -35,11 +45,18 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         f"- {version}: {name}: {feature['seen']}"
         for version, column in zip(versions, columns, strict=True)
         for name, feature in column.items()
-        if not feature["works"]
+        if feature["works"] is False
     )
     return "\n".join(lines) + f"\n\nWhat was seen where it says no:\n\n{seen}\n"
 
 
 def write_table(reports: Sequence[dict[str, Any]]) -> None:
-    """Keep the table for the documentation."""
+    """Keep the table for the documentation.
+
+    Raises:
+      ValueError: a report does not say of each feature whether it works.
+    """
+    for report in reports:
+        if found := unknown(report):
+            raise ValueError(f"{report['versions']['kernel']}: {'; '.join(found)}; run it again")
     DOCTOR.write_text(table(reports))

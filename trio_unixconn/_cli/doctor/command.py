@@ -16,7 +16,7 @@ def doctor(
 ) -> None:
     """Try what this library needs of the kernel and Python, and list the limits in force.
 
-    Exit status 1 if descriptors or credentials do not pass.
+    Exit status 1 if descriptors or credentials were not seen to pass.
     What is missing otherwise costs only what the table says.
     """
     from .examination import examine  # --help needs none of it

@@ -1,11 +1,13 @@
 """The examination: every feature tried, every limit looked up.
 
-Invariant: nothing is raised; a feature that is missing or forbidden is in the report.
+Invariant: nothing is raised; a feature that is missing or forbidden is in the report, and one that
+could not be tried to the end is reported as unknown, never as missing.
 """
 
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 
 import attrs
@@ -21,8 +23,10 @@ from .report import Examination, Feature
 def examine() -> Examination:
     """Try everything, one after another; nothing remains afterwards.
 
-    It blocks, for a fraction of a second if nothing hangs. While one feature is tried the soft
-    limit RLIMIT_NOFILE is lowered, so that other threads must not need a descriptor meanwhile.
+    It blocks, for a fraction of a second if nothing hangs. If it takes too long to try a feature,
+    as can happen on a busy machine, it is unknown whether that works. While one feature is tried
+    the soft limit RLIMIT_NOFILE is lowered, so that other threads must not need a descriptor
+    meanwhile.
     """
     return Examination(_versions(), [_tried(probe) for probe in PROBES], limits())
 
@@ -39,9 +43,12 @@ def _versions() -> dict[str, str]:
 
 
 def _tried(probe: Probe) -> Feature:
+    works: bool | None
     try:
         with Lab() as lab:
             works, seen = True, probe.attempt(lab)
+    except (TimeoutError, subprocess.TimeoutExpired) as exc:
+        works, seen = None, f"no answer in time ({_reason(exc)})"
     except Exception as exc:  # a system that forbids something chooses the error
         works, seen = False, _reason(exc)
     return Feature(probe.name, probe.since, works, seen, probe.otherwise, probe.is_core)

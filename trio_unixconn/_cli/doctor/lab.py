@@ -1,7 +1,7 @@
 """What the examination tries things on: sockets, files, a process.
 
 Invariant: everything that it makes is gone after its block, and no wait is longer than
-:data:`PATIENCE`.
+:data:`PATIENCE`, or :data:`PROCESS_PATIENCE` if it is for a process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket as stdlib_socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
     from ..._ancillary import ControlMessage, Received
 
+# Seconds for an answer of the kernel; for a process, which may get little time on a busy machine.
 PATIENCE: Final = 10.0
+PROCESS_PATIENCE: Final = 60.0
+# Seconds after which it is looked at again whether a process still runs.
+_POLL: Final = 0.1
 
 _CHILD: Final = """
 import socket, sys
@@ -141,4 +146,13 @@ class Lab(DescriptorOwner):
         process = subprocess.Popen([sys.executable, "-ISc", _CHILD, path], stdin=subprocess.PIPE)
         self._stack.enter_context(process)
         self.afterwards(process.kill)
-        return process, self.accept(listener)
+        listener.settimeout(_POLL)
+        deadline = time.monotonic() + PROCESS_PATIENCE
+        while True:
+            try:
+                return process, self.accept(listener)
+            except TimeoutError:
+                status = process.poll()
+                expect(status is None, f"a process that was to connect ended with status {status}")
+                if time.monotonic() >= deadline:
+                    raise

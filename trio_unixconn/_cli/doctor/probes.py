@@ -23,7 +23,7 @@ from ..._credentials import Credentials, peer_credentials
 from ..._identity import get_peer_groups, get_peer_security_context, open_peer_pidfd, pid_of
 from ..._paths import LONGEST, bindable, connectable
 from ...errors import PeerGoneError
-from .lab import PATIENCE, Lab, expect, expect_error
+from .lab import PROCESS_PATIENCE, Lab, expect, expect_error
 
 SECURITY_MODULES: Final = "/sys/kernel/security/lsm"
 
@@ -204,7 +204,7 @@ def reaped_peer(lab: Lab) -> str:
     process, sock = lab.child()
     pidfd = open_peer_pidfd(sock)
     lab.own(_kernel.required(pidfd, "SO_PEERPIDFD in this kernel"))
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=PROCESS_PATIENCE)
     try:
         lab.own(sock.getsockopt(_kernel.SOL_SOCKET, option))
         seen = "the kernel gives a pidfd of no process"

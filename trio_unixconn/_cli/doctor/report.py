@@ -14,7 +14,8 @@ class Feature:
 
     Attributes:
       since: the first version that has it.
-      works: whether it has the expected effect.
+      works: whether it has the expected effect; None if the attempt ran out of time, which says
+        nothing about the feature.
       seen: what happened when it was tried.
       otherwise: the behaviour of this library without it.
       is_core: whether the library is of little use without.
@@ -22,7 +23,7 @@ class Feature:
 
     name: str
     since: str
-    works: bool
+    works: bool | None
     seen: str
     otherwise: str
     is_core: bool = False
@@ -56,5 +57,10 @@ class Examination:
 
     @property
     def works(self) -> bool:
-        """Whether descriptors and credentials pass."""
+        """Whether descriptors and credentials were seen to pass."""
         return all(each.works for each in self.features if each.is_core)
+
+    @property
+    def unknown(self) -> list[Feature]:
+        """Features of which the attempt ran out of time."""
+        return [each for each in self.features if each.works is None]

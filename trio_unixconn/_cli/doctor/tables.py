@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +12,8 @@ from .._console import printable, say, writing
 
 if TYPE_CHECKING:
     from .report import Examination
+
+WORKS: Final = {True: "yes", False: "no", None: "unknown"}
 
 
 def print_tables(found: Examination) -> None:
@@ -26,12 +28,12 @@ def print_tables(found: Examination) -> None:
     table.add_column("observed", overflow="fold")
     for feature in found.features:
         seen = printable(feature.seen)
-        if not feature.works:
+        if feature.works is False:
             seen += f"\nwithout it: {feature.otherwise}"
         table.add_row(
             feature.name,
             feature.since,
-            "yes" if feature.works else "no",
+            WORKS[feature.works],
             escape(seen),
             style="" if feature.works else "red" if feature.is_core else "yellow",
         )
@@ -46,8 +48,13 @@ def print_tables(found: Examination) -> None:
         table.add_row(limit.name, value, escape(printable(limit.meaning)))
     with writing():
         console.print(table)
-    say(
-        "descriptors and credentials pass: this library works here"
-        if found.works
-        else "descriptors or credentials do not pass: this library does not work here"
-    )
+    say(conclusion(found))
+
+
+def conclusion(found: Examination) -> str:
+    """Return whether the library works here, in one line."""
+    if found.works:
+        return "descriptors and credentials pass: this library works here"
+    if any(each.works is False for each in found.features if each.is_core):
+        return "descriptors or credentials do not pass: this library does not work here"
+    return "whether descriptors and credentials pass is unknown; is the machine very busy?"
