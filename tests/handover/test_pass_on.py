@@ -146,6 +146,8 @@ async def test_pass_on_when_successor_refuses() -> None:
     """What finds no free slot is sent again, fewer at a time, and nothing is lost."""
     async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
         pairs = [connection_pair() for _ in range(4)]
+        # Until the passer waits for connections; then it sends all of them at once.
+        await trio.testing.wait_all_tasks_blocked()
         for one, _ in pairs:
             nursery.start_soon(passer.pass_on, one, b"")
         sizes: list[int] = []
@@ -241,15 +243,67 @@ async def test_passer_run_raises_what_no_time_mends() -> None:
 
 async def test_pass_on_cancelled_before_it_is_sent() -> None:
     """A cancellation before the connection is sent leaves the stream as it was."""
-    async with channels() as (old, _):
+    async with channels() as (old, new), trio.open_nursery() as nursery:
         passer = Passer(old)
         one, two = tcp_pair()
         with trio.move_on_after(0.01) as scope:
             await passer.pass_on(one, b"")
         assert scope.cancelled_caught
+        # It is not sent later, either; others are, and nothing is left.
+        nursery.start_soon(passer.run)
+        with trio.fail_after(30):
+            await passer.wait_settled()
+        three, four = tcp_pair()
+        nursery.start_soon(passer.pass_on, three, b"next")
+        _, connections, fds = await receive_passed(new)
+        assert [each.data for each in connections] == [b"next"]
+        for fd in fds:
+            os.close(fd)
         await echo(one, two)
-        await one.aclose()
-        await two.aclose()
+        nursery.cancel_scope.cancel()
+    for each in one, two, four:
+        await each.aclose()
+
+
+async def test_connections_lets_other_tasks_run() -> None:
+    """An iterator over many connections that have arrived does not keep other tasks waiting."""
+    connections = PassedConnections()
+    count = 100
+    pairs = [socket.socketpair() for _ in range(count)]
+    passed = PassedConnection(accepts_descriptors=True, data=b"")
+    connections.put([one.detach() for one, _ in pairs], [passed] * count)
+    connections.end()
+    found: list[object] = []
+    turns: list[int] = []
+
+    async def work() -> None:
+        while len(found) < count:
+            turns.append(len(found))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        async for stream, _ in connections:
+            found.append(stream)
+            await stream.aclose()
+    assert len(set(turns)) > 2
+    for _, two in pairs:
+        two.close()
+
+
+async def test_connections_is_cancelled_between_two() -> None:
+    """A cancellation ends the iteration at once, and the next connection is not lost."""
+    one, two = socket.socketpair()
+    connections = PassedConnections()
+    connections.put([one.detach()], [PassedConnection(accepts_descriptors=True, data=b"")])
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await connections.__anext__()
+    assert scope.cancelled_caught
+    stream, _ = await connections.__anext__()
+    await stream.aclose()
+    connections.close()
+    two.close()
 
 
 @pytest.mark.parametrize("answer", [of.TAKEN, of.REFUSED, None])

@@ -3,10 +3,11 @@
 A connection that is passed on has one of these states, and is this process's until it is taken:
 
     queued --> sent --> taken           the successor has it, and this process closes its copy
-      ^          |
+      |          |
       |          +----> queued          REFUSED: the successor has no free file descriptor
       |          +----> lost            the successor has ended: it is the caller's again
-      +--- a caller that is cancelled takes it back; when it was sent, it cannot
+      +--> withdrawn                    a caller that is cancelled keeps it; when it was sent, it
+                                        cannot
 
 Invariant: a connection has one owner. The successor hands one to its program only if it has it in
 its own memory, and says TAKEN then. If the task that passes it on is cancelled after it was sent,
@@ -18,13 +19,13 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import enable_ki_protection, reschedule, wait_task_rescheduled
 
 from .. import _kernel
 from .._accept import ACCEPT_RETRY_DELAY
@@ -57,12 +58,16 @@ logger: Final = logging.getLogger("trio_unixconn.handover")
 _MAX_SENT: Final = 4
 # The bytes of a batch, beyond which it gets no further connection.
 _MAX_BATCH_BYTES: Final = 1024 * 1024
+# Connections that an iterator returns before other tasks run. To start a task for one takes about
+# 50 us; so other tasks wait for 2 ms.
+_MAX_BURST: Final = 32
 # Connections that were received and not yet asked for; no more are received until there are fewer.
 _MAX_RECEIVED: Final = 1024
 
 
 class _State(enum.Enum):
     QUEUED = enum.auto()
+    WITHDRAWN = enum.auto()
     SENT = enum.auto()
     TAKEN = enum.auto()
     LOST = enum.auto()
@@ -73,15 +78,37 @@ class _Outgoing:
     fd: int
     connection: PassedConnection
     state: _State = _State.QUEUED
-    settled: trio.Event = attrs.field(factory=trio.Event)
+    # The task that waits.
+    task: trio.lowlevel.Task | None = None
     # Whether no task waits any more, so that the file descriptor is closed here.
     is_abandoned: bool = False
 
-    def settle(self, state: _State) -> None:
-        self.state = state
-        self.settled.set()
-        if self.is_abandoned:
-            close_fds_batched([self.fd])
+    async def wait(self) -> None:
+        """Wait until it is taken or lost; an Event for each would take twice the time."""
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self.task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self.task = trio.lowlevel.current_task()
+        await wait_task_rescheduled(abort)
+
+
+def _settle(items: Sequence[_Outgoing], state: _State) -> int:
+    """Wake the tasks of connections; close those that no task waits for, and return their number.
+
+    One whose task is just being cancelled is neither: the task closes or keeps it.
+    """
+    abandoned: list[int] = []
+    for item in items:
+        item.state = state
+        if item.is_abandoned:
+            abandoned.append(item.fd)
+        elif item.task is not None:
+            reschedule(item.task)
+            item.task = None
+    close_fds_batched(abandoned)
+    return len(abandoned)
 
 
 def check_stream(stream: object) -> tuple[int, bool]:
@@ -127,7 +154,7 @@ class Passer:
         self._max_batch = _kernel.SCM_MAX_FD
         self._retry_at = 0.0
         self._is_over = False
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
         #: How many the successor has taken.
         self.taken: int = 0
 
@@ -135,22 +162,23 @@ class Passer:
     async def pass_on(self, stream: trio.SocketStream | UnixConnection, data: Buffer) -> None:
         """Pass one connection on; see :meth:`Generation.pass_on`."""
         fd, accepts = check_stream(stream)
-        with bytes_of(data) as view:
-            if len(view) > _protocol.MAX_DATA:
-                raise ValueError(
-                    f"data must be at most {_protocol.MAX_DATA} bytes, got {len(view)}"
-                )
-            item = _Outgoing(fd, PassedConnection(accepts, bytes(view)))
-        await trio.lowlevel.checkpoint()
+        if type(data) is not bytes:
+            with bytes_of(data) as view:
+                data = bytes(view)
+        if len(data) > _protocol.MAX_DATA:
+            raise ValueError(f"data must be at most {_protocol.MAX_DATA} bytes, got {len(data)}")
         if self._is_over:
+            await trio.lowlevel.checkpoint()
             raise _gone()
+        item = _Outgoing(fd, PassedConnection(accepts, data))
         self._queue.append(item)
-        self._notify()
+        self._changed.unpark_all()
         try:
-            await item.settled.wait()
+            await item.wait()
         except trio.Cancelled:
             if item.state is _State.QUEUED:
-                self._queue.remove(item)
+                # To remove it from the middle of a long queue would take long.
+                item.state = _State.WITHDRAWN
             elif item.state is _State.SENT:
                 item.is_abandoned = True
                 _detach(stream)
@@ -174,17 +202,13 @@ class Passer:
         if self._is_over:
             return False
         self._queue.append(_Outgoing(fd, connection, is_abandoned=True))
-        self._notify()
+        self._changed.unpark_all()
         return True
 
     async def wait_settled(self) -> None:
         """Wait until the successor has taken all connections, or has ended."""
         while self._queue or self._sent:
-            await self._changed.wait()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+            await self._changed.park()
 
     async def run(self) -> None:
         """Send what is queued, until the successor has ended."""
@@ -196,7 +220,7 @@ class Passer:
                 elif self._queue and len(self._sent) < _MAX_SENT:
                     await self._send_batch()
                 else:
-                    await self._changed.wait()
+                    await self._changed.park()
         finally:
             self.end()
 
@@ -205,9 +229,14 @@ class Passer:
         size = 0
         while self._queue and len(batch) < self._max_batch and size < _MAX_BATCH_BYTES:
             item = self._queue.popleft()
+            if item.state is _State.WITHDRAWN:
+                continue
             item.state = _State.SENT
             size += len(item.connection.data)
             batch.append(item)
+        if not batch:
+            self._changed.unpark_all()
+            return
         number = self._next_id
         self._next_id += 1
         self._sent[number] = batch
@@ -233,13 +262,12 @@ class Passer:
             raise ProtocolError("expected the id of connections that were passed on")
         if frame.kind == _protocol.TAKEN:
             self.taken += len(batch)
-            for item in batch:
-                item.settle(_State.TAKEN)
+            _settle(batch, _State.TAKEN)
         else:
             self._requeue(batch)
             if len(batch) == 1:
                 self._retry_at = trio.current_time() + ACCEPT_RETRY_DELAY
-        self._notify()
+        self._changed.unpark_all()
 
     def _requeue(self, batch: list[_Outgoing]) -> None:
         # In their order, before those that are queued.
@@ -252,10 +280,7 @@ class Passer:
         """Give back all that the successor has not taken; close what no task waits for."""
         self._is_over = True
         lost = [*chain.from_iterable(self._sent.values()), *self._queue]
-        for item in lost:
-            item.settle(_State.LOST)
-        closed = sum(item.is_abandoned for item in lost)
-        if closed:
+        if closed := _settle(lost, _State.LOST):
             logger.warning(
                 "%d connections were not passed on, because the successor or this generation has "
                 "ended; they are closed here",
@@ -263,7 +288,7 @@ class Passer:
             )
         self._sent.clear()
         self._queue.clear()
-        self._notify()
+        self._changed.unpark_all()
 
 
 def _gone() -> SuccessorGoneError:
@@ -285,7 +310,9 @@ class PassedConnections(DescriptorOwner):
         # Those for servers, by the names of these; a server can have several.
         self._of_servers: dict[str, _Received] = {}
         self._is_over = False
-        self._changed = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
+        # How many were returned since other tasks could run.
+        self._burst = 0
         #: How many have arrived.
         self.count: int = 0
 
@@ -295,9 +322,14 @@ class PassedConnections(DescriptorOwner):
     @enable_ki_protection
     async def __anext__(self) -> tuple[trio.SocketStream | UnixConnection, bytes]:
         check_task()
-        await trio.lowlevel.checkpoint()
+        if self._received and self._burst < _MAX_BURST:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+            self._burst = 0
+        self._burst += 1
         while True:
-            if not await self.wait_for(self._received):
+            if not (self._received or await self.wait_for(self._received)):
                 raise StopAsyncIteration
             ((fd, connection),) = self.take(self._received, 1)
             try:
@@ -330,27 +362,23 @@ class PassedConnections(DescriptorOwner):
             del self._of_servers[name]
         close_fds([fd for fd, _ in received])
         received.clear()
-        self._notify()
+        self._changed.unpark_all()
 
     async def wait_for(self, received: _Received) -> bool:
         """Wait until there are connections in a queue; return False if no more arrive."""
         check_task()
         while not (received or self._is_over):
-            await self._changed.wait()
+            await self._changed.park()
         return bool(received)
 
     def take(self, received: _Received, limit: int) -> list[Received]:
         """Take connections out of a queue."""
         found = [received.popleft() for _ in range(min(limit, len(received)))]
-        self._notify()
+        self._changed.unpark_all()
         return found
 
     def __repr__(self) -> str:
         return f"<PassedConnections: {self.count} received, {len(self._received)} not taken>"
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
     async def wait_for_space(self) -> None:
         """Wait until more connections may be received."""
@@ -358,7 +386,7 @@ class PassedConnections(DescriptorOwner):
         while not self._is_over and any(
             len(each) >= _MAX_RECEIVED for each in (self._received, *self._of_servers.values())
         ):
-            await self._changed.wait()
+            await self._changed.park()
 
     def put(self, fds: list[int], connections: list[PassedConnection]) -> None:
         """Add connections that have arrived; this owns the file descriptors."""
@@ -373,12 +401,12 @@ class PassedConnections(DescriptorOwner):
         for name, count in unknown.items():
             logger.warning("%d connections of %r are closed: it is not served here", count, name)
         self.count += len(fds)
-        self._notify()
+        self._changed.unpark_all()
 
     def end(self) -> None:
         """No more arrive; those that have arrived are still returned."""
         self._is_over = True
-        self._notify()
+        self._changed.unpark_all()
 
     def close(self) -> None:
         """Close those that were not asked for."""
