@@ -97,7 +97,8 @@ class Acceptor:
           ConnectionClosedError: this side has closed the socket.
           OSError: accepting can never succeed again; there is no connection to return then.
         """
-        if self._sock.fileno() == -1:
+        number = self._sock.fileno()
+        if number == -1:
             raise ConnectionClosedError("this listener is closed")
         # Not accept(): to make a socket object of each takes 3 of the 35 us that a server with
         # workers spends on a connection, and it only passes the file descriptor on.
@@ -106,7 +107,7 @@ class Acceptor:
         accepted: list[Accepted] = []
         try:
             while len(accepted) < limit:
-                self._restore_nonblocking()
+                self._restore_nonblocking(number)
                 accepted.append(accept())
         except BlockingIOError:
             if not accepted:
@@ -145,8 +146,7 @@ class Acceptor:
                 f"{self.name}: the listening socket was shut down, maybe by another process",
             )
 
-    def _restore_nonblocking(self) -> None:
-        number = self._sock.fileno()
+    def _restore_nonblocking(self, number: int) -> None:
         if not os.get_blocking(number):
             return
         os.set_blocking(number, False)

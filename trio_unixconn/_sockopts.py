@@ -175,4 +175,5 @@ def can_linger(sock: socket.socket | trio.socket.SocketType) -> bool:
     except OSError:
         # Python reads no structures from AF_VSOCK sockets.
         return True
-    return all(_linger.unpack(option))
+    on, seconds = _linger.unpack(option)
+    return bool(on and seconds)

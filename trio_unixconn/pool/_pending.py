@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # SO_LINGER.
 _FILES: Final = frozenset({EndpointKind.OTHER})
 _UNIX_SOCKETS: Final = frozenset({EndpointKind.UNIX, EndpointKind.UNIX_WITHOUT_DESCRIPTORS})
-
+_BLOCKING: Final = _FILES | _UNIX_SOCKETS
 
 #: What a pool keeps of the data of a job that a worker has, for AbandonedJob, in bytes.
 MAX_KEPT_DATA: Final = 4096
@@ -74,6 +74,15 @@ class JobEnd(enum.Enum):
     ABANDONED = "abandoned"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
+
+
+# Before Python 3.12, each access to a member of an enum takes 0.1 us, and each to its value 0.3 us.
+# Of the 28 us that a pool spends on a connection, that was one in ten.
+_QUEUED: Final = JobState.QUEUED
+_SENT: Final = JobState.SENT
+_ACKNOWLEDGED: Final = JobState.ACKNOWLEDGED
+_SETTLED: Final = JobState.SETTLED
+_HANDLED: Final = JobEnd.HANDLED
 
 
 @attrs.frozen
@@ -156,7 +165,7 @@ class PendingJob(DescriptorOwner):
         self.wants_answer: bool = wants_answer
         self.peer: Any = peer
         self.passed: int = passed
-        self.state: JobState = JobState.QUEUED
+        self.state: JobState = _QUEUED
         self.attempts: int = 0
         self.refused_by: tuple[int, ...] = ()
         self.cause: BaseException | None = None
@@ -173,23 +182,26 @@ class PendingJob(DescriptorOwner):
 
     def send(self) -> None:
         """Queued to sent: a worker's handle has it in its batch."""
-        self._check(JobState.QUEUED)
-        self.state = JobState.SENT
+        if self.state is not _QUEUED:
+            self._check(_QUEUED)
+        self.state = _SENT
 
     def requeue(self, cause: BaseException) -> None:
         """Sent to queued: the worker has not acknowledged it."""
-        self._check(JobState.SENT)
-        self.state = JobState.QUEUED
+        self._check(_SENT)
+        self.state = _QUEUED
         self.cause = cause
 
     def acknowledge(self, worker: int, pid: int, now: float) -> None:
         """Sent to acknowledged: the worker calls its handler. ``submit`` returns."""
-        self._check(JobState.SENT)
-        self.state = JobState.ACKNOWLEDGED
+        if self.state is not _SENT:
+            self._check(_SENT)
+        self.state = _ACKNOWLEDGED
         self.acknowledged_at = now
         if len(self.data) > MAX_KEPT_DATA:
             self.data = self.data[:MAX_KEPT_DATA]
-        self.close()
+        if self.fd >= 0:
+            self.close()
         if self._task is not None and not self.wants_answer:
             self._tell(JobReceipt(self.id, worker, pid))
 
@@ -199,11 +211,14 @@ class PendingJob(DescriptorOwner):
         Args:
           outcome: an answer in bytes, or an error. None with ``raise_cancel``.
         """
-        if self.state is JobState.SETTLED:
+        if self.state is _SETTLED:
             raise RuntimeError(f"job {self.id} is settled already")
-        self.state = JobState.SETTLED
-        counters, name = self._counters, end.value
-        setattr(counters, name, getattr(counters, name) + 1)
+        self.state = _SETTLED
+        counters = self._counters
+        if end is _HANDLED:
+            counters.handled += 1
+        else:
+            setattr(counters, end.value, getattr(counters, end.value) + 1)
         if self.fd >= 0:
             self.close()
         if self.outcome is None:
@@ -234,7 +249,7 @@ class PendingJob(DescriptorOwner):
             self.raise_cancel = raise_cancel
             return trio.lowlevel.Abort.FAILED
 
-        if self.outcome is None and self.state is not JobState.SETTLED:
+        if self.outcome is None and self.state is not _SETTLED:
             self._task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(abort)
         outcome = self.outcome
@@ -275,13 +290,14 @@ class PendingJob(DescriptorOwner):
         fd = self.fd
         if fd >= 0:
             self.fd = -1
-            if self.kind in _FILES or (self.kind in _UNIX_SOCKETS and has_unread(fd)):
+            if self.kind in _BLOCKING and (self.kind in _FILES or has_unread(fd)):
                 close_fds([fd])
                 return
             try:  # of every job
                 os.close(fd)
             except OSError:
-                # It is about data that was written before. The file descriptor is closed.
+                # EBADF: other code has closed it, which does not own it. Others are about data
+                # that was written before, and the file descriptor is closed.
                 pass
 
     def __del__(self) -> None:

@@ -211,7 +211,9 @@ class JobQueue(DescriptorOwner):
         ready = [each for each in self.workers.values() if each.can_accept(most)]
         if not ready:
             return
-        if len(common) == 1 and not self._pinned:
+        if len(ready) == 1 and not self._pinned:
+            self._give_next(ready[0])
+        elif len(common) == 1 and not self._pinned:
             best = min(ready, key=lambda each: (len(each.in_flight), each.recent, each.index))
             self._give(best, [common.popitem(last=False)[1]])
         else:
@@ -221,6 +223,18 @@ class JobQueue(DescriptorOwner):
         if self._pinned:
             for worker, lane in list(self._pinned.items()):
                 self._wake_submitters(lane, worker)
+
+    def _give_next(self, handle: WorkerHandle) -> None:
+        """Give as many jobs as it can have to the only worker that can accept any."""
+        common = self._common.jobs
+        size = min(handle.limit, self._max_in_flight - len(handle.in_flight))
+        share: list[PendingJob] = []
+        while common and len(share) < size:
+            job = common.popitem(last=False)[1]
+            share.append(job)
+            if len(job.data) > LARGE_DATA:
+                break
+        self._give(handle, share)
 
     def _share_out(self, ready: Sequence[WorkerHandle]) -> None:
         """Give many jobs to workers: an equal share to each, the least busy one first."""

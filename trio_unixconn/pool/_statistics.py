@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -57,6 +57,14 @@ class LatencyHistogram:
         """Count a job."""
         self._counts[bisect_left(LATENCY_BOUNDS, seconds)] += 1
         self._sum += seconds
+
+    def add_each(self, times: Iterable[float]) -> None:
+        """Count jobs that took so many seconds each."""
+        counts, total = self._counts, 0.0
+        for seconds in times:
+            counts[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+            total += seconds
+        self._sum += total
 
     def add_without_wait(self, jobs: int) -> None:
         """Count jobs that took no time."""
