@@ -37,7 +37,7 @@ from ._receiver import Receiver, RefusingReceiver, with_data
 from ._sender import NUL, Sender
 from ._sockopts import adopt_fd, check_connected, raw_socket
 from ._trio_task import check_task
-from .errors import EndOfStreamError
+from .errors import ConnectionClosedError, EndOfStreamError
 
 if TYPE_CHECKING:
     from ._ancillary import RawMessage
@@ -994,11 +994,25 @@ def close_outside_run(conn: UnixConnection) -> None:
 async def receive_with_fds(conn: UnixConnection, max_bytes: int) -> tuple[bytes, list[int] | None]:
     """Receive bytes as ``receive_some``, and file descriptors that arrived with them.
 
+    For a task that does nothing else: it waits before it looks, because mostly nothing has arrived
+    yet. A system call and an exception less took 5 of the 200 us of a request to an idle pool.
+
     Returns:
       The bytes, and the file descriptors, which the caller owns; None instead of these if the
       kernel dropped some of them.
     """
-    received = await conn._receiver.receive(max_bytes, None)
+    receiver = conn._receiver
+    while True:
+        receiver.check_open()
+        try:
+            await trio.lowlevel.wait_readable(receiver.raw)
+            received = receiver.receive_nowait(max_bytes)
+        except trio.WouldBlock:
+            # Another process has read it, or has closed it; check_open() raises if it was this one.
+            continue
+        except trio.ClosedResourceError as exc:
+            raise ConnectionClosedError("this connection was closed") from exc
+        break
     if not received[1] and not received[2] & _kernel.MSG_CTRUNC:
         return received[0], []
     message = _ancillary.unpack(received)
@@ -1025,6 +1039,20 @@ def connection_of(
     socket = trio.socket.from_stdlib_socket(raw)
     conn._attach(socket, raw, receive_descriptors, local_address, remote_address)
     return conn
+
+
+def send_with_fds_nowait(conn: UnixConnection, data: bytes, fds: Sequence[int]) -> int:
+    """Send bytes and file descriptors, if no task is sending and the kernel takes them now.
+
+    Returns:
+      How many bytes were sent. What is left is plain bytes.
+
+    Raises:
+      trio.WouldBlock: nothing was sent.
+    """
+    if conn._sender.busy:
+        raise trio.WouldBlock
+    return conn._sender.send_nowait(data, fds)
 
 
 def send_fd_nowait(conn: UnixConnection, number: int) -> bool:

@@ -265,8 +265,11 @@ class Sender(ConnectedSocket):
         finally:
             self.busy = False
 
-    def send_nowait(self, byte: bytes, fds: Sequence[int]) -> None:
-        """Send a message of one byte; the caller has checked that no task is sending.
+    def send_nowait(self, data: bytes, fds: Sequence[int]) -> int:
+        """Send a message; the caller has checked that no task is sending.
+
+        Returns:
+          How many bytes were sent: all, unless it is longer than what the kernel takes at once.
 
         Raises:
           trio.WouldBlock: the kernel does not take it now, or send() is needed for another reason.
@@ -274,12 +277,12 @@ class Sender(ConnectedSocket):
         if self._cut or self.is_closed():
             raise trio.WouldBlock
         try:
-            self.raw.sendmsg([byte], _ancillary.pack(fds, None), _FLAGS)
+            return self.raw.sendmsg([data], _ancillary.pack(fds, None), _FLAGS)
         except OSError as exc:
             if exc.errno in _RETRYABLE or exc.errno == errno.EBADF:
                 raise trio.WouldBlock from None
             # Not left to send(): the kernel reports the reset of a connection only once.
-            raise with_sent(self.error_of(exc, _SendProgress(byte, fds)), 0) from exc
+            raise with_sent(self.error_of(exc, _SendProgress(data, fds)), 0) from exc
 
     @enable_ki_protection
     async def send_fds(

@@ -17,6 +17,8 @@ from tests._helpers.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterable
 
+    import pytest
+
     from trio_unixconn.pool import JobReceipt, PoolStatistics, WorkerPool
 
 
@@ -45,6 +47,15 @@ async def ended(pidfds: Iterable[int]) -> None:
     with trio.fail_after(30):
         for pidfd in pidfds:
             await trio.lowlevel.wait_readable(pidfd)
+
+
+def send_batches_by_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have batches wait for the sending tasks, as if the kernel never took one at once."""
+
+    def send_with_fds_nowait(*_: object) -> int:
+        raise trio.WouldBlock
+
+    monkeypatch.setattr("trio_unixconn.pool._handle.send_with_fds_nowait", send_with_fds_nowait)
 
 
 def null() -> int:

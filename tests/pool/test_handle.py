@@ -23,9 +23,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.fds import free_descriptors
-from tests._helpers.pool import at_rest, check_sums, lines, null, pids
+from tests._helpers.pool import at_rest, check_sums, lines, null, pids, send_batches_by_tasks
 from tests._helpers.waiting import until
 from trio_unixconn import (
+    ConnectionClosedError,
     EndOfStreamError,
     JobRefusedError,
     SendError,
@@ -36,7 +37,7 @@ from trio_unixconn import (
     connection_pair,
 )
 from trio_unixconn._closing import close_fds
-from trio_unixconn._connection import close_now
+from trio_unixconn._connection import close_now, receive_with_fds, send_with_fds_nowait
 from trio_unixconn._frames import MAX_BODY, Frame, FrameDecoder, encode_frame
 from trio_unixconn._sockopts import raw_socket
 from trio_unixconn.pool import AbandonedJob, JobReceipt, _process, _protocol, open_worker_pool
@@ -754,6 +755,7 @@ async def test_batch_that_cannot_be_sent_yet_is_sent_before_drain(
             await real(conn, *args, **options)
 
         monkeypatch.setattr(UnixConnection, "send_message", send)
+        send_batches_by_tasks(monkeypatch)
         async with submitters_of(pool) as submitters:
             submitters.submit("a job")
             await until(lambda: len(failures) < 30)
@@ -767,6 +769,68 @@ async def test_batch_that_cannot_be_sent_yet_is_sent_before_drain(
             await worker.say(taken(1) + done(1))
             worker.exit(0)
         assert submitters.outcomes == {"a job": JobReceipt(1, 0, worker.pid)}
+
+
+async def test_batch_that_the_kernel_takes_in_part_is_sent_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is left of a batch follows it, before what is sent later."""
+    data = bytes(range(256)) * 4096
+    async with fake_pool(monkeypatch) as (pool, (worker, *_)), trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pool.submit, null(), data=data))
+        await wait_all_tasks_blocked()
+        pool._supervisor.slots[0].handle.cancel_job(1)
+        frame = await worker.frame()
+        assert _protocol.unpack_jobs(frame.body)[1][0].data == data
+        assert (await worker.frame()).kind == _protocol.CANCEL
+        await worker.say(taken(1) + done(1))
+
+
+async def test_send_with_fds_nowait_while_a_task_sends() -> None:
+    """Nothing is sent between the parts of what a task sends."""
+    here, there = connection_pair()
+    async with here, there, trio.open_nursery() as nursery:
+        nursery.start_soon(here.send_all, bytes(1 << 20))
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.WouldBlock):
+            send_with_fds_nowait(here, b"x", [])
+        nursery.cancel_scope.cancel()
+
+
+async def test_receive_with_fds_of_a_connection_that_is_closed() -> None:
+    """It raises, whether the connection is closed before or while it waits."""
+    here, there = connection_pair()
+
+    async def receive() -> None:
+        with pytest.raises(ConnectionClosedError):
+            await receive_with_fds(here, 1)
+
+    async with there, trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await wait_all_tasks_blocked()
+        close_now(here)
+        await receive()
+
+
+async def test_receive_with_fds_of_bytes_that_another_process_has_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits again if nothing has arrived after all."""
+    here, there = connection_pair()
+    real, waits = trio.lowlevel.wait_readable, list[int]()
+
+    async def wait_readable(sock: Any) -> None:
+        waits.append(1)
+        if len(waits) > 1:
+            await real(sock)
+
+    async with here, there:
+        monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(there.send_all, b"x")
+                assert await receive_with_fds(here, 1) == (b"x", [])
+    assert len(waits) == 2
 
 
 async def test_batch_that_is_refused_after_drain_goes_elsewhere(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests._helpers.pool import null
+from tests._helpers.pool import null, send_batches_by_tasks
 from trio_unixconn import SendError, UnixConnection
 from trio_unixconn.pool import open_worker_pool
 
@@ -28,6 +28,7 @@ async def test_call_retries_while_a_limit_is_exhausted(
         await real(self, data, **options)
 
     monkeypatch.setattr(UnixConnection, "send_message", send_message)
+    send_batches_by_tasks(monkeypatch)
     async with open_worker_pool("tests._helpers.pool_handlers:copy", workers=1) as pool:
         with open(null()) as file:
             assert await pool.call(file) == b""

@@ -28,6 +28,7 @@ from tests._helpers.pool import (
     lines,
     null,
     pids,
+    send_batches_by_tasks,
     watched,
 )
 from tests._helpers.processes import open_descriptors
@@ -392,6 +393,7 @@ async def test_call_without_a_free_descriptor_to_send_by(monkeypatch: pytest.Mon
 
     async with open_worker_pool(DO, workers=1) as pool:
         monkeypatch.setattr(UnixConnection, "send_message", send_message)
+        send_batches_by_tasks(monkeypatch)
         assert await pool.call(null()) == b"nothing to do"
     assert len(tries) == 3
 
@@ -437,6 +439,7 @@ async def test_call_after_an_unexpected_error_of_the_pool(
 
     async with open_worker_pool(DO, workers=1) as pool:
         monkeypatch.setattr(UnixConnection, "send_message", send_message)
+        send_batches_by_tasks(monkeypatch)
         assert await pool.call(data=b"") == b"nothing to do"
         assert (pool.statistics().deaths, pool.statistics().retried) == (1, 1)
     assert "error in the pool, killing it" in caplog.text

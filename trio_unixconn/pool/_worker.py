@@ -42,18 +42,18 @@ import trio
 
 from .. import _kernel
 from .._closing import close_fds
-from .._connection import UnixConnection
+from .._connection import UnixConnection, receive_with_fds, send_with_fds_nowait
 from .._frames import Frame, FrameDecoder, encode_frame
 from .._sockopts import raw_socket
 from .._version import __version__
-from ..errors import DescriptorsTruncatedError, ReportedError, SendError, UnixConnectionError
+from ..errors import ReportedError, SendError, UnixConnectionError
 from . import _protocol
 from ._accepting import Accepting
 from ._completion_log import CompletionLogWriter
 from ._endpoints import EndpointKind, attach_other, attach_socket
 from ._import_string import import_handler, import_setup
 from ._job import Job, PassedOn, WorkerInfo, WorkerState, close_file, close_stream
-from ._protocol import PassVerdict
+from ._protocol import NO_DESCRIPTOR, PassVerdict
 from ._proxy_header import join_passed, read_proxy_header, split_passed
 from ._worker_config import WorkerConfig
 
@@ -80,6 +80,8 @@ MAX_TRACEBACK: Final = 65536
 # seconds, and the pause between two attempts.
 _PASS_TIMEOUT: Final = 5.0
 _PASS_RETRY_DELAY: Final = 0.05
+# Before Python 3.12, each access to a member of an enum takes 0.1 us.
+_OTHER: Final = EndpointKind.OTHER
 # The result of a handler whose connection the pool has taken.
 _PASSED: Final = object()
 
@@ -402,15 +404,8 @@ class _Worker:
     async def _receive_until_end(self, handlers: trio.Nursery) -> None:
         decoder = FrameDecoder()
         while True:
-            fds: list[int] | None
-            try:
-                message = await self._conn.receive_message(_CHUNK_SIZE)
-                data, fds = message.data, message.fds.steal_fds()
-            except DescriptorsTruncatedError as exc:
-                # EMFILE: no number was free for them. Those that arrived are closed.
-                data, fds = exc.data, None
-            except UnixConnectionError:
-                data, fds = b"", []
+            # With None for file descriptors, no number was free for them (EMFILE).
+            data, fds = await receive_with_fds(self._conn, _CHUNK_SIZE)
             if not data:
                 return
             for frame in decoder.feed(data, fds):
@@ -528,7 +523,7 @@ class _Worker:
             self._outgoing.append(_protocol.pack_batch_id(_protocol.REFUSED, batch))
             await self._flush()
             return
-        if len(fds) != sum(job.kind != EndpointKind.NONE for job in jobs):
+        if len(fds) != sum([job.kind != NO_DESCRIPTOR for job in jobs]):
             close_fds(fds)
             raise _protocol.ProtocolError(f"unexpected number of file descriptors: {len(fds)}")
         self._outgoing.append(_protocol.pack_batch_id(_protocol.TAKEN, batch))
@@ -541,7 +536,7 @@ class _Worker:
         self._sent_jobs += len(jobs)
         remaining = iter(fds)
         for job in jobs:
-            fd = next(remaining) if job.kind != EndpointKind.NONE else -1
+            fd = next(remaining) if job.kind != NO_DESCRIPTOR else -1
             if job.wants_answer:
                 # Before its task runs, as the pool can cancel it at once.
                 self._scopes[job.id] = trio.CancelScope()
@@ -585,7 +580,8 @@ class _Worker:
             self._sent_jobs -= 1
             if self._accepting is not None:
                 self._accepting.notify()
-            self._has_outgoing.unpark()
+            if self._has_outgoing:
+                self._has_outgoing.unpark()
 
     def _describe_timeout(self) -> bytes:
         return b"handler did not finish within %g s (handler_timeout)" % self._handler_timeout
@@ -594,7 +590,7 @@ class _Worker:
         """Call the handler; its stream is closed, and a file written, when this returns."""
         proxy: ProxyHeader | None = None
         data = job.data
-        if job.kind != EndpointKind.NONE and stream is None:
+        if stream is None and job.kind != NO_DESCRIPTOR:
             stream = attach_socket(job.kind, fd)
             if stream is None:
                 stream = await attach_other(fd)
@@ -623,7 +619,7 @@ class _Worker:
                 return await self._pass_on(job, stream, result)
             return result
         finally:
-            if job.kind == EndpointKind.OTHER and isinstance(stream, IOBase):
+            if job.kind == _OTHER and isinstance(stream, IOBase):
                 await close_file(stream)
             else:
                 try:  # of every job
@@ -740,6 +736,11 @@ class _Worker:
             return
         data = b"".join(self._outgoing)
         self._outgoing.clear()
+        with contextlib.suppress(trio.WouldBlock):
+            sent = send_with_fds_nowait(self._conn, data, ())
+            if sent == len(data):
+                return
+            data = data[sent:]
         self._is_sending = True
         try:
             # The pool could not decode what follows a part of a frame.
