@@ -34,12 +34,14 @@ class Peer:
     Attributes:
       stream: the client's end, over TLS if the handler has a certificate.
       worker: ``worker.draining`` begins a drain.
+      server: the socket of the handler, if it is in this process.
       error: what the handler has raised, when ``ended`` is set.
     """
 
     stream: Any
     worker: WorkerState
     raw: socket.socket
+    server: socket.socket | None = None
     error: BaseException | None = None
     ended: trio.Event = attrs.field(factory=trio.Event)
     _received: bytes = b""
@@ -74,6 +76,15 @@ class Peer:
         await self.send("\r\n".join(lines).encode())
         return await self.response()
 
+    def clog(self) -> None:
+        """Fill the buffers between the handler and the client, which does not read."""
+        assert self.server is not None
+        try:
+            while True:
+                self.server.send(bytes(2**16))
+        except BlockingIOError:
+            pass
+
     def reset(self) -> None:
         """Have the connection reset when it is closed."""
         self.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -99,7 +110,7 @@ async def connected(
     theirs: Any
     if family == "unix":
         a, b = socket.socketpair()
-        raw = a
+        raw, server = a, b
         ours = UnixConnection.from_stdlib_socket(a)
         theirs = UnixConnection.from_stdlib_socket(b)
     else:
@@ -107,13 +118,13 @@ async def connected(
         async with listener:
             ours = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
             theirs = await listener.accept()
-        raw = ours.socket._sock
+        raw, server = ours.socket._sock, theirs.socket._sock
     asgi_worker = ASGIWorker(app, {"shared": [1]}, config, tls)
     job = Job(1, b"", asgi_worker, worker, theirs, proxy)
     if client_tls is not None:
         # Without https_compatible: an end without close_notify is an error.
         ours = trio.SSLStream(ours, client_tls, server_hostname="localhost")
-    peer = Peer(ours, worker, raw)
+    peer = Peer(ours, worker, raw, server)
     if gone:
         peer.reset()
         await ours.aclose()

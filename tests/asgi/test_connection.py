@@ -453,6 +453,56 @@ async def test_keep_alive_timeout_closes_idle_connection() -> None:
     assert peer.error is None
 
 
+@pytest.mark.parametrize("drain", [False, True])
+async def test_handle_idle_http2_client_that_does_not_read(
+    *, drain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that reads nothing cannot keep an idle connection, of which GOAWAY is the end."""
+    monkeypatch.setattr(_hypercorn, "LINGER", 0.05)
+    monkeypatch.setattr(_hypercorn, "LAST_IDLE_WAIT", 0.05)
+    async with connected(keep_alive_timeout=30 if drain else 0.05) as peer:
+        client = H2Client(peer)
+        await client.until(h2.events.StreamEnded, client.request("/"))
+        peer.clog()
+        if drain:
+            peer.worker.draining.set()
+        await peer.ended.wait()
+    assert peer.error is None
+
+
+async def test_handle_invalid_http2_of_client_that_does_not_read(
+    events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is refused, and does not read why, is gone after a moment."""
+    monkeypatch.setattr(_hypercorn, "LINGER", 0.05)
+    async with connected() as peer:
+        client = H2Client(peer)
+        client.h2.increment_flow_control_window(2**30)
+        client.h2.increment_flow_control_window(2**30, client.request("/endless"))
+        await client.flush()
+        await until(lambda: "endless" in events)
+        # A DATA frame of a stream that does not exist.
+        await peer.send(b"\0\0\1\0\0\0\0\0\x63x")
+        await peer.ended.wait()
+    assert "HTTP/2" in str(peer.error)
+
+
+async def test_handle_invalid_frame_of_client_that_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A WebSocket's client that is refused, and does not read why, is gone after a moment."""
+    monkeypatch.setattr(_hypercorn, "LINGER", 0.05)
+    async with connected() as peer:
+        client = WebSocketClient(peer)
+        await client.open()
+        assert isinstance(await client.event(), wsproto.events.AcceptConnection)
+        peer.clog()
+        # A frame with reserved bits.
+        await peer.send(b"\xf1\x80\0\0\0\0")
+        await peer.ended.wait()
+    assert "WebSocket" in str(peer.error)
+
+
 async def test_access_log_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Each request is a line on standard output."""
     async with connected(access_log=True) as peer:
@@ -520,3 +570,23 @@ async def test_handle_tls_of_incomplete_response_ends_without_close_notify(
         await peer.send(b"GET /raise-later HTTP/1.0\r\n\r\n")
         with pytest.raises(trio.BrokenResourceError):
             await peer.rest()
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_handle_tls_client_that_leaves_without_close_notify(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    is_reset: bool,
+) -> None:
+    """Many clients just close an idle connection, which is not an error."""
+    server, client_tls = contexts
+    async with connected(tls=server, client_tls=client_tls) as peer:
+        await peer.get("/")
+        if is_reset:
+            peer.reset()
+        await peer.stream.transport_stream.aclose()
+        await peer.ended.wait()
+        with pytest.raises(trio.ClosedResourceError):
+            await peer.stream.aclose()
+    assert (peer.error, caplog.records) == (None, [])

@@ -46,7 +46,8 @@ _CHUNK_SIZE: Final = 65536
 # sending its next request still gets an answer.
 LAST_IDLE_WAIT: Final = 1.0
 # After the last response, what the client still sends is read for so many seconds, or so many
-# bytes: closing a socket with unread data resets it, and the client could lose the response.
+# bytes: closing a socket with unread data resets it, and the client could lose the response. A
+# client that reads nothing has the same time to read why the connection is closed.
 LINGER: Final = 2.0
 _MAX_LINGER: Final = 2**20
 # RFC 9113, section 6.8: it says that a connection will be closed, and rejects no request.
@@ -365,9 +366,10 @@ class _Connection:
         with self._watching:
             await self._application.draining.wait()
             self._drain_began = trio.current_time()
+            self._reading.deadline = min(self._reading.deadline, self._deadline())
+            # Last: it waits for a client that does not read.
             if isinstance(self._protocol, _H2):
                 await self._send(RawData(_GOAWAY_SOON))
-            self._reading.deadline = min(self._reading.deadline, self._deadline())
 
     async def _linger(self) -> None:
         """Let the client read the last response, whatever it is still sending."""
@@ -398,11 +400,12 @@ class _Connection:
             if not event.data:
                 # The end of a response whose length was announced.
                 return
+            is_last = self._closes or self._protocol.is_refused
             try:
-                with self._sends():
+                with trio.fail_after(LINGER if is_last else math.inf), self._sends():
                     async with self._lock:
                         await self._stream.send_all(event.data)
-            except _GONE:
+            except (*_GONE, trio.TooSlowError):
                 self._closes = True
                 self._leave()
                 self._reading.cancel()
@@ -478,6 +481,11 @@ class _H11(H11Protocol):
         return self._websocket_error or self._parser.error
 
     @property
+    def is_refused(self) -> bool:
+        """Whether all that is sent from now on says why the connection ends."""
+        return self.error is not None
+
+    @property
     def is_in_request(self) -> bool:
         """Whether a part of a request has arrived."""
         parser = self._parser
@@ -543,6 +551,7 @@ class _H2(H2Protocol):
     is_in_request = False
     # Each response has an end of its own.
     is_in_response = False
+    is_refused = False
     last_words = b""
 
     def __init__(self, *args: Any) -> None:
@@ -587,6 +596,7 @@ class _H2(H2Protocol):
             events: list[Any] = receive(data)
         except h2.exceptions.ProtocolError as exc:
             self.error = f"{type(exc).__name__}: {exc}"
+            self.is_refused = True
             raise
         for event in events:
             if isinstance(event, h2.events.RequestReceived):
@@ -623,6 +633,7 @@ class _H2(H2Protocol):
 
     def _refuse(self, code: ErrorCodes, text: str) -> None:
         self.error = text
+        self.is_refused = True
         self.connection.close_connection(code)
         raise h2.exceptions.ProtocolError(text)
 
