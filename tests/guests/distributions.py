@@ -27,12 +27,16 @@ from tests.guests.wheels import python_version, requirements, site_packages
 
 ROOT: Final = Path(__file__).parents[2]
 SUITES: Final = ("trixie", "sid")
-TESTS: Final = ("tests/core", "tests/interop", "tests/pool", "tests/cli", "tests/handover")
+TESTS: Final = tuple(
+    f"tests/{each}" for each in ("core", "interop", "pool", "cli", "handover", "asgi")
+)
 # The peers of the tests; as .ci/run has them, without those that only measure.
 PACKAGES: Final = (
     *("python3", "python3-gi", "gir1.2-glib-2.0"),
     *("curl", "socat", "dbus-daemon", "haproxy", "nginx-light", "qemu-system-x86", "tmux"),
-    *("gpg-agent", "gcc", "libc6-dev", "bsdutils", "util-linux", "systemd", "procps"),
+    *("gpg-agent", "gcc", "libc6-dev", "bsdutils", "util-linux", "systemd", "procps", "openssl"),
+    # Hosts of the tests are network namespaces.
+    "iproute2",
 )
 # What was tested, in one line each.
 VERSIONS: Final = """
@@ -67,7 +71,7 @@ cd @CHECKOUT@ && exec python3 -m pytest @ARGUMENTS@
 def run_tests(suite: str, tests: Sequence[str]) -> int:
     """Run tests in a suite, and return pytest's exit status."""
     root = root_directory(suite, PACKAGES)
-    site = site_packages(python_version(root), requirements("tests"))
+    site = site_packages(python_version(root), requirements("tests", "asgi"))
     words = {
         "@ROOT@": shlex.quote(str(root)),
         "@CHECKOUT@": shlex.quote(str(ROOT)),
