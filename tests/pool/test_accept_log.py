@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,13 +13,14 @@ import trio
 
 from trio_unixconn.pool import _accept_log
 from trio_unixconn.pool._accept_log import AcceptLog, AcceptLogWriter
-from trio_unixconn.pool._accepted import AcceptedJobs, AcceptPlan
+from trio_unixconn.pool._accepted import AcceptedJobs, AcceptPlan, SharedListener
 from trio_unixconn.pool._endpoints import EndpointKind
 from trio_unixconn.pool._protocol import ProtocolError
 from trio_unixconn.pool._statistics import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from pathlib import Path
 
 TCP = EndpointKind.TCP
 
@@ -69,6 +72,38 @@ def test_sync_counts_each_connection_once(account: Account) -> None:
     assert account.counters.acknowledged == 4
     assert jobs.progress() == (4, 1)
     assert jobs.progress() == (0, 0)
+
+
+def test_kind_of_does_not_trust_the_worker(account: Account, tmp_path: Path) -> None:
+    """A connection must not receive file descriptors if its listener says so."""
+    without = EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+    kinds = {"with": EndpointKind.UNIX, "without": without}
+    with ExitStack() as stack:
+        listeners: list[SharedListener] = []
+        ends: list[socket.socket] = []
+        for name, kind in kinds.items():
+            listener, client = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in "12")
+            listener.bind(str(tmp_path / name))
+            listener.listen()
+            client.connect(str(tmp_path / name))
+            ends.append(stack.enter_context(listener.accept()[0]))
+            listeners.append(SharedListener(listener, kind, name))
+        jobs = AcceptedJobs(AcceptPlan(listeners, 3), float("inf"), account.counters)
+        stack.callback(jobs.close)
+        numbers = [end.fileno() for end in ends]
+        found = [[jobs.kind_of(claimed, fd) for fd in numbers] for claimed in kinds.values()]
+        assert found == [[EndpointKind.UNIX, without], [without, without]]
+        assert jobs.kind_of(EndpointKind.UNIX, account.jobs.log.fd) is EndpointKind.UNIX
+        with pytest.raises(ProtocolError, match="that of no listener"):
+            jobs.kind_of(TCP, numbers[0])
+
+
+def test_plan_with_a_closed_listener() -> None:
+    """Its name is not known, and not needed."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        pass
+    refusing = SharedListener(listener, EndpointKind.UNIX_WITHOUT_DESCRIPTORS, "closed")
+    assert AcceptPlan([refusing], 3).without_descriptors == {None}
 
 
 def test_sync_while_the_worker_writes(account: Account) -> None:

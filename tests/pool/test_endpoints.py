@@ -484,6 +484,13 @@ def test_kind_of_passed() -> None:
         assert kind_of_passed(EndpointKind.TCP, fd) is None
         for other in (unconnected.fileno(), file.fileno()):
             assert kind_of_passed(EndpointKind.TCP, other) is None
+            assert kind_of_passed(without, other) is None
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_connection(listener.getsockname()) as tcp,
+        ):
+            assert kind_of_passed(EndpointKind.TCP, tcp.fileno()) is EndpointKind.TCP
+            assert kind_of_passed(without, tcp.fileno()) is None
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
         assert kind_of_passed(EndpointKind.UNIX, fd) is EndpointKind.OTHER
         assert kind_of_passed(without, fd) is without

@@ -1068,8 +1068,8 @@ async def accepting_worker(
     assert frame.fds is not None
     close_fds(frame.fds[1:])
     log = AcceptLogWriter(frame.fds[0])
-    for _ in range(count):
-        log.add(EndpointKind.TCP, "")
+    for each in range(count):
+        log.add(EndpointKind.UNIX if each == 2 else EndpointKind.TCP, "")
     try:
         yield AcceptingWorker(worker, log, json.loads(frame.body)["base"])
     finally:
@@ -1087,6 +1087,7 @@ ACCEPT_LIES: dict[str, tuple[Callable[[int], bytes], str]] = {
     "CANCELLED twice": (lambda base: _cancelled(base + 1) * 2, NOT_IN_FLIGHT),
     "PASS of the next job": (lambda base: pass_on(base + 4), NOT_IN_FLIGHT),
     "PASS of no connection": (lambda base: pass_on(base + 1), "got another file"),
+    "PASS of a connection of no listener": (lambda base: pass_on(base + 3), "that of no listener"),
     "PASS of another worker's job": (lambda base: pass_on(2 * base + 1), NOT_IN_FLIGHT),
     "DONE": (lambda base: done(base + 1), NOT_IN_FLIGHT),
     "STARVED with a wrong body": (

@@ -17,7 +17,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -26,6 +26,7 @@ from .._frames import encode_frame
 from .._owner import DescriptorOwner
 from . import _protocol
 from ._accept_log import MAX_SLOTS, AcceptedConnection, AcceptLog, AcceptTotals
+from ._endpoints import EndpointKind, local_name
 from ._pending import JobEnd, JobState, PendingJob
 from ._protocol import LATENCY_BOUNDS, ProtocolError
 
@@ -74,6 +75,8 @@ class AcceptPlan:
       is_over: whether workers are to stop.
       accepted: the number of connections that workers have accepted.
       denied: the number of those that a policy has denied.
+      without_descriptors: the names of Unix sockets whose connections must not receive file
+        descriptors.
     """
 
     listeners: Sequence[SharedListener]
@@ -81,7 +84,15 @@ class AcceptPlan:
     is_over: bool = False
     accepted: int = 0
     denied: int = 0
+    without_descriptors: frozenset[Any] = attrs.field(init=False)
     _serials: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
+
+    @without_descriptors.default
+    def _names(self) -> frozenset[Any]:
+        refusing = EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        return frozenset(
+            local_name(each.sock.fileno()) for each in self.listeners if each.kind == refusing
+        )
 
     def next_base(self) -> int:
         """Return the id before the first one of another worker."""
@@ -212,6 +223,20 @@ class AcceptedJobs(DescriptorOwner):
         """
         if not job_id & _NUMBER <= self.log.peek().accepted:
             raise ProtocolError(f"job {job_id} was not accepted")
+
+    def kind_of(self, claimed: int, fd: int) -> int:
+        """Return what the connection of a job is, of which the worker only claims that.
+
+        The kernel gives a Unix socket the name of the listener that accepted it.
+
+        Raises:
+          ProtocolError: no listener has such connections.
+        """
+        if all(each.kind != claimed for each in self._plan.listeners):
+            raise ProtocolError(f"a connection of kind {claimed} is that of no listener")
+        if claimed == EndpointKind.UNIX and local_name(fd) in self._plan.without_descriptors:
+            return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        return claimed
 
     def note_cancelled(self, job_id: int) -> None:
         """Count a job as failed whose handler was cancelled by the end of the worker.

@@ -281,7 +281,8 @@ def kind_of_passed(kind: int, fd: int) -> EndpointKind | None:
         # The handler has set SO_LINGER, or it was such a socket before.
         return found
     if kind == EndpointKind.UNIX_WITHOUT_DESCRIPTORS:
-        return EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+        is_unix = _family(fd) == _kernel.AF_UNIX
+        return EndpointKind.UNIX_WITHOUT_DESCRIPTORS if is_unix else None
     return found if found == kind else None
 
 
@@ -292,6 +293,26 @@ def kind_of_received(fd: int, *, accepts_descriptors: bool) -> EndpointKind | No
     except (OSError, WrongDescriptorKindError):
         return None
     return found if accepts_descriptors else EndpointKind.UNIX_WITHOUT_DESCRIPTORS
+
+
+def _family(fd: int) -> int:
+    sock = stdlib_socket.socket(fileno=fd)
+    try:
+        return sock.family
+    finally:
+        sock.detach()
+
+
+def local_name(fd: int) -> Any:
+    """Return the name of a socket; None for a file that is not a socket, or for -1."""
+    try:
+        sock = stdlib_socket.socket(fileno=fd)
+    except (OSError, ValueError):
+        return None
+    try:
+        return sock.getsockname()
+    finally:
+        sock.detach()
 
 
 def peer_name(fd: int) -> Any:

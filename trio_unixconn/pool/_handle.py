@@ -627,7 +627,11 @@ class WorkerHandle(DescriptorOwner):
                 # EMFILE here: the kernel has dropped the duplicate.
                 self._send_soon(_protocol.pack_passed(job_id, PassVerdict.RETRY))
                 return
-            kind = kind_of_passed(was_kind, frame.fds[0]) if len(frame.fds) == 1 else None
+            kind = None
+            if len(frame.fds) == 1:
+                if accepted is not None:
+                    was_kind = accepted.kind_of(was_kind, frame.fds[0])
+                kind = kind_of_passed(was_kind, frame.fds[0])
             if kind is None:
                 raise ProtocolError(f"expected the connection of job {job_id}, got another file")
         except ProtocolError:
