@@ -625,7 +625,8 @@ class _Worker:
                 try:  # of every job
                     close_stream(stream)
                 except OSError:
-                    # It is about data that was sent before. The socket is closed.
+                    # EBADF: the handler has closed the file descriptor by its number. Others are
+                    # about data that was sent before, and the socket is closed.
                     pass
 
     async def _pass_on(self, job: _protocol.SentJob, stream: Any, passed: PassedOn) -> object:
