@@ -113,7 +113,7 @@ async def client_of(pool: WorkerPool, **options: Any) -> AsyncGenerator[Client, 
 def check_sums(statistics: PoolStatistics) -> None:
     """All jobs are somewhere, and nowhere twice."""
     of = statistics
-    ended = of.handled + of.failed + of.abandoned + of.rejected + of.cancelled
+    ended = of.handled + of.failed + of.abandoned + of.rejected + of.cancelled + of.handed_over
     assert of.submitted == ended + of.queued + of.in_flight
     assert of.in_flight == sum(each.in_flight for each in of.workers)
 

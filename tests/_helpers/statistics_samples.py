@@ -46,6 +46,7 @@ STATISTICS = PoolStatistics(
     retried=5,
     rejected=4,
     cancelled=6,
+    handed_over=0,
     passed=3,
     restarts=7,
     deaths=8,

@@ -371,7 +371,7 @@ async def test_queued_connections_go_to_the_successor(tmp_path: Path) -> None:
                     await new.confirmed()
                     assert (await waiting.line()).split()[1:] == [b"0", b"nothing"]
                     found = server.statistics()
-                    assert (found.cancelled, found.in_flight) == (1, 1)
+                    assert (found.handed_over, found.in_flight, found.cancelled) == (1, 1, 0)
                     await waiting.stream.aclose()
                     await held.stream.aclose()
                     newer.drain()

@@ -8,7 +8,7 @@ The states of a job::
         |  |    requeue     |  |                                             |
         +--|----------------+  +---- settle (rejected, cancelled) -----------+
            |                                                                 |
-           +------------------------ settle (rejected, cancelled) -----------+
+           +------------------- settle (rejected, cancelled, handed over) ---+
 
 QUEUED: the job is in the queue of the pool. SENT: it was given to one worker, which has not said
 yet whether it received it. ACKNOWLEDGED: the worker is about to call the handler, or has called
@@ -19,7 +19,8 @@ A job is in one place at a time: in a lane of the queue, in the batch of a worke
 its jobs in flight. Whatever ends one of these places settles or requeues its jobs. ``settle`` is
 the only place that counts how jobs end, so that at every moment::
 
-    submitted == handled + failed + abandoned + rejected + cancelled + queued + in flight
+    submitted == (handled + failed + abandoned + rejected + cancelled + handed over
+                  + queued + in flight)
 
 A submitter is told once: ``submit`` when the job is acknowledged, ``call`` when it is settled, both
 if it is settled before. A submitter that is cancelled while its job is queued takes it back
@@ -74,6 +75,7 @@ class JobEnd(enum.Enum):
     ABANDONED = "abandoned"
     REJECTED = "rejected"
     CANCELLED = "cancelled"
+    HANDED_OVER = "handed_over"
 
 
 # Before Python 3.12, each access to a member of an enum takes 0.1 us, and each to its value 0.3 us.

@@ -120,7 +120,7 @@ class PoolStatistics:
     """A pool, since its beginning.
 
     At every moment, ``submitted`` is the sum of ``handled``, ``failed``, ``abandoned``,
-    ``rejected``, ``cancelled``, ``queued`` and ``in_flight``.
+    ``rejected``, ``cancelled``, ``handed_over``, ``queued`` and ``in_flight``.
 
     Attributes:
       state: ``"ready"`` if at least one worker accepts jobs; ``"down"`` if none does at the moment;
@@ -139,8 +139,9 @@ class PoolStatistics:
       abandoned: the number of jobs that were being handled when their workers died.
       retried: how many times a job was queued again.
       rejected: the number of jobs that no worker has accepted.
-      cancelled: the number of jobs that were cancelled before a worker had them; and of those that
-        went to the next generation then.
+      cancelled: the number of jobs that were cancelled before a worker had them.
+      handed_over: the number of connections that the next generation has got before a worker had
+        them.
       passed: the number of connections that handlers have passed on to other handlers. Each of
         them counts as a job that was handled, and another one that was submitted, here or in the
         pool of the next generation.
@@ -164,6 +165,7 @@ class PoolStatistics:
     retried: int
     rejected: int
     cancelled: int
+    handed_over: int
     passed: int
     restarts: int
     deaths: int
@@ -204,6 +206,7 @@ class Counters:
     retried: int = 0
     rejected: int = 0
     cancelled: int = 0
+    handed_over: int = 0
     passed: int = 0
     restarts: int = 0
     deaths: int = 0

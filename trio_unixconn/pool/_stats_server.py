@@ -294,6 +294,12 @@ _POOL: Final = (
     ("retried", "jobs_retried_total", "counter", "How many times jobs were queued again."),
     ("rejected", "jobs_rejected_total", "counter", "Jobs that no worker has accepted."),
     ("cancelled", "jobs_cancelled_total", "counter", "Jobs cancelled before a worker had them."),
+    (
+        "handed_over",
+        "jobs_handed_over_total",
+        "counter",
+        "Connections that the next generation has got before a worker had them.",
+    ),
     ("passed", "jobs_passed_total", "counter", "Jobs whose connection was passed on."),
     ("restarts", "restarts_total", "counter", "Workers that were replaced."),
     ("deaths", "deaths_total", "counter", "Workers that died without having been asked to."),

@@ -308,7 +308,7 @@ class Supervisor(DescriptorOwner):
         for job in self.queue.take_connections():
             if self.successor(job.fd, EndpointKind(job.kind), job.data, job.passed):
                 job.take_fd()
-                job.settle(JobEnd.CANCELLED)
+                job.settle(JobEnd.HANDED_OVER)
             else:
                 self.queue.reject([job], "the next generation has ended")
 

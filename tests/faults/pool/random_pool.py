@@ -334,7 +334,14 @@ async def play(rng: random.Random, seconds: float, records: str) -> Counter[str]
 
 def _check(episode: Episode, reported: list[int], records: str) -> None:
     errors, found = episode.errors, episode.pool.statistics()
-    sums = found.handled + found.failed + found.abandoned + found.rejected + found.cancelled
+    sums = (
+        found.handled
+        + found.failed
+        + found.abandoned
+        + found.rejected
+        + found.cancelled
+        + found.handed_over
+    )
     if found.submitted != sums or found.queued or found.in_flight:
         errors.append(f"counters: {found}")
     if found.abandoned != len(reported):
