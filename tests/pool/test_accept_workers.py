@@ -243,6 +243,22 @@ async def test_accept_workers_with_proxy_protocol() -> None:
         assert (found.handled, found.failed) == (1, 1)
 
 
+async def test_accept_workers_of_more_listeners_than_one_message_carries() -> None:
+    """A worker gets listening sockets in as many messages as it takes, in their order."""
+    listeners: list[Listener] = []
+    for number in range(520):
+        sock = trio.socket.socket(socket.AF_UNIX)
+        await sock.bind(f"\0trio_unixconn-{os.getpid()}-{number}")
+        sock.listen()
+        listeners.append(trio.SocketListener(sock))
+    last = await tcp()
+    async with accepting("tell", *listeners, last, workers=1) as server:
+        told = [json.loads(await answer(connected(listeners[i]))) for i in (0, 252, 253, 268, 519)]
+        told.append(json.loads(await answer(connected(last))))
+        assert [each["type"] for each in told] == [*["UnixConnection"] * 5, "SocketStream"]
+        assert server.accepted == 6
+
+
 ################################################################
 # Failures
 ################################################################

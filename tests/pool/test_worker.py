@@ -235,6 +235,38 @@ async def test_handle_frame_of_unknown_kind(capfd: pytest.CaptureFixture[str]) -
     assert "ProtocolError: unexpected frame of kind 99" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("ends_with", ["STOP", "ACCEPT", "lost"])
+async def test_sockets_frames_without_their_accept(
+    ends_with: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker closes the first sockets of an ACCEPT that is not sent, or was lost."""
+    worker = _worker._Worker.__new__(_worker._Worker)
+    reports: list[bytes] = []
+    monkeypatch.setattr(worker, "_report", reports.append)
+    worker._sockets, worker._accepting = [], None
+    handlers = Mock()
+    (ours, theirs), (log, log_end) = socket.socketpair(), socket.socketpair()
+    with ours, log:
+        sockets = Frame(_protocol.SOCKETS, b"", [theirs.detach()])
+        await worker._handle_frame(handlers, sockets)
+        if ends_with == "STOP":
+            log_end.close()
+            await worker._handle_frame(handlers, Frame(_protocol.STOP, b"", []))
+            assert reports == [encode_frame(_protocol.STOPPED)]
+        else:
+            fds = None if ends_with == "ACCEPT" else [log_end.detach()]
+            if fds is None:
+                log_end.close()
+            else:
+                await worker._handle_frame(handlers, Frame(_protocol.SOCKETS, b"", None))
+            await worker._handle_frame(handlers, Frame(_protocol.ACCEPT, b"", fds))
+            assert reports == [_protocol.pack_starved(has_sockets=False)]
+        for end in ours, log:
+            end.settimeout(30)
+            assert end.recv(1) == b""
+    assert worker._sockets == []
+
+
 async def test_stop_frame_without_listeners() -> None:
     """A worker that has no listening sockets says that it has stopped accepting."""
     async with puppet(DO) as worker:

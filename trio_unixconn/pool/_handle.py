@@ -365,15 +365,24 @@ class WorkerHandle(DescriptorOwner):
         return lost
 
     async def _send_listeners(self, plan: AcceptPlan) -> None:
+        conn, sent = self.process.conn, 0
+        # Those that do not fit into one message with the log are sent before it.
+        before = len(plan.listeners) - (_kernel.SCM_MAX_FD - 1)
         while not plan.is_over:
-            if -1 in plan.fds():
+            fds = plan.fds()
+            if -1 in fds:
                 # The server notices that a listener is closed, too, and ends.
                 return
             try:
+                if sent < before:
+                    some = fds[sent : min(before, sent + _kernel.SCM_MAX_FD)]
+                    await conn.send_message(_protocol.pack_sockets(), fds=some)
+                    sent += len(some)
+                    continue
                 if self._accepted_jobs is None:
                     self._accepted_jobs = AcceptedJobs(plan, self._enough, self._counters)
                 jobs = self._accepted_jobs
-                await self.process.conn.send_message(jobs.pack(), fds=[jobs.log.fd, *plan.fds()])
+                await conn.send_message(jobs.pack(), fds=[jobs.log.fd, *fds[sent:]])
             except OSError as exc:
                 if exc.errno not in _kernel.OUT_OF_RESOURCES:
                     raise

@@ -7,8 +7,10 @@ JOBS                  a batch: its id, and the id, endpoint kind and data of eac
 CANCEL                the ids of jobs whose callers were cancelled
 DRAIN                 the seconds in which to finish; a later batch is refused
 PASSED                the pool has a connection that was passed on, or cannot have it
+SOCKETS               the first listening sockets of the next ACCEPT, if they are too many for
+                      one message; with their file descriptors
 ACCEPT                accept connections from these listening sockets; with the file descriptors
-                      of the log in which to note them, and of the sockets
+                      of the log in which to note them, and of the last sockets
 STOP                  accept no more
 ====================  ==================================================================
 
@@ -48,7 +50,7 @@ from .._frames import FrameError, encode_frame
 from .._version import __version__
 
 #: Changes whenever a frame changes.
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 # From the pool to a worker.
 JOBS: Final = 1
@@ -57,6 +59,7 @@ DRAIN: Final = 3
 PASSED: Final = 4
 ACCEPT: Final = 5
 STOP: Final = 6
+SOCKETS: Final = 7
 # From a worker to the pool.
 READY: Final = 16
 FAILED: Final = 17
@@ -239,6 +242,11 @@ def unpack_passed(body: bytes) -> tuple[int, PassVerdict]:
         return int(job_id), PassVerdict(verdict)
     except (struct.error, ValueError) as exc:
         raise ProtocolError(f"expected the id of a job and a verdict: {exc}") from exc
+
+
+def pack_sockets() -> bytes:
+    """Return a SOCKETS frame."""
+    return encode_frame(SOCKETS, carries_fds=True)
 
 
 def pack_starved(*, has_sockets: bool) -> bytes:

@@ -358,6 +358,8 @@ class _Worker:
         self._is_receiving = True
         # With accept="workers", and the number of jobs that the pool has sent.
         self._accepting: Accepting | None = None
+        # Of an ACCEPT that has not arrived; None: those of a frame were lost.
+        self._sockets: list[list[int] | None] = []
         self._has_accepted = False
         self._sent_jobs = 0
 
@@ -431,10 +433,10 @@ class _Worker:
                 self._verdicts.pop(job_id).set(verdict)
             case _protocol.ACCEPT:
                 self._begin_accepting(handlers, body, fds)
-            case _protocol.STOP if self._accepting is not None:
-                self._accepting.stop()
+            case _protocol.SOCKETS:
+                self._sockets.append(fds)
             case _protocol.STOP:
-                self._report(encode_frame(_protocol.STOPPED))
+                self._stop_accepting()
             case _:
                 raise _protocol.ProtocolError(f"unexpected frame of kind {kind}")
 
@@ -447,10 +449,27 @@ class _Worker:
     # Connections that this worker accepts
     ################################################################
 
+    def _stop_accepting(self) -> None:
+        if self._accepting is not None:
+            self._accepting.stop()
+            return
+        # The ACCEPT that they were for is not sent any more.
+        self._close_sockets()
+        self._report(encode_frame(_protocol.STOPPED))
+
+    def _close_sockets(self) -> None:
+        sockets, self._sockets = self._sockets, []
+        for fds in sockets:
+            close_fds(fds or [])
+
     def _begin_accepting(self, handlers: trio.Nursery, body: bytes, fds: list[int] | None) -> None:
-        if fds is None:
+        if fds is None or None in self._sockets:
+            close_fds(fds or [])
+            self._close_sockets()
             self._report(_protocol.pack_starved(has_sockets=False))
             return
+        sockets, self._sockets = self._sockets, []
+        fds[1:1] = [fd for each in sockets for fd in each or []]
 
         def start(
             slot: int, job: _protocol.SentJob, fd: int, stream: UnixConnection | None
