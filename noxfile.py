@@ -289,6 +289,13 @@ def pool_bench(session: nox.Session) -> None:
 
 
 @nox.session
+def growth(session: nox.Session) -> None:
+    """Measure how cost grows with connections, workers, bytes, jobs; ``--quick``, ``--write``."""
+    install(session, "bench")
+    session.run("python", "-m", "tests.bench.growth", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation, and draw its pictures; a warning is an error."""
     install(session, "docs")

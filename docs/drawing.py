@@ -20,7 +20,8 @@ Pictures of what processes say to each other have lanes, and commands that go do
 
 Directives of Sphinx: ``{picture} NAME``, with a caption as its content; ``{chart} GROUP``, charts
 of the kept result of the benchmark; ``{handover-chart}``, those of servers that are replaced under
-load; ``{rows} FILE``, some rows and columns of a table in Markdown.
+load; ``{growth-chart} KEY``, how cost grows; ``{rows} FILE``, some rows and columns of a table in
+Markdown.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ PICTURES = Path(__file__).parent / "pictures"
 BENCH = Path(__file__).parents[1] / "tests" / "bench"
 RESULT = BENCH / "connections" / "result.json"
 HANDOVER_RESULT = BENCH / "handover" / "result.json"
+GROWTH_RESULT = BENCH / "growth" / "result.json"
 WIDTH = 520
 LINE = 18
 HEAD = 8
@@ -91,6 +93,10 @@ class Drawing:
         """Draw a line through points."""
         where = " ".join(f"{x:g},{y:g}" for x, y in points)
         self._add(f'<polyline class="{kind}" points="{where}"/>', max(y for _, y in points))
+
+    def dot(self, kind: str, x: float, y: float) -> None:
+        """Draw a point."""
+        self._add(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>', y + 3)
 
     def arrow(self, kind: str, points: Sequence[Point]) -> None:
         """Draw a line through points, with a head at its end."""
@@ -283,6 +289,161 @@ def draw_servers(title: str, values: dict[str, float], form: str) -> str:
     return drawing.svg(f"{title}: {len(values)} servers, less is better", "chart")
 
 
+# Of charts of growth: what is left of the plot, right of it, and above it; and its height.
+LEFT, RIGHT, ABOVE, PLOT = 62, 168, 30, 190
+# The least distance of two names.
+APART = 36
+# An axis of bytes has a mark at each of these powers of two, all others at powers of ten.
+BYTES_BASE = 64
+
+
+class LogAxis:
+    """A logarithmic axis, from one mark to another."""
+
+    def __init__(self, low: float, high: float, base: float, begin: float, end: float) -> None:
+        self.base = base
+        # Not math.log(value, base), which is 2.9999999999999996 for 1000.
+        first = math.floor(round(self._power(low), 6))
+        last = max(first + 1, math.ceil(round(self._power(high), 6)))
+        self.powers = range(first, last + 1)
+        self.begin, self.scale = begin, (end - begin) / (last - first)
+
+    def _power(self, value: float) -> float:
+        return math.log10(value) / math.log10(self.base)
+
+    def at(self, value: float) -> float:
+        """Return where a value is."""
+        return self.begin + (self._power(value) - self.powers[0]) * self.scale
+
+    def marks(self, most: int) -> list[float]:
+        """Return the values of the marks, at most so many."""
+        step = -(-len(self.powers) // most)
+        return [float(self.base) ** power for power in self.powers[::step]]
+
+
+def mark_of(value: float, unit: str) -> str:
+    """Write a value of an axis."""
+    if unit == "seconds":
+        scales = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")]
+    elif unit == "bytes":
+        scales = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")]
+    else:
+        return f"{value:,.0f}"
+    scale, name = next(each for each in scales if value >= each[0] * 0.999)
+    return f"{value / scale:,.0f} {name}"
+
+
+# Of one curve: its name, a line under the name, and by size the median and the quartiles.
+Series = tuple[str, str, dict[int, dict[str, float]]]
+
+
+def draw_growth(title: str, unit: str, noun: str, series: Sequence[Series], guide: str) -> str:
+    """Return a chart of curves, on logarithmic axes, with a dotted line of slope 1.
+
+    Args:
+      guide: the name of the curve through whose last point that line is; "" for none.
+    """
+    from tests.bench.growth.report import size_of
+
+    drawing = Drawing()
+    drawing.text("heading", 0, 16, "start", title)
+    sizes = [size for *_, curve in series for size in curve]
+    values = [each[key] for *_, curve in series for each in curve.values() for key in each]
+    bottom, right = ABOVE + PLOT, WIDTH - RIGHT
+    base = BYTES_BASE if noun.startswith("bytes") else 10
+    across = LogAxis(min(sizes), max(sizes), base, LEFT, right)
+    up = LogAxis(min(each for each in values if each > 0), max(values), 10, bottom, ABOVE)
+    for mark in up.marks(7):
+        drawing.path("grid", [(LEFT, up.at(mark)), (right, up.at(mark))])
+        drawing.text("figure", LEFT - 6, up.at(mark) + 4, "end", mark_of(mark, unit))
+    for mark in across.marks(6):
+        drawing.path("grid", [(across.at(mark), ABOVE), (across.at(mark), bottom)])
+        drawing.text("figure", across.at(mark), bottom + 17, "middle", size_of(round(mark), noun))
+    drawing.text("label", (LEFT + right) / 2, bottom + 36, "middle", noun)
+    names = []
+    for number, (name, below, curve) in enumerate(series):
+        kind = f"series{number % 4}"
+        points = [
+            (across.at(size), up.at(each["median"]))
+            for size, each in sorted(curve.items())
+            if each["median"] > 0
+        ]
+        if name == guide:
+            size = max(curve)
+            value = curve[size]["median"]
+            least = max(min(sizes), size * float(10) ** up.powers[0] / value)
+            drawing.path(
+                "dashed",
+                [(across.at(least), up.at(value * least / size)), (across.at(size), up.at(value))],
+            )
+        for size, each in curve.items():
+            if 0 < each["low"] < each["high"]:
+                x = across.at(size)
+                drawing.path("whisker", [(x, up.at(each["low"])), (x, up.at(each["high"]))])
+        drawing.path(kind, points)
+        for point in points:
+            drawing.dot(kind, *point)
+        names.append((points[-1][1], number, name, below))
+    y = -math.inf
+    # The lowest name is at the bottom, if there are as many as fit.
+    tops = []
+    for wanted, *_ in sorted(names):
+        y = max(wanted, y + APART)
+        tops.append(y)
+    shift = max(0.0, tops[-1] + LINE - bottom)
+    for top, (_, number, name, below) in zip(tops, sorted(names), strict=True):
+        drawing.dot(f"series{number % 4}", right + 12, top - shift)
+        drawing.text(f"name series{number % 4}", right + 20, top - shift + 4, "start", name)
+        drawing.text("figure", right + 20, top - shift + 4 + LINE - 2, "start", below)
+    curves = ", ".join(f"{name} ({below})" for name, below, _ in series)
+    return drawing.svg(f"{title}, by the number of {noun}: {curves}", "chart")
+
+
+def growth_series(figure: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """Return what is drawn of a figure: sizes that a logarithmic axis has."""
+    return {int(size): each for size, each in figure["values"].items() if int(size)}
+
+
+def draw_subject(subject: dict[str, Any]) -> list[str]:
+    """Return the charts of a subject of the benchmark of growth."""
+    from tests.bench.growth.report import slope_cells
+
+    charts: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, figure in subject["figures"].items():
+        charts.setdefault(figure["chart"], []).append((name, figure))
+    drawn = []
+    for title, figures in charts.items():
+        series: list[Series] = []
+        for name, figure in figures:
+            median, quartiles = slope_cells(figure)
+            below = f"slope {median} ({quartiles})" if median else "of one size"
+            series.append((name, below, growth_series(figure)))
+        grows = [name for name, figure in figures if not figure["is_of_one"]]
+        unit = figures[0][1]["unit"]
+        drawn.append(draw_growth(title, unit, subject["noun"], series, [*grows, ""][0]))
+    return drawn
+
+
+def draw_model(result: dict[str, Any]) -> str:
+    """Return a chart of what the model of more processors says, beside what was measured."""
+    curves = [
+        {
+            int(count): dict.fromkeys(("median", "low", "high"), rate)
+            for count, rate in result["model"][key].items()
+        }
+        for key in ("best", "worst")
+    ]
+    count = result["processors"]
+    rates = result["subjects"]["workers"]["rate"].values()
+    measured = {count: max(rates, key=lambda each: each["median"])}
+    series: list[Series] = [
+        ("measured", "with the clients", measured),
+        ("model, at best", "workers to themselves", curves[0]),
+        ("model, at worst", "as on this machine", curves[1]),
+    ]
+    return draw_growth("Connections a second", "rate", "processors", series, "")
+
+
 class Picture(SphinxDirective):
     """``{picture} NAME``: the picture of a description, with the content as its caption."""
 
@@ -341,6 +502,24 @@ class HandoverChart(SphinxDirective):
         return [nodes.raw("", f'<div class="charts">{"".join(drawn)}</div>', format="html")]
 
 
+class GrowthChart(SphinxDirective):
+    """``{growth-chart} KEY``: how the cost of a subject grows; ``model``, with more processors."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(GROWTH_RESULT))
+        result = json.loads(GROWTH_RESULT.read_text())
+        key = self.arguments[0]
+        if key == "model":
+            drawn = [draw_model(result)]
+        elif key in result["subjects"]:
+            drawn = draw_subject(result["subjects"][key])
+        else:
+            raise self.error(f"no subject of this name has a kept result: {key}")
+        return [nodes.raw("", f'<div class="charts">{"".join(drawn)}</div>', format="html")]
+
+
 class Rows(SphinxDirective):
     """``{rows} FILE``: the rows of its first table that begin with the lines of the content.
 
@@ -376,5 +555,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("picture", Picture)
     app.add_directive("chart", Chart)
     app.add_directive("handover-chart", HandoverChart)
+    app.add_directive("growth-chart", GrowthChart)
     app.add_directive("rows", Rows)
     return {"parallel_read_safe": True}
