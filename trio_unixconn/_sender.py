@@ -451,15 +451,20 @@ class DatagramSender(Sender):
     meanwhile, the kernel reports the probe as writable, and the next attempt to send reports the
     error. Both sockets are waited for, one after the other, because EAGAIN can also mean that the
     datagrams of this socket that wait in other queues fill its own buffer.
+
+    For each datagram that is received from a full queue, the kernel wakes all that wait for it: a
+    hundred senders took a hundred attempts for one. So only one task of a trio run waits for a
+    receiver, the others for their turn. After its wait, a task sends before the next one runs.
     """
 
-    __slots__ = ("_probe",)
+    __slots__ = ("_waiting",)
 
     noun: ClassVar[str] = "socket"
 
     def __init__(self, socket: trio.socket.SocketType, raw: stdlib_socket.socket) -> None:
         super().__init__(socket, raw)
-        self._probe: stdlib_socket.socket | None = None
+        # While a task waits for a receiver.
+        self._waiting: trio.CancelScope | None = None
 
     @enable_ki_protection
     async def send_to(
@@ -488,9 +493,9 @@ class DatagramSender(Sender):
             self.busy = False
 
     def release(self) -> None:
-        """Wake the task that waits for the probe, before the socket is closed."""
-        if self._probe is not None:
-            trio.lowlevel.notify_closing(self._probe)
+        """Wake the task that waits for a receiver, before the socket is closed."""
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     async def _wait_to_continue(
         self, progress: _SendProgress, cancellable: Cancellable | None
@@ -498,18 +503,18 @@ class DatagramSender(Sender):
         await super()._wait_to_continue(progress, cancellable)
         if progress.address is None or self.is_closed():
             return
+        self._waiting = trio.CancelScope()
         try:
-            self._probe = _open_probe(progress.address)
-        except OSError:
-            # No file descriptor is free, or the receiver is gone, which the next attempt reports.
-            await sleep_cancellable(MAX_BACKOFF, cancellable)
-            return
-        try:
-            await wait_cancellable(wait_writable, self._probe, cancellable)
+            with self._waiting:
+                if cancellable is None:
+                    await _wait_for_receiver(progress.address)
+                else:
+                    with cancellable.scope():
+                        await _wait_for_receiver(progress.address)
+            if self._waiting.cancelled_caught:
+                raise trio.ClosedResourceError("another task closed this socket")
         finally:
-            # No process can have sent anything to it: it has no address.
-            self._probe.close()
-            self._probe = None
+            self._waiting = None
 
     def error_of(
         self,
@@ -549,6 +554,34 @@ class DatagramSender(Sender):
             f"a datagram of {attempt.total} bytes does not fit into the send buffer (SO_SNDBUF is "
             f"{limit}); send large data as sealed memory (a memfd in fds=), or raise SO_SNDBUF"
         )
+
+
+# Of a trio run, the turns of tasks that wait for receivers whose queues are full.
+_turns: Final = trio.lowlevel.RunVar["dict[UnixSocketAddress, trio.Lock]"]("receivers of datagrams")
+
+
+async def _wait_for_receiver(address: UnixSocketAddress) -> None:
+    """Wait until the queue of a receiver is not full, in turn; or for a while if that fails."""
+    try:
+        turns = _turns.get()
+    except LookupError:
+        turns = {}
+        _turns.set(turns)
+    turn = turns.setdefault(address, trio.Lock())
+    try:
+        async with turn:
+            probe = _open_probe(address)
+            try:
+                await wait_writable(probe)
+            finally:
+                # No process can have sent anything to it: it has no address.
+                probe.close()
+    except OSError:
+        # No file descriptor is free, or the receiver is gone, which the next attempt reports.
+        await trio.sleep(MAX_BACKOFF)
+    finally:
+        if not turn.locked():
+            turns.pop(address, None)
 
 
 # What sendmsg says about the receiver of a datagram; None: Python says that a name is too long.

@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import socket as stdlib_socket
+from contextlib import AsyncExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,6 +35,7 @@ from trio_unixconn import (
     UnixDatagramSocket,
     UnixSocketAddress,
     _kernel,
+    _sender,
     open_unix_datagram,
     open_unix_listener,
 )
@@ -156,6 +159,100 @@ async def test_send_message_waits_for_full_queue(unix_socket_path: Path) -> None
                 found = [(await receiver.receive_message()).data for _ in range(count)]
             found.append((await receiver.receive_message()).data)
         assert found == [*(b"%d" % number for number in range(count)), b"last"]
+
+
+async def test_send_message_of_many_tasks_to_full_queue(
+    unix_socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks that wait for the same receiver send in turn, and try a few times each."""
+    attempts = 0
+    advance = _sender._DatagramProgress.advance
+
+    def counted(progress: _sender._DatagramProgress, raw: stdlib_socket.socket) -> int:
+        nonlocal attempts
+        attempts += 1
+        return advance(progress, raw)
+
+    monkeypatch.setattr(_sender._DatagramProgress, "advance", counted)
+    numbers = range(30)
+    async with AsyncExitStack() as stack:
+        receiver = await stack.enter_async_context(await open_unix_datagram(unix_socket_path))
+        senders = [await stack.enter_async_context(await open_unix_datagram()) for _ in numbers]
+        count = fill(unix_socket_path)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for number, sender in zip(numbers, senders, strict=True):
+                    nursery.start_soon(sender.send_message, b"n%d" % number, unix_socket_path)
+                    await wait_all_tasks_blocked()
+                found: list[bytes] = []
+                for _ in range(count + len(numbers)):
+                    found.append((await receiver.receive_message()).data)
+                    await wait_all_tasks_blocked()
+        assert found[count:] == [b"n%d" % number for number in numbers]
+        assert attempts <= 4 * len(numbers)
+
+
+async def test_send_message_ends_while_it_waits_for_its_turn(unix_socket_path: Path) -> None:
+    """A task that waits after another one can be cancelled, its socket closed; others go on."""
+    async with AsyncExitStack() as stack:
+        receiver = await stack.enter_async_context(await open_unix_datagram(unix_socket_path))
+        senders = [await stack.enter_async_context(await open_unix_datagram()) for _ in range(5)]
+        count = fill(unix_socket_path)
+        cancellable, scope = Cancellable(), trio.CancelScope()
+        ends: list[int] = []
+
+        async def send(number: int, error: type[Exception] | None = None) -> None:
+            with pytest.raises(error) if error else nullcontext():
+                await senders[number].send_message(
+                    b"%d" % number,
+                    unix_socket_path,
+                    cancellable=cancellable if error is OperationCancelled else None,
+                )
+            ends.append(number)
+
+        async def send_in_scope() -> None:
+            with scope:
+                await send(3)
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for start in (
+                    partial(send, 0, ConnectionClosedError),
+                    partial(send, 1, ConnectionClosedError),
+                    partial(send, 2, OperationCancelled),
+                    send_in_scope,
+                    partial(send, 4),
+                ):
+                    nursery.start_soon(start)
+                    await wait_all_tasks_blocked()
+                cancellable.cancel()
+                scope.cancel()
+                # One that waits for its turn, and then the one that has it.
+                await senders[1].aclose()
+                await senders[0].aclose()
+                await wait_all_tasks_blocked()
+                assert sorted(ends) == [0, 1, 2]
+                for _ in range(count):
+                    await receiver.receive_message()
+        assert (await receiver.receive_message()).data == b"4"
+
+
+async def test_send_message_of_many_tasks_to_receiver_that_closes(unix_socket_path: Path) -> None:
+    """All tasks that wait for a receiver get an error when it closes its socket."""
+    receiver = await open_unix_datagram(unix_socket_path)
+    fill(unix_socket_path)
+
+    async def send() -> None:
+        async with await open_unix_datagram() as sender:
+            with pytest.raises(FileNotFoundError):
+                await sender.send_message(b"x", unix_socket_path)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(send)
+            await wait_all_tasks_blocked()
+            await receiver.aclose()
 
 
 async def test_send_message_waits_for_own_buffer(unix_socket_path: Path) -> None:
