@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from pathlib import Path
 
+    from xdist.workermanage import WorkerController
+
 pytest_plugins = ["pytester"]
 
 
@@ -36,11 +38,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # The package need not be installed with its entry point.
     if not config.pluginmanager.has_plugin("trio_unixconn"):
         config.pluginmanager.register(plugin, "trio_unixconn")
-    # The workers of pytest-xdist get a copy of the options.
-    if not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        config.option.slow = config.workerinput["slow"]
+    else:
         selects_tests = config.args_source == pytest.Config.ArgsSource.ARGS
         option = config.option
         option.slow = bool(option.slow or selects_tests or option.keyword or option.markexpr)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tell a worker of pytest-xdist, which gets the arguments alone, whether slow tests run."""
+    node.workerinput["slow"] = node.config.option.slow
 
 
 def pytest_sessionstart() -> None:
