@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import nox
@@ -51,9 +52,11 @@ def installed_pythons() -> list[str]:
     return found or [f"{sys.version_info[0]}.{sys.version_info[1]}"]
 
 
-def oldest_dependencies() -> list[str]:
-    """Return the run-time dependencies, each at its lower bound."""
-    return [each.replace(">=", "==") for each in PROJECT["project"]["dependencies"]]
+def lower_bounds() -> list[str]:
+    """Return the dependencies, those of the extras too, each at its lower bound."""
+    project = PROJECT["project"]
+    every = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    return [each.partition(",")[0].replace(">=", "==") for each in every]
 
 
 # One process a processor; one that has nothing left to do takes tests of another.
@@ -63,21 +66,6 @@ EVERY_PYTHON = "not once and not interop"
 
 # Examples that need packages of the dependency group "examples".
 WITH_PACKAGES = sorted(map(str, Path("examples/with_packages").glob("*.py")))
-
-# The pool, the command line, ASGI, and programs that measure or stress.
-NOT_CORE = [
-    f"--ignore-glob=tests/{pattern}"
-    for pattern in (
-        "pool/*",
-        "cli/*",
-        "asgi/*",
-        "*/test_asgi*",
-        "bench/*",
-        "faults/*",
-        "hostile/*",
-        "*/test_pool*",
-    )
-]
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -115,24 +103,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
-    """Run the core's tests with the oldest trio and attrs that pyproject.toml allows."""
-    install(session, "tests")
-    session.install(*oldest_dependencies())
-    session.run(*PYTEST, "-m", EVERY_PYTHON, *NOT_CORE, "tests", *session.posargs)
-
-
-@nox.session(python=PYTHONS[-1])
-def asgi(session: nox.Session) -> None:
-    """Test serve_asgi with the oldest hypercorn that pyproject.toml allows.
-
-    The session ``tests`` has the newest.
-
-    What is used of hypercorn is not documented, so both ends of the range are tested.
-    """
+    """Run the tests with the oldest trio, attrs and others that pyproject.toml allows."""
     install(session, "tests", "asgi")
-    (hypercorn,) = PROJECT["project"]["optional-dependencies"]["asgi"]
-    session.install(hypercorn.partition(",")[0].replace(">=", "=="))
-    session.run(*PYTEST, *(session.posargs or ["tests/asgi"]))
+    session.install(*lower_bounds())
+    session.run(*PYTEST, "-m", EVERY_PYTHON, *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -243,6 +217,7 @@ def kernels(session: nox.Session) -> None:
     Linux 5.10 to 7.2, in qemu; hours without KVM. ``--quick`` is what CI does; ``--help``.
     """
     install(session, "tests")
+    session.install("pip")  # uv installs none
     session.run("python", "-m", "tests.guests.kernels", *session.posargs)
 
 
@@ -250,6 +225,7 @@ def kernels(session: nox.Session) -> None:
 def distributions(session: nox.Session) -> None:
     """Run the tests with the Python, GLib, HAProxy and nginx of Debian 13 and unstable; root."""
     install(session, "tests")
+    session.install("pip")  # uv installs none
     session.run("python", "-m", "tests.guests.distributions", *session.posargs)
 
 
@@ -257,6 +233,7 @@ def distributions(session: nox.Session) -> None:
 def guest_systemd(session: nox.Session) -> None:
     """Run services under the real systemd, 257 and 262, as the first process of a guest; root."""
     install(session, "tests")
+    session.install("pip")  # uv installs none
     session.run("python", "-m", "tests.guests.systemd", *session.posargs)
 
 
