@@ -39,7 +39,9 @@ from trio_unixconn.pool._endpoints import (
     detach_endpoint,
     kind_of_passed,
     kind_of_received,
+    pack_peer,
     peer_name,
+    unpack_peer,
 )
 
 if TYPE_CHECKING:
@@ -471,6 +473,24 @@ async def test_attach_socket_closes_what_is_no_stream() -> None:
     # Nothing else has the other end.
     await until(lambda: poll.poll(0) == [(writer, select.POLLERR)])
     os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (EndpointKind.TCP, ("127.0.0.1", 54321)),
+        (EndpointKind.TCP, ("0.0.0.0", 0)),
+        (EndpointKind.TCP, ("255.255.255.255", 65535)),
+        (EndpointKind.TCP6, ("::", 0, 0, 0)),
+        (EndpointKind.TCP6, ("::ffff:10.0.0.1", 80, 0, 0)),
+        (EndpointKind.TCP6, ("fe80::1", 65535, 2**20 - 1, 2**32 - 1)),
+        (EndpointKind.UNIX, ""),
+        (EndpointKind.UNIX, b"\0name"),
+    ],
+)
+def test_pack_peer(kind: EndpointKind, name: Any) -> None:
+    """An address is the same after it was packed."""
+    assert unpack_peer(pack_peer(kind, name)) == name
 
 
 def test_kind_of_passed() -> None:

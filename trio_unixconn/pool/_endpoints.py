@@ -19,6 +19,7 @@ import os
 import select
 import socket as stdlib_socket
 import ssl
+import struct
 from functools import partial
 from io import FileIO
 from typing import IO, Any, Final, Protocol, TypeAlias
@@ -101,6 +102,14 @@ _FAMILIES: Final = {
     stdlib_socket.AF_INET6: EndpointKind.TCP6,
     _kernel.AF_UNIX: EndpointKind.UNIX,
 }
+# Before Python 3.12, each access to a member of an enum takes 0.1 us.
+_TCP: Final = EndpointKind.TCP
+_TCP6: Final = EndpointKind.TCP6
+# The address; and what follows it: the port, the flow label and the scope.
+_ipv4: Final = struct.Struct("!I")
+_ipv6: Final = struct.Struct("!HII")
+# Packed addresses of IPv6 are larger, those of IPv4 smaller.
+_IPV6: Final = 1 << 64
 _TCP_FAMILIES: Final[dict[int, int]] = {
     EndpointKind.TCP: stdlib_socket.AF_INET,
     EndpointKind.TCP6: stdlib_socket.AF_INET6,
@@ -324,6 +333,32 @@ def peer_name(fd: int) -> Any:
         return None
     finally:
         sock.detach()
+
+
+def pack_peer(kind: EndpointKind, name: Any) -> Any:
+    """Return the address of a peer, as accept(2) has returned it, in less memory.
+
+    A pool has one for each job in flight, until it is known that its worker does not die. An IPv4
+    address takes 32 bytes in place of 176.
+    """
+    if kind is _TCP:
+        return _ipv4.unpack(stdlib_socket.inet_aton(name[0]))[0] << 16 | name[1]
+    if kind is _TCP6:
+        host, *rest = name
+        data = b"\1" + stdlib_socket.inet_pton(stdlib_socket.AF_INET6, host) + _ipv6.pack(*rest)
+        return int.from_bytes(data, "big")
+    return name
+
+
+def unpack_peer(packed: Any) -> Any:
+    """Return the address that :func:`pack_peer` was given, or an address that was not packed."""
+    if not isinstance(packed, int):
+        return packed
+    if packed < _IPV6:
+        return stdlib_socket.inet_ntoa(_ipv4.pack(packed >> 16)), packed & 0xFFFF
+    data = packed.to_bytes(1 + 16 + _ipv6.size, "big")
+    host = stdlib_socket.inet_ntop(stdlib_socket.AF_INET6, data[1:17])
+    return (host, *_ipv6.unpack_from(data, 17))
 
 
 def attach_socket(kind: int, fd: int) -> trio.abc.HalfCloseableStream | None:

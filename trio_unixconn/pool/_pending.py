@@ -43,7 +43,7 @@ import trio
 
 from .._closing import close_fds, has_unread
 from .._owner import DescriptorOwner
-from ._endpoints import EndpointKind
+from ._endpoints import EndpointKind, unpack_peer
 
 if TYPE_CHECKING:
     from ._statistics import Counters
@@ -112,7 +112,6 @@ class PendingJob(DescriptorOwner):
       data: the bytes that its handler gets; after acknowledge the first MAX_KEPT_DATA of them.
       worker: the index of the only worker that may have it; None for any.
       wants_answer: whether the submitter waits for what the handler returns.
-      peer: the address of the peer, if a server of the pool accepted the connection.
       passed: how many times handlers have passed its connection on.
       state: see the module.
       attempts: the number of workers that were given it and did not acknowledge it.
@@ -126,6 +125,7 @@ class PendingJob(DescriptorOwner):
 
     __slots__ = (
         "_counters",
+        "_peer",
         "_task",
         "acknowledged_at",
         "attempts",
@@ -136,7 +136,6 @@ class PendingJob(DescriptorOwner):
         "kind",
         "outcome",
         "passed",
-        "peer",
         "raise_cancel",
         "refused_by",
         "state",
@@ -159,13 +158,18 @@ class PendingJob(DescriptorOwner):
         peer: Any = None,
         passed: int = 0,
     ) -> None:
+        """Make a job that is queued.
+
+        Args:
+          peer: the address of its peer, as accept(2) or ``pack_peer`` has returned it.
+        """
         self.id: int = job_id
         self.fd: int = fd
         self.kind: int = kind
         self.data: bytes = data
         self.worker: int | None = worker
         self.wants_answer: bool = wants_answer
-        self.peer: Any = peer
+        self._peer = peer
         self.passed: int = passed
         self.state: JobState = _QUEUED
         self.attempts: int = 0
@@ -177,6 +181,11 @@ class PendingJob(DescriptorOwner):
         self.acknowledged_at: float = submitted_at
         self._counters = counters
         self._task: trio.lowlevel.Task | None = None
+
+    @property
+    def peer(self) -> Any:
+        """The address of the peer, if a server of the pool accepted the connection."""
+        return unpack_peer(self._peer)
 
     ################################################################
     # Transitions

@@ -22,7 +22,14 @@ from .._owner import DescriptorOwner
 from .._trio_task import check_task
 from ..errors import JobRefusedError, PoolClosedError
 from ._config import PoolConfig, checked_timeout
-from ._endpoints import EndpointKind, Submittable, checked_data, detach_endpoint, peer_name
+from ._endpoints import (
+    EndpointKind,
+    Submittable,
+    checked_data,
+    detach_endpoint,
+    pack_peer,
+    peer_name,
+)
 from ._handle import HandleState
 from ._pending import JobReceipt, JobState, PendingJob
 from ._process import FdReserve
@@ -308,7 +315,10 @@ def put_accepted(pool: WorkerPool, accepted: Iterable[tuple[int, Any]], kind: En
     """
     now, counters, ids = trio.current_time(), pool._counters, pool._supervisor.ids
     queue_of(pool).put_many(
-        [PendingJob(next(ids), fd, kind, counters, now, peer=peer) for fd, peer in accepted]
+        [
+            PendingJob(next(ids), fd, kind, counters, now, peer=pack_peer(kind, name))
+            for fd, name in accepted
+        ]
     )
 
 
