@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 from . import _kernel
 from ._closing import close_fds
 from ._credentials import Credentials, credentials_from_ucred
-from ._fds import none_negative
+from ._fds import SIGN_BYTE, none_negative
 from ._owner import DescriptorOwner
 from ._ucred import LAYOUTS, PLATFORM, PLATFORMS
 from .errors import (
@@ -75,8 +75,10 @@ def pack(fds: Sequence[int], credentials: SentCredentials | None) -> list[Contro
       NotSupportedError: the platform has no such message.
     """
     if len(fds) == 1 and _SCM_RIGHTS is not None:
-        # The most frequent message, without another call.
+        # The most frequent messages, without another call.
         messages: list[ControlMessage] = [(_SOL_SOCKET, _SCM_RIGHTS, _int.pack(fds[0]))]
+    elif type(fds) is array and fds and _SCM_RIGHTS is not None:
+        messages = [(_SOL_SOCKET, _SCM_RIGHTS, fds.tobytes())]
     else:
         messages = [pack_rights(fds)] if fds else []
     if credentials == "own":
@@ -304,7 +306,8 @@ def lone_fd(message: RawMessage) -> int:
 def only_fds(message: RawMessage) -> list[int] | None:
     """Return the file descriptors of a message that has nothing else, even if it has none.
 
-    As :func:`lone_fd`, for receive_message(), which took 6 % longer by way of unpack().
+    As :func:`lone_fd`, for receive_message() and receive_fds(): by way of unpack() the former took
+    6 % longer.
     """
     _, ancdata, flags, _ = message
     if len(ancdata) > 1 or flags & _MSG_CTRUNC or not _ARRIVE_CLOEXEC:
@@ -312,8 +315,13 @@ def only_fds(message: RawMessage) -> list[int] | None:
     if not ancdata:
         return []
     level, kind, payload = ancdata[0]
-    if kind == _SCM_RIGHTS and level == _SOL_SOCKET and none_negative(payload):
-        return _slots(payload)
+    # none_negative() and _slots(), without the calls.
+    if kind == _SCM_RIGHTS and level == _SOL_SOCKET and payload[SIGN_BYTE::4].isascii():
+        try:
+            return array("i", payload).tolist()
+        except ValueError:
+            # Trailing bytes, which unpack() ignores.
+            pass
     return None
 
 
@@ -342,13 +350,12 @@ def expect_fd(message: RawMessage) -> int:
 def expect_fds(message: RawMessage, max_fds: int) -> list[int]:
     """Return the file descriptors of a message that must have between 1 and ``max_fds``.
 
+    :func:`only_fds` is faster, for a message that has nothing else.
+
     Raises:
       UnexpectedControlMessageError: none, or more.
       DescriptorsTruncatedError: the kernel dropped some.
     """
-    fds = only_fds(message)
-    if fds and len(fds) <= max_fds:
-        return fds
     received = unpack(message)
     if received.truncated or not 1 <= len(received.fds) <= max_fds:
         raise _unexpected(

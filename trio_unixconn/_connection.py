@@ -317,13 +317,17 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             )
         # The owners stay referenced until this returns.
         numbers, _owners = _fds.filenos(fds)
-        if len(numbers) > per_message:
+        count = len(numbers)
+        if count > per_message:
             # With several messages, a closed one in the middle would be seen too late.
             _fds.check_open(numbers)
-        if not numbers:
+            return await self._sender.send_fds(numbers, per_message, cancellable)
+        if count:
+            # One message is sent as a whole or not at all, as that of send_fd().
+            await self._sender.send(NUL, numbers, None, cancellable)
+        else:
             await self._sender.send_all(b"", cancellable)
-            return 0
-        return await self._sender.send_fds(numbers, per_message, cancellable)
+        return count
 
     @enable_ki_protection
     async def receive_fds(
@@ -346,11 +350,16 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             free.
           ValueError: ``max_fds`` is below 1.
         """
-        most = check_at_least(max_fds, 1, "max_fds")
+        most = max_fds
+        # Without a call in the common case.
+        if type(most) is not int or most < 1:
+            most = check_at_least(most, 1, "max_fds")
         received = await self._receiver.receive(1, cancellable)
         if not received[0]:
             raise end_of_stream_error("file descriptors", received)
-        fds = _ancillary.expect_fds(received, most)
+        fds = _ancillary.only_fds(received)
+        if not fds or len(fds) > most:
+            fds = _ancillary.expect_fds(received, most)
         if len(fds) < most:
             fds += self._receiver.take_arrived(most - len(fds))
         return UnixFDList.owning(fds)
@@ -635,6 +644,10 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
             raise TypeError(
                 f"credentials must be Credentials or None, got {type(credentials).__name__}"
             )
+        if type(data) is bytes and data:
+            # Without the two views of the general case.
+            await self._sender.send(data, numbers, credentials, cancellable)
+            return
         with bytes_of(data) as view:
             if not view:
                 if numbers or credentials is not None:
@@ -679,10 +692,14 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           ValueError: ``max_bytes`` is below 1, or ``max_fds`` not from 0 to 253.
           NotSupportedError: ``pidfd`` on a kernel before Linux 6.5, or elsewhere.
         """
-        size = check_at_least(max_bytes, 1, "max_bytes")
-        most = check_at_least(max_fds, 0, "max_fds")
-        if most > _kernel.SCM_MAX_FD:
-            raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, got {most}")
+        size, most = max_bytes, max_fds
+        # Without a call in the common case.
+        if type(size) is not int or size < 1:
+            size = check_at_least(size, 1, "max_bytes")
+        if type(most) is not int or not 0 <= most <= _kernel.SCM_MAX_FD:
+            most = check_at_least(most, 0, "max_fds")
+            if most > _kernel.SCM_MAX_FD:
+                raise ValueError(f"max_fds must be at most {_kernel.SCM_MAX_FD}, got {most}")
         if credentials:
             can_tell_credentials()
         received = await self._receiver.receive(
@@ -690,7 +707,7 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         )
         fds = _ancillary.only_fds(received)
         if fds is not None and len(fds) <= most:
-            return Message(received[0], UnixFDList.owning(fds), None, UnixFDList.owning([]))
+            return Message(received[0], UnixFDList.owning(fds), None)
         message = _ancillary.expect_message(received, most)
         return Message(
             message.data,

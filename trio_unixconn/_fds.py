@@ -12,7 +12,8 @@ import errno
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from operator import countOf
 from typing import Final, Protocol, TypeAlias
 
 import trio
@@ -25,7 +26,7 @@ _EXPECTED: Final = "expected a file descriptor (an int or an object with a filen
 _LISTS: Final = frozenset({list, tuple})
 _MAX_FD: Final = 2**31 - 1
 # The byte of a native int that has its sign bit.
-_SIGN_BYTE: Final = 3 if sys.byteorder == "little" else 0
+SIGN_BYTE: Final = 3 if sys.byteorder == "little" else 0
 
 
 class HasFileno(Protocol):
@@ -96,7 +97,7 @@ def _origin(fd: object, number: object) -> str:
 
 def filenos(
     fds: Iterable[FileDescriptor], max_fds: int | None = None
-) -> tuple[array[int], list[FileDescriptor]]:
+) -> tuple[array[int], Sequence[FileDescriptor]]:
     """Return the numbers of ``fds``, together with the objects that own them.
 
     Keep the objects while the numbers are in use: nothing else references those of a generator,
@@ -108,28 +109,18 @@ def filenos(
       ValueError: as :func:`fileno`, with the position; or more than ``max_fds``.
       ReadAheadError: as :func:`fileno`.
     """
-    if type(fds) not in _LISTS and (
-        isinstance(fds, (str, bytes, bytearray, memoryview)) or hasattr(fds, "fileno")
-    ):
-        # Iterating bytes gives ints, which would be taken for file descriptors, and iterating a
-        # file reads from it.
-        raise TypeError(_not_iterable(fds))
-    try:
-        owners = list(fds)
-    except TypeError:
-        if hasattr(fds, "__iter__"):
-            # The generator itself has raised.
-            raise
-        raise TypeError(_not_iterable(fds)) from None
+    owners: Sequence[FileDescriptor] = fds if type(fds) in _LISTS else _listed(fds)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
     numbers: array[int] = array("i")
     # 253 ints in 9 us; one by one they take 31 us.
-    if set(map(type, owners)) == {int}:
+    if countOf(map(type, owners), int) == len(owners):
         try:  # on the path of every message
             numbers = array("i", owners)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
         except OverflowError:
             # _one_by_one() says which one it is.
             pass
-    if not numbers or not none_negative(numbers.tobytes()):
+    if not numbers or not numbers.tobytes()[SIGN_BYTE::4].isascii():
+        # A copy, because the caller can change a list of objects while they are sent.
+        owners = list(owners)
         numbers = array("i", _one_by_one(owners))
     if max_fds is not None and len(numbers) > max_fds:
         raise ValueError(
@@ -139,6 +130,20 @@ def filenos(
     if guards:
         check_handover(numbers)
     return numbers, owners
+
+
+def _listed(fds: Iterable[FileDescriptor]) -> list[FileDescriptor]:
+    if isinstance(fds, (str, bytes, bytearray, memoryview)) or hasattr(fds, "fileno"):
+        # Iterating bytes gives ints, which would be taken for file descriptors, and iterating a
+        # file reads from it.
+        raise TypeError(_not_iterable(fds))
+    try:
+        return list(fds)
+    except TypeError:
+        if hasattr(fds, "__iter__"):
+            # The generator itself has raised.
+            raise
+        raise TypeError(_not_iterable(fds)) from None
 
 
 def _not_iterable(fds: object) -> str:
@@ -156,7 +161,7 @@ def _one_by_one(fds: list[FileDescriptor]) -> Iterator[int]:
 
 def none_negative(numbers: bytes) -> bool:
     """Whether none of these native ints is negative: 0.2 us for 253, where min() takes 3 us."""
-    return numbers[_SIGN_BYTE::4].isascii()
+    return numbers[SIGN_BYTE::4].isascii()
 
 
 def check_open(numbers: Iterable[int]) -> None:
