@@ -101,6 +101,15 @@ def test_expect_fd_partial_integers() -> None:
         _ancillary.expect_fd((b"\0", [(*RIGHTS, b"\1\2")], 0, None))
 
 
+def test_only_fds_leaves_trailing_bytes_to_unpack() -> None:
+    """A control message whose size is not a multiple of 4 is left to unpack()."""
+    (fd,) = fresh(1)
+    message = (b"\0", [(*RIGHTS, ints(fd) + b"\0")], 0, None)
+    assert _ancillary.only_fds(message) is None
+    assert _ancillary.expect_fds(message, 1) == [fd]
+    os.close(fd)
+
+
 # What the kernel adds because this side set an option; 99 stands for a kind of a later kernel.
 ADDED = [
     (*PIDFD, ints(-24)),

@@ -267,11 +267,11 @@ def test_close_of_a_descriptor_that_is_closed_already() -> None:
 
 
 def test_close_raises_the_first_error_after_closing_all() -> None:
-    """An EIO of close(2) is raised when all descriptors are closed."""
+    """An EIO of close(2) is raised when all descriptors are closed, even if a second fails."""
     with file_with_failing_close() as file:
         fds = UnixFDList()
         fds.append(file.fd)
-        given = [*fds, *some(2)]
+        given = [*fds, *some(1), os.dup(file.fd), *some(1)]
         for fd in given[1:]:
             fds.append_take(fd)
         with pytest.raises(OSError) as caught:
