@@ -36,6 +36,7 @@ LAYERS = [
     "_results",
     "_connection",
     "_receiver",
+    "_processor",
     "_sender",
     "_socket",
     "_messages",

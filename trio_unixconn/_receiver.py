@@ -27,7 +27,7 @@ from trio.lowlevel import (
     wait_readable,
 )
 
-from . import _ancillary, _closing, _kernel
+from . import _ancillary, _closing, _kernel, _processor
 from ._cancellable import checkpoint_cancellable, wait_cancellable
 from ._credentials import peer_credentials
 from ._identity import open_peer_pidfd, pid_of
@@ -67,7 +67,15 @@ class Receiver(ConnectedSocket):
       peer: the credentials of the peer, if the socket was released while a task was receiving.
     """
 
-    __slots__ = ("_temporary_options", "_wants_pidfds", "ahead", "busy", "peer")
+    __slots__ = (
+        "_temporary_options",
+        "_waits_until_yield",
+        "_wants_pidfds",
+        "_yield_interval",
+        "ahead",
+        "busy",
+        "peer",
+    )
 
     # With MSG_TRUNC, recvmsg_into returns the size of a datagram that was larger than the buffer.
     into_flags: ClassVar[int] = _FLAGS
@@ -82,6 +90,7 @@ class Receiver(ConnectedSocket):
         self._temporary_options: tuple[int, ...] = ()
         # Whether this connection was ever asked for a pidfd: then reading ahead asks, too.
         self._wants_pidfds = False
+        self._waits_until_yield = self._yield_interval = _processor.INITIAL_INTERVAL
 
     # In one piece: each coroutine that a wait returns through takes time.
     @enable_ki_protection
@@ -105,6 +114,7 @@ class Receiver(ConnectedSocket):
         if self.busy:
             raise self.busy_error()
         self.busy = True
+        received: RawMessage | None
         try:
             if cancellable is not None:
                 await checkpoint_cancellable(cancellable)
@@ -128,8 +138,12 @@ class Receiver(ConnectedSocket):
                 else:
                     received = _receive_into(raw, into, self.into_flags)
             except BlockingIOError:
-                pass
-            else:
+                if self._waits_until_yield:
+                    self._waits_until_yield -= 1
+                    received = None
+                else:
+                    received = self._receive_after_yield(size, into)
+            if received is not None:
                 await cancel_shielded_checkpoint()
                 return received
             while True:
@@ -151,6 +165,26 @@ class Receiver(ConnectedSocket):
             if self._temporary_options:
                 self._restore_options()
             self.busy = False
+
+    def _receive_after_yield(self, size: int, into: memoryview | None) -> RawMessage | None:
+        """Give the processor away once, and look again; None: wait. See _processor.
+
+        No other task runs meanwhile, so the socket is still open.
+        """
+        if not _processor.yield_once():
+            self._waits_until_yield = self._yield_interval
+            return None
+        try:
+            if into is None:
+                received: RawMessage = self.raw.recvmsg(size, _ROOM, _FLAGS)
+            else:
+                received = _receive_into(self.raw, into, self.into_flags)
+        except BlockingIOError:
+            interval = min(2 * self._yield_interval, _processor.MAX_INTERVAL)
+            self._waits_until_yield = self._yield_interval = interval
+            return None
+        self._yield_interval = max(self._yield_interval // 2, _processor.INITIAL_INTERVAL)
+        return received
 
     def busy_error(self) -> ConnectionBusyError:
         """Return the error of a second task that receives."""
