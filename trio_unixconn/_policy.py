@@ -369,9 +369,11 @@ async def admit_or_close(conn: UnixConnection, policy: PeerPolicy) -> bool:
 async def check_peer(conn: UnixConnection, policy: PeerPolicy) -> Denial | None:
     """Ask a policy about the peer of a connection; return None if it is admitted."""
     # Most policies admit a user. An error is reported below, if the policy still needs to know.
-    with suppress(OSError, NotSupportedError):
+    try:
         if policy._admits_user(peer_credentials(raw_socket(conn.socket).getsockopt).uid):
             return None
+    except (OSError, NotSupportedError):
+        pass
     reasons: list[str] = []
     with await _identified(conn, policy) as peer:
         token = _reasons.set(reasons)
