@@ -488,8 +488,13 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
 
         Source: memfd_create(2)
         """
-        with UnixFDList([sealed_memory_of(data)]) as fds:
-            await self.send_fd(fds[0], cancellable)
+        memory = _memory_given(data)
+        if memory is not None:
+            _memfd.seal(memory)
+            await self._sender.send(NUL, (memory,), None, cancellable)
+            return
+        with UnixFDList([_memfd.create(data)]) as fds:  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            await self._sender.send(NUL, (fds[0],), None, cancellable)
 
     @enable_ki_protection
     async def receive_buffer(
@@ -526,7 +531,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
         Source: memfd_create(2) ("File sealing")
         """
         most = check_at_least(max_bytes, 0, "max_bytes")
-        _memfd.check_seals(seals)
+        if seals is not Seals.ALL:
+            _memfd.check_seals(seals)
         fd = await self.receive_fd(cancellable)
         view = _convert_or_close(fd, lambda fd: _memfd.map_readonly(fd, most, seals))
         # Memory, which no file server has: this cannot wait.
@@ -1141,14 +1147,29 @@ def sealed_memory_of(data: Buffer | FileDescriptor) -> int:
       UnsafeBufferError: as :meth:`UnixConnection.send_buffer`.
       NotSupportedError: as :meth:`UnixConnection.send_buffer`.
     """
-    try:
-        view = memoryview(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        number = _fds.fileno(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        _memfd.seal(number)
-        return os.dup(number)
-    with view:
-        return _memfd.create(view)
+    memory = _memory_given(data)
+    if memory is None:
+        return _memfd.create(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    _memfd.seal(memory)
+    return os.dup(memory)
+
+
+def _memory_given(data: Buffer | FileDescriptor) -> int | None:
+    """Return the number of the memfd that a caller gave as ``data``; None if it is a buffer.
+
+    Raises:
+      TypeError: as :meth:`UnixConnection.send_buffer`.
+      ValueError: as :meth:`UnixConnection.send_buffer`.
+      ReadAheadError: as :meth:`UnixConnection.send_fd`.
+    """
+    if type(data) is not int:
+        try:
+            memoryview(data).release()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            pass
+        else:
+            return None
+    return _fds.fileno(data)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def end_of_stream_error(expected: str, received: RawMessage) -> EndOfStreamError:
