@@ -17,8 +17,9 @@ The rules:
    nor do those of an idle connection.
 2. A yield after which nothing was there doubles the number of waits until the next one, up to
    MAX_INTERVAL; one that was worth it halves it.
-3. If a yield has taken longer than LIMIT, the machine is busy. No connection of this process yields
-   for the next INITIAL_PAUSE seconds. If it is still busy then, for twice as long, up to MAX_PAUSE.
+3. If a yield has taken longer than LIMIT, the processor is busy. No connection of this process
+   yields for the next INITIAL_PAUSE seconds. If it is still busy then, for twice as long, and so
+   on, up to MAX_PAUSE.
 
 Sources: sched_yield(2), sched(7)
 """
@@ -35,7 +36,7 @@ INITIAL_INTERVAL: Final = 16
 MAX_INTERVAL: Final = 4096
 # In seconds.
 LIMIT: Final = 0.00025
-INITIAL_PAUSE: Final = 1.0
+INITIAL_PAUSE: Final = 0.1
 MAX_PAUSE: Final = 64.0
 
 clock = time.perf_counter

@@ -120,14 +120,15 @@ def test_yield_once_pauses_on_a_busy_processor(processor: FakeProcessor) -> None
         assert _processor.yield_once()
         processor.now += expected / 2
         assert not _processor.yield_once()
-        processor.now += expected / 2
-    for _ in range(10):
+        assert _processor.Pause.length == pytest.approx(expected)
+        processor.now = _processor.Pause.end
+    for _ in range(20):
+        processor.now = _processor.Pause.end
         assert _processor.yield_once()
-        processor.now += _processor.MAX_PAUSE
-    assert not _processor.Pause.end > processor.now + _processor.MAX_PAUSE
+    assert _processor.Pause.length == _processor.MAX_PAUSE
     processor.now += 3 * _processor.MAX_PAUSE
     assert _processor.yield_once()
-    processor.now += pause
+    processor.now = _processor.Pause.end
     processor.lasts = 0
     assert _processor.yield_once()
     assert _processor.yield_once()
