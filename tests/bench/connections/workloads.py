@@ -141,7 +141,7 @@ GOALS = [
         RECEIVED,
         1.0,
     ),
-    _least(f"one way, standard library / ours with {_SENT}", ONE_WAY, STDLIB, BURSTS, 1.0),
+    _least(f"one way, standard library / ours with {_SENT}", ONE_WAY, STDLIB, BURSTS, 1.15),
     _least(f"one way, anyio on uvloop / ours with {_SENT}", ONE_WAY, UVLOOP, BURSTS, 1.5),
     _most(
         "253 a message, ours / standard library",
@@ -166,6 +166,24 @@ GOALS = [
         f"{OURS}: send_buffer",
         f"{OURS}: the bytes",
         1 / 200,
+    ),
+    _most("1 KiB and 2 descriptors, ours / trio floor", MESSAGE, OURS, FLOOR, 1.12),
+    _least("ping-pong, anyio on uvloop / ours", PING_PONG, UVLOOP, OURS, 1.0),
+    _most("8 a message, ours / trio floor", "8 descriptors a message, one way", OURS, FLOOR, 1.04),
+    _most("10,000 descriptors, ours / standard library", TEN_THOUSAND, OURS, STDLIB, 1.05),
+    _most(
+        "1 MiB, sealed buffer, ours / C",
+        "a buffer of 1 MiB",
+        f"{OURS}: send_buffer",
+        "C: sealed memory",
+        1.8,
+    ),
+    _most(
+        "accept and policy, ours / trio.SocketListener",
+        ACCEPT,
+        OURS,
+        f"{FLOOR}: trio.SocketListener",
+        1.05,
     ),
     Goal(
         "latency with 10,000 idle connections / with 1",
