@@ -107,6 +107,7 @@ PACKAGES = {
     "pool": [
         "_bootstrap",
         "__init__",
+        "_template",
         "_worker",
         "_accepting",
         "_job",
@@ -119,6 +120,7 @@ PACKAGES = {
         "_supervisor",
         "_queue",
         "_handle",
+        "_preload",
         "_process",
         "_accepted",
         "_accept_log",

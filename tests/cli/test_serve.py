@@ -326,7 +326,7 @@ def test_serve_passes_options_to_the_pool(
     monkeypatch.setattr(command, "run", lambda main, **_: found.extend(main.args))
     arguments = ["--max-memory", text, "--max-age", "60", "--handler-timeout", "2.5"]
     arguments += ["--executable", sys.executable, "--kill-process-group", "--max-jobs", "7"]
-    arguments += ["--nice", "-3"]
+    arguments += ["--nice", "-3", "--preload", "trio", "--preload", "json"]
     done = run_in_this_process("serve", "app:once", "--bind", "unix:s", *arguments)
     assert done.returncode == 0
     (config,) = found
@@ -337,6 +337,7 @@ def test_serve_passes_options_to_the_pool(
     assert config.options["kill_process_group"] is True
     assert config.options["max_jobs"] == 7
     assert config.options["nice"] == -3
+    assert config.options["preload"] == ["trio", "json"]
 
 
 def test_serve_replaces_an_old_worker_and_cancels_a_slow_handler(project: Path) -> None:

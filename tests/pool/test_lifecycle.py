@@ -881,7 +881,7 @@ async def test_worker_exits_with_a_job_of_a_killed_pool(shared: Path) -> None:
 def test_worker_exits_if_the_pool_was_killed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker whose pool had ended before it began exits at once."""
     monkeypatch.setattr(os, "_exit", sys.exit)
-    _worker._check_parent(os.getppid())
+    _worker.check_parent(os.getppid())
     with pytest.raises(SystemExit) as caught:
-        _worker._check_parent(os.getppid() + 1)
+        _worker.check_parent(os.getppid() + 1)
     assert caught.value.code == 1

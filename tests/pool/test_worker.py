@@ -530,7 +530,7 @@ def test_exit_with_parent_elsewhere_than_linux(monkeypatch: pytest.MonkeyPatch) 
     """Where there is no prctl(2), it is not called."""
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(_worker, "ctypes")
-    _worker._exit_with_parent()
+    _worker.exit_with_parent()
 
 
 async def test_run_of_a_worker_that_is_ready_after_drain() -> None:

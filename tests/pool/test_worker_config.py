@@ -32,6 +32,7 @@ def test_worker_config_of_each_slot() -> None:
         nice=5,
         resource_limits={"RLIMIT_NOFILE": (100, 200), resource.RLIMIT_AS: (-1, -1)},
         kill_process_group=True,
+        preload=["trio"],
     )
     first, second, third = map(config.worker_config, range(3))
     assert (first.index, first.cpu) == (0, 4)
@@ -47,6 +48,7 @@ def test_worker_config_of_each_slot() -> None:
         (resource.RLIMIT_AS, -1, -1),
     )
     assert first.kill_process_group
+    assert first.preload == ("trio",)
     assert first.log_size == 2**20
     assert PoolConfig(HANDLER, hang_timeout=float("inf")).worker_config(0).heartbeat_interval == 1
 
@@ -88,6 +90,10 @@ class FalseIndex:
         ({"kill_process_group": 1}, TypeError, "kill_process_group must be a bool, got int"),
         ({"handler_timeout": 0}, ValueError, "handler_timeout must be more than 0 seconds"),
         ({"handler_timeout": "5"}, TypeError, "handler_timeout must be a number of seconds"),
+        ({"preload": "trio"}, TypeError, "preload must be a sequence of names of modules"),
+        ({"preload": 3}, TypeError, "preload must be a sequence of names of modules, got 3"),
+        ({"preload": [3]}, TypeError, "preload must contain names of modules, got int"),
+        ({"preload": ["trio", "a b"]}, ValueError, "expected the name of a module, got 'a b'"),
         ({"executable": 3}, TypeError, "executable must be a path, got int"),
         ({"executable": "/no/such/python"}, ValueError, "executable must be a Python interpreter"),
         ({"executable": os.devnull}, ValueError, "executable must be a Python interpreter"),

@@ -16,7 +16,7 @@ import socket
 
 
 def main() -> None:
-    """Read the configuration, and become a worker.
+    """Read the configuration, and become a worker, or a template that forks workers.
 
     The arguments are the numbers of three inherited file descriptors (the connection, the
     completion log, the configuration), and the import string of the handler, which is there for
@@ -32,11 +32,17 @@ def main() -> None:
         message, _, setup_data = file.read().partition(b"\n")
     fields = json.loads(message)
     sys.path[:] = fields["path"]
-    from trio_unixconn.pool._worker import run_worker
-
     # As in a program of the user.
     sys.argv[:] = sys.argv[4:]
-    sys.exit(run_worker(socket.socket(fileno=connection), log, fields, setup_data))
+    sock = socket.socket(fileno=connection)
+    if fields.get("config", {}).get("is_template"):
+        from trio_unixconn.pool._template import run_template
+
+        os.close(log)
+        sys.exit(run_template(sock, fields))
+    from trio_unixconn.pool._worker import run_worker
+
+    sys.exit(run_worker(sock, log, fields, setup_data))
 
 
 if __name__ == "__main__":

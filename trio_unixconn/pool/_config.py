@@ -17,6 +17,7 @@ from ._worker_config import (
     check_cpu_affinity,
     check_environment,
     check_nice,
+    check_preload,
     check_proxy_from,
     check_resource_limits,
     check_setup_data,
@@ -55,6 +56,7 @@ class WorkerPoolOptions(TypedDict, total=False):
     kill_process_group: bool
     proxy_protocol: ProxyVersion | None
     proxy_from: Sequence[str | Network] | None
+    preload: Sequence[str]
 
 
 # How many jobs a worker can have finished without having reported it, whatever max_in_flight is.
@@ -183,6 +185,7 @@ class PoolConfig:
     proxy_from: tuple[str, ...] | None = attrs.field(
         default=None, converter=check_proxy_from, kw_only=True
     )
+    preload: tuple[str, ...] = attrs.field(default=(), converter=check_preload, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if (self.proxy_from is None) != (self.proxy_protocol is None):
@@ -211,4 +214,5 @@ class PoolConfig:
             kill_process_group=self.kill_process_group,
             proxy_protocol=self.proxy_protocol,
             proxy_from=self.proxy_from or (),
+            preload=self.preload,
         )

@@ -354,7 +354,8 @@ async def open_worker_pool(
 ) -> AsyncGenerator[WorkerPool, None]:
     """Start worker processes that receive file descriptors, and run a handler on each.
 
-    A worker is a fresh interpreter, with the import path of this one, that imports the handler. All
+    A worker is a fresh interpreter (or with ``preload`` the fork of a fresh one), with the import
+    path of this one, that imports the handler. All
     workers are ready when the block is entered. At its end the pool drains. If the block is left by
     an exception or a cancellation, handlers are cancelled, and have a second to clean up::
 
@@ -426,13 +427,21 @@ async def open_worker_pool(
       proxy_from: the networks whose hosts may send such headers, for example ``["10.1.0.0/16"]``;
         required with ``proxy_protocol``. Connections from others are closed. A Unix socket has no
         network: there the policy of the listener decides.
+      preload: names of modules. A process that has imported trio and these modules, the template,
+        forks the workers, which starts many of them in a fraction of the time; they import the
+        handler afterwards. The modules must not start threads or open files that a fork cannot
+        share. A new template is started by ``restart``, when the file of a module that it has
+        imported has changed, and when the process of the pool would pass on something else
+        (environment, import path, working directory, user, limits and so on). If a template cannot
+        fork, that is logged, and workers are started as without it. ``["trio"]`` is the least.
+        Default: no template.
 
     Raises:
       TypeError: an option of a wrong type; nothing was started.
       ValueError: an invalid option; nothing was started.
       RuntimeError: this process was itself started as a worker, because ``sys.executable`` is not a
         Python interpreter.
-      NotSupportedError: ``cpu_affinity`` is not available on this platform.
+      NotSupportedError: ``cpu_affinity`` or ``preload`` is not available on this platform.
       WorkerStartError: a worker could not start; with its traceback.
       ExceptionGroup: ``crash_limit`` was reached; with the causes.
     """

@@ -1,4 +1,4 @@
-"""A worker's process: a fresh interpreter that is started, waited for, and killed.
+"""A worker's process: it is started or forked, waited for, and killed.
 
 Invariant: a process that was started is reaped by its WorkerProcess, and its number is not used
 after that.
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket as stdlib_socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
 import trio
 
@@ -26,6 +27,7 @@ from .._connection import UnixConnection, close_now
 from .._memfd import Seals
 from .._owner import DescriptorOwner
 from ._completion_log import CompletionLog, create_memory_file
+from ._protocol import UNKNOWN_STATUS
 from ._worker_config import WORKER_VARIABLE
 
 if TYPE_CHECKING:
@@ -45,6 +47,57 @@ _LOOK_AGAIN: Final = 0.1
 _KEPT_XOPTIONS: Final = ("int_max_str_digits", "no_debug_ranges", "pycache_prefix", "cpu_count")
 
 
+class Child(Protocol):
+    """A process that :class:`WorkerProcess` waits for.
+
+    Attributes:
+      pid: its process id.
+      pidfd: its pidfd, which the WorkerProcess owns; -1 if there is none.
+    """
+
+    pid: int
+    pidfd: int
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status; None until it is reaped."""
+        ...
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether no other process or group can have its number."""
+        ...
+
+    def kill(self) -> None:
+        """Kill it, unless it has been reaped."""
+
+    async def reap(self) -> None:
+        """Set ``returncode``; it has exited."""
+
+
+class OwnChild:
+    """A child of this process."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen
+        self.pid: int = popen.pid
+        self.pidfd: int = _open_pidfd(popen.pid)
+
+    @property
+    def returncode(self) -> int | None:
+        return cast("int | None", self._popen.returncode)
+
+    @property
+    def is_reserved(self) -> bool:
+        return self.returncode is None
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    async def reap(self) -> None:
+        self._popen.wait()
+
+
 class WorkerProcess(DescriptorOwner):
     """The process of a worker, and the connection to it.
 
@@ -56,18 +109,18 @@ class WorkerProcess(DescriptorOwner):
 
     def __init__(
         self,
-        popen: subprocess.Popen[bytes],
+        child: Child,
         conn: UnixConnection,
         log: CompletionLog,
         *,
         kill_group: bool = False,
     ) -> None:
-        self._popen = popen
+        self._child = child
         self.conn = conn
         self.log = log
-        self.pid: int = popen.pid
+        self.pid: int = child.pid
         self._kill_group = kill_group
-        self._pidfd = _open_pidfd(popen.pid)
+        self._pidfd = child.pidfd
 
     async def wait(self) -> int:
         """Wait until it has ended, and reap it.
@@ -75,26 +128,34 @@ class WorkerProcess(DescriptorOwner):
         Returns:
           Its exit status; the negative number of a signal if that killed it.
         """
-        popen = self._popen
-        if popen.returncode is None:
+        child = self._child
+        if child.returncode is None:
             if self._pidfd >= 0:
                 await trio.lowlevel.wait_readable(self._pidfd)
             else:
-                await trio.to_thread.run_sync(_wait_for_exit, popen.pid, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(_wait_for_exit, child.pid, abandon_on_cancel=True)
         # Another task may have waited, too.
-        if popen.returncode is None:
+        if child.returncode is None:
             # No other process or group gets its number before it is reaped.
-            if self._kill_group:
+            if self._kill_group and child.is_reserved:
                 self._kill_process_group()
                 await self._wait_for_process_group()
-            popen.wait()
-        return cast("int", popen.returncode)
+            await child.reap()
+        return cast("int", child.returncode)
+
+    def has_exited(self) -> bool:
+        """Whether it has exited, as far as a pidfd tells that."""
+        if self._child.returncode is not None:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """Kill it, unless it has been reaped."""
-        if self._kill_group and self._popen.returncode is None:
+        if self._kill_group and self._child.is_reserved:
             self._kill_process_group()
-        self._popen.kill()
+        self._child.kill()
 
     def _kill_process_group(self) -> None:
         # EPERM: those that are left belong to another user. macOS says it of zombies, too.
@@ -171,8 +232,34 @@ def _wait_for_exit(pid: int) -> None:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
+class _Ends(NamedTuple):
+    """Both ends of a connection with a worker, and what else it inherits."""
+
+    conn: UnixConnection
+    log: CompletionLog
+    inherited: list[int]
+
+
+def _open_ends(config: WorkerConfig, stack: ExitStack, failed: ExitStack) -> _Ends:
+    """Open what a worker inherits.
+
+    Args:
+      stack: closes what only the worker needs.
+      failed: closes what the pool needs.
+    """
+    ours, theirs = stdlib_socket.socketpair()
+    stack.callback(theirs.close)
+    conn = UnixConnection.from_stdlib_socket(ours)
+    failed.callback(close_now, conn)
+    log = CompletionLog(config.log_size)
+    failed.callback(log.close)
+    config_fd = create_memory_file(config.encode(), Seals.ALL)
+    stack.callback(os.close, config_fd)
+    return _Ends(conn, log, [theirs.fileno(), log.fd, config_fd])
+
+
 def start(config: WorkerConfig) -> WorkerProcess:
-    """Start a worker.
+    """Start a worker: a fresh interpreter.
 
     This is not done in a thread: prctl(2) sends a worker a signal when the thread that started it
     ends. It takes one or two milliseconds. Nothing here waits for the worker: the configuration
@@ -185,34 +272,53 @@ def start(config: WorkerConfig) -> WorkerProcess:
         # In place of the standard ones that are closed: a file descriptor of the pool with such a
         # number would be the standard output or error of the worker, or get what is written there.
         standard = _open_standard_fds(stack)
-        ours, theirs = stdlib_socket.socketpair()
-        stack.callback(theirs.close)
         failed = stack.enter_context(ExitStack())
-        conn = UnixConnection.from_stdlib_socket(ours)
-        failed.callback(close_now, conn)
-        log = CompletionLog(config.log_size)
-        failed.callback(log.close)
-        config_fd = create_memory_file(config.encode(), Seals.ALL)
-        stack.callback(os.close, config_fd)
-        inherited = [theirs.fileno(), log.fd, config_fd]
+        ends = _open_ends(config, stack, failed)
         popen = subprocess.Popen(
             [
                 config.executable,
                 *_interpreter_options(),
                 _BOOTSTRAP,
-                *map(str, inherited),
+                *map(str, ends.inherited),
                 config.handler,
             ],
             stdin=subprocess.DEVNULL,
             stdout=standard[1],
             stderr=standard[2],
-            pass_fds=inherited,
-            env=_environment_of(config),
+            pass_fds=ends.inherited,
+            env=worker_environment(config),
             # A terminal signals the process group of the pool.
             start_new_session=True,
         )
         failed.pop_all()
-        return WorkerProcess(popen, conn, log, kill_group=config.kill_process_group)
+        return WorkerProcess(
+            OwnChild(popen), ends.conn, ends.log, kill_group=config.kill_process_group
+        )
+
+
+async def fork(
+    config: WorkerConfig, fork_child: Callable[[list[int]], Awaitable[Child]]
+) -> WorkerProcess:
+    """Have a template fork a worker.
+
+    Args:
+      fork_child: passes five file descriptors to the template: connection, completion log,
+        configuration, standard output, standard error. Returns the worker.
+
+    Raises:
+      OSError: EMFILE, ENOMEM; no process and no file descriptor is left.
+      All that ``fork_child`` raises; likewise.
+    """
+    with ExitStack() as stack:
+        standard = _open_standard_fds(stack)
+        failed = stack.enter_context(ExitStack())
+        ends = _open_ends(config, stack, failed)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, null)
+        outputs = [number if standard[number] is None else null for number in (1, 2)]
+        child = await fork_child([*ends.inherited, *outputs])
+        failed.pop_all()
+        return WorkerProcess(child, ends.conn, ends.log, kill_group=config.kill_process_group)
 
 
 def _open_standard_fds(stack: ExitStack) -> list[int | None]:
@@ -249,7 +355,8 @@ def _interpreter_options() -> list[str]:
     return options
 
 
-def _environment_of(config: WorkerConfig) -> dict[str, str]:
+def worker_environment(config: WorkerConfig) -> dict[str, str]:
+    """Return the environment of a worker that is started now."""
     variables: dict[str, str | None] = {
         **os.environ,
         **config.environment,
@@ -260,6 +367,8 @@ def _environment_of(config: WorkerConfig) -> dict[str, str]:
 
 def describe_exit(status: int) -> str:
     """Return how a process ended, for an error message."""
+    if status == UNKNOWN_STATUS:
+        return "ended, with a status that is not known: its template has ended"
     if status >= 0:
         return f"exited with status {status}"
     try:

@@ -44,7 +44,7 @@ import json
 import struct
 from array import array
 from collections.abc import Iterable
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
 from .._frames import FrameError, encode_frame
 from .._version import __version__
@@ -77,6 +77,15 @@ STARVED: Final = 28
 ENOUGH: Final = 29
 IDLE: Final = 30
 
+# Between a pool and a template. A template begins with READY or FAILED, too.
+FORK: Final = 40
+REAP: Final = 41
+FORKED: Final = 42
+NOT_FORKED: Final = 43
+REAPED: Final = 44
+#: The exit status of a worker that was not reaped by its template.
+UNKNOWN_STATUS: Final = 256
+
 #: The whole text of an ERROR for a job whose handler was cancelled at the end of a drain. The
 #: traceback of an exception is another text.
 CANCELLED_BY_EXIT: Final = b"handler was cancelled because its worker is exiting"
@@ -98,6 +107,7 @@ _job: Final = struct.Struct("=QBBHI")
 _id: Final = struct.Struct("=Q")
 _drain: Final = struct.Struct("=d?")
 _passed: Final = struct.Struct("=QB")
+_number: Final = struct.Struct("=i")
 
 #: The maximum number of moves that are counted.
 MAX_PASSED: Final = 2**16 - 1
@@ -280,3 +290,26 @@ def check_ready(body: bytes) -> str | None:
         f"the worker imported trio_unixconn {version!s:.40}, this process runs {__version__}; "
         "restart this program to use the new version"
     )
+
+
+def pack_pid(kind: int, number: int) -> bytes:
+    """Return a frame whose body is a process id or an exit status."""
+    return encode_frame(kind, _number.pack(number))
+
+
+def pack_forked(pid: int) -> bytes:
+    """Return the frame of a template that has forked a worker; its pidfd goes with it."""
+    return encode_frame(FORKED, _number.pack(pid), carries_fds=True)
+
+
+def unpack_pid(body: bytes) -> int:
+    """Return the process id or the exit status.
+
+    Raises:
+      ProtocolError: it is none.
+    """
+    try:
+        (number,) = _number.unpack(body)
+    except struct.error as exc:
+        raise ProtocolError("expected the number of a process") from exc
+    return cast("int", number)

@@ -81,6 +81,7 @@ from ._cpus import available_cpus
 from ._endpoints import EndpointKind
 from ._handle import HandleState, WorkerHandle
 from ._pending import JobEnd, PendingJob
+from ._preload import Preloader
 from ._proxy_header import split_passed
 from ._queue import JobQueue
 from ._statistics import AbandonedJob, Counters, memory_of
@@ -91,7 +92,8 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from ._accepted import AcceptPlan
     from ._config import PoolConfig
-    from ._process import FdReserve
+    from ._process import FdReserve, WorkerProcess
+    from ._worker_config import WorkerConfig
 
 logger: Final = logging.getLogger("trio_unixconn.pool")
 
@@ -241,6 +243,10 @@ class Supervisor(DescriptorOwner):
         self._changing = trio.Lock()
         self._change = trio.CancelScope()
         self._starting = trio.Semaphore(max_starting())
+        self._preloader = Preloader(options.start_timeout)
+        # The number of workers that are being forked.
+        self._forking = 0
+        self._forked = trio.lowlevel.ParkingLot()
         self._idle = trio.lowlevel.ParkingLot()
         self._exits = trio.lowlevel.ParkingLot()
         # Workers that were told to leave, that were killed because of a clock, that got SIGTERM.
@@ -349,9 +355,14 @@ class Supervisor(DescriptorOwner):
             else:
                 await handle.leave(timeout, grace, is_replaced=self.successor is not None)
 
-        async with trio.open_nursery() as nursery:
-            for handle in list(self.alive):
-                nursery.start_soon(self._contain, handle, end, handle)
+        while True:
+            async with trio.open_nursery() as nursery:
+                for handle in list(self.alive):
+                    nursery.start_soon(self._contain, handle, end, handle)
+            if not self._forking:
+                break
+            await self._forked.park()
+        await self._preloader.aclose()
 
     def _fail(self, failure: Exception) -> None:
         """End the pool with an exception."""
@@ -383,6 +394,7 @@ class Supervisor(DescriptorOwner):
         """See :meth:`WorkerPool.restart`."""
         async with self._changing:
             with self._until_closed():
+                await self._preloader.renew()
                 await self._replace_all()
 
     async def _replace_all(self) -> None:
@@ -497,7 +509,7 @@ class Supervisor(DescriptorOwner):
         async with self._starting:
             # The pool may have shut down in the last step, which cancels all that start workers.
             await trio.lowlevel.checkpoint_if_cancelled()
-            handle = self._start_process(index)
+            handle = await self._start_process(index)
             # A worker that takes so long may wait for something. Others may start meanwhile.
             limit = START_SHARE * self.options.start_timeout
             with _kill_on_error(handle), trio.move_on_after(limit):
@@ -511,12 +523,32 @@ class Supervisor(DescriptorOwner):
         assert handle.error is not None  # it has ended
         raise handle.error
 
-    def _start_process(self, index: int) -> WorkerHandle:
+    async def _start_process(self, index: int) -> WorkerHandle:
+        config = self.options.worker_config(index)
+        if not config.preload:
+            return self._add(index, self._start_interpreter(config))
+        # Not cancelled between the fork and the handle. Those that end all workers wait for it.
+        self._forking += 1
+        try:
+            try:
+                process = await self._preloader.fork(config)
+            except OSError as exc:
+                # The reserve may be enough for a fresh interpreter.
+                logger.warning("worker %d could not be forked: %s", index, exc)
+                process = None
+            return self._add(index, process or self._start_interpreter(config))
+        finally:
+            self._forking -= 1
+            self._forked.unpark_all()
+
+    def _start_interpreter(self, config: WorkerConfig) -> WorkerProcess:
         try:
             with self._reserve.released():
-                process = _process.start(self.options.worker_config(index))
+                return _process.start(config)
         except OSError as exc:
-            raise WorkerStartError(f"worker {index} could not be started: {exc}") from exc
+            raise WorkerStartError(f"worker {config.index} could not be started: {exc}") from exc
+
+    def _add(self, index: int, process: WorkerProcess) -> WorkerHandle:
         handle = WorkerHandle(index, process, self, self.counters)
         self.alive[handle] = trio.current_time()
         self._spawn(f"worker {index}", handle, handle.run)

@@ -87,7 +87,11 @@ _PASSED: Final = object()
 
 
 def run_worker(
-    sock: stdlib_socket.socket, log_fd: int, message: dict[str, Any], setup_data: bytes
+    sock: stdlib_socket.socket,
+    log_fd: int,
+    message: dict[str, Any],
+    setup_data: bytes,
+    parent: int | None = None,
 ) -> int:
     """Run a worker until its pool drains it, or is gone.
 
@@ -96,6 +100,7 @@ def run_worker(
       log_fd: the completion log.
       message: what :meth:`WorkerConfig.encode` has written.
       setup_data: the bytes after it.
+      parent: the process that has started this one; default: the pool's process.
 
     Returns:
       The exit status.
@@ -103,35 +108,36 @@ def run_worker(
     # Programs that the handler's module starts must not inherit it.
     sock.set_inheritable(False)
     log = CompletionLogWriter(log_fd)
-    _restore_signals()
+    restore_signals()
     pool_pid = message["pool_pid"]
+    parent = pool_pid if parent is None else parent
     # Another version may not know it.
-    group = _ProcessGroup(pool_pid, kills=bool(message["config"].get("kill_process_group")))
-    _exit_with_parent()
+    group = _ProcessGroup(parent, kills=bool(message["config"].get("kill_process_group")))
+    exit_with_parent()
     threading.Thread(
         target=_watch_pool,
         args=(sock, _open_pidfd(pool_pid), group),
         name="pool watch",
         daemon=True,
     ).start()
-    _check_parent(pool_pid)
+    check_parent(parent)
     # Registered first, it runs last.
     atexit.register(group.kill_if_orphan)
     if message["version"] != __version__:
         # Another version was installed since the pool's process started. It sees that, and says
         # so; the configuration may be another one by now.
-        return _send_last(sock, _protocol.pack_ready())
+        return send_last(sock, _protocol.pack_ready())
     config = WorkerConfig(**message["config"], setup_data=setup_data)
     try:
         _apply_limits(config)
         handler = import_handler(config.handler)
         setup = import_setup(config.setup) if config.setup is not None else None
     except BaseException as exc:  # SystemExit, too, keeps the worker from starting
-        return _send_failed(sock, exc)
+        return send_failed(sock, exc)
     return trio.run(_serve, sock, log, config, handler, setup, group)
 
 
-def _restore_signals() -> None:
+def restore_signals() -> None:
     """Give each signal the disposition that it has in a Python program by default."""
     for number in signal.valid_signals():
         if number not in _IGNORED_BY_PYTHON and signal.getsignal(number) is signal.SIG_IGN:
@@ -140,8 +146,8 @@ def _restore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _exit_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when the pool's process has died (Linux)."""
+def exit_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent has died (Linux)."""
     if sys.platform == "linux":  # pragma: no branch - others are not run here
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -165,14 +171,14 @@ class _ProcessGroup:
         stops being the parent.
     """
 
-    def __init__(self, pool_pid: int, *, kills: bool) -> None:
-        self._pool_pid = pool_pid
+    def __init__(self, parent: int, *, kills: bool) -> None:
+        self._parent = parent
         self._kills = kills
         self.is_orphan = False
 
     def kill_if_orphan(self) -> None:
         """Kill the group, with this process, if there is no pool to do it."""
-        if self._kills and (self.is_orphan or os.getppid() != self._pool_pid):
+        if self._kills and (self.is_orphan or os.getppid() != self._parent):
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     with contextlib.suppress(OSError, ValueError):
@@ -180,8 +186,9 @@ class _ProcessGroup:
             os.killpg(0, signal.SIGKILL)
 
 
-def _check_parent(pool_pid: int) -> None:
-    if os.getppid() != pool_pid:  # pragma: no cover - such an exit leaves no data
+def check_parent(parent: int) -> None:
+    """Exit if the parent of this process has died."""
+    if os.getppid() != parent:  # pragma: no cover - such an exit leaves no data
         # It died before prctl(2) was called.
         os._exit(1)
 
@@ -218,16 +225,17 @@ def _apply_limits(config: WorkerConfig) -> None:
         resource.setrlimit(number, (soft, hard))
 
 
-def _send_failed(sock: stdlib_socket.socket, exc: BaseException) -> int:
+def send_failed(sock: stdlib_socket.socket, exc: BaseException) -> int:
+    """Report why this process cannot start, as its last act; return its exit status."""
     text = _text_of(exc) if isinstance(exc, ReportedError) else format_error(exc)
-    return _send_last(sock, encode_frame(_protocol.FAILED, text))
+    return send_last(sock, encode_frame(_protocol.FAILED, text))
 
 
 def _text_of(exc: ReportedError) -> bytes:
     return _shorten(str(exc).encode(errors="backslashreplace"))
 
 
-def _send_last(sock: stdlib_socket.socket, frame: bytes) -> int:
+def send_last(sock: stdlib_socket.socket, frame: bytes) -> int:
     """Send a frame, blocking, as the last act of this process; return its exit status."""
     with contextlib.suppress(OSError):
         sock.setblocking(True)
@@ -270,7 +278,7 @@ async def _serve(
             context = function(info) if takes_info else function()
         async with context as state:
             # The kernel cancels it when a process becomes another user.
-            _exit_with_parent()
+            exit_with_parent()
             worker = _Worker(conn, log, config, handler, state, group)
             # From before READY: a SIGTERM at any time after it must not kill this worker, which
             # includes the end of the setup. A function, unlike SIG_IGN, is not inherited by the
@@ -286,7 +294,7 @@ async def _serve(
     except BaseException as exc:
         if ready:
             raise
-        return _send_failed(raw_socket(conn.socket), exc)
+        return send_failed(raw_socket(conn.socket), exc)
     await conn.aclose()
     return 0
 

@@ -11,6 +11,7 @@ import operator
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex, cast
@@ -53,6 +54,8 @@ class WorkerConfig:
       kill_process_group: whether its process group is killed when it has ended.
       proxy_protocol: the version of the header that connections begin with, or None.
       proxy_from: the networks of the hosts that may send one.
+      preload: the modules that the template of the worker imports.
+      is_template: whether this is the configuration of the template.
     """
 
     handler: str
@@ -70,6 +73,8 @@ class WorkerConfig:
     kill_process_group: bool = False
     proxy_protocol: ProxyVersion | None = None
     proxy_from: Sequence[str] = ()
+    preload: Sequence[str] = ()
+    is_template: bool = False
 
     def encode(self) -> bytes:
         """Return what the bootstrap reads: JSON on one line, and then the data of the setup.
@@ -257,3 +262,23 @@ def check_proxy_from(networks: Iterable[object] | None) -> tuple[str, ...] | Non
     if isinstance(networks, (str, bytes)):
         raise TypeError(f"proxy_from must be a sequence of networks, got {networks!r}")
     return tuple(str(ipaddress.ip_network(cast("Any", each))) for each in networks)
+
+
+def check_preload(modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules that a template imports.
+
+    Raises:
+      TypeError: not a sequence of strings.
+      ValueError: one of them is not the name of a module.
+      NotSupportedError: the platform has no pidfds.
+    """
+    if isinstance(modules, (str, bytes)) or not isinstance(modules, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"preload must be a sequence of names of modules, got {modules!r}")
+    for name in modules:
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"preload must contain names of modules, got {type(name).__name__}")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"preload: expected the name of a module, got {name!r}")
+    if modules:
+        _kernel.required(getattr(signal, "pidfd_send_signal", None), "pidfd_send_signal")
+    return tuple(modules)

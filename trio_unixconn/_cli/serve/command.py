@@ -252,6 +252,14 @@ def serve(
             help="When a worker has ended, kill the processes that its handlers have started.",
         ),
     ] = False,
+    preload: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            help="Fork the workers from a process that has imported trio and this module; "
+            "repeatable.",
+        ),
+    ] = None,
     proxy_protocol: Annotated[
         ProxyChoice | None,
         typer.Option(
@@ -404,6 +412,7 @@ def serve(
         "executable": executable,
         "nice": nice,
         "kill_process_group": kill_process_group,
+        "preload": preload or (),
         # A handler's print is forwarded when it is made, and not lost if the worker is killed.
         "environment": {LINES_VARIABLE: "1"},
         "proxy_protocol": None if proxy_protocol is None else proxy_protocol.value,
