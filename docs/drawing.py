@@ -290,7 +290,7 @@ def draw_servers(title: str, values: dict[str, float], form: str) -> str:
 
 
 # Of charts of growth: what is left of the plot, right of it, and above it; and its height.
-LEFT, RIGHT, ABOVE, PLOT = 62, 168, 30, 190
+LEFT, RIGHT, ABOVE, PLOT = 62, 182, 30, 190
 # The least distance of two names.
 APART = 36
 # An axis of bytes has a mark at each of these powers of two, all others at powers of ten.

@@ -191,7 +191,8 @@ def slope_cells(figure: Mapping[str, Any]) -> tuple[str, str]:
     """Return the median of a slope, and its quartiles."""
     if "slope" not in figure:
         return "", ""
-    found = figure["slope"]
+    # Plus 0, because a slope is not -0.00.
+    found = {name: round(value, 2) + 0.0 for name, value in figure["slope"].items()}
     return f"{found['median']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}"
 
 
