@@ -487,7 +487,8 @@ class TakeOverError(UnixConnectionError, RuntimeError):
 class SuccessorGoneError(UnixConnectionError, trio.BrokenResourceError):
     """The successor did not take a connection, which still belongs to this process.
 
-    The successor has exited, or there is none.
+    The successor has exited, or there is none. Only if this process ends the handover after the
+    connection was sent, it is closed here, because the successor may have it.
     """
 
     code = IOErrorEnum.BROKEN_PIPE

@@ -47,7 +47,7 @@ async def follow(channel: Channel, passer: Passer) -> None:
     """Do what a generation does with the answers of its successor."""
     while (frame := await channel.receive()) is not None:
         passer.handle(frame)
-    passer.end()
+    passer.end(is_successor_gone=True)
 
 
 @asynccontextmanager
@@ -206,6 +206,7 @@ async def test_pass_on_when_the_message_cannot_be_sent() -> None:
         one, two = tcp_pair()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(passer.run)
+            nursery.start_soon(follow, old, passer)
             with pytest.raises(SuccessorGoneError):
                 await passer.pass_on(one, b"")
         await echo(one, two)
@@ -262,6 +263,114 @@ async def test_pass_on_cancelled_before_it_is_sent() -> None:
         await echo(one, two)
         nursery.cancel_scope.cancel()
     for each in one, two, four:
+        await each.aclose()
+
+
+async def stop_reading(
+    passer: Passer, nursery: trio.Nursery, count: int
+) -> tuple[list[tuple[trio.SocketStream, trio.SocketStream]], list[object]]:
+    """Pass connections on with more data than the channel holds; return them, and the errors."""
+    pairs = [tcp_pair() for _ in range(count)]
+    errors: list[object] = []
+
+    async def pass_on(stream: trio.SocketStream) -> None:
+        try:
+            await passer.pass_on(stream, bytes(1024 * 1024))
+        except SuccessorGoneError as exc:
+            errors.append(exc)
+
+    for one, _ in pairs:
+        nursery.start_soon(pass_on, one)
+        await trio.testing.wait_all_tasks_blocked()
+    return pairs, errors
+
+
+async def test_pass_on_waits_for_a_successor_that_does_not_read(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It is not taken for dead: when it goes on, it gets the connections, which have one owner."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        pairs, errors = await stop_reading(passer, nursery, 3)
+        await trio.sleep(100 * SEND_TIMEOUT)
+        assert not errors
+        assert all(one.socket.fileno() != -1 for one, _ in pairs)
+        for _ in pairs:
+            number, _, fds = await receive_passed(new)
+            os.close(*fds)
+            await new.send(of.pack_id(of.TAKEN, number))
+    assert not errors
+    for one, two in pairs:
+        assert one.socket.fileno() == -1
+        await two.aclose()
+
+
+async def test_pass_on_while_the_handover_is_ended_here() -> None:
+    """What was sent may be the successor's, and is closed here; what was not is the caller's."""
+    async with channels() as (old, _), trio.open_nursery() as nursery:
+        passer = Passer(old)
+        running = trio.CancelScope()
+
+        async def run() -> None:
+            with running:
+                await passer.run()
+
+        nursery.start_soon(run)
+        pairs, errors = await stop_reading(passer, nursery, 6)
+        running.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        kept = [one for one, _ in pairs if one.socket.fileno() != -1]
+        assert len(errors) == 6
+        assert 0 < len(kept) < 6
+        assert sum("is closed here" in str(each) for each in errors) == 6 - len(kept)
+    for one, two in pairs:
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_pass_on_cancelled_while_the_handover_is_ended_here() -> None:
+    """A cancellation at the same moment closes the stream, too."""
+    async with channels() as (old, new):
+        passer = Passer(old)
+        one, two = tcp_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(passer.pass_on, one, b"")
+            nursery.start_soon(passer.run)
+            _, _, fds = await receive_passed(new)
+            os.close(*fds)
+            nursery.cancel_scope.cancel()
+            passer.end(is_successor_gone=False)
+        assert one.socket.fileno() == -1
+        await two.aclose()
+
+
+async def test_pass_on_reads_what_the_successor_said_before_its_end() -> None:
+    """A connection that it has taken is not given back because the next one cannot be sent."""
+    async with channels() as (old, new), trio.open_nursery() as nursery:
+        passer = Passer(old)
+        nursery.start_soon(passer.run)
+        one, two = tcp_pair()
+        three, four = tcp_pair()
+        nursery.start_soon(passer.pass_on, one, b"")
+        number, _, fds = await receive_passed(new)
+        os.close(*fds)
+        await new.send(of.pack_id(of.TAKEN, number))
+        new.close()
+
+        async def pass_on() -> None:
+            with pytest.raises(SuccessorGoneError, match="still open here"):
+                await passer.pass_on(three, b"")
+
+        nursery.start_soon(pass_on)
+        await trio.testing.wait_all_tasks_blocked()
+        assert one.socket.fileno() != -1
+        frame = await old.receive()
+        assert frame is not None
+        passer.handle(frame)
+        assert await old.receive() is None
+        passer.end(is_successor_gone=True)
+    assert one.socket.fileno() == -1
+    await echo(three, four)
+    for each in two, three, four:
         await each.aclose()
 
 
@@ -564,7 +673,7 @@ async def test_pass_on_cancelled_just_before_the_successor_ends() -> None:
         nursery.start_soon(passer.pass_on, one, b"")
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-        passer.end()
+        passer.end(is_successor_gone=True)
     async with one, two:
         await echo(one, two)
 
@@ -596,7 +705,7 @@ async def put_and_settle(one: socket.socket, connection: PassedConnection) -> No
         await new.send(of.pack_id(of.TAKEN, number))
         with trio.fail_after(30):
             await settled.wait()
-        passer.end()
+        passer.end(is_successor_gone=True)
         assert not passer.put(one.fileno(), connection)
 
 

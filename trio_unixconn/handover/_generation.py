@@ -855,6 +855,7 @@ class Generation(DescriptorOwner):
             nursery.start_soon(passer.run)
             if self._process is not None:
                 nursery.start_soon(self._process.wait)
+            is_gone = False
             try:
                 while (frame := await channel.receive()) is not None:
                     if frame.kind in (_protocol.TAKEN, _protocol.REFUSED):
@@ -868,11 +869,12 @@ class Generation(DescriptorOwner):
                         self._overdue.set()
                     else:
                         raise _protocol.ProtocolError(f"unexpected frame {frame.kind}")
+                is_gone = True
             except FrameError as exc:
                 logger.warning("%s: the successor broke the protocol: %s", self.name, exc)
             # Before the passer gives connections back: a message with them may wait to be sent.
             channel.close()
-            passer.end()
+            passer.end(is_successor_gone=is_gone)
             # It cannot say MOVED any more.
             await self._close_rendezvous()
 
@@ -918,7 +920,9 @@ class Generation(DescriptorOwner):
           data: what the successor must know of it, at most 16 MiB.
 
         Raises:
-          SuccessorGoneError: there is no successor, or it has ended; the stream is still open.
+          SuccessorGoneError: there is no successor, or it has ended; the stream is still open. Or
+            this generation has ended the handover after the connection was sent, because its block
+            ends or the successor broke the protocol; the stream is closed.
           TypeError: another kind of stream, such as a ``trio.SSLStream``, whose state is in this
             process.
           ReadAheadError: the connection holds messages that were read ahead.

@@ -6,12 +6,17 @@ A connection that is passed on has one of these states, and is this process's un
       |          |
       |          +----> queued          REFUSED: the successor has no free file descriptor
       |          +----> lost            the successor has ended: it is the caller's again
+      |          +----> unknown         this process has ended the channel: it is closed here
       +--> withdrawn                    a caller that is cancelled keeps it; when it was sent, it
                                         cannot
 
 Invariant: a connection has one owner. The successor hands one to its program only if it has it in
 its own memory, and says TAKEN then. If the task that passes it on is cancelled after it was sent,
 the passer owns this process's copy, and closes it when the successor has answered or has ended.
+
+A successor that does not read, because it was stopped or computes, has not ended: it takes what was
+sent when it goes on. So connections wait for it, and only the end of its side of the channel gives
+them back. A drain ends that wait.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -71,6 +76,7 @@ class _State(enum.Enum):
     SENT = enum.auto()
     TAKEN = enum.auto()
     LOST = enum.auto()
+    UNKNOWN = enum.auto()
 
 
 @attrs.define(eq=False)
@@ -94,7 +100,7 @@ class _Outgoing:
         await wait_task_rescheduled(abort)
 
 
-def _settle(items: Sequence[_Outgoing], state: _State) -> int:
+def _settle(items: Iterable[_Outgoing], state: _State) -> int:
     """Wake the tasks of connections; close those that no task waits for, and return their number.
 
     One whose task is just being cancelled is neither: the task closes or keeps it.
@@ -182,11 +188,17 @@ class Passer:
             elif item.state is _State.SENT:
                 item.is_abandoned = True
                 _detach(stream)
-            elif item.state is _State.TAKEN:
+            elif item.state in (_State.TAKEN, _State.UNKNOWN):
                 close_fds_batched([_detach(stream)])
             raise
         if item.state is _State.LOST:
             raise _gone()
+        if item.state is _State.UNKNOWN:
+            close_fds_batched([_detach(stream)])
+            raise SuccessorGoneError(
+                "this generation ended the handover while the connection was sent; it is closed "
+                "here, and the successor may have it"
+            )
         close_fds_batched([_detach(stream)])
 
     def put(self, fd: int, connection: PassedConnection) -> bool:
@@ -211,7 +223,7 @@ class Passer:
             await self._changed.park()
 
     async def run(self) -> None:
-        """Send what is queued, until the successor has ended."""
+        """Send what is queued, until :meth:`end` is called, or this is cancelled."""
         try:
             while not self._is_over:
                 delay = self._retry_at - trio.current_time()
@@ -222,7 +234,7 @@ class Passer:
                 else:
                     await self._changed.park()
         finally:
-            self.end()
+            self.end(is_successor_gone=False)
 
     async def _send_batch(self) -> None:
         batch: list[_Outgoing] = []
@@ -242,8 +254,10 @@ class Passer:
         self._sent[number] = batch
         frame = _protocol.pack_passed(number, [item.connection for item in batch])
         try:
-            if not await self._channel.send(frame, [item.fd for item in batch]):
-                self.end()
+            if not await self._channel.send_patiently(frame, [item.fd for item in batch]):
+                # What it has said before its end is read first: it may have taken others.
+                while not self._is_over:
+                    await self._changed.park()
         except SendError as exc:
             if exc.sent or exc.errno not in _kernel.OUT_OF_RESOURCES:
                 raise
@@ -276,11 +290,18 @@ class Passer:
             self._queue.appendleft(item)
         self._max_batch = max(1, len(batch) // 2)
 
-    def end(self) -> None:
-        """Give back all that the successor has not taken; close what no task waits for."""
+    def end(self, *, is_successor_gone: bool) -> None:
+        """Give back what the successor has not taken; close what no task waits for.
+
+        Args:
+          is_successor_gone: whether its end of the channel is closed, so that it takes nothing that
+            was sent. If not, what was sent is closed here.
+        """
         self._is_over = True
-        lost = [*chain.from_iterable(self._sent.values()), *self._queue]
-        if closed := _settle(lost, _State.LOST):
+        sent = list(chain.from_iterable(self._sent.values()))
+        closed = _settle(sent, _State.LOST if is_successor_gone else _State.UNKNOWN)
+        closed += _settle(self._queue, _State.LOST)
+        if closed:
             logger.warning(
                 "%d connections were not passed on, because the successor or this generation has "
                 "ended; they are closed here",
