@@ -608,16 +608,24 @@ def _take_variables(environ: MutableMapping[str, str]) -> None:
         return
     total = _number(count, "LISTEN_FDS", 0)
     fds = range(_FIRST_FD, _FIRST_FD + total)
-    for fd in fds:
+    missing: tuple[int, Exception] | None = None
+    for index, fd in enumerate(fds):
+        # If there are not enough names, or none, the others have none.
+        name = (names[index] if index < len(names) else "") or _UNNAMED
         try:
             os.set_inheritable(fd, False)
         except (OSError, OverflowError) as exc:
-            raise ValueError(
-                f"LISTEN_FDS is {total}, but file descriptor {fd} is not open"
-            ) from exc
-    # If there are not enough names, or none, the others have none.
-    names += [""] * total
-    _passed.extend((fd, name or _UNNAMED) for fd, name in zip(fds, names, strict=False))
+            if missing is not None:
+                # The number is wrong: what follows may be files of this program.
+                break
+            missing = fd, exc
+        else:
+            # Kept even if another one is not open: a later call returns it.
+            _passed.append((fd, name))
+    if missing is not None:
+        raise ValueError(
+            f"LISTEN_FDS is {total}, but file descriptor {missing[0]} is not open"
+        ) from missing[1]
 
 
 def _is_this_process(pid: str, pidfd_id: str) -> bool:

@@ -633,7 +633,8 @@ seen = []
 for step in json.loads(sys.argv[2]):
     call, names = step[0], step[1:]
     try:
-        found = {"fds": inherited_fds, "listeners": inherited_listeners}[call](*names)
+        found = {"fds": inherited_fds, "listeners": inherited_listeners,
+            "close": lambda: os.close(4) or {}}[call](*names)
         seen.append({name: [each if call == "fds" else [type(each).__name__,
             each.socket.fileno(), os.get_inheritable(each.socket.fileno())] for each in found[name]]
             for name in found})
@@ -726,8 +727,18 @@ async def test_inherited_fds_checks_the_count(tcp: Any) -> None:
         "LISTEN_FDS: expected a number of at least 0, got 'x'",
         [],
     ]
-    assert inherit([tcp.fileno()], [["fds"]], count="9000") == [
-        "LISTEN_FDS is 9000, but file descriptor 4 is not open",
+    # Those that are open are kept for the next call, up to the second that is not.
+    for count in "9000", f"{2**40}":
+        assert inherit([tcp.fileno()], [["fds"], ["fds"]], count=count) == [
+            f"LISTEN_FDS is {count}, but file descriptor 4 is not open",
+            {"unknown": [3]},
+            [],
+        ]
+    # One that the program has closed.
+    assert inherit([tcp.fileno()] * 3, [["close"], ["fds"], ["fds"]]) == [
+        {},
+        "LISTEN_FDS is 3, but file descriptor 4 is not open",
+        {"unknown": [3, 5]},
         [],
     ]
 
