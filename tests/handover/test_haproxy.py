@@ -469,6 +469,46 @@ async def test_serve_haproxy_listeners_ignores_the_signals_of_a_pause(
         signal.signal(signal.SIGTTIN, before)
 
 
+async def test_serve_haproxy_listeners_of_two_partners_ignore_pauses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While one of two partners is served, the signals of a pause are still ignored."""
+    async with await open_unix_listener(tmp_path / "web") as web, trio.open_nursery() as outer:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_haproxy_listeners, tmp_path / "one", [web])
+            await outer.start(serve_haproxy_listeners, tmp_path / "two", [web])
+            nursery.cancel_scope.cancel()
+        assert callable(signal.getsignal(signal.SIGTTOU))
+        os.kill(os.getpid(), signal.SIGTTOU)
+        await until(lambda: "ignored SIGTTOU" in caplog.text)
+        outer.cancel_scope.cancel()
+    assert signal.getsignal(signal.SIGTTOU) is signal.SIG_DFL
+
+
+async def test_serve_haproxy_listeners_when_one_is_closed_between_batches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The handover ends with a warning, not with a crash: its number of sockets was announced."""
+    async with trio.open_nursery() as nursery:
+        opened = [await open_unix_listener(tmp_path / f"{each}") for each in range(300)]
+        await nursery.start(serve_haproxy_listeners, tmp_path / "partner", opened)
+        async with await open_unix_connection(tmp_path / "partner") as conn:
+            await conn.send_all(b"_getsocks\n")
+            fds = 0
+            while not fds:
+                with await conn.receive_message(65536) as message:
+                    fds = len(message.fds)
+            await opened[-1].aclose()
+            await conn.send_all(struct.pack("=i", fds))
+            while (message := await conn.receive_message(65536)).data:
+                message.close()
+        await until(lambda: "a listener was closed meanwhile" in caplog.text)
+        assert "Traceback" not in caplog.text
+        nursery.cancel_scope.cancel()
+    for each in opened:
+        await each.aclose()
+
+
 async def test_serve_haproxy_listeners_leaves_a_later_handler(tmp_path: Path) -> None:
     """A handler that the program installs meanwhile is still there at the end."""
     try:

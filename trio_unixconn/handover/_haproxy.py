@@ -31,6 +31,7 @@ import signal
 import socket as stdlib_socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -514,6 +515,9 @@ async def _give(conn: UnixConnection, listeners: Sequence[AnyListener]) -> int:
     acknowledged = 0
     for begin in range(0, len(given), MAX_BATCH):
         batch = given[begin : begin + MAX_BATCH]
+        if any(each.socket.fileno() == -1 for each in batch):
+            # Their number was announced.
+            raise trio.ClosedResourceError("a listener was closed meanwhile")
         names = b"".join(_names_of(raw_socket(each.socket)) for each in batch)
         await conn.send_message(names, fds=[each.socket for each in batch])
         # Not when it has acknowledged them: if this process is told to stop before it has read
@@ -546,27 +550,33 @@ def _names_of(sock: stdlib_socket.socket) -> bytes:
     return b"".join([b"\0", bytes([len(interface)]), interface, _int.pack(0)])
 
 
+def _ignore_pause(number: int, _: object) -> None:
+    logger.warning(
+        "ignored %s, with which HAProxy asks this process to pause or to go on",
+        signal.Signals(number).name,
+    )
+
+
+# How many servers need each of these signals ignored.
+_ignoring: Final[Counter[signal.Signals]] = Counter()
+
+
 @contextmanager
 def _pauses_ignored() -> Generator[None, None, None]:
     """Ignore the signals with which HAProxy asks for a pause, unless the program handles them."""
-
-    def ignore(number: int, _: object) -> None:
-        logger.warning(
-            "ignored %s, with which HAProxy asks this process to pause or to go on",
-            signal.Signals(number).name,
-        )
-
-    changed: list[signal.Signals] = []
+    ignored: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
         for number in _PAUSES:
             # Not SIG_IGN, which programs that this one starts would inherit.
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, ignore)
-                changed.append(number)
+            if signal.getsignal(number) in (signal.SIG_DFL, _ignore_pause):
+                signal.signal(number, _ignore_pause)
+                ignored.append(number)
+    _ignoring.update(ignored)
     try:
         yield
     finally:
-        for number in changed:
+        _ignoring.subtract(ignored)
+        for number in ignored:
             # The program may have begun to handle it meanwhile.
-            if signal.getsignal(number) is ignore:
+            if not _ignoring[number] and signal.getsignal(number) is _ignore_pause:
                 signal.signal(number, signal.SIG_DFL)
