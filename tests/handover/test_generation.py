@@ -1112,12 +1112,47 @@ async def test_send_to_a_process_that_has_ended() -> None:
     channel.close()
 
 
-async def test_request_upgrade_of_a_generation_that_starts(tmp_path: Path) -> None:
-    """A generation that is not ready hands over to none, and says so at once."""
-    async with open_generation(tmp_path / "upgrade", name="x"):
-        with pytest.raises(UpgradeFailedError, match="starting") as caught:
-            await request_upgrade(tmp_path / "upgrade")
-        assert caught.value.code == IOErrorEnum.BUSY
+async def test_request_upgrade_waits_for_the_start(tmp_path: Path) -> None:
+    """While a generation starts, an upgrade waits, and fails after its time limit."""
+    path = tmp_path / "upgrade"
+    async with open_generation(path, name="x", timeout=0.2):
+        with pytest.raises(UpgradeFailedError, match=r"still starting after 0\.2 s") as caught:
+            await request_upgrade(path)
+        assert caught.value.code == IOErrorEnum.TIMED_OUT
+
+
+async def test_upgrade_begins_when_the_start_is_over(tmp_path: Path) -> None:
+    """An upgrade that was asked for during the start goes on afterwards."""
+    async with (
+        open_generation(tmp_path / "upgrade", name="x", command=["/nonexistent"]) as gen,
+        trio.open_nursery() as nursery,
+    ):
+        failed = trio.Event()
+
+        async def upgrade() -> None:
+            with pytest.raises(UpgradeFailedError, match="cannot start the successor"):
+                await gen.upgrade(timeout=30)
+            failed.set()
+
+        nursery.start_soon(upgrade)
+        await wait_all_tasks_blocked()
+        assert not failed.is_set()
+        await gen.ready()
+        await failed.wait()
+
+
+async def test_upgrade_of_a_generation_that_is_retired_while_it_starts(tmp_path: Path) -> None:
+    """retire() ends the wait for the start, because there will be no upgrade."""
+    async with open_generation(tmp_path / "upgrade", name="x") as gen:
+
+        async def retire() -> None:
+            await wait_all_tasks_blocked()
+            gen.retire()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(retire)
+            with pytest.raises(UpgradeFailedError, match="draining"):
+                await gen.upgrade(timeout=30)
 
 
 async def test_retire_gives_up_a_handover(tmp_path: Path) -> None:

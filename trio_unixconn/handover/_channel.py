@@ -89,26 +89,25 @@ class Channel(DescriptorOwner):
           SendError: the kernel rejects the file descriptors.
         """
         with trio.move_on_after(SEND_TIMEOUT, shield=True):
-            return await self.send_patiently(frame, fds)
+            try:
+                await self.send_patiently(frame, fds)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return False
+            return True
         return False
 
-    async def send_patiently(self, frame: bytes, fds: Sequence[FileDescriptor]) -> bool:
+    async def send_patiently(self, frame: bytes, fds: Sequence[FileDescriptor]) -> None:
         """Send a frame, however long the other end does not read.
 
         If this is cancelled, a part of the frame may have been sent: close the channel then.
 
-        Returns:
-          False if the other end, or this one, is closed.
-
         Raises:
           SendError: the kernel rejects the file descriptors.
+          BrokenResourceError: the other end is closed.
+          ClosedResourceError: this one is.
         """
         async with self._sending:
-            try:
-                await self._conn.send_message(frame, fds=fds)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return False
-            return True
+            await self._conn.send_message(frame, fds=fds)
 
     async def watch_process(self) -> None:
         """Wait until the process at the other end has exited, and end the stream then.

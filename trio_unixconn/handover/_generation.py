@@ -218,6 +218,8 @@ class Generation(DescriptorOwner):
         self._accepts: frozenset[str] = frozenset()
         self._prepared = trio.Event()
         self._may_accept = trio.Event()
+        # This generation serves, or is not going to.
+        self._start_over = trio.Event()
         self._confirmed = trio.Event()
         self._replaced = trio.Event()
         # The rendezvous path leads to the successor, or the successor has ended.
@@ -601,6 +603,7 @@ class Generation(DescriptorOwner):
         if self._phase is Phase.RELEASED:
             return
         self._is_retired = True
+        self._start_over.set()
         if self._attempt is not None:
             self._attempt.cancel()
         self._nursery.start_soon(self._close_rendezvous)
@@ -636,6 +639,7 @@ class Generation(DescriptorOwner):
           command: the program and its arguments; default: that of :func:`open_generation`, or the
             one that started this process. It must call :func:`open_generation`.
           timeout: in how many seconds it must serve; default: that of :func:`open_generation`.
+            If this generation is still starting, this waits for that first, as long at most.
           probation: for how many seconds this generation keeps the listeners after that, without
             accepting. If the successor ends in this time, this generation accepts again.
 
@@ -659,7 +663,7 @@ class Generation(DescriptorOwner):
         probation = options.probation if probation is None else probation
         command = command or options.command or _spawn.default_command()
         began = time.monotonic()
-        async with self._hand_over():
+        async with self._hand_over(timeout):
             process = self._process = self._start_successor(command)
             channel = Channel(process.conn, process.open_pidfd())
 
@@ -721,12 +725,23 @@ class Generation(DescriptorOwner):
         return upgrade
 
     @asynccontextmanager
-    async def _hand_over(self) -> AsyncGenerator[None, None]:
+    async def _hand_over(self, timeout: float) -> AsyncGenerator[None, None]:
         """Reserve this generation for one handover.
+
+        Args:
+          timeout: how long to wait for the end of its start, in seconds.
 
         Raises:
           UpgradeFailedError: it does not serve, or another handover is in progress.
         """
+        with trio.move_on_after(timeout) as scope:
+            await self._start_over.wait()
+        if scope.cancelled_caught:
+            error = UpgradeFailedError(
+                f"this generation is still starting after {timeout:g} s (timeout)"
+            )
+            error.code = IOErrorEnum.TIMED_OUT
+            raise error
         if self._is_retired:
             raise UpgradeFailedError("this generation is draining, and ends without a successor")
         if self._phase is not Phase.SERVING:
@@ -874,7 +889,7 @@ class Generation(DescriptorOwner):
                 logger.warning("%s: the successor broke the protocol: %s", self.name, exc)
             # Before the passer gives connections back: a message with them may wait to be sent.
             channel.close()
-            passer.end(is_successor_gone=is_gone)
+            await passer.stop(is_successor_gone=is_gone)
             # It cannot say MOVED any more.
             await self._close_rendezvous()
 
@@ -1056,7 +1071,6 @@ class Generation(DescriptorOwner):
         channel.forget_process()
         for each in self._listeners.values():
             each.own_path()
-        self._before = None
         if released is None:
             channel.close()
             logger.warning(
@@ -1066,12 +1080,15 @@ class Generation(DescriptorOwner):
                 self.number,
             )
         await self._try_open_rendezvous()
+        # Not before: ready() would confirm this generation while the path is not there yet.
+        self._before = None
         if released is not None:
             await channel.send(encode_frame(_protocol.MOVED))
             self._follow_draining([*released, channel])
             await self._end_oldest()
             self._phase = Phase.SERVING
             self._confirmed.set()
+            self._start_over.set()
             await self._tell_ready(is_orphan=False)
         elif self._prepared.is_set():
             self._become_first()
@@ -1103,6 +1120,7 @@ class Generation(DescriptorOwner):
         self._may_accept.set()
         self._phase = Phase.SERVING
         self._confirmed.set()
+        self._start_over.set()
         self._nursery.start_soon(partial(self._tell_ready, is_orphan=self.number > 1))
 
     def _follow_draining(self, channels: Sequence[Channel]) -> None:
@@ -1179,9 +1197,6 @@ class Generation(DescriptorOwner):
             # The client tries again, and reaches the successor.
             return
         expect_no_fds(frame)
-        if self._may_accept.is_set() and self._before is None:
-            # It is about to be SERVING: clients may know already that the upgrade has succeeded.
-            await self._confirmed.wait()
         if frame.kind == _protocol.REQUEST:
             result = await self._upgrade_for_client()
             if result.error is None:
@@ -1221,7 +1236,7 @@ class Generation(DescriptorOwner):
 
         options = self._options
         try:
-            async with self._hand_over():
+            async with self._hand_over(options.timeout):
                 await self._give(channel, pid, greet, options.timeout, options.probation)
         except UpgradeFailedError as exc:
             logger.warning("%s: handover to pid %d failed: %s", self.name, pid, exc)

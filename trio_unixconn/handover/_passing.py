@@ -160,6 +160,7 @@ class Passer:
         self._max_batch = _kernel.SCM_MAX_FD
         self._retry_at = 0.0
         self._is_over = False
+        self._is_sending = False
         self._changed = trio.lowlevel.ParkingLot()
         #: How many the successor has taken.
         self.taken: int = 0
@@ -233,8 +234,9 @@ class Passer:
                     await self._send_batch()
                 else:
                     await self._changed.park()
-        finally:
+        except BaseException:
             self.end(is_successor_gone=False)
+            raise
 
     async def _send_batch(self) -> None:
         batch: list[_Outgoing] = []
@@ -253,16 +255,25 @@ class Passer:
         self._next_id += 1
         self._sent[number] = batch
         frame = _protocol.pack_passed(number, [item.connection for item in batch])
+        self._is_sending = True
         try:
-            if not await self._channel.send_patiently(frame, [item.fd for item in batch]):
-                # What it has said before its end is read first: it may have taken others.
-                while not self._is_over:
-                    await self._changed.park()
+            await self._channel.send_patiently(frame, [item.fd for item in batch])
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            if not getattr(exc, "sent", 0):
+                self._requeue(self._sent.pop(number, []))
+            # What the successor has said before its end is read first: it may have taken others.
+            self._is_sending = False
+            self._changed.unpark_all()
+            while not self._is_over:
+                await self._changed.park()
         except SendError as exc:
             if exc.sent or exc.errno not in _kernel.OUT_OF_RESOURCES:
                 raise
             self._requeue(self._sent.pop(number, []))
             self._retry_at = trio.current_time() + ACCEPT_RETRY_DELAY
+        finally:
+            self._is_sending = False
+            self._changed.unpark_all()
 
     def handle(self, frame: Frame) -> None:
         """Handle TAKEN or REFUSED.
@@ -289,6 +300,14 @@ class Passer:
             item.state = _State.QUEUED
             self._queue.appendleft(item)
         self._max_batch = max(1, len(batch) // 2)
+
+    async def stop(self, *, is_successor_gone: bool) -> None:
+        """Call :meth:`end` when the channel is closed and nothing is being sent any more."""
+        self._is_over = True
+        self._changed.unpark_all()
+        while self._is_sending:
+            await self._changed.park()
+        self.end(is_successor_gone=is_successor_gone)
 
     def end(self, *, is_successor_gone: bool) -> None:
         """Give back what the successor has not taken; close what no task waits for.
