@@ -145,6 +145,7 @@ PACKAGES = {
         "_giver",
         "_taker",
         "_spawn",
+        "_processor",
         "_listeners",
         "_channel",
         "_manifest",

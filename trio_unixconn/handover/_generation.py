@@ -38,8 +38,8 @@ import socket as stdlib_socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
@@ -76,6 +76,7 @@ from ._listeners import Gate, GenerationListener
 from ._manifest import Manifest, describe_socket
 from ._passing import PassedConnections, Passer
 from ._predecessor import Predecessor
+from ._processor import leave_processor
 from ._serving import GenerationHooks, GenerationServer
 
 if sys.version_info < (3, 11):
@@ -783,9 +784,10 @@ class Generation(DescriptorOwner):
         reason = "the generation that runs ends"
         try:
             async with _giver.within(timeout):
-                await greet()
-                giving = self._giving()
-                prepared = await _giver.give(channel, giving)
+                with self._leaving_processor(pid):
+                    await greet()
+                    giving = self._giving()
+                    prepared = await _giver.give(channel, giving)
             self._gate.block()
             try:
                 await _giver.wait_probation(channel, probation)
@@ -804,6 +806,22 @@ class Generation(DescriptorOwner):
                 if not self._has_crashed:
                     await channel.send(_protocol.pack_text(_protocol.ABORT, reason))
                 channel.close()
+
+    @contextmanager
+    def _leaving_processor(self, pid: int) -> Iterator[None]:
+        """Let a successor start in this block, even if all processors are busy."""
+        scope = trio.CancelScope()
+
+        async def leave() -> None:
+            with scope:
+                await leave_processor(pid, self._gate)
+
+        self._nursery.start_soon(leave)
+        try:
+            yield
+        finally:
+            scope.cancel()
+            self._gate.pause(False)
 
     def _giving(self) -> _giver.Giving:
         try:

@@ -50,6 +50,8 @@ class Gate:
         # Whether no other generation accepts from the listeners.
         self._is_alone = False
         self._is_shut = False
+        #: Whether accepting is interrupted for a moment.
+        self.is_paused: bool = False
         self._changed = trio.Event()
         # Of tasks in accept().
         self._scopes: set[trio.CancelScope] = set()
@@ -67,6 +69,18 @@ class Gate:
     def block(self) -> None:
         """Let no task accept; those that wait for a connection wait for the gate now."""
         self.is_open = self._is_alone = False
+        self._interrupt()
+
+    def pause(self, paused: bool) -> None:  # noqa: FBT001 - it is the state
+        """Accept nothing for a moment, or go on; this generation is still the one that accepts."""
+        if paused != self.is_paused:
+            self.is_paused = paused
+            if paused:
+                self._interrupt()
+            else:
+                self.notify()
+
+    def _interrupt(self) -> None:
         for scope in self._scopes:
             scope.cancel()
 
@@ -97,7 +111,7 @@ class Gate:
           ConnectionClosedError: the gate is closed for good.
         """
         while True:
-            while not (self.is_open or (early and self._is_alone)):
+            while self.is_paused or not (self.is_open or (early and self._is_alone)):
                 if self._is_shut:
                     await trio.lowlevel.checkpoint()
                     raise ConnectionClosedError("this listener is closed")
