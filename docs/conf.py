@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, os.path.abspath(".."))
 sys.path.insert(1, os.path.abspath("."))
@@ -203,6 +203,24 @@ def _mark_fragments(_app: Sphinx, _name: str, content: list[str]) -> None:
 
     pattern = r"<!-- (a part of|not run:) ([^>]*?) -->\n```python\n"
     content[0] = re.sub(pattern, captioned, content[0])
+    pattern = r"( *)<!-- output[^>]*? -->\n\1```text\n"
+    content[0] = re.sub(pattern, r"\1```{code-block} text\n\1:class: output\n\n", content[0])
+
+
+def _break_code_in_tables(
+    _app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object
+) -> None:
+    """Let code in a table break after its points, underscores and the like, not anywhere."""
+
+    def broken(cell: re.Match[str]) -> str:
+        return re.sub(
+            r'(<span class="pre">)([^<]*)',
+            lambda code: code[1] + re.sub(r"(?<=\w)([._/(,=-]+)(?=\w)", r"\1<wbr />", code[2]),
+            cell[0],
+        )
+
+    if "body" in context:
+        context["body"] = re.sub(r"<t([hd])\b.*?</t\1>", broken, context["body"], flags=re.DOTALL)
 
 
 def setup(app: Sphinx) -> None:
@@ -210,6 +228,7 @@ def setup(app: Sphinx) -> None:
     # Commands without a prompt; the lexer of that name takes them for output.
     app.add_lexer("console", BashLexer)
     app.connect("source-read", _mark_fragments)
+    app.connect("html-page-context", _break_code_in_tables)
     app.connect("autodoc-process-signature", _show_signature)
     app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)

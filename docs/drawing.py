@@ -258,17 +258,17 @@ def draw_case(title: str, case: dict[str, Any]) -> str:
     y = 26.0
     for name, row in rows:
         kind = "ours" if is_ours(name) else "other"
-        drawing.text(f"name {kind}", 0, y + 13, "start", name)
+        drawing.text(f"name {kind}", 0, y + 14, "start", name)
         length = min(row["median"], longest) * scale
-        drawing.box(f"bar {kind}", 0, y + 18, max(length, 1), 9)
+        drawing.box(f"bar {kind}", 0, y + 21, max(length, 1), 9)
         end = length
         if row["high"] <= longest:
             low, end = row["low"] * scale, row["high"] * scale
-            drawing.path("whisker", [(low, y + 22.5), (end, y + 22.5)])
+            drawing.path("whisker", [(low, y + 25.5), (end, y + 25.5)])
         else:
-            drawing.path("cut", [(length - 14, y + 30), (length - 8, y + 15)])
-        drawing.text("figure", end + 8, y + 27, "start", human(row["median"], case["figure"]))
-        y += 33
+            drawing.path("cut", [(length - 14, y + 33), (length - 8, y + 18)])
+        drawing.text("figure", end + 8, y + 33, "start", human(row["median"], case["figure"]))
+        y += 40
     return drawing.svg(f"{title}: {len(rows)} implementations, less is better", "chart")
 
 
@@ -282,10 +282,10 @@ def draw_servers(title: str, values: dict[str, float], form: str) -> str:
     y = 26.0
     for name, value in values.items():
         kind = "ours" if is_ours(name) else "other"
-        drawing.text(f"name {kind}", 0, y + 13, "start", name)
-        drawing.box(f"bar {kind}", 0, y + 18, max(value * scale, 1), 9)
-        drawing.text("figure", value * scale + 8, y + 27, "start", format(value, form))
-        y += 33
+        drawing.text(f"name {kind}", 0, y + 14, "start", name)
+        drawing.box(f"bar {kind}", 0, y + 21, max(value * scale, 1), 9)
+        drawing.text("figure", value * scale + 8, y + 33, "start", format(value, form))
+        y += 40
     return drawing.svg(f"{title}: {len(values)} servers, less is better", "chart")
 
 
