@@ -31,6 +31,15 @@ def test_serve_options_have_the_defaults_of_the_pool() -> None:
     assert shared == {name: DEFAULTS[name] for name in shared}
 
 
+def test_documentation_has_every_option_of_serve() -> None:
+    """The reference of the command line has each option of ``trio-unixconn serve``."""
+    page = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
+    text = page.read_text().partition("\n## serve")[2].partition("\n## ")[0]
+    said = set(re.findall(r"--[a-z][a-z-]*", text))
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(serve).parameters}
+    assert options - {"--handler"} <= said
+
+
 def test_documentation_has_the_defaults_of_the_pool() -> None:
     """The tables of the how-to have every option, and the defaults that are numbers."""
     page = Path(__file__).parents[2] / "docs" / "how-to" / "use-a-worker-pool.md"

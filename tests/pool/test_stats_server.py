@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -43,7 +45,6 @@ from trio_unixconn.pool import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
-    from pathlib import Path
 
     from prometheus_client import Metric
 
@@ -202,6 +203,14 @@ def test_as_prometheus_exposes_every_counter() -> None:
     """No attribute of the statistics is forgotten."""
     exposed = {each[0] for each in (*_stats_server._POOL, *_stats_server._LATENCIES)}
     assert exposed == {each.name for each in attrs.fields(PoolStatistics)} - {"workers", "state"}
+
+
+def test_documentation_has_every_metric() -> None:
+    """The table of the how-to has the metrics of as_prometheus, with their types."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "use-a-worker-pool.md"
+    rows = re.findall(r"^\| `(trio_unixconn_\w+).*?` \| (\w+) \|", page.read_text(), re.MULTILINE)
+    text = _stats_server.as_prometheus(STATISTICS, {"accepted": 1, "denied": 0})
+    assert sorted(rows) == sorted(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
 
 
 def test_latency_quantile() -> None:
