@@ -385,14 +385,18 @@ def _find_loop(ipython: Any) -> Callable[[Callable[[], object]], object]:
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table; all texts are escaped."""
+    heads = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    # JupyterLab aligns to the right, which is for numbers in columns.
+    td = "<td>" if heads else '<td style="text-align: left">'
     lines = [
-        f"<tr>{''.join(f'<td>{html.escape(str(each))}</td>' for each in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'{td}{html.escape(str(each))}</td>' for each in row)}</tr>" for row in rows
     ]
-    if cells := "".join(f"<th>{html.escape(each)}</th>" for each in head):
-        lines.insert(0, f"<tr>{cells}</tr>")
-    # A table without rows is as wide as the longest word of its caption.
-    style = "" if lines else ' style="white-space: nowrap"'
-    title = f"<caption{style}>{html.escape(caption)}</caption>"
+    if heads:
+        lines.insert(0, f"<tr>{heads}</tr>")
+    # A caption that wraps makes a table that changes jump.
+    title = (
+        f'<caption style="white-space: nowrap; text-align: left">{html.escape(caption)}</caption>'
+    )
     return "\n".join(["<table>", title, *lines, "</table>"])
 
 
