@@ -183,6 +183,13 @@ def notebooks(session: nox.Session) -> None:
     session.run("python", "-m", "tests.notebooks", *session.posargs)
 
 
+@nox.session(python=PYTHONS[-1])
+def jupyterlab(session: nox.Session) -> None:
+    """Press the interrupt button of JupyterLab in chromium; ``--pictures DIRECTORY``."""
+    install(session, "notebooks", "jupyterlab")
+    session.run("python", "-m", "tests.jupyterlab", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
     """Send a million descriptors; memory, descriptors and processor time must stay flat."""

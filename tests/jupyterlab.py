@@ -1,0 +1,163 @@
+"""Press the interrupt button of JupyterLab in a browser, while a cell waits for a file descriptor.
+
+The cell must raise KeyboardInterrupt, and the next one must receive with the same connection. It
+also shows a pool, and a table that changes. ``nox -s jupyterlab`` installs what it needs; the
+browser is the ``chromium`` or ``google-chrome`` on the PATH. ``--pictures DIRECTORY`` keeps what
+the page looks like, in the light and in the dark theme.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nbformat
+from playwright.sync_api import sync_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# How long a step may take, in seconds; JupyterLab starts slowly on a busy machine.
+LIMIT = 240
+INTERRUPT = "[data-command='notebook:interrupt-kernel']"
+NOTEBOOK = "check.ipynb"
+CONNECT = """
+import os
+from trio_unixconn import connection_pair
+here, there = connection_pair()
+here
+"""
+RECEIVE = """
+await here.send_fd(0)
+fd = await there.receive_fd()
+print('received:', os.path.sameopenfile(fd, 0))
+os.close(fd)
+"""
+OPEN_POOL = """
+from trio_unixconn.pool import open_worker_pool
+from trio_unixconn.jupyter import watch
+pool = await nursery.enter_async_context(open_worker_pool('handlers:total', workers=2))
+nursery.start_soon(watch, pool)
+"""
+WRITE = "%%writefile handlers.py\nasync def total(stream, job):\n    return b'%d' % sum(job.data)"
+# Each cell, and what it must show.
+CELLS = [
+    ("%load_ext trio_unixconn\nprint('loaded')", "loaded"),
+    (CONNECT, "UnixConnection"),
+    ("print('waiting')\nawait there.receive_fd()", "waiting"),
+    (RECEIVE, "received: True"),
+    (WRITE, "Writing handlers.py"),
+    (OPEN_POOL, "WorkerPool ready: 0 jobs handled"),
+    ("print(await pool.call(data=b'abc'))\npool", "WorkerPool ready: 1 jobs handled"),
+]
+# The cell to interrupt, and the one whose table changes.
+WAITS = 2
+CHANGES = 5
+
+
+@contextmanager
+def jupyterlab() -> Generator[str, None, None]:
+    """Start JupyterLab with a notebook of the cells; yield its URL."""
+    with tempfile.TemporaryDirectory() as directory:
+        root, runtime = Path(directory, "root"), Path(directory, "runtime")
+        root.mkdir()
+        new = nbformat.v4
+        notebook = new.new_notebook(
+            cells=[new.new_code_cell(code.strip()) for code, _ in CELLS],
+            metadata={"kernelspec": {"display_name": "Python 3", "name": "python3"}},
+        )
+        nbformat.write(notebook, root / NOTEBOOK)
+        places = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
+        environment = {f"JUPYTER_{place}": str(Path(directory, place)) for place in places}
+        environment |= {"JUPYTER_RUNTIME_DIR": str(runtime), "HOME": directory}
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command += ["--ServerApp.port=0", f"--ServerApp.root_dir={root}"]
+        # Asks nothing, neither the user nor the network.
+        command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class="]
+        command[-1] += "jupyterlab.handlers.announcements.NeverCheckForUpdate"
+        log = Path(directory, "log")
+        with log.open("wb") as file:
+            server = subprocess.Popen(
+                command, env={**os.environ, **environment}, stdout=file, stderr=file
+            )
+        try:
+            end = time.monotonic() + LIMIT
+            while not (found := list(runtime.glob("jpserver-*.json"))):
+                if server.poll() is not None or time.monotonic() > end:
+                    sys.exit(f"JupyterLab did not start:\n{log.read_text()}")
+                time.sleep(0.1)
+            # The server renames the complete file to this name, so it can be read now.
+            info = json.loads(found[0].read_text())
+            yield f"{info['url']}lab/tree/{NOTEBOOK}?token={info['token']}"
+        finally:
+            server.terminate()
+            server.wait(LIMIT)
+
+
+def wait_for_text(page: Any, cell: int, text: str) -> None:
+    """Wait until the output of a cell contains a text."""
+    page.wait_for_function(
+        "([cell, text]) => document.querySelectorAll('.jp-CodeCell')[cell]"
+        "?.querySelector('.jp-OutputArea')?.innerText.includes(text)",
+        arg=[cell, text],
+    )
+
+
+def check(page: Any) -> None:
+    """Run the cells, one by one, as a user does."""
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+    page.locator(".jp-CodeCell .jp-InputArea-editor").first.click()
+    for number, (_, text) in enumerate(CELLS):
+        page.keyboard.press("Shift+Enter")
+        wait_for_text(page, number, text)
+        if number == WAITS:
+            page.locator(INTERRUPT).first.click()
+            wait_for_text(page, number, "KeyboardInterrupt")
+    wait_for_text(page, CHANGES, "1 jobs handled")
+
+
+def keep_pictures(page: Any, directory: Path) -> None:
+    """Write what the page looks like in both themes."""
+    directory.mkdir(exist_ok=True)
+    page.screenshot(path=directory / "light.png")
+    page.locator("text=Settings").first.click()
+    page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
+    page.locator(".lm-Menu-itemLabel:text-is('JupyterLab Dark')").click()
+    page.wait_for_selector("body[data-jp-theme-light=false]")
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=directory / "dark.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path)
+    arguments = parser.parse_args()
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("chromium or google-chrome is not installed")
+    with jupyterlab() as url, sync_playwright() as playwright:
+        # Root cannot use the sandbox, and only a page of this machine is opened.
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1200, "height": 1400})
+        page.set_default_timeout(1000 * LIMIT)
+        page.goto(url)
+        check(page)
+        if arguments.pictures is not None:
+            keep_pictures(page, arguments.pictures)
+        chromium.close()
+    sys.stdout.write(
+        "the interrupt button has raised KeyboardInterrupt, and the connection works on\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
