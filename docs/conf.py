@@ -207,10 +207,10 @@ def _mark_fragments(_app: Sphinx, _name: str, content: list[str]) -> None:
     content[0] = re.sub(pattern, r"\1```{code-block} text\n\1:class: output\n\n", content[0])
 
 
-def _break_code_in_tables(
+def _break_code(
     _app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object
 ) -> None:
-    """Let code in a table break after its points, underscores and the like, not anywhere."""
+    """Let code in a table break after its points and the like, and an option nowhere."""
 
     def broken(cell: re.Match[str]) -> str:
         return re.sub(
@@ -220,7 +220,8 @@ def _break_code_in_tables(
         )
 
     if "body" in context:
-        context["body"] = re.sub(r"<t([hd])\b.*?</t\1>", broken, context["body"], flags=re.DOTALL)
+        body = re.sub(r"<t([hd])\b.*?</t\1>", broken, context["body"], flags=re.DOTALL)
+        context["body"] = re.sub(r'<span class="pre">(?=-)', '<span class="pre option">', body)
 
 
 def setup(app: Sphinx) -> None:
@@ -228,7 +229,7 @@ def setup(app: Sphinx) -> None:
     # Commands without a prompt; the lexer of that name takes them for output.
     app.add_lexer("console", BashLexer)
     app.connect("source-read", _mark_fragments)
-    app.connect("html-page-context", _break_code_in_tables)
+    app.connect("html-page-context", _break_code)
     app.connect("autodoc-process-signature", _show_signature)
     app.connect("autodoc-process-docstring", _read_as_prose, priority=400)
     app.connect("missing-reference", _leave_as_text)

@@ -267,7 +267,7 @@ def draw_case(title: str, case: dict[str, Any]) -> str:
             drawing.path("whisker", [(low, y + 25.5), (end, y + 25.5)])
         else:
             drawing.path("cut", [(length - 14, y + 33), (length - 8, y + 18)])
-        drawing.text("figure", end + 8, y + 33, "start", human(row["median"], case["figure"]))
+        drawing.text("figure", end + 8, y + 31, "start", human(row["median"], case["figure"]))
         y += 40
     return drawing.svg(f"{title}: {len(rows)} implementations, less is better", "chart")
 
@@ -284,7 +284,7 @@ def draw_servers(title: str, values: dict[str, float], form: str) -> str:
         kind = "ours" if is_ours(name) else "other"
         drawing.text(f"name {kind}", 0, y + 14, "start", name)
         drawing.box(f"bar {kind}", 0, y + 21, max(value * scale, 1), 9)
-        drawing.text("figure", value * scale + 8, y + 33, "start", format(value, form))
+        drawing.text("figure", value * scale + 8, y + 31, "start", format(value, form))
         y += 40
     return drawing.svg(f"{title}: {len(values)} servers, less is better", "chart")
 
