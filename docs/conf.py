@@ -194,7 +194,7 @@ def _look_in_the_package(
 
 
 def _mark_fragments(_app: Sphinx, _name: str, content: list[str]) -> None:
-    """Show that a block is not a complete program; tests/docs/pages.py describes these comments."""
+    """Show what a block is: a fragment, a file or an output; see tests/docs/pages.py."""
     captions = {"a part of": r"A part of `\2`", "not run:": "A fragment, not a complete program"}
 
     def captioned(match: re.Match[str]) -> str:
@@ -203,6 +203,8 @@ def _mark_fragments(_app: Sphinx, _name: str, content: list[str]) -> None:
 
     pattern = r"<!-- (a part of|not run:) ([^>]*?) -->\n```python\n"
     content[0] = re.sub(pattern, captioned, content[0])
+    pattern = r"(```\{literalinclude\} (?:\.\./)+(examples/\S+)\n)"
+    content[0] = re.sub(pattern, r"\1:caption: \2\n", content[0])
     pattern = r"( *)<!-- output[^>]*? -->\n\1```text\n"
     content[0] = re.sub(pattern, r"\1```{code-block} text\n\1:class: output\n\n", content[0])
 
