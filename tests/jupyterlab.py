@@ -84,6 +84,7 @@ def jupyterlab() -> Generator[str, None, None]:
         environment["JUPYTERLAB_SETTINGS_DIR"] = str(Path(directory, "settings"))
         environment |= {"JUPYTER_RUNTIME_DIR": str(runtime), "HOME": directory}
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command += ["--LabApp.expose_app_in_browser=True"]
         command += ["--ServerApp.port=0", f"--ServerApp.root_dir={root}"]
         # Asks nothing, neither the user nor the network.
         command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class="]
@@ -121,16 +122,20 @@ def wait_for_text(page: Any, text: str, times: int = 1) -> None:
 
 
 def check(page: Any) -> None:
-    """Run the cells, one by one, as a user does."""
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-    page.locator(".jp-CodeCell .jp-InputArea-editor").first.click()
+    """Run the cells, one by one, and press the button while one of them waits."""
+    # Not by the keyboard: which part of the page has the focus depends on the time.
+    page.wait_for_function(
+        "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'"
+    )
     for number, (_, text) in enumerate(CELLS):
-        page.keyboard.press("Shift+Enter")
+        page.evaluate("() => {jupyterapp.commands.execute('notebook:run-cell-and-select-next')}")
         wait_for_text(page, text)
         if number == WAITS:
             page.locator(INTERRUPT).first.click()
             # At the top and at the end of the traceback.
             wait_for_text(page, "KeyboardInterrupt", 2)
+        sys.stdout.write(f"cell {number}: {text}\n")
+        sys.stdout.flush()
     # The pool, and the table that changes.
     wait_for_text(page, CELLS[-1][1], 2)
 
