@@ -123,11 +123,13 @@ def wait_for_text(page: Any, text: str, times: int = 1) -> None:
 
 def check(page: Any) -> None:
     """Run the cells, one by one, and press the button while one of them waits."""
-    # Not by the keyboard: which part of the page has the focus depends on the time.
-    page.wait_for_function(
-        "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'"
-    )
     for number, (_, text) in enumerate(CELLS):
+        # After an error, a kernel that is not idle yet drops what it is asked to run.
+        page.wait_for_function(
+            "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
+            " == 'idle'"
+        )
+        # Not by the keyboard: which part of the page has the focus depends on the time.
         page.evaluate("() => {jupyterapp.commands.execute('notebook:run-cell-and-select-next')}")
         wait_for_text(page, text)
         if number == WAITS:
@@ -148,7 +150,6 @@ def keep_pictures(page: Any, directory: Path) -> None:
     page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
     page.locator(".lm-Menu-itemLabel:text-is('JupyterLab Dark')").click()
     page.wait_for_selector("body[data-jp-theme-light=false]")
-    page.wait_for_load_state("networkidle")
     page.screenshot(path=directory / "dark.png")
 
 
