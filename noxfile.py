@@ -185,7 +185,7 @@ def notebooks(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[-1])
 def jupyterlab(session: nox.Session) -> None:
-    """Press the interrupt button of JupyterLab in chromium; ``--pictures DIRECTORY``."""
+    """Press the interrupt button of JupyterLab in chromium; ``--picture FILE``."""
     install(session, "notebooks", "jupyterlab")
     session.run("python", "-m", "tests.jupyterlab", *session.posargs)
 

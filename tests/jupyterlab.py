@@ -2,8 +2,8 @@
 
 The cell must raise KeyboardInterrupt, and the next one must receive with the same connection. It
 also shows a pool, and a table that changes. ``nox -s jupyterlab`` installs what it needs; the
-browser is the ``chromium`` or ``google-chrome`` on the PATH. ``--pictures DIRECTORY`` keeps what
-the page looks like, in the light and in the dark theme.
+browser is the ``chromium`` or ``google-chrome`` on the PATH. ``--picture FILE`` keeps what
+the page looks like.
 """
 
 from __future__ import annotations
@@ -142,20 +142,9 @@ def check(page: Any) -> None:
     wait_for_text(page, CELLS[-1][1], 2)
 
 
-def keep_pictures(page: Any, directory: Path) -> None:
-    """Write what the page looks like in both themes."""
-    directory.mkdir(exist_ok=True)
-    page.screenshot(path=directory / "light.png")
-    page.locator("text=Settings").first.click()
-    page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
-    page.locator(".lm-Menu-itemLabel:text-is('JupyterLab Dark')").click()
-    page.wait_for_selector("body[data-jp-theme-light=false]")
-    page.screenshot(path=directory / "dark.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -167,8 +156,8 @@ def main() -> None:
         page.set_default_timeout(1000 * LIMIT)
         page.goto(url)
         check(page)
-        if arguments.pictures is not None:
-            keep_pictures(page, arguments.pictures)
+        if arguments.picture is not None:
+            page.screenshot(path=arguments.picture)
         chromium.close()
     sys.stdout.write(
         "the interrupt button has raised KeyboardInterrupt, and the connection works on\n"
