@@ -28,7 +28,8 @@ def test_serve_options_have_the_defaults_of_the_pool() -> None:
     parameters = inspect.signature(serve).parameters
     shared = {name: parameters[name].default for name in DEFAULTS if name in parameters}
     assert len(shared) > 10
-    assert shared == {name: DEFAULTS[name] for name in shared}
+    # An option that may be repeated is None if it was not given.
+    assert shared == {name: None if DEFAULTS[name] == () else DEFAULTS[name] for name in shared}
 
 
 def test_documentation_has_every_option_of_serve() -> None:
@@ -54,4 +55,4 @@ def test_documentation_has_the_defaults_of_the_pool() -> None:
         elif isinstance(DEFAULTS[name], bool):
             assert str(DEFAULTS[name]) == default, name
         else:
-            assert DEFAULTS[name] in {None, b""}, name
+            assert DEFAULTS[name] in {None, b"", ()}, name
