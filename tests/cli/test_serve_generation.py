@@ -464,10 +464,10 @@ async def test_request_of_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         UnixSocketAddress.path(tmp_path / "up"),
         UnixSocketAddress.abstract(f"{tmp_path}/up"),
     ):
-        async with open_generation(address, name="x"):
+        async with open_generation(address, name="x", timeout=0.1):
             found = await upgrade._request(address)
             assert isinstance(found, UpgradeFailedError)
-            assert "starting" in str(found)
+            assert "still starting after 0.1 s" in str(found)
     async with open_generation(tmp_path / "up", name="x"):
         # Root asks the user that has made the path.
         monkeypatch.setattr(os, "geteuid", lambda: 0)
