@@ -6,12 +6,14 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import re
 import traceback
 from types import FunctionType, GenericAlias
 
 import pytest
 
 import trio_unixconn
+from tests._helpers.processes import ROOT
 from trio_unixconn import errors
 
 
@@ -56,6 +58,14 @@ def test_all_is_what_there_is() -> None:
 def test_every_error_is_at_the_root() -> None:
     """Every exception of the errors module can be imported from the package."""
     assert set(errors.__all__) <= set(trio_unixconn.__all__)
+
+
+def test_every_public_class_and_function_is_in_the_reference() -> None:
+    """A page of the reference has each of them, by its name or with its module."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    listed = set(re.findall(r"^\.\. auto\w+:: (?:\w+\.)*(\w+)(?:\(|$)", pages, re.MULTILINE))
+    listed |= set(re.findall(r"`(?:\w+\.)*(\w+)`", pages))
+    assert [each for each in public_objects() if each[1] not in listed] == []
 
 
 def test_everything_public_is_described() -> None:
