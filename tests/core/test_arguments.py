@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 import socket
 from functools import partial
@@ -165,6 +166,22 @@ async def test_error_names_buffer(
     async with one, two:
         with pytest.raises(TypeError, match=message):
             await call(one, memoryview(bytearray(4))[::2])
+
+
+async def test_receive_message_and_receive_fds_with_subclasses_of_int() -> None:
+    """A number may be an IntEnum."""
+
+    class Number(enum.IntEnum):
+        TWO = 2
+
+    one, two = connection_pair()
+    async with one, two:
+        await one.send_message(b"12", fds=[0])
+        with await two.receive_message(Number.TWO, max_fds=Number.TWO) as message:
+            assert (message.data, len(message.fds)) == (b"12", 1)
+        await one.send_fds([0, 0])
+        with await two.receive_fds(Number.TWO) as fds:
+            assert len(fds) == 2
 
 
 async def test_fds_with_a_wrong_read_ahead() -> None:
