@@ -606,6 +606,19 @@ async def test_send_fd_async_after_a_message_that_was_cut() -> None:
             gio.send_fd_finish(results[0])
 
 
+async def test_send_fds_after_a_message_that_was_cut() -> None:
+    """Nor are file descriptors of several messages."""
+    one, two = connection_pair()
+    async with one, two:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.send_message, bytes(10**6))
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        with pytest.raises(ConnectionBrokenError, match="an earlier send_message"):
+            await one.send_fds([0, 0])
+
+
 async def test_receive_fd_async_after_fds() -> None:
     """What fds() has read ahead is received first."""
     one, two = connection_pair()

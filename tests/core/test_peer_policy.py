@@ -240,6 +240,29 @@ def test_composed_with_something_else() -> None:
             policy & other
 
 
+async def test_policy_if_the_credentials_cannot_be_read_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole identity is read then, and decides."""
+    calls = 0
+
+    def fail(_: object) -> Credentials:
+        nonlocal calls
+        calls += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(_policy, "peer_credentials", fail)
+    policy = PeerPolicy(uids=[os.getuid()])
+    async with (
+        await open_unix_listener(path, policy=policy) as listener,
+        await open_unix_connection(path) as client,
+        await listener.accept() as server,
+    ):
+        await server.send_all(b"admitted")
+        assert await client.receive_some() == b"admitted"
+    assert calls == 1
+
+
 async def is_fine(_: PeerIdentity) -> bool:
     return True
 

@@ -59,8 +59,3 @@ class Examination:
     def works(self) -> bool:
         """Whether descriptors and credentials were seen to pass."""
         return all(each.works for each in self.features if each.is_core)
-
-    @property
-    def unknown(self) -> list[Feature]:
-        """Features of which the attempt ran out of time."""
-        return [each for each in self.features if each.works is None]
