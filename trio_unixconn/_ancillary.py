@@ -77,7 +77,7 @@ def pack(fds: Sequence[int], credentials: SentCredentials | None) -> list[Contro
     if len(fds) == 1 and _SCM_RIGHTS is not None:
         # The most frequent messages, without another call.
         messages: list[ControlMessage] = [(_SOL_SOCKET, _SCM_RIGHTS, _int.pack(fds[0]))]
-    elif type(fds) is array and fds and _SCM_RIGHTS is not None:
+    elif isinstance(fds, array) and fds and _SCM_RIGHTS is not None:
         messages = [(_SOL_SOCKET, _SCM_RIGHTS, fds.tobytes())]
     else:
         messages = [pack_rights(fds)] if fds else []

@@ -562,6 +562,7 @@ _turns: Final = trio.lowlevel.RunVar["dict[UnixSocketAddress, trio.Lock]"]("rece
 
 async def _wait_for_receiver(address: UnixSocketAddress) -> None:
     """Wait until the queue of a receiver is not full, in turn; or for a while if that fails."""
+    turns: dict[UnixSocketAddress, trio.Lock]
     try:
         turns = _turns.get()
     except LookupError:

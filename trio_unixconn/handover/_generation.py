@@ -38,7 +38,7 @@ import socket as stdlib_socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
@@ -808,7 +808,7 @@ class Generation(DescriptorOwner):
                 channel.close()
 
     @contextmanager
-    def _leaving_processor(self, pid: int) -> Iterator[None]:
+    def _leaving_processor(self, pid: int) -> Generator[None, None, None]:
         """Let a successor start in this block, even if all processors are busy."""
         scope = trio.CancelScope()
 

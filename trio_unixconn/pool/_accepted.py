@@ -84,13 +84,12 @@ class AcceptPlan:
     is_over: bool = False
     accepted: int = 0
     denied: int = 0
-    without_descriptors: frozenset[Any] = attrs.field(init=False)
+    without_descriptors: frozenset[Any] = attrs.field(init=False, default=frozenset())
     _serials: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
 
-    @without_descriptors.default
-    def _names(self) -> frozenset[Any]:
+    def __attrs_post_init__(self) -> None:
         refusing = EndpointKind.UNIX_WITHOUT_DESCRIPTORS
-        return frozenset(
+        self.without_descriptors = frozenset(
             local_name(each.sock.fileno()) for each in self.listeners if each.kind == refusing
         )
 

@@ -109,8 +109,9 @@ def run_worker(
     sock.set_inheritable(False)
     log = CompletionLogWriter(log_fd)
     restore_signals()
-    pool_pid = message["pool_pid"]
-    parent = pool_pid if parent is None else parent
+    pool_pid: int = message["pool_pid"]
+    if parent is None:
+        parent = pool_pid
     # Another version may not know it.
     group = _ProcessGroup(parent, kills=bool(message["config"].get("kill_process_group")))
     exit_with_parent()
