@@ -103,6 +103,9 @@ class Suite:
             # The user _apt could not write to these directories.
             "APT::Sandbox::User": "root",
             "Acquire::Languages": "none",
+            # Seconds; and how often a mirror that does not answer is asked again.
+            "Acquire::http::Timeout": "30",
+            "Acquire::Retries": "3",
             # Old suites are never signed again.
             "Acquire::Check-Valid-Until": "false",
         }
