@@ -47,6 +47,8 @@ haproxy -v | head -n 1
 nginx -v
 """
 INSIDE: Final = """
+# ip-netns(8) mounts below /, which must be the root of a mount.
+mount --bind @ROOT@ @ROOT@
 root=@ROOT@ checkout=@CHECKOUT@ site=@SITE@
 mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys"
@@ -64,7 +66,10 @@ exec chroot "$root" sh -c "$1"
 """
 JOB: Final = """
 @VERSIONS@
-cd @CHECKOUT@ && exec python3 -m pytest @ARGUMENTS@
+cd @CHECKOUT@
+# Not as process 1, which tests of process ids would notice.
+python3 -m pytest @ARGUMENTS@
+exit $?
 """
 
 
