@@ -30,6 +30,7 @@ Sources: close(2), socket(7) (SO_LINGER), ioctl_fionread in unix(7)
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -326,8 +327,31 @@ def close_dropped_kept(owner: object, sock: socket.socket) -> None:
     """Do what close_dropped() does for a socket that was kept until now."""
     if sock in _kept:
         if sock.fileno() != -1:
-            close_dropped(owner, sock)
+            if _is_collecting:
+                _collected.append((owner, sock))
+            else:
+                close_dropped(owner, sock)
         _kept.pop(sock, None)
+
+
+_collected: Final[list[tuple[object, socket.socket]]] = []
+_is_collecting = False
+
+
+def _on_collection(phase: str, info: dict[str, int]) -> None:
+    """Make the weak references that finalizers want when the garbage collector has ended.
+
+    Since Python 3.14 it clears those that a finalizer makes to an object of the same cycle, and
+    does not call back. (gc_collect_region() in CPython's Python/gc.c)
+    """
+    del info
+    global _is_collecting  # noqa: PLW0603
+    _is_collecting = phase == "start"
+    while _collected and not _is_collecting:
+        close_dropped(*_collected.pop())
+
+
+gc.callbacks.append(_on_collection)
 
 
 def close_dropped(owner: object, sock: socket.socket) -> None:
