@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from trio_unixconn.handover import _channel, _protocol, open_generation
-from trio_unixconn.handover._channel import Channel
+from tests._helpers.frame_faults import signal_at_frame
+from trio_unixconn.handover import _protocol, open_generation
 
 if TYPE_CHECKING:
     from trio_unixconn import UnixConnection
-    from trio_unixconn._frames import Frame
     from trio_unixconn.handover import Generation
 
 
@@ -59,30 +58,6 @@ class Config:
     def note(self, text: str) -> None:
         with open(self.path("log"), "a", encoding="utf-8") as file:
             file.write(f"{text}\n")
-
-
-def install_fault(when: str, operation: str, kind: int) -> None:
-    """Have this process killed, or stopped, at a frame."""
-    number = signal.SIGSTOP if when == "stop" else signal.SIGKILL
-    send, receive = Channel.send, Channel.receive
-
-    async def faulty_send(self: Channel, frame: bytes, fds: Any = ()) -> bool:
-        matches = operation == "send" and frame[0] == kind
-        if matches and when in ("before", "stop"):
-            os.kill(os.getpid(), number)
-        sent = await send(self, frame, fds)
-        if matches and when == "after":
-            os.kill(os.getpid(), number)
-        return sent
-
-    async def faulty_receive(self: Channel) -> Frame | None:
-        frame = await receive(self)
-        if operation == "receive" and frame is not None and frame.kind == kind:
-            os.kill(os.getpid(), number)
-        return frame
-
-    _channel.Channel.send = faulty_send  # type: ignore[method-assign]
-    _channel.Channel.receive = faulty_receive  # type: ignore[method-assign]
 
 
 async def serve(config: Config) -> None:
@@ -240,7 +215,7 @@ def main() -> None:
         used = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 6, used + 6))
     if config.fault is not None:
-        install_fault(*config.fault)
+        signal_at_frame(*config.fault)
 
     async def run() -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals, trio.CancelScope() as scope:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
+from tests._helpers.frame_faults import signal_at_frame
 from tests._helpers.processes import python
 from trio_unixconn import SuccessorGoneError
-from trio_unixconn.handover import _channel, _protocol, open_generation
-from trio_unixconn.handover._channel import Channel
+from trio_unixconn.handover import _protocol, open_generation
 
 if TYPE_CHECKING:
     from trio_unixconn import UnixConnection
-    from trio_unixconn._frames import Frame
     from trio_unixconn.handover import Generation
 
 #: Free file descriptors of a successor that has too few for its listeners, and how many there are.
@@ -80,39 +79,6 @@ class Events:
     def tell(self, *words: object) -> None:
         text = " ".join(map(str, (f"{time.monotonic():.6f}", os.getpid(), *words)))
         self._socket.sendto(text.encode(), self._path)
-
-
-def install_fault(events: Events, when: str, operation: str, kind: int, number: int) -> None:
-    """Have this process killed at a frame."""
-    send, receive = Channel.send, Channel.receive
-    left = number
-
-    def is_the_one(frame_kind: int) -> bool:
-        nonlocal left
-        left -= frame_kind == kind
-        return frame_kind == kind and left == 0
-
-    def die() -> None:
-        events.tell("killed")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    async def faulty_send(self: Channel, frame: bytes, fds: Any = ()) -> bool:
-        matches = operation == "send" and is_the_one(frame[0])
-        if matches and when == "before":
-            die()
-        sent = await send(self, frame, fds)
-        if matches:
-            die()
-        return sent
-
-    async def faulty_receive(self: Channel) -> Frame | None:
-        frame = await receive(self)
-        if operation == "receive" and frame is not None and is_the_one(frame.kind):
-            die()
-        return frame
-
-    _channel.Channel.send = faulty_send  # type: ignore[method-assign]
-    _channel.Channel.receive = faulty_receive  # type: ignore[method-assign]
 
 
 class Server:
@@ -243,7 +209,7 @@ def main(text: str) -> None:
         used = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + FEW, used + FEW))
     if config.fault is not None:
-        install_fault(events, *config.fault)
+        signal_at_frame(*config.fault, tell=partial(events.tell, "killed"))
     try:
         trio.run(_serve_until_terminated, config, events)
     except BaseException as exc:
