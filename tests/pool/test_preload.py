@@ -6,15 +6,18 @@ import errno
 import json
 import logging
 import os
+import resource
 import signal
 import socket as stdlib_socket
 import subprocess
 import sys
+import zipfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests._helpers.environment import environment
 from tests._helpers.pool import ended, pids, watched
@@ -24,6 +27,7 @@ from trio_unixconn._frames import encode_frame
 from trio_unixconn.pool import _preload, _process, _protocol, open_worker_pool
 from trio_unixconn.pool._completion_log import CompletionLog
 from trio_unixconn.pool._process import WorkerProcess, describe_exit
+from trio_unixconn.pool._worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,7 +143,12 @@ def _no_file(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("does", "reason"), [("raise", "ZeroDivisionError: not today"), ("thread", "started 1 threads")]
+    ("does", "reason"),
+    [
+        ("raise", "ZeroDivisionError: not today"),
+        ("thread", "started 1 threads"),
+        ("closed", "ValueError: I/O operation on closed file"),
+    ],
 )
 async def test_preload_that_cannot_fork_is_logged(
     does: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -155,6 +164,91 @@ async def test_preload_that_cannot_fork_is_logged(
         # It is tried again.
         await pool.restart()
         assert await template_of(pool) != os.getpid()
+
+
+async def test_preload_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that has set sys.stdout to None, as Python itself does, does not prevent a fork."""
+    monkeypatch.setenv("PRELOADED", "no output")
+    async with open_worker_pool(PARENT, workers=1, preload=[PRELOADED]) as pool:
+        assert await template_of(pool) != os.getpid()
+
+
+async def test_preload_of_what_reaps_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a module has the kernel reap workers, their status is not known; they are replaced."""
+    monkeypatch.setenv("PRELOADED", "reap")
+    async with open_worker_pool(PARENT, workers=1, preload=[PRELOADED]) as pool:
+        before = await template_of(pool)
+        with trio.fail_after(30), pytest.raises(WorkerDiedError, match="status that is not known"):
+            await pool.call(data=b"die")
+        # The template answers after that.
+        assert await template_of(pool) == before
+
+
+async def test_preload_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in an archive has no file of its own that could change, and is preloaded."""
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archived.py", "")
+    monkeypatch.syspath_prepend(str(archive))
+    async with open_worker_pool(PARENT, workers=1, preload=["archived"]) as pool:
+        assert await template_of(pool) != os.getpid()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+async def test_preload_template_without_free_descriptors(
+    free: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a template has too few numbers free for a worker, another one forks it; both go on."""
+    caplog.set_level(logging.INFO, "trio_unixconn.pool")
+    async with open_worker_pool(PARENT, workers=1, preload=["trio"]) as pool:
+        before = await template_of(pool)
+        limits = resource.prlimit(before, resource.RLIMIT_NOFILE)
+        used = {int(name) for name in os.listdir(f"/proc/{before}/fd")}
+        lowest = min(set(range(len(used) + 1)) - used)
+        resource.prlimit(before, resource.RLIMIT_NOFILE, (lowest + free, limits[1]))
+        await pool.scale(2)
+        assert await template_of(pool, 1) not in (before, os.getpid())
+        assert await template_of(pool) == before
+        resource.prlimit(before, resource.RLIMIT_NOFILE, limits)
+    assert "no free file descriptor for what the worker inherits" in caplog.text
+
+
+async def _said_by_template(config: WorkerConfig) -> str | None:
+    """Start a template, and return what it says when it has exited by itself."""
+    template = _preload.Template(_process.start(config), ())
+    assert not template.process.has_exited()
+    try:
+        with trio.fail_after(30):
+            found = await template.wait_ready()
+            assert await template.process.wait() == 1
+        assert template.process.has_exited()
+    finally:
+        await template.aclose()
+    return found
+
+
+async def test_preload_template_that_cannot_import() -> None:
+    """A template says what it could not import, and exits."""
+    found = await _said_by_template(
+        WorkerConfig(PARENT, sys.executable, is_template=True, preload=["not_there"])
+    )
+    assert found is not None
+    assert "ModuleNotFoundError: No module named 'not_there'" in found
+
+
+async def test_preload_template_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template of another version does not read a configuration that it may not know."""
+    encode = WorkerConfig.encode
+
+    def encode_newer(config: WorkerConfig) -> bytes:
+        message = {**json.loads(encode(config)), "version": "99.0"}
+        message["config"] = {"is_template": True, "unknown": 1}
+        return json.dumps(message).encode() + b"\n"
+
+    monkeypatch.setattr(WorkerConfig, "encode", encode_newer)
+    # It says its version, which is that of the test.
+    config = WorkerConfig(PARENT, sys.executable, is_template=True, preload=["not_there"])
+    assert await _said_by_template(config) is None
 
 
 async def test_preload_template_that_is_killed(caplog: pytest.LogCaptureFixture) -> None:
@@ -250,9 +344,7 @@ class _Scripted:
         if self._answer is None:
             theirs.close()
         else:
-            # In two parts.
-            theirs.sendall(self._answer[:3])
-            theirs.sendall(self._answer[3:])
+            theirs.sendall(self._answer)
         return self.template
 
     async def __aexit__(self, *_: object) -> None:
@@ -260,6 +352,23 @@ class _Scripted:
         await self.template.aclose()
         await self.template.aclose()
         self.peer.close()
+
+
+async def test_preload_answer_that_arrives_in_parts() -> None:
+    """What a template says is read to the end of its frame."""
+    script = _Scripted(b"")
+    found: list[str | None] = []
+
+    async def wait_ready() -> None:
+        found.append(await script.template.wait_ready())
+
+    async with script, trio.open_nursery() as nursery:
+        nursery.start_soon(wait_ready)
+        for byte in encode_frame(_protocol.FAILED, b"why"):
+            await trio.testing.wait_all_tasks_blocked()
+            assert not found
+            script.peer.sendall(bytes([byte]))
+    assert found == ["why"]
 
 
 async def test_preload_answers_that_are_wrong(caplog: pytest.LogCaptureFixture) -> None:
@@ -341,6 +450,33 @@ async def test_preload_during_an_exception_in_the_block() -> None:
             while not supervisor._forking:
                 await trio.lowlevel.checkpoint()
             raise ZeroDivisionError
+
+
+async def test_preload_during_a_fork_that_outlasts_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool that has ended all its workers waits for the forks of others, and ends them."""
+    forked: list[int] = []
+    with trio.fail_after(60), pytest.raises(ZeroDivisionError):
+        async with open_worker_pool(PARENT, workers=1, preload=["trio"]) as pool:
+            supervisor = pool._supervisor
+            fork = supervisor._preloader.fork
+
+            async def fork_late(config: WorkerConfig) -> WorkerProcess | None:
+                # The template answers late; a cancellation does not end the wait for it.
+                with trio.CancelScope(shield=True):
+                    await until(lambda: not supervisor.alive)
+                    await trio.testing.wait_all_tasks_blocked()
+                    process = await fork(config)
+                assert process is not None
+                forked.append(process.pid)
+                return process
+
+            monkeypatch.setattr(supervisor._preloader, "fork", fork_late)
+            supervisor._nursery.start_soon(_scale, pool)
+            await until(lambda: supervisor._forking)
+            raise ZeroDivisionError
+    assert forked
 
 
 async def _scale(pool: WorkerPool) -> None:

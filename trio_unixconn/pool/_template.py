@@ -94,10 +94,12 @@ def _serve(sock: stdlib_socket.socket, files: dict[str, tuple[int, ...] | None])
         sock.sendall(_protocol.pack_ready())
         while True:
             # Only this thread could start a program that inherits them.
-            data, fds, _, _ = stdlib_socket.recv_fds(sock, _CHUNK_SIZE, _FORK_FDS)
+            data, fds, flags, _ = stdlib_socket.recv_fds(sock, _CHUNK_SIZE, _FORK_FDS)
             if not data:
                 break
-            for frame in decoder.feed(data, fds):
+            # No number was free for any of them. Of some that arrived, the frame tells the number.
+            is_without = not fds and flags & stdlib_socket.MSG_CTRUNC
+            for frame in decoder.feed(data, None if is_without else fds):
                 if frame.kind == _protocol.REAP:
                     sock.sendall(_reap(_protocol.unpack_pid(frame.body)))
                     continue
