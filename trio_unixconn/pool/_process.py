@@ -144,8 +144,8 @@ class WorkerProcess(DescriptorOwner):
         return cast("int", child.returncode)
 
     def has_exited(self) -> bool:
-        """Whether it has exited, as far as a pidfd tells that."""
-        if self._child.returncode is not None:
+        """Whether it has exited, as a pidfd tells; without one, it counts as one that has."""
+        if self._pidfd < 0:
             return True
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
