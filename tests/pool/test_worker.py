@@ -11,18 +11,25 @@ import socket
 import struct
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import Mock
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from tests._helpers.pool import ends, lines
 from tests._helpers.pool_handlers import note
 from tests._helpers.waiting import until
-from trio_unixconn import ConnectionClosedError, SendError, WorkerStartError, connection_pair
+from trio_unixconn import (
+    ConnectionClosedError,
+    SendError,
+    WorkerStartError,
+    connection_pair,
+    testing,
+)
 from trio_unixconn._frames import Frame, FrameDecoder, encode_frame
 from trio_unixconn._version import __version__
 from trio_unixconn.pool import _process, _protocol, _worker
@@ -265,6 +272,29 @@ async def test_sockets_frames_without_their_accept(
             end.settimeout(30)
             assert end.recv(1) == b""
     assert worker._sockets == []
+
+
+async def test_run_worker_sends_what_is_queued_while_it_sends() -> None:
+    """What a worker has to say while its pool does not read is sent when the pool reads again."""
+    log, group = cast("Any", Mock()), cast("Any", Mock())
+    one, two = connection_pair()
+    async with one, two, trio.open_nursery() as nursery:
+        worker = _worker._Worker(one, log, WorkerConfig(DO, sys.executable), None, None, group)
+        junk = testing.clog(one)
+        nursery.start_soon(worker._flush_loop)
+        await trio.testing.wait_all_tasks_blocked()
+        frames = [_protocol.pack_job_result(_protocol.ERROR, number, b"") for number in (1, 2)]
+        for frame in frames:
+            # The first one is being sent when the second one is queued.
+            worker._report(frame)
+            await trio.testing.wait_all_tasks_blocked()
+        await testing.unclog(two, junk)
+        data = b""
+        with trio.fail_after(30):
+            while len(data) < len(b"".join(frames)):
+                data += await two.receive_some()
+        assert data == b"".join(frames)
+        nursery.cancel_scope.cancel()
 
 
 async def test_stop_frame_without_listeners() -> None:
@@ -558,24 +588,27 @@ async def test_run_of_a_worker_that_is_ready_after_drain() -> None:
 
 
 class FakePool:
-    """The connection of a worker to its pool, whose errors a test chooses."""
+    """The connection of a worker to its pool: a real one, whose errors of sending a test chooses.
+
+    As soon as a connection was sent, the pool closes its end.
+    """
 
     def __init__(self, *errors: Exception | None) -> None:
         self.errors = list(errors)
+        self.conn, self.end = connection_pair()
+        # The worker receives from the real one.
+        self._receiver = self.conn._receiver
 
-        self.has_sent = trio.Event()
+    async def aclose(self) -> None:
+        await self.conn.aclose()
+        await self.end.aclose()
 
     async def send_message(self, data: bytes, *, fds: object) -> None:
         await trio.lowlevel.checkpoint()
         error = self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
         if error is not None:
             raise error
-        self.has_sent.set()
-
-    async def receive_message(self, size: int) -> Any:
-        """End, and so does each verdict, as soon as a connection was sent."""
-        await self.has_sent.wait()
-        raise ConnectionClosedError("the pool is gone")
+        await self.end.aclose()
 
 
 async def passed_on(pool: FakePool) -> object:
@@ -584,7 +617,7 @@ async def passed_on(pool: FakePool) -> object:
     worker = _worker._Worker(conn, log, WorkerConfig(DO, sys.executable), None, None, group)
     one, two = connection_pair()
     sent = job(1, EndpointKind.UNIX)
-    async with one, two:
+    async with one, two, aclosing(pool):
         outcome: list[object] = []
 
         async def pass_on() -> None:
@@ -593,7 +626,7 @@ async def passed_on(pool: FakePool) -> object:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker._receive, nursery)
             await pass_on()
-            pool.has_sent.set()
+            await pool.end.aclose()
     return outcome[0]
 
 
@@ -614,11 +647,12 @@ async def test_pass_on_without_resources(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_pass_on_after_the_last_frame_of_the_pool() -> None:
     """No verdict can arrive any more: the connection is closed, and the job is reported."""
-    conn, log, group = cast("Any", FakePool(None)), cast("Any", Mock()), cast("Any", Mock())
+    pool = FakePool(None)
+    conn, log, group = cast("Any", pool), cast("Any", Mock()), cast("Any", Mock())
     worker = _worker._Worker(conn, log, WorkerConfig(DO, sys.executable), None, None, group)
     worker._is_receiving = False
     one, two = connection_pair()
-    async with one, two:
+    async with one, two, aclosing(pool):
         assert await worker._pass_on(job(1, EndpointKind.UNIX), one, PassedOn(b"")) is None
 
 
