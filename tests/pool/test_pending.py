@@ -83,6 +83,19 @@ def test_acknowledge_needs_a_job_that_was_sent(prepare: list[str]) -> None:
     job.close()
 
 
+@pytest.mark.parametrize("prepare", [["send"], ["send", "acknowledge"], ["settle"]])
+def test_send_needs_a_job_that_is_queued(prepare: list[str]) -> None:
+    """A job that a worker has, or that has ended, is sent to no other worker."""
+    job = pending()
+    for step in prepare:
+        STEPS[step](job)
+    state = job.state
+    with pytest.raises(RuntimeError, match="job 1 must be queued, got "):
+        job.send()
+    assert job.state is state
+    job.close()
+
+
 STEPS: dict[str, Callable[[PendingJob], None]] = {
     "send": PendingJob.send,
     "acknowledge": lambda job: job.acknowledge(0, 7, 1.0),
