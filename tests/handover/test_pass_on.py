@@ -214,6 +214,40 @@ async def test_pass_on_when_the_message_cannot_be_sent() -> None:
         await two.aclose()
 
 
+async def test_pass_on_when_a_part_of_the_message_was_sent() -> None:
+    """A successor that ends in the middle of a message has not taken the connections in it."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        # More than the channel holds.
+        ((one, two),), errors = await stop_reading(passer, nursery, 1)
+        assert passer._is_sending
+        assert not errors
+        new.close()
+    (error,) = errors
+    assert "still open here" in str(error)
+    await echo(one, two)
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_pass_on_with_data_of_any_buffer() -> None:
+    """The data is any buffer, and arrives as it was when pass_on() was called."""
+    async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
+        one, two = connection_pair()
+        data = bytearray(b"abcd")
+        # The passer has begun to wait before; it sends later than the change of the data.
+        await trio.testing.wait_all_tasks_blocked()
+        junk = testing.clog(passer._channel._conn)
+        nursery.start_soon(passer.pass_on, one, memoryview(data).cast("H"))
+        await trio.testing.wait_all_tasks_blocked()
+        data[:] = b"efgh"
+        await testing.unclog(new._conn, junk)
+        number, connections, fds = await receive_passed(new)
+        assert [each.data for each in connections] == [b"abcd"]
+        os.close(*fds)
+        await new.send(of.pack_id(of.TAKEN, number))
+        await two.aclose()
+
+
 async def test_pass_on_without_free_descriptors() -> None:
     """A send that has to wait needs a free one: what was not sent is sent again."""
     async with passer_and_successor() as (passer, new), trio.open_nursery() as nursery:
