@@ -148,6 +148,7 @@ def _no_file(*_: object) -> None:
         ("raise", "ZeroDivisionError: not today"),
         ("thread", "started 1 threads"),
         ("closed", "ValueError: I/O operation on closed file"),
+        ("ignore", "ignores SIGCHLD"),
     ],
 )
 async def test_preload_that_cannot_fork_is_logged(
@@ -174,7 +175,7 @@ async def test_preload_without_standard_output(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_preload_of_what_reaps_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a module has the kernel reap workers, their status is not known; they are replaced."""
+    """If a module reaps workers, their status is not known; they are replaced."""
     monkeypatch.setenv("PRELOADED", "reap")
     async with open_worker_pool(PARENT, workers=1, preload=[PRELOADED]) as pool:
         before = await template_of(pool)

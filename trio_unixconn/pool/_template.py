@@ -23,6 +23,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket as stdlib_socket
 import sys
 from contextlib import suppress
@@ -165,6 +166,9 @@ def _check_fork(fds: list[int], files: dict[str, tuple[int, ...] | None]) -> Non
         raise _CannotForkError(
             f"what it has imported has started {threads - 1} threads, which a fork would not have"
         )
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        # The number of a worker would be free when it ends, and not when the pool has been told.
+        raise _CannotForkError("what it has imported ignores SIGCHLD")
     for path, before in files.items():
         if _look_at(path) != before:
             raise _CannotForkError(f"{path} has changed")
