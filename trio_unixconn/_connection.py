@@ -309,7 +309,8 @@ class UnixConnection(DescriptorOwner, trio.abc.HalfCloseableStream):
           SendError: as :meth:`send_fd`. If one of several is closed, nothing was sent.
           DescriptorsRefusedError: the peer does not accept file descriptors.
 
-        The ``sent`` of every error is the number of file descriptors that were sent before.
+        The ``sent`` of every error is the number of file descriptors that were sent before; after a
+        message of which only a part was sent, the number of bytes of that part.
         """
         if not 1 <= check_int(per_message, "per_message") <= _kernel.SCM_MAX_FD:
             raise ValueError(

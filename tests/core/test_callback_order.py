@@ -616,7 +616,7 @@ async def test_send_fds_after_a_message_that_was_cut() -> None:
                 await wait_all_tasks_blocked()
                 scope.cancel()
         with pytest.raises(ConnectionBrokenError, match="an earlier send_message"):
-            await one.send_fds([0, 0])
+            await one.send_fds([0, 0], per_message=1)
 
 
 async def test_receive_fd_async_after_fds() -> None:
