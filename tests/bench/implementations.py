@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -125,6 +126,9 @@ def lines_of(processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> li
 def failed(how: str, processes: Iterable[subprocess.Popen[bytes]], errors: TextIO) -> FailedError:
     """Kill the processes that failed; return an error with the last line of their errors."""
     for process in processes:
+        # One that fails, too, may still be writing why.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
         process.kill()
         process.wait()
     errors.seek(0)
