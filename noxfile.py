@@ -64,6 +64,12 @@ PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal", "--slow")
 # What depends on the version of Python.
 EVERY_PYTHON = "not once and not interop"
 
+
+def every_python() -> str:
+    """Return the marks of what depends on the version of Python; with QUICK=1, of fast tests."""
+    return f"{EVERY_PYTHON} and not slow" if os.environ.get("QUICK") == "1" else EVERY_PYTHON
+
+
 # Examples that need packages of the dependency group "examples".
 WITH_PACKAGES = sorted(map(str, Path("examples/with_packages").glob("*.py")))
 
@@ -94,19 +100,19 @@ def tests(session: nox.Session) -> None:
         coverage(session)
         return
     install(session, "tests", "asgi")
-    which: list[str] = []
-    if session.python != PYTHONS[-1]:
-        is_quick = os.environ.get("QUICK") == "1"
-        which = ["-m", f"{EVERY_PYTHON} and not slow" if is_quick else EVERY_PYTHON]
+    which = [] if session.python == PYTHONS[-1] else ["-m", every_python()]
     session.run(*PYTEST, *which, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
-    """Run the tests with the oldest trio, attrs and others that pyproject.toml allows."""
+    """Run the tests with the oldest trio, attrs and others that pyproject.toml allows.
+
+    With QUICK=1 in the environment, without those that are slow.
+    """
     install(session, "tests", "asgi")
     session.install(*lower_bounds())
-    session.run(*PYTEST, "-m", EVERY_PYTHON, *session.posargs)
+    session.run(*PYTEST, "-m", every_python(), *session.posargs)
 
 
 @nox.session(venv_backend="none")
