@@ -193,6 +193,8 @@ async def test_submit_while_workers_are_killed_at_random() -> None:
         "tests._helpers.pool_handlers:tell",
         workers=2,
         crash_limit=1000,
+        # A job can be unlucky as often as a worker is killed.
+        max_attempts=1000,
         on_abandoned=reported.append,
     ) as pool:
         deaths = 0
