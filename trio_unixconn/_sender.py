@@ -26,6 +26,7 @@ import socket as stdlib_socket
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
+from weakref import WeakValueDictionary
 
 import trio
 from trio.lowlevel import (
@@ -556,17 +557,20 @@ class DatagramSender(Sender):
         )
 
 
-# Of a trio run, the turns of tasks that wait for receivers whose queues are full.
-_turns: Final = trio.lowlevel.RunVar["dict[UnixSocketAddress, trio.Lock]"]("receivers of datagrams")
+# Of a trio run, the turns of tasks that wait for receivers whose queues are full. The tasks keep
+# the locks alive, even while one of them does not have the lock.
+_turns: Final = trio.lowlevel.RunVar["WeakValueDictionary[UnixSocketAddress, trio.Lock]"](
+    "receivers of datagrams"
+)
 
 
 async def _wait_for_receiver(address: UnixSocketAddress) -> None:
     """Wait until the queue of a receiver is not full, in turn; or for a while if that fails."""
-    turns: dict[UnixSocketAddress, trio.Lock]
+    turns: WeakValueDictionary[UnixSocketAddress, trio.Lock]
     try:
         turns = _turns.get()
     except LookupError:
-        turns = {}
+        turns = WeakValueDictionary()
         _turns.set(turns)
     turn = turns.setdefault(address, trio.Lock())
     try:
@@ -580,9 +584,6 @@ async def _wait_for_receiver(address: UnixSocketAddress) -> None:
     except OSError:
         # No file descriptor is free, or the receiver is gone, which the next attempt reports.
         await trio.sleep(MAX_BACKOFF)
-    finally:
-        if not turn.locked():
-            turns.pop(address, None)
 
 
 # What sendmsg says about the receiver of a datagram; None: Python says that a name is too long.

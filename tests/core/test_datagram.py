@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import pickle
 import socket as stdlib_socket
@@ -44,6 +45,8 @@ from trio_unixconn.testing import limit_descriptors, open_descriptors
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from trio.testing import MockClock
 
 
 def same_file(one: int, two: int) -> bool:
@@ -190,6 +193,60 @@ async def test_send_message_of_many_tasks_to_full_queue(
                     await wait_all_tasks_blocked()
         assert found[count:] == [b"n%d" % number for number in numbers]
         assert attempts <= 4 * len(numbers)
+
+
+async def test_send_message_takes_turns_after_a_failed_probe(
+    unix_socket_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    """A task that had no descriptor for the probe, and retries, waits for its turn, too."""
+    probes: list[stdlib_socket.socket] = []
+    open_probe = _sender._open_probe
+
+    def no_probe(_: UnixSocketAddress) -> stdlib_socket.socket:
+        raise OSError(errno.EMFILE, "no file descriptor is free")
+
+    def counted(address: UnixSocketAddress) -> stdlib_socket.socket:
+        probes.append(open_probe(address))
+        return probes[-1]
+
+    async with AsyncExitStack() as stack:
+        receiver = await stack.enter_async_context(await open_unix_datagram(unix_socket_path))
+        senders = [await stack.enter_async_context(await open_unix_datagram()) for _ in range(3)]
+        fill(unix_socket_path)
+        async with trio.open_nursery() as nursery:
+            monkeypatch.setattr(_sender, "_open_probe", no_probe)
+            nursery.start_soon(senders[0].send_message, b"0", unix_socket_path)
+            await wait_all_tasks_blocked()
+            monkeypatch.setattr(_sender, "_open_probe", counted)
+            nursery.start_soon(senders[1].send_message, b"1", unix_socket_path)
+            await wait_all_tasks_blocked()
+            await receiver.receive_message()
+            await wait_all_tasks_blocked()
+            nursery.start_soon(senders[2].send_message, b"2", unix_socket_path)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(_sender.MAX_BACKOFF)
+            await wait_all_tasks_blocked()
+            assert len(probes) == 2
+            assert [probe.fileno() == -1 for probe in probes] == [True, False]
+            nursery.cancel_scope.cancel()
+
+
+async def test_send_message_forgets_the_turns_of_a_receiver(unix_socket_path: Path) -> None:
+    """When no task waits for a receiver any more, nothing is kept about it."""
+    async with (
+        await open_unix_datagram(unix_socket_path),
+        await open_unix_datagram() as one,
+        await open_unix_datagram() as two,
+    ):
+        fill(unix_socket_path)
+        async with trio.open_nursery() as nursery:
+            for sender in (one, two):
+                nursery.start_soon(sender.send_message, b"x", unix_socket_path)
+            await wait_all_tasks_blocked()
+            assert len(_sender._turns.get()) == 1
+            nursery.cancel_scope.cancel()
+        gc.collect()
+        assert not _sender._turns.get()
 
 
 async def test_send_message_ends_while_it_waits_for_its_turn(unix_socket_path: Path) -> None:
