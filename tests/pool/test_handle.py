@@ -812,6 +812,20 @@ async def test_receive_with_fds_of_a_connection_that_is_closed() -> None:
         await receive()
 
 
+async def test_receive_with_fds_of_a_frame_that_a_worker_has_not_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that arrived with a part of a frame is closed when its worker dies."""
+    async with fake_pool(monkeypatch) as (pool, workers):
+        one, two = socket.socketpair()
+        with trio.socket.from_stdlib_socket(two) as peer, trio.fail_after(30):
+            await workers[0].say(pass_on(1)[:-1], (one.fileno(),))
+            one.close()
+            workers[0].exit(-signal.SIGKILL)
+            assert await pool.call() == b"an answer"
+            assert await peer.recv(1) == b""
+
+
 async def test_receive_with_fds_of_bytes_that_another_process_has_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

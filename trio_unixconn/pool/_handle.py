@@ -578,11 +578,15 @@ class WorkerHandle(DescriptorOwner):
     async def _receive(self) -> None:
         decoder = FrameDecoder()
         conn = self.process.conn
-        while True:
-            data, fds = await receive_with_fds(conn, CHUNK_SIZE)
-            if not data:
-                return
-            self._on_data(decoder, data, fds)
+        try:
+            while True:
+                data, fds = await receive_with_fds(conn, CHUNK_SIZE)
+                if not data:
+                    return
+                self._on_data(decoder, data, fds)
+        finally:
+            # It may have died within a frame with a connection.
+            decoder.close()
 
     def _on_data(self, decoder: FrameDecoder, data: bytes, fds: list[int] | None) -> None:
         now = trio.current_time()

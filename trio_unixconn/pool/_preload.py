@@ -207,14 +207,17 @@ class Template(DescriptorOwner):
 
     async def _receive(self) -> Frame | None:
         decoder = FrameDecoder()
-        while True:
-            data, fds = await receive_with_fds(self.process.conn, _CHUNK_SIZE)
-            if not data:
-                decoder.close()
-                return None
-            frames = decoder.feed(data, fds)
-            if frames:
-                return frames[0]
+        try:
+            while True:
+                data, fds = await receive_with_fds(self.process.conn, _CHUNK_SIZE)
+                if not data:
+                    return None
+                frames = decoder.feed(data, fds)
+                if frames:
+                    return frames[0]
+        finally:
+            # It may have died, or stopped, within a frame.
+            decoder.close()
 
     async def close_if_unused(self) -> None:
         """End it, if it has no workers."""
