@@ -327,7 +327,7 @@ def close_dropped_kept(owner: object, sock: socket.socket) -> None:
     """Do what close_dropped() does for a socket that was kept until now."""
     if sock in _kept:
         if sock.fileno() != -1:
-            if _is_collecting:
+            if _collecting_thread == threading.get_ident():
                 _collected.append((owner, sock))
             else:
                 close_dropped(owner, sock)
@@ -335,19 +335,24 @@ def close_dropped_kept(owner: object, sock: socket.socket) -> None:
 
 
 _collected: Final[list[tuple[object, socket.socket]]] = []
-_is_collecting = False
+# The thread in which the garbage collector is running. Others can run in the middle of it.
+_collecting_thread: int | None = None
 
 
-def _on_collection(phase: str, info: dict[str, int]) -> None:
+def _on_collection(
+    phase: str, info: dict[str, int], get_ident: Callable[[], int] = threading.get_ident
+) -> None:
     """Make the weak references that finalizers want when the garbage collector has ended.
 
     Since Python 3.14 it clears those that a finalizer makes to an object of the same cycle, and
     does not call back. (gc_collect_region() in CPython's Python/gc.c)
+
+    While the interpreter exits, this is called when the globals of this module are None already.
     """
     del info
-    global _is_collecting  # noqa: PLW0603
-    _is_collecting = phase == "start"
-    while _collected and not _is_collecting:
+    global _collecting_thread  # noqa: PLW0603
+    _collecting_thread = get_ident() if phase == "start" else None
+    while _collected and _collecting_thread is None:
         close_dropped(*_collected.pop())
 
 

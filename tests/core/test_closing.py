@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
+import trio
 
 from tests._helpers.waiting import until_sync
-from trio_unixconn import _closing, connection_pair
+from trio_unixconn import ConnectionBrokenError, _closing, connection_pair
 
 
 def pipes(count: int) -> list[int]:
@@ -356,6 +358,53 @@ def test_close_socket_with_unread_data_closes_in_the_thread() -> None:
         assert closed.wait(30)
         with pytest.raises(ConnectionResetError):
             two.recv(1)
+
+
+async def test_close_dropped_kept_during_a_collection_of_another_thread() -> None:
+    """A connection that is dropped while another thread collects garbage is closed at once."""
+    one, two = connection_pair()
+    async with two:
+        await two.send_all(b"unread")
+        collector = threading.Thread(target=_closing._on_collection, args=("start", {}))
+        collector.start()
+        collector.join()
+        try:
+            with pytest.warns(ResourceWarning, match="unclosed socket"):
+                del one
+        finally:
+            _closing._on_collection("stop", {})
+        with trio.fail_after(30), pytest.raises(ConnectionBrokenError):
+            await two.receive_some()
+
+
+# Collects garbage when the interpreter has cleared the globals of the module.
+COLLECT_AT_EXIT = """
+import builtins
+from trio_unixconn import _closing
+
+class Late:
+    kept = _closing
+    print = print
+    def __del__(self):
+        self.print(self.kept.threading)
+        for _ in range(2):
+            [[] for _ in range(100_000)]
+
+builtins.kept = _closing
+_closing.late = Late()
+"""
+
+
+def test_on_collection_while_the_interpreter_exits() -> None:
+    """A collection when all globals are None already prints nothing."""
+    process = subprocess.run(
+        [sys.executable, "-c", COLLECT_AT_EXIT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=True,
+        timeout=60,
+    )
+    assert process.stdout in {b"None\n", b""}
 
 
 def test_has_unread_of_a_listener() -> None:
