@@ -14,15 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from ... import _ancillary, _kernel
-from ..._owner import DescriptorOwner
+from ..._owner import ContextOwner
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from ..._ancillary import ControlMessage, Received
 
 # Seconds for an answer of the kernel; for a process, which may get little time on a busy machine.
@@ -58,21 +55,14 @@ def expect_error(kind: type[Exception], do: Callable[[], object], otherwise: str
     raise UnexpectedError(otherwise)
 
 
-class Lab(DescriptorOwner):
+class Lab(ContextOwner):
     """A block in which things are tried."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Undo and close everything, in reverse order."""
         self._stack.close()
 
     def afterwards(self, undo: Callable[[], object]) -> None:
