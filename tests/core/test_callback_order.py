@@ -589,16 +589,20 @@ async def test_async_without_waiting_reports_the_error_of_the_connection() -> No
         assert caught.value.sent == 0
 
 
+async def send_a_part(conn: UnixConnection) -> None:
+    """Send a part of a message, and cancel the rest."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(conn.send_message, bytes(10**6))
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
 async def test_send_fd_async_after_a_message_that_was_cut() -> None:
     """After a message of which a part was sent, nothing is sent at once either."""
     one, two = connection_pair()
     results: list[AsyncResult] = []
     async with one, two:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(one.send_message, bytes(10**6))
-                await wait_all_tasks_blocked()
-                scope.cancel()
+        await send_a_part(one)
         async with open_callback_adapter() as adapter:
             gio = adapter.wrap(one)
             gio.send_fd_async(0, None, lambda _, result: results.append(result))
@@ -610,11 +614,7 @@ async def test_send_fds_after_a_message_that_was_cut() -> None:
     """Nor are file descriptors of several messages."""
     one, two = connection_pair()
     async with one, two:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(one.send_message, bytes(10**6))
-                await wait_all_tasks_blocked()
-                scope.cancel()
+        await send_a_part(one)
         with pytest.raises(ConnectionBrokenError, match="an earlier send_message"):
             await one.send_fds([0, 0], per_message=1)
 
