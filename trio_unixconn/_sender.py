@@ -70,6 +70,8 @@ _FLAGS: Final = _kernel.MSG_NOSIGNAL | _kernel.MSG_DONTWAIT
 _RETRYABLE: Final = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
 INITIAL_BACKOFF: Final = 0.001
 MAX_BACKOFF: Final = 0.1
+# How long a task waits for a receiver before it looks for it again, in seconds.
+PROBE_TIMEOUT: Final = 1.0
 
 
 class _SendProgress:
@@ -450,8 +452,10 @@ class DatagramSender(Sender):
     connected socket, poll looks at the queue of the peer, too. So a second socket, the probe, is
     connected to the receiver, and waited for. Nothing is sent over it. If the receiver is closed
     meanwhile, the kernel reports the probe as writable, and the next attempt to send reports the
-    error. Both sockets are waited for, one after the other, because EAGAIN can also mean that the
-    datagrams of this socket that wait in other queues fill its own buffer.
+    error. If it stays open, but another socket gets its path, nothing is reported, so the wait has
+    a limit, PROBE_TIMEOUT, and the next attempt finds the new one. Both sockets are waited for, one
+    after the other, because EAGAIN can also mean that the datagrams of this socket that wait in
+    other queues fill its own buffer.
 
     For each datagram that is received from a full queue, the kernel wakes all that wait for it: a
     hundred senders took a hundred attempts for one. So only one task of a trio run waits for a
@@ -577,7 +581,8 @@ async def _wait_for_receiver(address: UnixSocketAddress) -> None:
         async with turn:
             probe = _open_probe(address)
             try:
-                await wait_writable(probe)
+                with trio.move_on_after(PROBE_TIMEOUT):
+                    await wait_writable(probe)
             finally:
                 # No process can have sent anything to it: it has no address.
                 probe.close()

@@ -231,6 +231,26 @@ async def test_send_message_takes_turns_after_a_failed_probe(
             nursery.cancel_scope.cancel()
 
 
+async def test_send_message_looks_for_a_new_receiver(
+    unix_socket_path: Path, mock_clock: MockClock
+) -> None:
+    """A send that waits for a receiver goes to the one that has got its path meanwhile."""
+    async with (
+        await open_unix_datagram(unix_socket_path),
+        await open_unix_datagram() as sender,
+        trio.open_nursery() as nursery,
+    ):
+        fill(unix_socket_path)
+        nursery.start_soon(sender.send_message, b"x", unix_socket_path)
+        await wait_all_tasks_blocked()
+        unix_socket_path.unlink()
+        async with await open_unix_datagram(unix_socket_path) as receiver:
+            mock_clock.jump(_sender.PROBE_TIMEOUT)
+            await wait_all_tasks_blocked()
+            assert receiver.socket.is_readable()
+            assert (await receiver.receive_message()).data == b"x"
+
+
 async def test_send_message_forgets_the_turns_of_a_receiver(unix_socket_path: Path) -> None:
     """When no task waits for a receiver any more, nothing is kept about it."""
     async with (
