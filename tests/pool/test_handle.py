@@ -40,7 +40,14 @@ from trio_unixconn._closing import close_fds
 from trio_unixconn._connection import close_now, receive_with_fds, send_with_fds_nowait
 from trio_unixconn._frames import MAX_BODY, Frame, FrameDecoder, encode_frame
 from trio_unixconn._sockopts import raw_socket
-from trio_unixconn.pool import AbandonedJob, JobReceipt, _process, _protocol, open_worker_pool
+from trio_unixconn.pool import (
+    AbandonedJob,
+    JobReceipt,
+    _handle,
+    _process,
+    _protocol,
+    open_worker_pool,
+)
 from trio_unixconn.pool._accept_log import AcceptLogWriter
 from trio_unixconn.pool._accepted import AcceptPlan, SharedListener
 from trio_unixconn.pool._completion_log import CompletionLog
@@ -810,6 +817,30 @@ async def test_receive_with_fds_of_a_connection_that_is_closed() -> None:
         await wait_all_tasks_blocked()
         close_now(here)
         await receive()
+
+
+async def test_run_of_a_process_that_cannot_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If waiting for a process fails again and again, its worker has an end nevertheless."""
+    monkeypatch.setattr(_handle, "WAIT_RETRY_DELAY", 0)
+    wait, left = FakeWorker.wait, [3]
+
+    async def fail(worker: FakeWorker) -> int:
+        status = await wait(worker)
+        if worker.pid == FIRST_PID and left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        return status
+
+    monkeypatch.setattr(FakeWorker, "wait", fail)
+    async with fake_pool(monkeypatch) as (pool, workers):
+        workers[0].exit(-signal.SIGKILL)
+        with trio.fail_after(30):
+            assert await pool.call() == b"an answer"
+        assert workers[0].is_closed
+    assert left == [0]
+    assert caplog.text.count("cannot wait for its process, trying again") == 2
 
 
 async def test_receive_with_fds_of_a_frame_that_a_worker_has_not_finished(

@@ -72,6 +72,8 @@ SIGN_OF_LIFE: Final = 4096
 MAX_BATCH: Final = 64
 # The pause after the kernel had no resources for a batch, in seconds.
 SEND_RETRY_DELAY: Final = 0.05
+#: The pause after the process of a worker could not be waited for, in seconds.
+WAIT_RETRY_DELAY: Final = 1.0
 #: The time in seconds that a worker has to exit, after its last job or its deadline.
 EXIT_GRACE: Final = 5.0
 
@@ -405,7 +407,17 @@ class WorkerHandle(DescriptorOwner):
                 self._killed_for = self._killed_for or "was killed after an error in the pool"
             finally:
                 self.process.kill()
-                self._on_exit(await self.process.wait())
+                self._on_exit(await self._wait_for_exit())
+
+    async def _wait_for_exit(self) -> int:
+        """Wait until the process has ended, even if no resources are left for waiting now."""
+        while True:
+            try:
+                return await self.process.wait()
+            except Exception:
+                # ENOMEM of epoll, or no thread can be started.
+                logger.exception("%r: cannot wait for its process, trying again", self)
+                await trio.sleep(WAIT_RETRY_DELAY)
 
     @enable_ki_protection
     async def _run(self) -> None:
