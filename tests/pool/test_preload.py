@@ -22,7 +22,14 @@ import trio.testing
 from tests._helpers.environment import environment
 from tests._helpers.pool import ended, pids, watched
 from tests._helpers.waiting import until
-from trio_unixconn import PoolClosedError, UnixConnection, WorkerDiedError, WorkerStartError
+from trio_unixconn import (
+    PoolClosedError,
+    UnixConnection,
+    WorkerDiedError,
+    WorkerStartError,
+    connection_pair,
+)
+from trio_unixconn._connection import close_now
 from trio_unixconn._frames import encode_frame
 from trio_unixconn.pool import _preload, _process, _protocol, open_worker_pool
 from trio_unixconn.pool._completion_log import CompletionLog
@@ -217,12 +224,10 @@ async def test_preload_template_without_free_descriptors(
 async def _said_by_template(config: WorkerConfig) -> str | None:
     """Start a template, and return what it says when it has exited by itself."""
     template = _preload.Template(_process.start(config), ())
-    assert not template.process.has_exited()
     try:
         with trio.fail_after(30):
             found = await template.wait_ready()
             assert await template.process.wait() == 1
-        assert template.process.has_exited()
     finally:
         await template.aclose()
     return found
@@ -413,6 +418,38 @@ async def test_preload_with_kill_process_group(caplog: pytest.LogCaptureFixture)
             with pytest.raises(WorkerDiedError):
                 await pool.call(data=b"die")
             await ended(pidfds)
+
+
+async def test_preload_with_kill_process_group_of_a_worker_that_was_reaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The group of a forked worker is killed while its number is its own, and not afterwards."""
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    template: Any = None
+    with subprocess.Popen(["sleep", "60"]) as child:
+        forked = _preload._ForkedChild(child.pid, os.pidfd_open(child.pid), template)
+        conn, peer = connection_pair()
+        process = WorkerProcess(forked, conn, CompletionLog(1), kill_group=True)
+        process.kill()
+        # A zombie keeps its number.
+        await trio.lowlevel.wait_readable(forked.pidfd)
+        process.kill()
+        assert killed == [child.pid] * 2
+        child.wait()
+        process.kill()
+        assert killed == [child.pid] * 2
+        monkeypatch.setattr(signal, "pidfd_send_signal", raise_permission_error)
+        # It has become another user.
+        assert forked.is_reserved
+    forked.returncode = 0
+    assert not forked.is_reserved
+    process.close()
+    close_now(peer)
+
+
+def raise_permission_error(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 PROGRAM = """

@@ -371,22 +371,6 @@ async def test_wait_without_pidfd(monkeypatch: pytest.MonkeyPatch, *, kill_group
     process.close()
 
 
-async def test_has_exited_without_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that no pidfd tells of counts as one that has exited, so its group is spared."""
-    monkeypatch.delattr(os, "pidfd_open")
-    process = _process.start(sleeper())
-    try:
-        assert process.has_exited()
-        process.kill()
-        with trio.fail_after(30):
-            assert await process.wait() == -signal.SIGKILL
-        assert process.has_exited()
-    finally:
-        process.kill()
-        process.close()
-    assert process.has_exited()
-
-
 async def test_kill_of_foreign_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the group is gone, or cannot be killed, the process is killed nevertheless."""
 

@@ -21,6 +21,7 @@ Sources: pidfd_send_signal(2), clone(2) (CLONE_PARENT), PR_SET_CHILD_SUBREAPER(2
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -106,8 +107,14 @@ class _ForkedChild:
 
     @property
     def is_reserved(self) -> bool:
-        # If its template has died, another process may have reaped it.
-        return self.returncode is None and self._template.is_alive()
+        if self.returncode is not None:
+            return False
+        # What was preloaded can have reaped it; or init, if its template has died.
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except OSError as exc:
+            return exc.errno == errno.EPERM
+        return True
 
     def kill(self) -> None:
         if self.returncode is None:
@@ -150,10 +157,6 @@ class Template(DescriptorOwner):
         if frame.kind != _protocol.READY:
             return f"protocol error: frame of kind {frame.kind}"
         return _protocol.check_ready(frame.body)
-
-    def is_alive(self) -> bool:
-        """Whether its process has not ended."""
-        return not self.is_closed and not self.process.has_exited()
 
     async def fork(self, fds: list[int]) -> _ForkedChild:
         """Have it fork a worker.

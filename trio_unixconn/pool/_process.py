@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import socket as stdlib_socket
 import subprocess
@@ -142,14 +141,6 @@ class WorkerProcess(DescriptorOwner):
                 await self._wait_for_process_group()
             await child.reap()
         return cast("int", child.returncode)
-
-    def has_exited(self) -> bool:
-        """Whether it has exited, as a pidfd tells; without one, it counts as one that has."""
-        if self._pidfd < 0:
-            return True
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """Kill it, unless it has been reaped."""
