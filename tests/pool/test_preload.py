@@ -377,6 +377,29 @@ async def test_preload_answer_that_arrives_in_parts() -> None:
     assert found == ["why"]
 
 
+async def test_preload_aclose_while_another_task_ends_the_template() -> None:
+    """After aclose() no template is left, whatever task ends it."""
+    closed = trio.Event()
+
+    async with _Scripted(b"") as template:
+        preloader = _preload.Preloader(1)
+        preloader._templates.append(template)
+
+        async def close_preloader() -> None:
+            await preloader.aclose()
+            assert template.ended.is_set()
+            closed.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(template.aclose)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(close_preloader)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not closed.is_set()
+            template.process.kill()
+    assert closed.is_set()
+
+
 async def test_preload_answers_that_are_wrong(caplog: pytest.LogCaptureFixture) -> None:
     """A pidfd that was dropped, a wrong answer and bytes outside of frames are errors."""
     async with _Scripted(_protocol.pack_pid(_protocol.FORKED, 1)) as template:

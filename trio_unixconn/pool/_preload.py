@@ -132,7 +132,7 @@ class Template(DescriptorOwner):
       inherited: what it has inherited.
       is_usable: whether it answers.
       is_retired: whether it forks no more workers.
-      is_closed: whether it has ended.
+      ended: set when it has ended.
     """
 
     def __init__(self, process: WorkerProcess, inherited: tuple[object, ...]) -> None:
@@ -142,7 +142,8 @@ class Template(DescriptorOwner):
         self.is_retired: bool = False
         self._children = 0
         self._lock = trio.Lock()
-        self.is_closed: bool = False
+        self._is_closing = False
+        self.ended: trio.Event = trio.Event()
 
     def __repr__(self) -> str:
         return f"template (pid {self.process.pid})"
@@ -229,17 +230,22 @@ class Template(DescriptorOwner):
 
     async def aclose(self) -> None:
         """End it, and wait for that."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self.is_usable, self.is_retired = False, True
-        close_now(self.process.conn)
         with trio.CancelScope(shield=True):
-            with trio.move_on_after(ANSWER_TIMEOUT):
+            if self._is_closing:
+                # Another task does it.
+                await self.ended.wait()
+                return
+            self._is_closing = True
+            self.is_usable, self.is_retired = False, True
+            close_now(self.process.conn)
+            try:
+                with trio.move_on_after(ANSWER_TIMEOUT):
+                    await self.process.wait()
+                self.process.kill()
                 await self.process.wait()
-            self.process.kill()
-            await self.process.wait()
-        self.process.close()
+                self.process.close()
+            finally:
+                self.ended.set()
 
 
 class Preloader(DescriptorOwner):
@@ -293,7 +299,7 @@ class Preloader(DescriptorOwner):
     async def _get(self, config: WorkerConfig) -> Template | None:
         """Return the template that workers are forked from now; None if there is none."""
         inherited = _inherited(config)
-        self._templates = [each for each in self._templates if not each.is_closed]
+        self._templates = [each for each in self._templates if not each.ended.is_set()]
         for template in list(self._templates):
             if not template.is_retired:
                 if template.is_usable and template.inherited == inherited:
