@@ -186,7 +186,10 @@ async def test_preload_of_what_reaps_workers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PRELOADED", "reap")
     async with open_worker_pool(PARENT, workers=1, preload=[PRELOADED]) as pool:
         before = await template_of(pool)
-        with trio.fail_after(30), pytest.raises(WorkerDiedError, match="status that is not known"):
+        with (
+            trio.fail_after(30),
+            pytest.raises(WorkerDiedError, match="template has not reaped it"),
+        ):
             await pool.call(data=b"die")
         # The template answers after that.
         assert await template_of(pool) == before

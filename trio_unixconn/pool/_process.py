@@ -359,7 +359,7 @@ def worker_environment(config: WorkerConfig) -> dict[str, str]:
 def describe_exit(status: int) -> str:
     """Return how a process ended, for an error message."""
     if status == UNKNOWN_STATUS:
-        return "ended, with a status that is not known: its template has ended"
+        return "ended, with a status that is not known: its template has not reaped it"
     if status >= 0:
         return f"exited with status {status}"
     try:
