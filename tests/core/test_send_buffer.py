@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.descriptor_kinds import KIND, KINDS, of_kind, opened, pass_on
 from tests._helpers.fds import free_descriptors
@@ -23,6 +25,7 @@ from trio_unixconn import (
     UnsafeBufferError,
     connection_pair,
 )
+from trio_unixconn.testing import clog, unclog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,6 +167,25 @@ async def test_send_buffer_of_a_memfd(seals: int) -> None:
             assert os.path.sameopenfile(got, fd)
             os.close(got)
     os.close(fd)
+
+
+async def test_send_buffer_of_a_memfd_that_is_closed_while_the_send_waits() -> None:
+    """The memfd arrives even if the caller closes it, and reuses its number, meanwhile."""
+    fd = memfd(b"content")
+    one, two = connection_pair()
+    async with one, two:
+        count = clog(one)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.send_buffer, fd)
+                await wait_all_tasks_blocked()
+                with pytest.raises(PermissionError):
+                    os.ftruncate(fd, 0)
+                os.dup2(0, fd)
+                await unclog(two, count)
+            os.close(fd)
+            received = await two.receive_buffer(7)
+        assert bytes(received) == b"content"
 
 
 @pytest.mark.parametrize("more", [0x10, 0x20])
