@@ -1222,6 +1222,29 @@ async def test_predecessor_that_ends_the_handover_of_a_retired_successor(
         await two.aclose()
 
 
+async def test_generation_that_ends_before_its_path_is_open_closes_older_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generations that drain see the end of a successor that was just released."""
+    one, older_peer = connection_pair()
+    two, before_peer = connection_pair()
+    older, before = Channel(one), Channel(two)
+
+    async def released(_: object) -> list[Channel]:
+        await trio.lowlevel.checkpoint()
+        return [older]
+
+    async with older_peer, before_peer:
+        async with open_generation(tmp_path / "upgrade", name="x") as gen:
+            monkeypatch.setattr(gen, "_await_released", released)
+            monkeypatch.setattr(gen, "_try_open_rendezvous", trio.sleep_forever)
+            gen._before = before
+            gen._nursery.start_soon(gen._follow_before, before)
+            await wait_all_tasks_blocked()
+        assert one.is_closed()
+        assert two.is_closed()
+
+
 async def test_generation_that_ends_while_a_failed_handover_is_told(tmp_path: Path) -> None:
     """It waits until the service manager was told."""
     path = tmp_path / "upgrade"

@@ -1097,12 +1097,15 @@ class Generation(DescriptorOwner):
                 self.number - 1,
                 self.number,
             )
+        else:
+            # Before the next scheduling point: from now on, the end of this generation closes them.
+            self._follow_draining(released)
         await self._try_open_rendezvous()
         # Not before: ready() would confirm this generation while the path is not there yet.
         self._before = None
         if released is not None:
             await channel.send(encode_frame(_protocol.MOVED))
-            self._follow_draining([*released, channel])
+            self._follow_draining([channel])
             await self._end_oldest()
             self._phase = Phase.SERVING
             self._confirmed.set()
