@@ -182,6 +182,7 @@ async def test_composed_asks_a_check_only_if_the_user_does_not_decide(path: Path
     others = PeerPolicy(uids=[OTHER_UID])
     for policy, times in [
         (me, 0),
+        (PeerPolicy(uids=[os.geteuid()], check=check), 1),
         (me | checked, 0),
         (me & me, 0),
         (others | me, 0),
