@@ -915,6 +915,24 @@ async def test_inherited_connection_of_a_process_that_the_policy_denies(
         os.close(stderr)
 
 
+async def test_inherited_connection_is_closed_when_the_policy_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that has started this one sees the end, whatever the policy raises."""
+
+    async def fail(_: object) -> bool:
+        raise KeyError("a fault of the policy")
+
+    policy = PeerPolicy(check=fail)
+    one, two = connection_pair()
+    monkeypatch.setattr(_spawn, "inherited_connection", lambda: two)
+    async with one:
+        with pytest.raises(KeyError, match="a fault of the policy"):
+            async with open_generation(tmp_path / "upgrade", name="x", policy=policy):
+                pytest.fail("the block was entered")
+        assert two.is_closed()
+
+
 async def test_open_generation_beside_another_one_that_does_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

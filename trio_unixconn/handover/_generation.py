@@ -51,6 +51,7 @@ from .._accept import ACCEPT_RETRY_DELAY
 from .._address import AddressLike, UnixSocketAddress
 from .._client import open_unix_connection
 from .._closing import close_fds
+from .._connection import close_now
 from .._fds import fileno
 from .._frames import FrameError, encode_frame
 from .._listener import UnixListener, open_unix_listener
@@ -1023,10 +1024,7 @@ class Generation(DescriptorOwner):
         if conn is None and take_over:
             conn = await self._connect()
         elif conn is not None:
-            denial = await check_peer(conn, self._options.policy)
-            if denial is not None:
-                await conn.aclose()
-                raise _not_admitted(str(denial))
+            await self._check_inherited(conn)
         if conn is None:
             try:
                 await self._open_rendezvous(replace=False)
@@ -1060,6 +1058,16 @@ class Generation(DescriptorOwner):
         self.state = taken.state
         self._nursery.start_soon(self._follow_before, channel)
         return True
+
+    async def _check_inherited(self, conn: UnixConnection) -> None:
+        """Close a connection unless the policy admits its peer."""
+        try:
+            denial = await check_peer(conn, self._options.policy)
+            if denial is not None:
+                raise _not_admitted(str(denial))
+        except BaseException:
+            close_now(conn)
+            raise
 
     async def _connect(self) -> UnixConnection | None:
         try:
