@@ -315,6 +315,40 @@ async def test_preload_template_that_is_not_ready_in_time(
                     nursery.cancel_scope.cancel()
 
 
+async def test_preload_renew_while_a_template_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The template becomes ready, forks what it was started for, and forks no more."""
+    waits, go_on = trio.Event(), trio.Event()
+    real = _preload.Template.wait_ready
+
+    async def wait_ready(template: _preload.Template) -> str | None:
+        waits.set()
+        await go_on.wait()
+        return await real(template)
+
+    async def fork(config: WorkerConfig) -> None:
+        process = await preloader.fork(config)
+        assert process is not None
+        process.kill()
+        await process.wait()
+        process.close()
+
+    monkeypatch.setattr(_preload.Template, "wait_ready", wait_ready)
+    preloader = _preload.Preloader(60)
+    config = WorkerConfig(PARENT, sys.executable)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fork, config)
+            await waits.wait()
+            nursery.start_soon(preloader.renew)
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+        assert all(each.is_retired for each in preloader._templates)
+        await preloader.aclose()
+    assert "was not ready" not in caplog.text
+
+
 def _process_config(pool: WorkerPool) -> Any:
     return pool._supervisor.options.worker_config(0)
 

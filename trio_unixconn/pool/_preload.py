@@ -264,10 +264,12 @@ class Preloader(DescriptorOwner):
 
     async def renew(self) -> None:
         """Fork no more workers from the present template."""
-        self._retry_at = -math.inf
-        for template in list(self._templates):
-            template.is_retired = True
-            await template.close_if_unused()
+        # One that is being started may have imported old files: it is retired when it is ready.
+        async with self._lock:
+            self._retry_at = -math.inf
+            for template in list(self._templates):
+                template.is_retired = True
+                await template.close_if_unused()
 
     async def fork(self, config: WorkerConfig) -> WorkerProcess | None:
         """Fork a worker; return None if a fresh interpreter must do.
