@@ -357,6 +357,7 @@ def _process_config(pool: WorkerPool) -> Any:
     ("answer", "text"),
     [
         (None, "it has exited"),
+        (b"\xff" * 6, "it does not answer: expected a frame"),
         (encode_frame(_protocol.FAILED, b"why"), "why"),
         (encode_frame(_protocol.BEAT), "protocol error: frame of kind"),
         (encode_frame(_protocol.READY, b"{}"), "imported trio_unixconn an unknown version"),

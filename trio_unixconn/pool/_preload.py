@@ -150,7 +150,10 @@ class Template(DescriptorOwner):
 
     async def wait_ready(self) -> str | None:
         """Wait until it has imported everything; return why it cannot be used, or None."""
-        frame = await self._receive()
+        try:
+            frame = await self._receive()
+        except _LOST as exc:
+            return f"it does not answer: {exc}"
         if frame is None:
             return "it has exited"
         if frame.kind == _protocol.FAILED:
@@ -315,7 +318,7 @@ class Preloader(DescriptorOwner):
         self._templates.append(template)
         failure: str | None = f"it was not ready after {self._start_timeout:g} s"
         try:
-            with trio.move_on_after(self._start_timeout), suppress(*_LOST):
+            with trio.move_on_after(self._start_timeout):
                 failure = await template.wait_ready()
         except BaseException:
             process.kill()
