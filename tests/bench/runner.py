@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,6 +160,11 @@ def checked(
     if given.write and (given.only or given.implementations is not known_ones):
         parser.error("--write cannot be combined with --only or --implementations")
     return given
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM, as of a time limit, leave all blocks: they end servers and restore settings."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def finish(

@@ -42,6 +42,7 @@ from tests.bench.pool.workloads import (
     UNEVEN_OPEN,
     beside,
 )
+from tests.bench.runner import exit_on_sigterm
 
 from .implementations import OURS, FailedError, MissingError
 
@@ -335,6 +336,21 @@ def test_no_autogroup_restores_the_setting(tmp_path: Path) -> None:
     with no_autogroup(setting) as note:
         assert note is not None
         assert "same share" in note
+
+
+def test_exit_on_sigterm_restores_the_setting(tmp_path: Path) -> None:
+    """A benchmark that SIGTERM ends leaves its blocks, such as that of no_autogroup."""
+    setting = tmp_path / "sched_autogroup_enabled"
+    setting.write_text("1")
+    before = signal.getsignal(signal.SIGTERM)
+    exit_on_sigterm()
+    try:
+        with pytest.raises(SystemExit) as caught, no_autogroup(setting):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert setting.read_text() == "1"
 
 
 def test_what_disturbed_is_noted() -> None:

@@ -28,7 +28,7 @@ from tests.bench.autogroup import no_autogroup
 from tests.bench.connections.report import as_json
 from tests.bench.implementations import OURS, FailedError, installed
 from tests.bench.report import show_goals
-from tests.bench.runner import finish, progress_bar
+from tests.bench.runner import exit_on_sigterm, finish, progress_bar
 
 from .report import judge, markdown, model_of, show, summary
 from .workloads import OWN_DESCRIPTORS, SUBJECTS, Subject
@@ -56,19 +56,22 @@ def sizes_of(subject: Subject, *, quick: bool, most: int) -> list[int]:
 def measured(subject: Subject, sizes: Iterable[int]) -> Found:
     """Measure a subject once in these sizes, in a process of its own."""
     command = python(f"{__package__}.measure", subject.key, *map(str, sizes))
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            # What it has started ends with its standard input.
-            process.kill()
-            raise FailedError(f"{subject.key} hung") from None
-    if process.returncode:
-        words = errors.strip().splitlines() or ["no output"]
+    try:
+        # What it has started ends with its standard input, even if it is killed here.
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise FailedError(f"{subject.key} hung") from None
+    if ended.returncode:
+        words = ended.stderr.strip().splitlines() or ["no output"]
         raise FailedError(f"{subject.key} died: {words[-1].strip()}")
-    found: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
+    found: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
     return {int(size): figures for size, figures in found.items()}
 
 
@@ -155,6 +158,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if given.write and keys:
         parser.error("--write cannot be combined with --only")
+    exit_on_sigterm()
     subjects = [
         each
         for each in SUBJECTS

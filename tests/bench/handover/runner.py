@@ -37,7 +37,7 @@ from tests._helpers.tables import machine
 from tests.bench.autogroup import no_autogroup
 from tests.bench.implementations import OURS, FailedError, MissingError, compiled
 from tests.bench.report import Result, show_goals, spread
-from tests.bench.runner import add_choices, checked, finish
+from tests.bench.runner import add_choices, checked, exit_on_sigterm, finish
 
 from .report import judge, markdown, show
 from .servers import IMPLEMENTATIONS, SERVERS, Ours, OursServe, Server
@@ -370,8 +370,7 @@ def main() -> int:
     for name in "requests", "upgrades":
         if getattr(given, name):
             sizes = attrs.evolve(sizes, **{name: getattr(given, name)})
-    # So that servers are ended, too, if a time limit ends this.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_on_sigterm()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     keys = {each.key for each in given.implementations}

@@ -40,7 +40,15 @@ from tests._helpers.tables import machine
 from tests.bench.autogroup import no_autogroup
 from tests.bench.implementations import OURS, FailedError
 from tests.bench.report import Result, show_goals
-from tests.bench.runner import Run, add_choices, checked, finish, in_turn, progress_bar
+from tests.bench.runner import (
+    Run,
+    add_choices,
+    checked,
+    exit_on_sigterm,
+    finish,
+    in_turn,
+    progress_bar,
+)
 
 from .generator import Generator, Measured, built, check
 from .report import (
@@ -329,6 +337,7 @@ def main() -> int:
     )
     add_choices(parser, IMPLEMENTATIONS, ROUNDS, QUICK_ROUNDS)
     given = checked(parser, IMPLEMENTATIONS)
+    exit_on_sigterm()
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     loads = [
         load
