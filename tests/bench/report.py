@@ -109,7 +109,8 @@ def machine_lines(result: Result) -> list[str]:
     """Return the machine and the versions of all implementations, in Markdown."""
     lines = ["<!-- begin machine -->", ""]
     kind = "quick" if result["quick"] else "full"
-    lines += [f"{result['machine']}; a {kind} run of {result['rounds']} rounds.", ""]
+    rounds = "1 round" if str(result["rounds"]) == "1" else f"{result['rounds']} rounds"
+    lines += [f"{result['machine']}; a {kind} run of {rounds}.", ""]
     lines += row_of("implementation", "version") + row_of("---", "---")
     for name, version in result["versions"].items():
         lines += row_of(name, version)

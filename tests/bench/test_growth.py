@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import pytest
 
 from tests.bench.growth.connections import LEAST_FOR_MEMORY
 from tests.bench.growth.measure import MEASURES
 from tests.bench.growth.report import judge, markdown, model_of, slope_of, summary
-from tests.bench.growth.runner import RESULT, TABLES, limits, measured, sizes_of
+from tests.bench.growth.runner import RESULT, TABLES, limits, measured, run, sizes_of
 from tests.bench.growth.workloads import SUBJECTS, Subject
 from tests.bench.implementations import FailedError
 
@@ -39,6 +41,22 @@ def test_measured_raises_what_a_process_said() -> None:
     """A process that dies is a failure, with its last line of errors."""
     with pytest.raises(FailedError, match=r"descriptors died: .*254"):
         measured(BY_KEY["descriptors"], [254])
+
+
+def test_run_says_how_many_rounds_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the number asked for, or from the smallest to the largest of the subjects."""
+
+    def each_one(subject: Subject, sizes: Iterable[int]) -> dict[int, dict[str, float]]:
+        return {size: dict.fromkeys(subject.figures, float(size)) for size in sizes}
+
+    monkeypatch.setattr("tests.bench.growth.runner.measured", each_one)
+    monkeypatch.setattr("tests.bench.growth.runner.no_autogroup", nullcontext)
+    subjects = [BY_KEY["data"], BY_KEY["descriptors"]]
+    assert run(subjects, None, quick=False)["rounds"] == "3 to 5"
+    assert run(subjects[:1], None, quick=False)["rounds"] == "3"
+    result = run(subjects, 1, quick=False)
+    assert result["rounds"] == "1"
+    assert "a full run of 1 round." in markdown(result)
 
 
 def test_slope_of_a_power_law() -> None:

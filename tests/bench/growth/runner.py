@@ -78,10 +78,11 @@ def measured(subject: Subject, sizes: Iterable[int]) -> Found:
 def run(subjects: list[Subject], rounds: int | None, *, quick: bool) -> Result:
     """Measure everything; return the results."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    times = {each.key: rounds or (1 if quick else each.rounds) for each in subjects}
     result: Result = {
         "machine": machine(),
         "processors": os.cpu_count(),
-        "rounds": "1" if quick else "2 to 7",
+        "rounds": " to ".join(map(str, sorted({min(times.values()), max(times.values())}))),
         "quick": quick,
         "versions": {name: installed(name) for name in (OURS, "trio")},
         "missing": {},
@@ -91,7 +92,6 @@ def run(subjects: list[Subject], rounds: int | None, *, quick: bool) -> Result:
     }
     chosen = {each.key: sizes_of(each, quick=quick, most=most) for each in subjects}
     with no_autogroup() as note, progress_bar() as progress:
-        times = {each.key: rounds or (1 if quick else each.rounds) for each in subjects}
         task = progress.add_task("", total=sum(times[key] * len(chosen[key]) for key in times))
         for subject in subjects:
             sizes, found = chosen[subject.key], []
