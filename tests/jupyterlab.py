@@ -75,8 +75,10 @@ def jupyterlab() -> Generator[str, None, None]:
             metadata={"kernelspec": {"display_name": "Python 3", "name": "python3"}},
         )
         nbformat.write(notebook, root / NOTEBOOK)
-        places = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
-        environment = {f"JUPYTER_{place}": str(Path(directory, place)) for place in places}
+        environment = {
+            "JUPYTER_CONFIG_DIR": str(Path(directory, "config")),
+            "JUPYTER_DATA_DIR": str(Path(directory, "data")),
+        }
         # The page keeps all cells, not only those in view.
         settings = Path(directory, "settings", "@jupyterlab", "notebook-extension")
         settings.mkdir(parents=True)
