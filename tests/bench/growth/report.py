@@ -216,12 +216,7 @@ def slope_rows(subject: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def slope_headings(subject: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the headings of the table of slopes."""
-    last = "of one operation" if _is_of_one(subject) else f"for each {subject['one']}"
-    return "", "slope", "quartiles", subject["noun"], last
-
-
-def _is_of_one(subject: Mapping[str, Any]) -> bool:
-    return all(figure["is_of_one"] for figure in subject["figures"].values())
+    return "", "slope", "quartiles", subject["noun"], f"for each {subject['one']}"
 
 
 def value_rows(subject: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -129,27 +129,19 @@ SUBJECTS = [
         is_fresh=True,
         descriptors=1,
     ),
-    Subject(
-        "pool-unix",
-        "connections",
-        "connection",
-        (1, 100, 2000, 6000, 18_000, 50_000),
-        QUICK_CONNECTIONS,
-        _OF_POOLS,
-        rounds=2,
-        is_fresh=True,
-        descriptors=1 / SHARES,
-    ),
-    Subject(
-        "pool-tcp",
-        "connections",
-        "connection",
-        (1, 100, 2000, 6000, 18_000, 50_000),
-        QUICK_CONNECTIONS,
-        _OF_POOLS,
-        rounds=2,
-        is_fresh=True,
-        descriptors=1 / SHARES,
+    *(
+        Subject(
+            key,
+            "connections",
+            "connection",
+            (1, 100, 2000, 6000, 18_000, 50_000),
+            QUICK_CONNECTIONS,
+            _OF_POOLS,
+            rounds=2,
+            is_fresh=True,
+            descriptors=1 / SHARES,
+        )
+        for key in ("pool-unix", "pool-tcp")
     ),
     Subject(
         "workers",
