@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests._helpers.fds import free_descriptors
 from tests._helpers.waiting import until
 from trio_unixconn import (
     AddressInUseError,
@@ -1261,6 +1262,24 @@ async def test_generation_that_ends_before_its_path_is_open_closes_older_channel
             await wait_all_tasks_blocked()
         assert one.is_closed()
         assert two.is_closed()
+
+
+async def test_upgrade_without_a_free_descriptor_for_the_state(tmp_path: Path) -> None:
+    """The successor is told why, and this generation serves as before."""
+    path = tmp_path / "upgrade"
+    with ExitStack() as stack:
+
+        def state() -> bytes:
+            stack.enter_context(free_descriptors(0))
+            return bytes(of.MAX_INLINE_STATE + 1)
+
+        async with serving(path) as gen:
+            gen.set_state(state)
+            async with successor(path, HELLO) as channel:
+                said = await text_of(channel, of.ABORT)
+                stack.close()
+            assert said.startswith("cannot make memory for the state: ")
+            await until(lambda: gen.phase is Phase.SERVING)
 
 
 async def test_generation_that_ends_while_a_failed_handover_is_told(tmp_path: Path) -> None:

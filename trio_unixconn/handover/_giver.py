@@ -125,7 +125,11 @@ async def _offer(channel: Channel, giving: Giving) -> None:
     if state is None or len(state) <= _protocol.MAX_INLINE_STATE:
         await _send(channel, _protocol.pack_offer(manifest, state))
         return
-    with UnixFDList.owning([_memfd.create(state)]) as memory:
+    try:
+        fd = _memfd.create(state)
+    except OSError as exc:
+        raise UpgradeFailedError(f"cannot make memory for the state: {exc}") from exc
+    with UnixFDList.owning([fd]) as memory:
         await _send(channel, _protocol.pack_offer(manifest, None, in_memory=True), list(memory))
 
 
