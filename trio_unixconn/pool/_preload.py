@@ -173,13 +173,11 @@ class Template(DescriptorOwner):
             raise CannotForkError("it does not answer")
         if frame.kind != _protocol.FORKED:
             raise CannotForkError(frame.body.decode(errors="replace").rstrip())
-        self._children += 1
-        pid = _protocol.unpack_pid(frame.body)
         if not frame.fds:
             # The kernel had no number free, and dropped it. The worker finds its connection closed.
-            self._children -= 1
             raise CannotForkError("no file descriptor is free for the pidfd of a worker")
-        return _ForkedChild(pid, frame.fds[0], self)
+        self._children += 1
+        return _ForkedChild(_protocol.unpack_pid(frame.body), frame.fds[0], self)
 
     async def reap(self, pid: int) -> int:
         """Have it reap a worker that has ended; return its status."""
