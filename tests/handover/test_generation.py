@@ -1264,6 +1264,24 @@ async def test_generation_that_ends_before_its_path_is_open_closes_older_channel
         assert two.is_closed()
 
 
+async def test_upgrade_after_a_listener_was_closed(tmp_path: Path) -> None:
+    """The successor is offered the listeners that are open; trio.serve_listeners closes some."""
+    path = tmp_path / "upgrade"
+    async with open_generation(path, name="x") as gen:
+        closed = await gen.listen_tcp("closed", 0)
+        await gen.listen_tcp("web", 0)
+        await gen.ready()
+        await closed.aclose()
+        async with successor(path, HELLO) as channel:
+            offer = of.unpack_offer((await receive(channel, of.OFFER)).body)
+            assert [each.name for each in Manifest.decode(offer.manifest).listeners] == ["web"]
+            frame = await receive(channel, of.LISTENERS)
+            assert frame.fds is not None
+            assert len(frame.fds) == 1
+            close_frames([frame])
+        await until(lambda: gen.phase is Phase.SERVING)
+
+
 async def test_upgrade_without_a_free_descriptor_for_the_state(tmp_path: Path) -> None:
     """The successor is told why, and this generation serves as before."""
     path = tmp_path / "upgrade"

@@ -833,7 +833,7 @@ class Generation(DescriptorOwner):
             raise UpgradeFailedError(
                 f"the function of set_state() must return bytes, got {type(state).__name__}"
             )
-        listeners = list(self._listeners.values())
+        listeners = [each for each in self._listeners.values() if each.socket.fileno() != -1]
         return _giver.Giving(
             Manifest(self.name, self.number, [each.entry() for each in listeners]),
             [each.socket.fileno() for each in listeners],

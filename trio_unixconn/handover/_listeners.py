@@ -242,7 +242,10 @@ class GenerationListener(DescriptorOwner, trio.abc.Listener[StreamT], Generic[St
             set_binding(self.base, None)
 
     async def aclose(self) -> None:
-        """Close the socket; other generations that have it can still accept from it."""
+        """Close the socket; other generations that have it can still accept from it.
+
+        A successor that starts later does not get it.
+        """
         check_task()
         if isinstance(self.base, UnixListener):
             await self.base.aclose()
