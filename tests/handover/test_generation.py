@@ -17,6 +17,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests._helpers.fds import free_descriptors
+from tests._helpers.processes import children_of
 from tests._helpers.waiting import until
 from trio_unixconn import (
     AddressInUseError,
@@ -778,6 +779,19 @@ def test_inherited_connection_of_another_file(monkeypatch: pytest.MonkeyPatch) -
     """The number may belong to another file by now, which the inode shows."""
     monkeypatch.setenv(_spawn.VARIABLE, "0:1:2")
     assert _spawn.inherited_connection() is None
+
+
+def test_start_of_a_successor_without_a_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process is left, because nothing could wait for its end."""
+
+    def fail(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = set(children_of(os.getpid()))
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        _spawn.start([sys.executable, "-c", "import time; time.sleep(1000)"], {})
+    assert set(children_of(os.getpid())) == before
 
 
 async def test_wait_of_a_successor_says_how_it_ended() -> None:

@@ -51,12 +51,14 @@ class SuccessorProcess(DescriptorOwner):
       conn: this end of its channel.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], conn: UnixConnection, errors: int) -> None:
+    def __init__(
+        self, popen: subprocess.Popen[bytes], pidfd: int, conn: UnixConnection, errors: int
+    ) -> None:
         self._popen = popen
         self.conn = conn
         self.pid: int = popen.pid
         self._errors = errors
-        self._pidfd = os.pidfd_open(popen.pid)
+        self._pidfd = pidfd
 
     def open_pidfd(self) -> int:
         """Return a pidfd of it, which the caller owns."""
@@ -147,9 +149,14 @@ def start(
                 VARIABLE: f"{theirs.fileno()}:{inode}:{later}",
             },
         )
-        # From here on nothing fails but pidfd_open(2).
+        try:
+            pidfd = os.pidfd_open(popen.pid)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
         failed.pop_all()
-        return SuccessorProcess(popen, UnixConnection.from_stdlib_socket(ours), errors)
+        return SuccessorProcess(popen, pidfd, UnixConnection.from_stdlib_socket(ours), errors)
 
 
 def _memory(stack: ExitStack) -> int:
